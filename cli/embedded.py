@@ -1,0 +1,60 @@
+"""The embedded data: made on first use, then shards like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t2i_cli.console import console
+
+if TYPE_CHECKING:
+    from t2i.config import RunConfig
+
+SHAPES_SIZE_PX = 64
+
+
+def folder_of(source: str, size_px: int = SHAPES_SIZE_PX) -> Path:
+    """Where the shards of an embedded source lie."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "t2i" / (source if source == "emoji" else f"{source}-{size_px}")
+
+
+def make(source: str, size_px: int = SHAPES_SIZE_PX) -> Path:
+    """Writes the shards of an embedded source if they are absent; returns their folder."""
+    folder = folder_of(source, size_px)
+    if folder.is_dir():
+        return folder
+    from t2i_pipelines.sources import emoji, shapes
+
+    console.print(f"Making the embedded data {source} in {folder}")
+    if source == "emoji":
+        emoji.build(folder)
+    else:
+        shapes.build(folder, size_px=size_px)
+    return folder
+
+
+def with_embedded_data(config: RunConfig) -> RunConfig:
+    """The same configuration with `data.shards` naming real shards. Where the emoji were never made, which
+    takes npm and the network, it says so and takes shapes."""
+    source = config.data.source
+    if source is None:
+        return config
+    if source == "emoji" and not folder_of("emoji").is_dir():
+        print(
+            "t2i train: the emoji are not made yet (`t2i data make emoji` fetches them by npm); "
+            "training on data=shapes instead.",
+            file=sys.stderr,
+        )
+        source = "shapes"
+    folder = make(source, max(SHAPES_SIZE_PX, config.resolution.size_px))
+    data = dataclasses.replace(
+        config.data,
+        source=source,
+        shards=sorted(str(path) for path in (folder / "train").glob("*.tar")),
+        heldout_shards=sorted(str(path) for path in (folder / "heldout").glob("*.tar")),
+    )
+    return dataclasses.replace(config, data=data)

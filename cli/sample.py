@@ -1,0 +1,93 @@
+"""`t2i sample`: draws pictures for prompts with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from t2i.errors import ConfigError, UserError
+
+
+def run(arguments: list[str]) -> None:
+    """Parses, loads, draws, writes PNGs and says where."""
+    options, overrides = parser().parse_known_args(arguments)
+    for override in overrides:
+        if override.startswith("-") or "=" not in override:
+            raise ConfigError(f"{override!r} is neither a flag (see `t2i sample --help`) nor key=value.")
+    if options.steps < 0 or options.num_images < 1 or options.batch_size < 1:
+        raise ConfigError("--steps, --num-images and --batch-size must be 1 or more.")
+    # Heavy imports only now: a wrong flag is reported at once.
+    from rich.progress import Progress
+
+    from t2i import families
+    from t2i.generation.text_to_image import draw, save
+    from t2i.interfaces import SampleRequest
+    from t2i.training import checkpoint
+    from t2i_cli.console import console
+
+    path = weights_path(options.checkpoint, options.runs_dir)
+    loaded = checkpoint.load(path)
+    loaded.config = with_overrides(loaded.config, overrides)
+    generator = families.load(loaded.config["family"], "generator").Generator(loaded, device=options.device)
+    count = options.num_images
+    request = SampleRequest(
+        prompts=[prompt for prompt in options.prompt for _ in range(count)],
+        seeds=[options.seed + i for _ in options.prompt for i in range(count)],
+        height_px=options.height or generator.default_size_px,
+        width_px=options.width or generator.default_size_px,
+        steps=options.steps or generator.defaults.steps,
+        sampler=options.sampler or generator.defaults.sampler,
+        guidance_scale=generator.defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        negative_prompt=options.negative_prompt,
+    )
+    console.print(f"Drawing with {path}")
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("pictures", total=len(request.prompts))
+        images = draw(generator, request, options.batch_size, lambda done: bar.advance(task, done))
+    for written in save(images, request, Path(options.out), {"checkpoint": str(path)}):
+        console.print(str(written))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags. What is not given is taken from the checkpoint's own configuration."""
+    made = argparse.ArgumentParser(
+        prog="t2i sample", description="Draw pictures for prompts.", epilog="Trailing key=value change the run's config."
+    )
+    made.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    made.add_argument("--negative-prompt", default="", help="what guidance moves away from")
+    made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest ldm run")
+    made.add_argument("--steps", type=int, default=0, help="denoiser calls per picture")
+    made.add_argument("--sampler", help="ddim, euler or dpmpp_2m")
+    made.add_argument("--guidance-scale", type=float, help="1: no guidance")
+    made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    made.add_argument("--num-images", type=int, default=4, help="per prompt")
+    made.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
+    made.add_argument("--height", type=int, help="in pixels; default: what the model was trained at")
+    made.add_argument("--width", type=int, help="in pixels")
+    made.add_argument("--out", default="samples", metavar="DIR", help="folder for the PNGs")
+    made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
+    made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    return made
+
+
+def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
+    """The weights to draw with."""
+    from t2i.training import run_folder
+
+    if checkpoint is not None:
+        return run_folder.weights_file(checkpoint)
+    newest = run_folder.newest_run(runs_dir, "ldm")
+    if newest is None:
+        raise UserError(f"{runs_dir}/ldm holds no trained run: train one, or give --checkpoint RUN or FILE.")
+    return run_folder.weights_file(newest)
+
+
+def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The checkpoint's configuration with key=value changes, such as text.model=/a/local/directory."""
+    if not overrides:
+        return config
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(overrides))
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]

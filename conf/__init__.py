@@ -1,0 +1,1 @@
+"""Hydra's configuration groups, as package data: `pkg://t2i_conf`."""

@@ -1,0 +1,120 @@
+"""Encoded bytes of strangers to RGB pictures of one size."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
+EXIF_ORIENTATION = 0x0112
+TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used.
+
+    cause: "image" (missing or not decodable), "bomb" (too many pixels), "caption", "json" or "truncated"
+    key: the sample's key
+    """
+
+    def __init__(self, cause: str, key: str, detail: str = "") -> None:
+        super().__init__(f"sample {key}: {cause}: {detail}" if detail else f"sample {key}: {cause}")
+        self.cause = cause
+        self.key = key
+
+
+def image_bytes(members: Mapping[str, bytes], key: str) -> bytes:
+    """The member that is the picture. Raises BadSample("image") where there is none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    raise BadSample("image", key, f"no picture among {sorted(members)}")
+
+
+def decode_image(
+    data: bytes, key: str, size_px: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An upright RGB picture on white and its (height, width) as stored, after EXIF orientation.
+
+    size_px: (H, W) that the picture will be resized to cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of
+        its size, in the domain of its cosine transform, as long as the result still covers (H, W).
+    Of an animation, the first frame. Raises BadSample("bomb") for more than `max_pixels`, else
+    BadSample("image") for whatever is wrong with the bytes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels stands in its place
+            image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels, allowed: {max_pixels}"
+            )
+        transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSING_ORIENTATIONS
+        original = (image.width, image.height) if transposed else (image.height, image.width)
+        if size_px is not None:
+            height, width = covering_size(original, size_px)
+            image.draft(None, (height, width) if transposed else (width, height))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image), original
+    except Image.DecompressionBombError as error:
+        raise BadSample("bomb", key, str(error)) from error
+    except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim
+        raise BadSample("image", key, f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
+        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def covering_size(original: tuple[int, int], size_px: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the smallest picture of `original`'s shape that covers `size_px`."""
+    scale = max(size_px[0] / original[0], size_px[1] / original[1])
+    return max(size_px[0], round(original[0] * scale)), max(size_px[1], round(original[1] * scale))
+
+
+def resize(image: Image.Image, size_px: tuple[int, int]) -> Image.Image:
+    """Antialiased to (height, width) `size_px`: means over areas for the whole part of the reduction (what
+    scaled JPEG decoding does, too), Lanczos for the rest; at whole ratios exactly the mean over each area."""
+    height, width = size_px
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=1.0)
+
+
+def resize_and_crop(
+    image: Image.Image,
+    original: tuple[int, int],
+    size_px: tuple[int, int],
+    place: tuple[float, float] | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Resizes until the picture just covers `size_px`, then cuts that out.
+
+    original: (height, width) before any scaled decoding, which decides the size before the crop
+    size_px: (H, W)
+    place: where the crop lies between top and bottom, left and right, each in [0, 1); None: in the middle
+    returns (3, H, W) uint8 and the (top, left) of the crop in pixels after resizing
+    """
+    covering = covering_size(original, size_px)
+    free = covering[0] - size_px[0], covering[1] - size_px[1]
+    if place is None:
+        top, left = free[0] // 2, free[1] // 2
+    else:
+        top, left = int(place[0] * (free[0] + 1)), int(place[1] * (free[1] + 1))
+    cropped = resize(image, covering).crop((left, top, left + size_px[1], top + size_px[0]))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous(), (top, left)

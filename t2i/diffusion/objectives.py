@@ -1,0 +1,95 @@
+"""What the network predicts, and how its output becomes x_0 and eps again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from t2i.config import check
+from t2i.diffusion.schedules import ScheduleName, per_sample
+
+Objective = Literal["eps", "x0", "v", "flow"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The clean picture and the noise that a denoiser sees in x_t = alpha x0 + sigma eps, shaped as x_t."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+def check_objective(objective: str, schedule: ScheduleName) -> None:
+    """Raises ConfigError where `objective` is unknown or not defined on `schedule`: v needs
+    alpha^2 + sigma^2 = 1 and flow needs alpha + sigma = 1."""
+    allowed = ("eps", "x0", "flow") if schedule == "flow" else ("eps", "x0", "v")
+    check(objective in allowed, "objective", objective, f"{', '.join(allowed)} with schedule.name={schedule}")
+
+
+def target(objective: Objective, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network should put out for x_t = alpha x0 + sigma eps.
+
+    eps: Ho et al. 2006.11239, eq. 14. v = alpha eps - sigma x0: Salimans & Ho 2202.00512, section 4.
+    flow = eps - x0 = dx_t/dt: Liu et al. 2209.03003, eq. 1, with time running from data to noise.
+
+    x0, eps: (B, ...); alpha, sigma: (B,) -> (B, ...)
+    """
+    if objective == "eps":
+        return eps
+    if objective == "x0":
+        return x0
+    if objective == "v":
+        return per_sample(alpha, x0) * eps - per_sample(sigma, x0) * x0
+    if objective == "flow":
+        return eps - x0
+    raise _unknown(objective)
+
+
+def to_x0_eps(objective: Objective, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    """The inverse of `target`, given x_t = alpha x0 + sigma eps.
+
+    Where alpha = 0 (flow at t = 1), eps leaves x0 open: it is then 0, the mean of normalised data.
+
+    output, x_t: (B, ...); alpha, sigma: (B,)
+    """
+    alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
+    if objective == "eps":
+        return Prediction(x0=torch.where(alpha > 0, (x_t - sigma * output) / alpha, 0.0), eps=output)
+    if objective == "x0":
+        return Prediction(x0=output, eps=(x_t - alpha * output) / sigma)
+    if objective == "v":
+        return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+    if objective == "flow":
+        return Prediction(x0=x_t - sigma * output, eps=x_t + alpha * output)
+    raise _unknown(objective)
+
+
+def loss_weight(objective: Objective, snr: Tensor, min_snr_gamma: float | None) -> Tensor:
+    """(B,) weight of each sample's squared error in the objective's own terms.
+
+    min-SNR (Hang et al. 2303.09556, section 3.4) weighs the error in x0 by min(SNR, gamma). An error in the
+    output is one in x0 scaled by sigma/alpha for eps and by sigma for v and flow, so its weight is
+    min(SNR, gamma) times that squared: 1/SNR for eps, sigma^2 = 1/(SNR + 1) for v (variance preserving) and
+    sigma^2 = 1/(sqrt(SNR) + 1)^2 for flow (alpha + sigma = 1). Without gamma every weight is 1.
+
+    snr: (B,) alpha^2 / sigma^2, from 0 to infinity
+    """
+    if min_snr_gamma is None:
+        return torch.ones_like(snr)
+    clipped = snr.clamp(max=min_snr_gamma)
+    if objective == "eps":
+        return (min_snr_gamma / snr).clamp(max=1)  # clipped / snr, without 0/0
+    if objective == "x0":
+        return clipped
+    if objective == "v":
+        return clipped / (snr + 1)
+    if objective == "flow":
+        return clipped / (snr.sqrt() + 1) ** 2
+    raise _unknown(objective)
+
+
+def _unknown(objective: str) -> ValueError:
+    return ValueError(f"objective is {objective!r}; allowed: {', '.join(get_args(Objective))}.")

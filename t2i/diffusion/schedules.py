@@ -1,0 +1,231 @@
+"""Noise schedules: how much signal and how much noise x_t holds at time t.
+
+Every schedule is x_t = alpha_t x_0 + sigma_t eps with eps ~ N(0, I); t = 0 is the clean end. Objectives and
+samplers see a schedule through (alpha, sigma) only.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from t2i.config import check
+
+BetaName = Literal["linear", "scaled_linear", "cosine"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
+Spacing = Literal["leading", "linspace", "trailing"]
+TimeDistribution = Literal["uniform", "logit_normal"]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Which noise schedule a model is trained on.
+
+    name: "linear" (DDPM), "scaled_linear" (Stable Diffusion), "cosine" (improved DDPM) or "flow" (rectified
+        flow)
+    num_train_steps: T; for flow only the scale of the time that the denoiser is given
+    beta_start, beta_end: linear and scaled_linear only
+    shift: flow only; above 1 moves time towards noise, for pictures of higher resolution
+    time_distribution: how training draws t; logit_normal for flow only
+    """
+
+    name: ScheduleName
+    num_train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    shift: float = 1.0
+    time_distribution: TimeDistribution = "uniform"
+
+    def __post_init__(self) -> None:
+        names = get_args(ScheduleName)
+        check(self.name in names, "schedule.name", self.name, ", ".join(names))
+        check(self.num_train_steps >= 2, "schedule.num_train_steps", self.num_train_steps, "2 or more")
+        check(0 < self.beta_start < 1, "schedule.beta_start", self.beta_start, "above 0 and below 1")
+        ok = self.beta_start <= self.beta_end < 1
+        check(
+            ok,
+            "schedule.beta_end",
+            self.beta_end,
+            f"schedule.beta_start ({self.beta_start}) or more, below 1",
+        )
+        check(self.shift > 0, "schedule.shift", self.shift, "above 0")
+        distributions = get_args(TimeDistribution)
+        ok = self.time_distribution in distributions
+        check(ok, "schedule.time_distribution", self.time_distribution, ", ".join(distributions))
+        if self.name != "flow":
+            check(self.shift == 1, "schedule.shift", self.shift, f"1 with schedule.name={self.name}")
+            ok = self.time_distribution == "uniform"
+            key, allowed = "schedule.time_distribution", f"uniform with schedule.name={self.name}"
+            check(ok, key, self.time_distribution, allowed)
+
+
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    if config.name == "flow":
+        return FlowSchedule(config.num_train_steps, config.shift, config.time_distribution)
+    return DiscreteSchedule(betas(config.name, config.num_train_steps, config.beta_start, config.beta_end))
+
+
+def betas(name: BetaName, num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """(T,) float64, the variance that forward step t adds.
+
+    linear: Ho et al. 2006.11239, section 4. scaled_linear: linear in sqrt(beta), Rombach et al. 2112.10752.
+    cosine: Nichol & Dhariwal 2102.09672, eq. 17 (s = 0.008, beta at most 0.999); uses neither beta_start nor
+    beta_end.
+    """
+    if name == "linear":
+        return torch.linspace(beta_start, beta_end, num_train_steps, dtype=torch.float64)
+    if name == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64) ** 2
+    time = torch.linspace(0, 1, num_train_steps + 1, dtype=torch.float64)
+    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+
+
+def per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """(B,) or a scalar -> (B, 1, ..., 1) with as many axes as x, to be multiplied with it."""
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule(ABC):
+    """Times t are (B,) tensors, in [0, T - 1] for DiscreteSchedule and in [0, 1] for FlowSchedule.
+
+    num_train_steps: T
+    spacing: the time grid that samplers use here, or None where each sampler has its own
+    """
+
+    num_train_steps: int
+    spacing: Spacing | None = None
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, shaped and placed as t; float64 where t is, else float32."""
+
+    @abstractmethod
+    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """(n,) times to train at, drawn with `generator` on its own device."""
+
+    @abstractmethod
+    def model_time(self, t: Tensor) -> Tensor:
+        """What the denoiser is given for t: floating point, on the scale 0 to T."""
+
+    @abstractmethod
+    def times(self, steps: int, spacing: Spacing) -> Tensor:
+        """(steps,) float64 on the CPU, decreasing: where a sampler asks the denoiser. The clean end is not
+        among them. Raises ConfigError for a number of steps or a spacing that the schedule does not have."""
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps; x0 and eps: (B, ...), t: (B,)."""
+        alpha, sigma = self.alpha_sigma(t)
+        return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
+
+    def snr(self, t: Tensor) -> Tensor:
+        """(B,) signal-to-noise ratio alpha_t^2 / sigma_t^2; infinite where sigma_t is 0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (alpha / sigma) ** 2
+
+
+class DiscreteSchedule(Schedule):
+    """Variance preserving, alpha^2 + sigma^2 = 1, in T discrete steps (DDPM, Ho et al. 2006.11239).
+
+    A t between two training steps takes sigma/alpha, the noise level of EDM (Karras et al. 2206.00364),
+    interpolated linearly, as diffusers' EulerDiscreteScheduler does.
+
+    betas: (T,)
+    alphas_cumprod: (T,) float64 on the CPU, alpha_t^2 ("alpha bar")
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        self.num_train_steps = len(betas)
+        self.alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
+        self._noise_level = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        # One copy per device, so that a train step moves nothing there.
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        key = (t.device, torch.float64 if t.dtype == torch.float64 else torch.float32)
+        if key not in self._placed:
+            self._placed[key] = self._noise_level.to(key[1]).to(key[0])
+        table = self._placed[key]
+        if t.is_floating_point():
+            low = t.long().clamp(0, self.num_train_steps - 2)
+            level = torch.lerp(table[low], table[low + 1], t.to(key[1]) - low)
+        else:
+            level = table[t]
+        alpha = (1 + level**2).rsqrt()
+        return alpha, level * alpha
+
+    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """(n,) int64, uniform over 0 to T - 1."""
+        source = generator.device if generator else device
+        return torch.randint(self.num_train_steps, (n,), generator=generator, device=source).to(device)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t if t.is_floating_point() else t.float()
+
+    def times(self, steps: int, spacing: Spacing) -> Tensor:
+        """The spacings of Lin et al. 2305.08891, table 2; "leading" is offset by 1, as Stable Diffusion 1 has
+        it (steps_offset=1). "linspace" may fall between training steps."""
+        total = self.num_train_steps
+        limit = total - 1 if spacing == "leading" else total
+        check(1 <= steps <= limit, "steps", steps, f"1 to {limit} with the {spacing} spacing")
+        if spacing == "linspace":
+            return torch.linspace(total - 1, 0, steps, dtype=torch.float64)
+        index = torch.arange(steps, dtype=torch.float64)
+        if spacing == "leading":
+            return index.flip(0) * (total // steps) + 1
+        check(spacing == "trailing", "spacing", spacing, ", ".join(get_args(Spacing)))
+        return (total - index * (total / steps)).round() - 1
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow, x_t = (1 - t) x_0 + t eps with t in [0, 1] (Liu et al. 2209.03003, Lipman et al.
+    2210.02747).
+
+    shift moves both training times and sampling times, t -> shift t / (1 + (shift - 1) t)
+    (Esser et al. 2403.03206, eq. 23, with shift = sqrt(m / n)). time_distribution "logit_normal" is their
+    eq. 19 with location 0 and scale 1.
+    """
+
+    spacing: Spacing | None = "trailing"
+
+    def __init__(
+        self,
+        num_train_steps: int = 1000,
+        shift: float = 1.0,
+        time_distribution: TimeDistribution = "uniform",
+    ) -> None:
+        self.num_train_steps = num_train_steps
+        self.shift = shift
+        self.time_distribution = time_distribution
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t if t.dtype == torch.float64 else t.float()
+        return 1 - t, t
+
+    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """(n,) float32 in [0, 1]."""
+        source = generator.device if generator else device
+        if self.time_distribution == "logit_normal":
+            t = torch.randn(n, generator=generator, device=source).sigmoid()
+        else:
+            t = torch.rand(n, generator=generator, device=source)
+        return self._shifted(t).to(device)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t * self.num_train_steps
+
+    def times(self, steps: int, spacing: Spacing) -> Tensor:
+        """ "trailing": 1, 1 - 1/steps, ..., 1/steps. "linspace": from 1 to 1/T, as diffusers spaces SD3."""
+        check(steps >= 1, "steps", steps, "1 or more")
+        allowed = ("trailing", "linspace")
+        check(spacing in allowed, "spacing", spacing, ", ".join(allowed) + " with the flow schedule")
+        last = 1 / (steps if spacing == "trailing" else self.num_train_steps)
+        return self._shifted(torch.linspace(1, last, steps, dtype=torch.float64))
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)

@@ -1,0 +1,156 @@
+"""The two codecs, KL and VQ: a backbone and what stands between its encoder and its decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import parse
+from t2i.families.autoencoder.config import Config, KLConfig, PatchBackboneConfig, VQConfig, downsampling
+from t2i.families.autoencoder.model import Decoder, Encoder
+from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
+from t2i.families.autoencoder.posterior import DiagonalGaussian
+from t2i.families.autoencoder.quantize import Codebook
+
+
+@dataclass
+class Reconstruction:
+    """image: (B, 3, H, W); regularizer: scalar, weighted and per picture value (KL or commitment);
+    metrics: further scalars to log."""
+
+    image: Tensor
+    regularizer: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Codec(nn.Module):
+    """What both codecs share: the backbone, the 1x1 convolutions around the bottleneck and the latent scale.
+
+    latent_scale: buffer, 1 / (standard deviation of all latents), measured when training ends (LDM paper,
+    appendix G); `encode` multiplies by it and `decode` divides, so that diffusion sees about unit variance.
+    """
+
+    latent_scale: Tensor
+
+    def __init__(self, backbone: object, moment_channels: int) -> None:
+        super().__init__()
+        self.downsampling = downsampling(backbone)  # type: ignore[arg-type]
+        self.latent_channels: int = backbone.latent_channels  # type: ignore[attr-defined]
+        self.encoder: nn.Module
+        self.decoder: nn.Module
+        if isinstance(backbone, PatchBackboneConfig):
+            self.encoder, self.decoder = PatchEncoder(backbone, moment_channels), PatchDecoder(backbone)
+            self.quant_conv: nn.Module = nn.Identity()
+            self.post_quant_conv: nn.Module = nn.Identity()
+        else:
+            self.encoder, self.decoder = Encoder(backbone, moment_channels), Decoder(backbone)  # type: ignore[arg-type]
+            self.quant_conv = nn.Conv2d(moment_channels, moment_channels, 1)
+            self.post_quant_conv = nn.Conv2d(self.latent_channels, self.latent_channels, 1)
+        self.register_buffer("latent_scale", torch.ones(()))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, where the adaptive GAN weight compares gradients."""
+        return self.decoder.last_layer  # type: ignore[return-value]
+
+    def initialise(self, image: Tensor) -> None:
+        """Sets what starts from data, given pictures (B, 3, H, W) in [-1, 1]: the patch backbone's PCA."""
+        if isinstance(self.encoder, PatchEncoder) and isinstance(self.decoder, PatchDecoder):
+            initialise_from_pca(self.encoder, self.decoder, image)
+
+    @torch.no_grad()
+    def measure_scale(self, images: Iterable[Tensor]) -> None:
+        """Sets latent_scale from pictures (B, 3, H, W)."""
+        self.latent_scale.fill_(1.0)
+        latents = torch.cat([self.encode(image).flatten() for image in images])
+        self.latent_scale.copy_(1.0 / latents.std().clamp_min(1e-6))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `t2i.interfaces.ImageCodec`."""
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """See `t2i.interfaces.ImageCodec`."""
+        raise NotImplementedError
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """(B, 3, H, W) in [-1, 1] -> through the bottleneck and back, with the bottleneck's loss. noise: as in
+        `encode`."""
+        raise NotImplementedError
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """(C, H/f, W/f) of a picture."""
+        return self.latent_channels, height_px // self.downsampling, width_px // self.downsampling
+
+
+class KLCodec(Codec):
+    """The KL-regularised autoencoder: encoder -> Gaussian posterior -> decoder."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.backbone, 2 * config.backbone.latent_channels)
+        assert isinstance(config.codec, KLConfig)
+        self.kl_weight = config.codec.kl_weight
+
+    def posterior(self, image: Tensor) -> DiagonalGaussian:
+        """(B, 3, H, W) -> q(z | image), unscaled."""
+        return DiagonalGaussian(self.quant_conv(self.encoder(image)))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.posterior(image).sample_with(noise) * self.latent_scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latent / self.latent_scale))
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        posterior = self.posterior(image)
+        latent = posterior.sample_with(noise)
+        # The LDM code adds sum(|x - y|) and kl_weight * kl; we take means over 3HW of both: the same ratio.
+        kl = posterior.kl().mean() / image[0].numel()
+        decoded = self.decoder(self.post_quant_conv(latent))
+        return Reconstruction(decoded, self.kl_weight * kl, {"kl": kl.detach()})
+
+
+class VQCodec(Codec):
+    """The vector-quantised autoencoder. `encode` gives latents before quantisation, and `decode` quantises:
+    the quantisation layer belongs to the decoder, as in the LDM paper's VQ-regularised models."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.backbone, config.backbone.latent_channels)
+        assert isinstance(config.codec, VQConfig)
+        vq = config.codec
+        self.codebook = Codebook(
+            vq.num_codes,
+            self.latent_channels,
+            ema_decay=vq.ema_decay,
+            commitment_weight=vq.commitment_weight,
+            restart_below=vq.restart_below,
+        )
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.quant_conv(self.encoder(image)) * self.latent_scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        quantized = self.codebook(latent / self.latent_scale)
+        return self.decoder(self.post_quant_conv(quantized.latent))
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        quantized = self.codebook(self.quant_conv(self.encoder(image)))
+        metrics = {"codebook_usage": quantized.usage, "codebook_perplexity": quantized.perplexity}
+        decoded = self.decoder(self.post_quant_conv(quantized.latent))
+        return Reconstruction(decoded, quantized.commitment_loss, metrics)
+
+
+def build_codec(config: Config) -> Codec:
+    """The codec that `config.codec` names, randomly initialised."""
+    return KLCodec(config) if isinstance(config.codec, KLConfig) else VQCodec(config)
+
+
+def from_checkpoint(values: Mapping[str, Any]) -> Codec:
+    """The codec that a run's configuration (its plain top-level mapping) describes, randomly initialised."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return build_codec(parse(Config, {key: value for key, value in values.items() if key in names}))

@@ -1,0 +1,133 @@
+"""Configuration of the autoencoder stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i.config import check
+from t2i.families.autoencoder.model_config import EncoderDecoderConfig
+
+
+@dataclass(frozen=True)
+class LDMBackboneConfig(EncoderDecoderConfig):
+    """The convolutional encoder and decoder of the latent diffusion paper; f = 2^(len(channel_mult) - 1)."""
+
+    name: Literal["ldm"] = "ldm"
+
+
+@dataclass(frozen=True)
+class PatchBackboneConfig:
+    """A small backbone that starts as the PCA of picture patches and learns a convolutional residual.
+
+    patch_px: f, side of the patch that one latent position stands for
+    latent_channels: C
+    width, depth: channels and residual blocks of the encoder's and of the decoder's convolutional branch
+    """
+
+    name: Literal["patch"]
+    patch_px: int = 4
+    latent_channels: int = 8
+    width: int = 64
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        check(self.patch_px in (2, 4, 8, 16), "backbone.patch_px", self.patch_px, "2, 4, 8 or 16")
+        most = 3 * self.patch_px**2
+        check(1 <= self.latent_channels <= most, "backbone.latent_channels", self.latent_channels, f"1 to {most}")
+        check(self.depth >= 0, "backbone.depth", self.depth, "0 or more")
+        check(self.width >= 32 and self.width % 32 == 0, "backbone.width", self.width, "a multiple of 32")
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """A Gaussian posterior, pulled towards N(0, I) by kl_weight (LDM paper, section 3.1 and appendix G)."""
+
+    name: Literal["kl"]
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check(self.kl_weight >= 0, "codec.kl_weight", self.kl_weight, "0 or more")
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """A codebook of num_codes vectors, kept by moving averages (1711.00937, appendix A.1).
+
+    restart_below: a code whose moving count of uses falls below this is set to an encoder output
+    """
+
+    name: Literal["vq"]
+    num_codes: int = 1024
+    ema_decay: float = 0.99
+    commitment_weight: float = 0.25
+    restart_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self.num_codes >= 2, "codec.num_codes", self.num_codes, "2 or more")
+        check(0 <= self.ema_decay < 1, "codec.ema_decay", self.ema_decay, "0 up to, not including, 1")
+        check(self.commitment_weight >= 0, "codec.commitment_weight", self.commitment_weight, "0 or more")
+        check(self.restart_below >= 0, "codec.restart_below", self.restart_below, "0 or more")
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """Distance between features of a frozen network.
+
+    name: "lpips_vgg" (1801.03924; `weights` is a local vgg16 file), "efficientnet_lite0" (ImageNet features
+        without learned heads; the weights come with a package) or "none"
+    """
+
+    name: Literal["lpips_vgg", "efficientnet_lite0", "none"]
+    weight: float = 1.0
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "perceptual.weight", self.weight, "0 or more")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The patch discriminator (1611.07004) and its part in the loss.
+
+    weight: of the generator's term, before the adaptive weight of VQGAN (2012.09841, equation 7)
+    start_images: pictures seen before the discriminator begins to learn and to count; null leaves it out
+    r1_weight: gradient penalty on real pictures (1801.04406); 0 leaves it out
+    """
+
+    start_images: int | None
+    weight: float = 0.5
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    base_channels: int = 64
+    num_layers: int = 3
+    r1_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        ok = self.start_images is None or self.start_images >= 0
+        check(ok, "adversarial.start_images", self.start_images, "0 or more, or null")
+        for name in ("weight", "r1_weight"):
+            check(getattr(self, name) >= 0, f"adversarial.{name}", getattr(self, name), "0 or more")
+        for name in ("base_channels", "num_layers"):
+            check(getattr(self, name) >= 1, f"adversarial.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What stage=autoencoder trains."""
+
+    codec: KLConfig | VQConfig
+    backbone: LDMBackboneConfig | PatchBackboneConfig
+    perceptual: PerceptualConfig
+    adversarial: AdversarialConfig
+
+    def check_resolution(self, size_px: int) -> None:
+        """Raises ConfigError where pictures of this side do not divide into latent positions."""
+        f = downsampling(self.backbone)
+        check(size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the backbone's downsampling")
+
+
+def downsampling(backbone: LDMBackboneConfig | PatchBackboneConfig) -> int:
+    """f: pixels per latent position along each side."""
+    if isinstance(backbone, PatchBackboneConfig):
+        return backbone.patch_px
+    return backbone.downsampling

@@ -1,0 +1,51 @@
+"""Configuration of the convolutional encoder and decoder; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from t2i.config import check
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """Shape of the LDM autoencoder (Rombach et al., 2112.10752, appendix; Esser et al., 2012.09841, table 7).
+
+    base_channels: width at full resolution, a multiple of 8
+    channel_mult: width at each resolution, in units of base_channels; each entry after the first halves
+        the sides, so the downsampling factor is 2^(len(channel_mult) - 1)
+    num_res_blocks: residual blocks per resolution (the decoder has one more)
+    attention_resolutions: sides in pixels, for pictures of resolution_px, at which every residual block
+        is followed by attention; the lowest resolution has one attention in the middle in any case
+    resolution_px: side of the training pictures; used only to place attention, the network is convolutional
+    latent_channels: channels that the decoder reads
+    dropout: probability, in the residual blocks
+    """
+
+    base_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = ()
+    resolution_px: int = 256
+    latent_channels: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        base = self.base_channels
+        check(base >= 8 and base % 8 == 0, "codec.base_channels", base, "a multiple of 8")
+        mult = self.channel_mult
+        check(len(mult) >= 1 and min(mult) >= 1, "codec.channel_mult", mult, "whole numbers of 1 or more")
+        check(self.num_res_blocks >= 1, "codec.num_res_blocks", self.num_res_blocks, "1 or more")
+        f = self.downsampling
+        ok = self.resolution_px >= f and self.resolution_px % f == 0
+        check(ok, "codec.resolution_px", self.resolution_px, f"a multiple of the downsampling factor ({f})")
+        sides = [self.resolution_px >> level for level in range(len(mult))]
+        for side in self.attention_resolutions:
+            check(side in sides, "codec.attention_resolutions", side, ", ".join(map(str, sides)))
+        check(self.latent_channels >= 1, "codec.latent_channels", self.latent_channels, "1 or more")
+        check(0 <= self.dropout < 1, "codec.dropout", self.dropout, "0 up to, not including, 1")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the picture per latent position along each side."""
+        return 1 << (len(self.channel_mult) - 1)

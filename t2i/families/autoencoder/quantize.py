@@ -1,0 +1,132 @@
+"""The vector-quantisation codebook, learned by exponential moving averages (van den Oord et al., 1711.00937,
+appendix A.1; Razavi et al., 1906.00446), with restarts of dead codes (Dhariwal et al., 2005.00341).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a codebook makes of a batch.
+
+    latent: (B, D, h, w) the nearest codes; its gradient passes straight through to the encoder's output
+    indices: (B, h, w) int64
+    commitment_loss: scalar, weighted, mean over all elements (1711.00937, equation 3, third term)
+    usage: scalar in [0, 1], share of the codes that this batch uses
+    perplexity: scalar in [1, num_codes], exp of the entropy of the codes' use
+    """
+
+    latent: Tensor
+    indices: Tensor
+    commitment_loss: Tensor
+    usage: Tensor
+    perplexity: Tensor
+
+
+class Codebook(nn.Module):
+    """Replaces each position's vector by the nearest of `num_codes` codes (squared L2).
+
+    All state is in buffers, so a state dict resumes exactly; no code is a parameter. Updates happen in
+    training mode. Under torch.distributed a training step sums the statistics over the ranks (those of
+    `Quantized` too), and codebooks stay equal on all ranks.
+
+    ema_decay: gamma of 1711.00937, equation 6, per training step
+    commitment_weight: beta of 1711.00937, equation 3
+    restart_below: a code is dead when its averaged use falls below this share of uniform use. A dead code
+        takes the place of one of the current batch's vectors. In the first batch every code is dead, and the
+        restart is the initialisation.
+    """
+
+    codes: Tensor
+    cluster_size: Tensor
+    cluster_sum: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        ema_decay: float = 0.99,
+        commitment_weight: float = 0.25,
+        restart_below: float = 0.03,
+    ) -> None:
+        super().__init__()
+        self.ema_decay = ema_decay
+        self.commitment_weight = commitment_weight
+        self.restart_below = restart_below
+        self.register_buffer("codes", torch.randn(num_codes, dim))
+        self.register_buffer("cluster_size", torch.zeros(num_codes))  # N_i
+        self.register_buffer("cluster_sum", torch.zeros(num_codes, dim))  # m_i
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """latent: (B, D, h, w) float. Distances and averages are computed in float32, autocast or not."""
+        batch, dim, height, width = latent.shape
+        with torch.autocast(latent.device.type, enabled=False):
+            z = latent.float()
+            vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
+            dead = self._restart(vectors) if self.training else None
+            flat_indices = self._nearest(vectors)
+            indices = flat_indices.view(batch, height, width)
+            quantized = self.lookup(indices)
+            # Not torch.bincount: on a GPU that makes the host wait.
+            ones = torch.ones_like(vectors[:, 0])
+            counts = torch.zeros_like(self.cluster_size).index_add_(0, flat_indices, ones)
+            if dead is not None:
+                counts = self._update(vectors, flat_indices, counts, dead)
+            use = counts / counts.sum()
+            return Quantized(
+                latent=z + (quantized - z).detach(),
+                indices=indices,
+                commitment_loss=self.commitment_weight * F.mse_loss(z, quantized),
+                usage=(counts > 0).float().mean(),
+                perplexity=torch.special.entr(use).sum().exp(),
+            )
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """(B, h, w) int64 in [0, num_codes) -> (B, D, h, w)."""
+        return F.embedding(indices, self.codes).permute(0, 3, 1, 2)
+
+    def _nearest(self, vectors: Tensor) -> Tensor:
+        # ||z - e||^2 less ||z||^2, which is the same for all codes.
+        distance = self.codes.square().sum(dim=1) - 2.0 * vectors @ self.codes.T
+        return distance.argmin(dim=1)
+
+    def _restart(self, vectors: Tensor) -> Tensor:
+        """Gives dead codes a vector of this batch; returns which were dead, (num_codes,) bool.
+
+        Written without a branch on device values (the host never waits) and without random numbers: code i of
+        step t takes the vector at frac((t * num_codes + i) * golden ratio) of the batch, in Knuth's integer
+        form. Such points are evenly spread and aligned with no image grid.
+        """
+        dead = self.cluster_size <= self.restart_below * self.cluster_size.mean()
+        place = (self.steps * len(self.codes) + torch.arange(len(self.codes), device=vectors.device)) % 2**31
+        place = (place * 2654435761 % 2**32 * len(vectors)) >> 32
+        candidates = vectors[place]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(candidates, src=0)
+        self.codes.copy_(torch.where(dead[:, None], candidates, self.codes))
+        return dead
+
+    def _update(self, vectors: Tensor, indices: Tensor, counts: Tensor, dead: Tensor) -> Tensor:
+        """One step of the averages; returns the counts of all ranks. A restarted code starts as if it had
+        been used as often as the average code, so that it has time to find its cluster."""
+        sums = torch.zeros_like(self.codes).index_add_(0, indices, vectors)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        share = counts.sum() / len(counts)
+        size = torch.where(dead, share, self.cluster_size)
+        total = torch.where(dead[:, None], share * self.codes, self.cluster_sum)
+        self.cluster_size.copy_(size.lerp(counts, 1.0 - self.ema_decay))
+        self.cluster_sum.copy_(total.lerp(sums, 1.0 - self.ema_decay))
+        self.codes.copy_(self.cluster_sum / self.cluster_size[:, None])
+        self.steps.add_(1)
+        return counts

@@ -1,0 +1,115 @@
+"""The autoencoder stage: reconstruct, with a perceptual and a patch-adversarial loss (LDM paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import RunConfig
+from t2i.families.autoencoder.codec import build_codec
+from t2i.families.autoencoder.config import Config
+from t2i.families.autoencoder.discriminator import PatchDiscriminator
+from t2i.families.autoencoder.losses import (
+    adaptive_weight,
+    gan_losses,
+    hinge_discriminator_loss,
+    r1_penalty,
+    vanilla_discriminator_loss,
+)
+from t2i.families.autoencoder.perceptual import build_perceptual
+from t2i.interfaces import Batch
+from t2i.training.checkpoint import LoadedCheckpoint, load_into
+from t2i.training.stage import BaseStage
+
+
+class Stage(BaseStage):
+    """Trains a codec. The discriminator is trained in the same backward pass (see losses.gan_losses)."""
+
+    def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
+        super().__init__(config)
+        model: Config = config.model
+        model.check_resolution(config.resolution.size_px)
+        self.codec = build_codec(model)
+        if start is not None:
+            load_into(self.codec, start.weights, start.path, prefix="codec.")
+        perceptual = build_perceptual(model.perceptual.name, model.perceptual.weights)
+        # In a tuple, so that the frozen network enters neither the state dict nor the parameters.
+        self.perceptual: tuple[nn.Module, ...] = () if perceptual is None else (perceptual,)
+        self.discriminator: nn.Module | None = None
+        if model.adversarial.start_images is not None:
+            self.discriminator = PatchDiscriminator(3, model.adversarial.base_channels, model.adversarial.num_layers)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        model: Config = self.config.model
+        image = batch.image
+        noise = self.noise(self.step_generator(), self.codec.latent_shape(*image.shape[2:]))
+        reconstruction = self.codec.reconstruct(image, noise)
+
+        l1 = (reconstruction.image - image).abs().mean()
+        mse = (reconstruction.image.detach() - image).square().mean()
+        metrics = {"l1": l1, "psnr_db": 10 * torch.log10(4 / mse), **reconstruction.metrics}
+        fidelity = l1
+        for network in self.perceptual:
+            metrics["perceptual"] = network(reconstruction.image, image).mean()
+            fidelity = fidelity + model.perceptual.weight * metrics["perceptual"]
+        loss = fidelity + reconstruction.regularizer
+        if self.discriminator is not None:
+            loss = loss + self.adversarial_loss(self.discriminator, image, reconstruction.image, fidelity, metrics)
+        return {"loss": loss, **metrics}
+
+    def adversarial_loss(
+        self, discriminator: nn.Module, real: Tensor, fake: Tensor, fidelity: Tensor, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """Scalar: weight * lambda * L_G + L_D, lambda the adaptive weight of 2012.09841, equation 7; before
+        start_images a zero that still uses every parameter, as DDP wants."""
+        config = self.config.model.adversarial
+        if self.images_seen < config.start_images:
+            return 0.0 * torch.stack([p.sum() for p in discriminator.parameters()]).sum()
+        hinge = config.loss == "hinge"
+        gan = gan_losses(
+            discriminator, real, fake, hinge_discriminator_loss if hinge else vanilla_discriminator_loss
+        )
+        weight = adaptive_weight(fidelity, gan.generator, self.codec.last_layer)
+        metrics |= {
+            "generator": gan.generator,
+            "discriminator": gan.discriminator,
+            "adaptive_weight": weight,
+            "logit_real": gan.mean_logit_real,
+            "logit_fake": gan.mean_logit_fake,
+        }
+        loss = config.weight * weight * gan.generator + gan.discriminator
+        if config.r1_weight:
+            real = real.detach().requires_grad_()
+            metrics["r1"] = r1_penalty(real, discriminator(real))
+            loss = loss + 0.5 * config.r1_weight * metrics["r1"]
+        return loss
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        discriminator = [] if self.discriminator is None else [list(self.discriminator.parameters())]
+        return [list(self.codec.parameters()), *discriminator]
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"codec.{name}": p for name, p in self.codec.named_parameters()}
+
+    def inference_weights(self) -> dict[str, Tensor]:
+        return {name: value for name, value in super().inference_weights().items() if name.startswith("codec.")}
+
+    def before_training(self, images: Iterable[Tensor]) -> None:
+        self.codec.initialise(torch.cat(list(images)))
+
+    def after_training(self, images: Iterable[Tensor]) -> None:
+        with self.averaged_weights():
+            self.codec.eval().measure_scale(images)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for network in self.perceptual:
+            network.to(self.device)
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """Rows of eight pictures, each above the row of their reconstructions."""
+        decoded = self.codec.reconstruct(batch.image).image
+        rows = [row for pair in zip(batch.image.split(8), decoded.split(8), strict=True) for row in pair]
+        return {"reconstructions": torch.cat(rows).clamp(-1, 1)}

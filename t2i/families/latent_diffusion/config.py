@@ -1,0 +1,87 @@
+"""Configuration of latent diffusion conditioned on text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i.config import TextConfig, check
+from t2i.diffusion.objectives import Objective, check_objective
+from t2i.diffusion.schedules import ScheduleConfig
+from t2i.families.latent_diffusion.unet_config import UNetConfig
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A diffusion transformer (2212.09748) with cross-attention to text tokens.
+
+    patch_size: latent positions per token along each side
+    width, depth, heads: of the transformer
+    """
+
+    name: Literal["dit"]
+    patch_size: int = 2
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "depth", "heads", "mlp_ratio"):
+            check(getattr(self, key) >= 1, f"denoiser.{key}", getattr(self, key), "1 or more")
+        check(self.width % self.heads == 0, "denoiser.width", self.width, f"a multiple of heads ({self.heads})")
+        check(self.width % 4 == 0, "denoiser.width", self.width, "a multiple of 4, for the position embedding")
+
+
+@dataclass(frozen=True)
+class UNetDenoiserConfig(UNetConfig):
+    """The UNet. Its latent channels and context width are taken from the codec and the text encoder."""
+
+    name: Literal["unet"] = "unet"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """prediction: what the denoiser puts out
+    min_snr_gamma: loss weighting of 2303.09556; null weighs all times alike"""
+
+    prediction: Objective
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.min_snr_gamma is None or self.min_snr_gamma > 0
+        check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn while training, and what `t2i sample` does where its flags say nothing."""
+
+    sampler: Literal["ddim", "euler", "dpmpp_2m"]
+    steps: int
+    guidance_scale: float
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        check(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, "0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What stage=ldm trains.
+
+    autoencoder: "latest", a run folder or a file. A run that continues another keeps that one's codec
+        unless a path is given here
+    mask_padding: hides padding tokens from cross-attention; Stable Diffusion does not
+    """
+
+    autoencoder: str
+    denoiser: DiTConfig | UNetDenoiserConfig
+    schedule: ScheduleConfig
+    objective: ObjectiveConfig
+    text: TextConfig
+    sampling: SamplingConfig
+    mask_padding: bool = True
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective.prediction, self.schedule.name)

@@ -1,0 +1,114 @@
+"""Text-conditioned latent diffusion: codec, text encoder, denoiser and noise schedule as one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import check
+from t2i.diffusion.guidance import classifier_free
+from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
+from t2i.diffusion.samplers import sample
+from t2i.diffusion.schedules import build_schedule
+from t2i.families.latent_diffusion.config import Config, DiTConfig, UNetDenoiserConfig
+from t2i.families.latent_diffusion.dit import DiT
+from t2i.families.latent_diffusion.unet import UNet
+from t2i.interfaces import SampleRequest, TextFeatures
+from t2i.text import build_text_encoder
+from t2i.text.cache import CachedTextEncoder
+
+NUM_CACHED_CAPTIONS = 100_000
+
+
+class LatentDiffusion(nn.Module):
+    """codec: a frozen module that is a `t2i.interfaces.ImageCodec`; its weights are part of the state dict, so
+    that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not: it is loaded from
+    where the configuration says.
+    """
+
+    def __init__(self, config: Config, codec: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.codec: Any = codec.eval().requires_grad_(False)
+        self.schedule = build_schedule(config.schedule)
+        encoder: Any = build_text_encoder(config.text)
+        if encoder.trainable:
+            self.text: Any = encoder
+        else:
+            object.__setattr__(self, "text", CachedTextEncoder(encoder, max_entries=NUM_CACHED_CAPTIONS))
+        self.denoiser = build_denoiser(
+            config.denoiser, self.codec.latent_channels, encoder.token_dim, encoder.pooled_dim
+        )
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        super().train(mode)
+        self.codec.eval()
+        return self
+
+    def check_size(self, height_px: int, width_px: int, keys: tuple[str, str]) -> None:
+        """Raises ConfigError where pictures of this size cannot be made of whole latents and tokens."""
+        unit = self.codec.downsampling * latent_unit(self.config.denoiser)
+        for key, value in zip(keys, (height_px, width_px), strict=True):
+            check(value >= unit and value % unit == 0, key, value, f"multiples of {unit} with this model")
+
+    def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule."""
+        mask = text.mask if self.config.mask_padding else None
+        if isinstance(self.denoiser, DiT):
+            return self.denoiser(x, self.schedule.model_time(t), text.tokens, text.pooled, mask)
+        return self.denoiser(x, self.schedule.model_time(t), text.tokens, mask)
+
+    def loss(self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> Tensor:
+        """(B,) weighted squared errors of the prediction (DDPM, algorithm 1; flow matching, 2210.02747).
+
+        latent, eps: (B, C, h, w); t: (B,) times of the schedule
+        """
+        prediction = self.config.objective.prediction
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        x_t = self.schedule.add_noise(latent, eps, t)
+        error = self.denoise(x_t, t, text).float() - target(prediction, latent, eps, alpha, sigma)
+        weight = loss_weight(prediction, self.schedule.snr(t), self.config.objective.min_snr_gamma)
+        return weight * error.square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def generate(
+        self, request: SampleRequest, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1] on the model's device; see `t2i.interfaces.Generator`."""
+        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        text = self.text(list(request.prompts))
+        negative = self.text([request.negative_prompt] * len(request.prompts))
+        model = classifier_free(self.denoise, text, negative, request.guidance_scale)
+
+        def predict(x: Tensor, t: Tensor) -> Any:
+            return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
+
+        shape = self.codec.latent_shape(request.height_px, request.width_px)
+        noise = seeded_noise(request.seeds, shape).to(text.tokens.device)
+        latent = sample(predict, noise, self.schedule, request.sampler, request.steps, progress)
+        return self.codec.decode(latent).clamp(-1, 1)
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """(N, *shape) ~ N(0, I) on the CPU, row i from `torch.Generator("cpu").manual_seed(seeds[i])` alone."""
+    rows = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.cat(rows)
+
+
+def latent_unit(config: DiTConfig | UNetDenoiserConfig) -> int:
+    """Height and width of the latent must be multiples of this."""
+    return config.patch_size if isinstance(config, DiTConfig) else config.downsampling
+
+
+def build_denoiser(
+    config: DiTConfig | UNetDenoiserConfig, channels: int, context_dim: int, pooled_dim: int
+) -> nn.Module:
+    """The network that the configuration names, for a codec's channels and a text encoder's widths."""
+    if isinstance(config, DiTConfig):
+        return DiT(config, channels, context_dim, pooled_dim)
+    fitted = dataclasses.replace(config, in_channels=channels, out_channels=channels, context_dim=context_dim)
+    return UNet(fitted).to(memory_format=torch.channels_last)

@@ -1,0 +1,91 @@
+"""The latent diffusion stage (2112.10752): denoise the latents of a frozen codec, given the caption."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i import families
+from t2i.config import RunConfig
+from t2i.errors import CheckpointError
+from t2i.families.latent_diffusion.config import Config
+from t2i.families.latent_diffusion.model import LatentDiffusion
+from t2i.interfaces import Batch, SampleRequest
+from t2i.training import run_folder
+from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
+from t2i.training.stage import BaseStage
+
+log = logging.getLogger(__name__)
+
+
+class Stage(BaseStage):
+    """Trains the denoiser, and the text encoder where that learns with it."""
+
+    def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
+        super().__init__(config)
+        model: Config = config.model
+        builds_on = start if start is not None and model.autoencoder == "latest" else _autoencoder(config)
+        self.codec_config: dict[str, Any] = builds_on.extra.get("codec", builds_on.config)
+        self.model = build_model(model, self.codec_config)
+        size = config.resolution.size_px
+        self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
+        if start is not None:
+            load_into(self.model, start.weights, start.path, prefix="model.")
+        if builds_on is not start:
+            load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        shape = self.model.codec.latent_shape(*batch.image.shape[2:])
+        generator = self.step_generator()
+        t = self.this_process(self.model.schedule.sample_times(self.images_per_step, generator, self.device))
+        eps = self.noise(generator, shape)
+        with torch.no_grad():
+            latent = self.model.codec.encode(batch.image, self.noise(generator, shape))
+        losses = self.model.loss(latent, self.model.text(batch.caption), t, eps)
+        return {"loss": losses.mean()}
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        return {"codec": self.codec_config}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.model.text.to(self.device)
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """One picture per caption of the preview batch."""
+        sampling, size = self.config.model.sampling, self.config.resolution.size_px
+        request = SampleRequest(
+            prompts=batch.caption,
+            seeds=range(len(batch)),
+            height_px=size,
+            width_px=size,
+            steps=sampling.steps,
+            sampler=sampling.sampler,
+            guidance_scale=sampling.guidance_scale,
+        )
+        return {"samples": self.model.generate(request)}
+
+
+def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion:
+    """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level
+    mapping of the autoencoder's run) says."""
+    codec = families.load(codec_config["family"], "codec").from_checkpoint(codec_config)
+    return LatentDiffusion(config, codec)
+
+
+def _autoencoder(config: RunConfig) -> LoadedCheckpoint:
+    place = config.model.autoencoder
+    if place == "latest":
+        found = run_folder.newest_run(config.runs_dir, "autoencoder")
+        if found is None:
+            raise CheckpointError(
+                f"stage={config.stage} builds on an autoencoder, and {config.runs_dir}/autoencoder holds none: "
+                "train one with `t2i train stage=autoencoder`, or give autoencoder=RUN or FILE."
+            )
+        place = str(found)
+    log.info("builds on the autoencoder %s", place)
+    return load(run_folder.weights_file(Path(place)))

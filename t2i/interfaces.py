@@ -1,0 +1,144 @@
+"""The few records and Protocols that rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One batch of captioned pictures, as the read path gives it to a stage.
+
+    image: (B, 3, H, W) float32 in [-1, 1]
+    caption: B strings; "" where text dropout removed the caption
+    key: B strings, unique within the dataset
+    original_size: (B, 2) int64, height and width in pixels of the source picture
+    crop: (B, 2) int64, top and left of the crop in pixels after resizing
+    metadata: B dictionaries, the sample's JSON
+    bad: how many samples could not be read while this batch was filled, by cause
+    """
+
+    image: Tensor
+    caption: list[str]
+    key: list[str]
+    original_size: Tensor
+    crop: Tensor
+    metadata: list[dict[str, Any]]
+    bad: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """A copy with its tensors on `device`."""
+        return Batch(
+            image=self.image.to(device, non_blocking=non_blocking),
+            caption=self.caption,
+            key=self.key,
+            original_size=self.original_size.to(device, non_blocking=non_blocking),
+            crop=self.crop.to(device, non_blocking=non_blocking),
+            metadata=self.metadata,
+            bad=self.bad,
+        )
+
+    def pin_memory(self) -> Batch:
+        """A copy with its tensors in page-locked memory (called by the DataLoader)."""
+        return Batch(
+            image=self.image.pin_memory(),
+            caption=self.caption,
+            key=self.key,
+            original_size=self.original_size.pin_memory(),
+            crop=self.crop.pin_memory(),
+            metadata=self.metadata,
+            bad=self.bad,
+        )
+
+
+@dataclass
+class TextFeatures:
+    """What a text encoder says of B captions.
+
+    tokens: (B, L, D) float, one state per token
+    pooled: (B, P) float, one vector per caption
+    mask: (B, L) bool, True where the token is part of the caption (False: padding)
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextFeatures:
+        """A copy on `device`, the floating tensors as `dtype`."""
+        return TextFeatures(
+            tokens=self.tokens.to(device, dtype), pooled=self.pooled.to(device, dtype), mask=self.mask.to(device)
+        )
+
+
+class TextEncoder(Protocol):
+    """Captions in, features out. Implementations are `torch.nn.Module`s.
+
+    token_dim: D, width of the token states
+    pooled_dim: P, width of the pooled vector
+    max_tokens: L, length that captions are padded or cut to
+    trainable: False for frozen encoders, whose weights never enter a stage's checkpoint
+    """
+
+    token_dim: int
+    pooled_dim: int
+    max_tokens: int
+    trainable: bool
+
+    def __call__(self, captions: Sequence[str]) -> TextFeatures: ...
+
+
+class ImageCodec(Protocol):
+    """Pictures to latents and back. Implementations are `torch.nn.Module`s.
+
+    downsampling: pixels of the picture per latent position along each side
+    latent_channels: C
+    """
+
+    downsampling: int
+    latent_channels: int
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f) scaled to about unit variance: a sample of the
+        posterior, made with `noise` ~ N(0, I) of that shape, or its mode where that is None."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w), scaled as `encode` gives them -> (B, 3, h*f, w*f), about [-1, 1], not clamped."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw. Picture i takes prompts[i] and its noise from `torch.Generator("cpu")` seeded with
+    seeds[i], so that it depends neither on the batch nor on the device."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    height_px: int
+    width_px: int
+    steps: int
+    sampler: str
+    guidance_scale: float
+    negative_prompt: str = ""
+
+
+class Generator(Protocol):
+    """Any family's way from prompts to pictures."""
+
+    default_size_px: int
+
+    def generate(self, request: SampleRequest) -> Tensor:
+        """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]."""
+        ...

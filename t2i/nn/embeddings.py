@@ -1,0 +1,42 @@
+"""Fixed sinusoidal embeddings of times and positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """t: (B,) times, whole or fractional; dim: even -> (B, dim) float32, cosines first, then sines, of
+    frequencies from 1 down to about 1 / max_period (arXiv:2006.11239, in the order of Stable Diffusion).
+    Raises ValueError where `dim` is odd."""
+    if dim % 2:
+        raise ValueError(f"timestep_embedding needs an even dim, got {dim}")
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def sincos_2d(height: int, width: int, dim: int, scale: float = 1.0) -> Tensor:
+    """Position embedding of a grid -> (height * width, dim) float32, rows of the grid first.
+
+    The first half of `dim` embeds the column and the second half the row, each as sines, then cosines
+    (arXiv:2212.09748, following arXiv:2111.06377). Positions are index / scale: a model that has learned a
+    32 x 32 grid meets the positions it knows on a 64 x 64 one at scale 2.
+    Raises ValueError where `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sincos_2d needs a dim divisible by 4, got {dim}")
+    quarter = dim // 4
+    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row = torch.arange(height, dtype=torch.float64)[:, None] / scale * frequency
+    column = torch.arange(width, dtype=torch.float64)[:, None] / scale * frequency
+    column_embedding = torch.cat([column.sin(), column.cos()], dim=1)
+    row_embedding = torch.cat([row.sin(), row.cos()], dim=1)
+    grid = torch.cat(
+        [column_embedding[None].expand(height, -1, -1), row_embedding[:, None].expand(-1, width, -1)], dim=2
+    )
+    return grid.flatten(0, 1).float()

@@ -1,0 +1,26 @@
+"""Text encoders behind `t2i.interfaces.TextEncoder`; each module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from t2i.config import TextConfig
+from t2i.interfaces import TextEncoder
+
+
+def build_text_encoder(config: TextConfig) -> TextEncoder:
+    """The encoder that `config.name` names. Raises ConfigError or CheckpointError at once, without waiting for
+    a network, where its weights are not there and `config.allow_download` is false."""
+    if config.name == "clip":
+        from t2i.text.clip import ClipTextEncoder
+
+        return ClipTextEncoder(config.model, config.max_tokens, config.allow_download)
+    if config.name == "open_clip":
+        from t2i.text.open_clip import OpenClipTextEncoder
+
+        return OpenClipTextEncoder(config.model, config.weights, config.max_tokens, config.allow_download)
+    if config.name == "minilm":
+        from t2i.text.minilm import MiniLMTextEncoder
+
+        return MiniLMTextEncoder(config.max_tokens)
+    from t2i.text.learned import LearnedTextEncoder
+
+    return LearnedTextEncoder(config.max_tokens, config.width, config.depth, config.heads)

@@ -1,0 +1,68 @@
+"""OpenCLIP's text transformer (Cherti et al., arXiv:2212.07143): Stable Diffusion 2's encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import TextTransformer
+
+from t2i.errors import CheckpointError, ConfigError
+from t2i.interfaces import TextFeatures
+from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
+
+
+class OpenClipTextEncoder(FrozenTextEncoder):
+    """tokens: the states of the last layer but one, after the final layer norm and with those of the padding,
+    as Stable Diffusion 2 conditions on them; pooled: CLIP's text embedding, projected, not normalised.
+
+    model: architecture name ("ViT-H-14")
+    weights: local file (.safetensors, or .pt read with weights_only), or the tag of published weights
+        ("laion2b_s32b_b79k"), which is fetched only where `allow_download` is true
+    Raises ConfigError, or CheckpointError where the weights are missing or do not fit.
+    """
+
+    def __init__(
+        self, model: str | None, weights: str | None, max_tokens: int = 77, allow_download: bool = False
+    ) -> None:
+        if model not in open_clip.list_models():
+            raise ConfigError(
+                f"text.model is {model!r}; allowed for open_clip: an architecture of open_clip.list_models()."
+            )
+        if weights is None or not (allow_download or Path(weights).is_file()):
+            raise CheckpointError(
+                f"text.weights is {weights!r}; allowed for open_clip: an existing file, or a tag of published "
+                "weights with text.allow_download=true."
+            )
+        text = open_clip.get_model_config(model)["text_cfg"]
+        if "hf_model_name" in text or "hf_tokenizer_name" in text:
+            raise ConfigError(
+                f"text.model {model} reads text with a model of its own; allowed: CLIP's transformer."
+            )
+        check_max_tokens(max_tokens, text.get("context_length", 77), model)
+        try:
+            clip = open_clip.create_model(
+                model, pretrained=weights, force_custom_text=True, weights_only=True
+            )
+        except Exception as error:  # whatever the readers of four file formats raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"text.weights {weights!r} do not load into {model}: {reason}.") from error
+        tower: TextTransformer = clip.text
+        if tower.attn_mask is not None:
+            tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()
+        super().__init__(tower.width, tower.output_dim, max_tokens)
+        self.tokenizer = SimpleTokenizer(context_length=max_tokens)
+        self.tower = tower
+        self.freeze()
+
+    def encode(self, captions: list[str]) -> TextFeatures:
+        ids = self.tokenizer(captions).to(self.device)
+        states = self.tower.forward_intermediates(
+            ids,
+            indices=[len(self.tower.transformer.resblocks) - 2],
+            normalize_intermediates=True,
+            output_fmt="NLC",
+        )
+        mask = mask_up_to_end(ids, self.tokenizer.eot_token_id)
+        return TextFeatures(states["text_intermediates"][0], states["text_features"], mask)

@@ -1,0 +1,249 @@
+"""What happens around a train step: progress, metrics, pictures, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from t2i.interfaces import Batch
+from t2i.training.pictures import grid, save_png, to_uint8
+from t2i.training.run_folder import checkpoints
+from t2i.training.stage import BaseStage
+
+log = logging.getLogger(__name__)
+
+
+def crossed(images_seen: int, images_per_step: int, every_images: int) -> bool:
+    """Whether the step that ended at `images_seen` passed a multiple of `every_images` (0: never)."""
+    return bool(every_images) and images_seen // every_images > (images_seen - images_per_step) // every_images
+
+
+class StopAtEnd(Callback):
+    """Ends the fit when trainer.num_images were seen."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if stage.images_seen >= stage.config.trainer.num_images:
+            trainer.should_stop = True
+
+
+class Metrics(Callback):
+    """Averages each metric over log_every_steps on the device, then sends it to every logger with the step and
+    the images seen. The host waits for the device only then."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bad: dict[str, int] = {}
+        self.since = (time.perf_counter(), 0)
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        self.since = (time.perf_counter(), stage.images_seen)
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        for name, value in stage.metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        for cause, count in batch.bad.items():
+            self.bad[cause] = self.bad.get(cause, 0) + count
+        if stage.steps_done % stage.config.trainer.log_every_steps:
+            return
+        now, (then, images_then) = time.perf_counter(), self.since
+        self.latest = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        values = {
+            "images": stage.images_seen,
+            **self.latest,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": (stage.images_seen - images_then) / (now - then),
+            **{f"bad_{cause}": count for cause, count in self.bad.items()},
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=stage.steps_done)
+        self.sums, self.counts, self.since = {}, {}, (now, stage.images_seen)
+
+
+class Forecast(Callback):
+    """Says how long the run will take, from its first steps: after one step where that is slow, else after
+    three (the first of a run is slower than the rest)."""
+
+    def __init__(self) -> None:
+        self.began: float | None = None
+        self.fastest = float("inf")
+        self.steps = 0
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        left = stage.config.trainer.num_images - stage.images_seen
+        log.info("%d images to go at %d px on %s", left, stage.config.resolution.size_px, stage.device)
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.began is None:
+            return
+        now = time.perf_counter()
+        self.fastest, self.began, self.steps = min(self.fastest, now - self.began), now, self.steps + 1
+        if self.steps == 3 or self.fastest > 2:
+            left = stage.config.trainer.num_images - stage.images_seen
+            log.info("about %s at %.1f s a step; Ctrl-C saves and stops",
+                     duration(self.fastest * left / stage.images_per_step), self.fastest)
+            self.began = None
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit a person would use: "40 seconds", "12 minutes", "3.5 hours", "9.1 days"."""
+    for size, unit in ((86_400, "days"), (3_600, "hours")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+
+
+class ProgressBar(Callback):
+    """A bar in images with images/s, time left and the loss; a line every minute where there is no terminal."""
+
+    def __init__(self, console: Console, metrics: Metrics) -> None:
+        self.console, self.metrics = console, metrics
+        self.progress: Progress | None = None
+        self.last_line = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        self.last_line = time.monotonic()
+        if not (trainer.is_global_zero and self.console.is_terminal):
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TextColumn("{task.fields[rate]:.0f}/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            console=self.console,
+        )
+        description = f"{stage.config.stage} {stage.config.resolution.size_px}px"
+        total, done = stage.config.trainer.num_images, stage.images_seen
+        self.task = self.progress.add_task(description, total=total, completed=done, rate=0.0, loss=float("nan"))
+        self.progress.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        loss = self.metrics.latest.get("loss", float("nan"))
+        if self.progress is not None:
+            rate = self.progress.tasks[0].speed or 0.0
+            done = min(stage.images_seen, stage.config.trainer.num_images)
+            self.progress.update(self.task, completed=done, rate=rate, loss=loss)
+        elif trainer.is_global_zero and time.monotonic() - self.last_line > 60:
+            self.last_line = time.monotonic()
+            self.console.print(f"{stage.images_seen} of {stage.config.trainer.num_images} images, loss {loss:.4f}")
+
+    def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
+        self.close()
+
+    def on_exception(self, trainer: L.Trainer, stage: Any, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+class Pictures(Callback):
+    """samples/<name>_<step>.png every sample_every_images and at the end, also to TensorBoard and wandb."""
+
+    def __init__(self, folder: Path, batch: Batch) -> None:
+        self.folder, self.batch = folder, batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.sample_every_images):
+            self.draw(trainer, stage)
+
+    def draw(self, trainer: L.Trainer, stage: BaseStage) -> None:
+        """Draws with the averaged weights. All processes draw, since the model may be spread over them; the
+        first writes."""
+        was_training = stage.training
+        stage.eval()
+        with torch.no_grad(), stage.averaged_weights():
+            drawn = stage.draw(self.batch.to(stage.device))
+        stage.train(was_training)
+        if not trainer.is_global_zero:
+            return
+        for name, images in drawn.items():
+            sheet = grid(images, columns=8)
+            save_png(sheet, self.folder / "samples" / f"{name}_{stage.steps_done:06d}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(name, to_uint8(sheet), stage.steps_done)
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image(name, [to_uint8(sheet).permute(1, 2, 0).numpy()], step=stage.steps_done)
+
+
+class Checkpoints(Callback):
+    """checkpoints/step_000100.ckpt every checkpoint_every_images; written whole or not at all, the oldest
+    beyond keep_checkpoints removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.checkpoint_every_images):
+            self.save(trainer, stage)
+
+    def save(self, trainer: L.Trainer, stage: BaseStage) -> Path:
+        """Writes the present state; returns its file."""
+        path = self.folder / "checkpoints" / f"step_{stage.steps_done:06d}.ckpt"
+        temporary = path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(path)
+            for old in checkpoints(self.folder)[: -stage.config.trainer.keep_checkpoints]:
+                old.unlink()
+        return path
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C (or SIGTERM, SIGUSR1) ends the fit after the step in progress, on all processes at the same
+    step; a second Ctrl-C ends it at once. The handler only sets a flag: saving inside it would lose the
+    batch in flight."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.received: int | None = None
+        self.stopped = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        for number in self.SIGNALS:
+            self.previous[number] = signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        self.say("Stopping after this step, to save. Press Ctrl-C again to stop without saving.")
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        flag = torch.tensor(float(self.received is not None))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flag = flag.to(stage.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item():
+            self.stopped = trainer.should_stop = True
+
+    def restore(self) -> None:
+        """Gives the signals back to their former handlers."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

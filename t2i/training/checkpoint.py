@@ -1,0 +1,96 @@
+"""Reading weights safely, and writing the final ones as safetensors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from t2i.config import run_to_dict
+from t2i.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from t2i.training.stage import BaseStage
+
+
+@dataclass
+class LoadedCheckpoint:
+    """weights: trained and frozen weights by name, the averaged ones in place of the raw where there are any
+    config: the run's resolved configuration
+    extra: what the stage added (see BaseStage.checkpoint_extra)
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
+    """Reads a .ckpt or .safetensors file that t2i wrote. Nothing in the file can run code: pickles are read
+    with weights_only=True. Raises CheckpointError where the file is foreign, unsafe or cut short."""
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read without running code from it; refused."
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}.") from error
+    if not isinstance(saved, dict) or "t2i" not in saved:
+        raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i'.")
+    weights = dict(saved["state_dict"])
+    if use_ema:
+        weights.update(saved.get("ema", {}))
+    return LoadedCheckpoint(path, weights, saved["t2i"]["config"], saved["t2i"]["extra"])
+
+
+def save_final(stage: BaseStage, path: Path) -> None:
+    """The weights for use, averaged where the stage has an EMA, with config and extras in the header."""
+    header = {"config": run_to_dict(stage.config), "extra": stage.checkpoint_extra()}
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(contiguous, temporary, metadata={"t2i": json.dumps(header)})
+    temporary.replace(path)
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:
+    """Copies the weights whose names begin with `prefix` (which is taken off) into `module`. All names and
+    shapes must fit; the error names the first that do not."""
+    chosen = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - chosen.keys()), sorted(chosen.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source} does not fit the model: {len(missing)} weights are missing {missing[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}."
+        )
+    for name, value in chosen.items():
+        if own[name].shape != value.shape:
+            raise CheckpointError(
+                f"{source} does not fit the model: {name} has shape {tuple(value.shape)}, "
+                f"the model wants {tuple(own[name].shape)}."
+            )
+    module.load_state_dict(chosen)
+
+
+def _load_safetensors(path: Path) -> LoadedCheckpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("t2i", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    if header is None:
+        raise CheckpointError(f"{path} was not written by t2i: its header has no entry 't2i'.")
+    return LoadedCheckpoint(path, weights, header["config"], header["extra"])

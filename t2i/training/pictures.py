@@ -1,0 +1,44 @@
+"""Tensors to PNG: single pictures and grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """(..., 3, H, W) float in [-1, 1] -> the same shape, uint8, rounded and clamped."""
+    return image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) float in [-1, 1] -> an RGB picture."""
+    return Image.fromarray(np.ascontiguousarray(to_uint8(image).permute(1, 2, 0).numpy()))
+
+
+def grid(images: Tensor, columns: int, gap_px: int = 2) -> Tensor:
+    """(N, 3, H, W) -> (3, rows*(H+gap)-gap, columns*(W+gap)-gap), row by row, on white."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = images.new_ones(
+        channels, rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, device="cpu"
+    )
+    for i, image in enumerate(images.detach().cpu()):
+        top, left = (i // columns) * (height + gap_px), (i % columns) * (width + gap_px)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(image: Tensor, path: Path, **text: str) -> None:
+    """Writes (3, H, W) in [-1, 1] as PNG, with `text` as its text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(image).save(path, pnginfo=info)

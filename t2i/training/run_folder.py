@@ -1,0 +1,138 @@
+"""Run folders: runs/<stage>/<name>/ with config.yaml, metrics.csv, checkpoints/, samples/, environment.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from t2i.errors import CheckpointError
+
+RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
+FINAL_WEIGHTS = "model.safetensors"
+
+
+def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
+    """The folder of a new run, made if absent, with runs/<stage>/latest pointing to it.
+
+    Further processes of the same run (Lightning starts them with this one's environment) get the same
+    folder. A name that was used before gets "-2", "-3", ... so that no run is ever written over.
+    """
+    if inherited := os.environ.get(RUN_FOLDER_VARIABLE):
+        return Path(inherited)
+    name = name or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder, copy = Path(runs_dir) / stage / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            copy += 1
+            folder = Path(runs_dir) / stage / f"{name}-{copy}"
+    return enter(folder)
+
+
+def enter(folder: Path) -> Path:
+    """Makes `folder` the run of this process and of those it starts, and the stage's latest."""
+    os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+    for sub in ("checkpoints", "samples"):
+        (folder / sub).mkdir(exist_ok=True)
+    link = folder.parent / "latest"
+    fresh = link.with_name(f".latest.{os.getpid()}")
+    fresh.symlink_to(folder.name)
+    fresh.replace(link)
+    return folder
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """config.yaml: the resolved configuration."""
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run, as a plain mapping."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a run folder: it has no config.yaml.")
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def write_environment(folder: Path, device: str) -> None:
+    """environment.json: versions, commit and device, for whoever has to repeat the run."""
+    packages = ("t2i", "torch", "lightning", "webdataset", "transformers", "open_clip_torch", "numpy")
+    values = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "device": device,
+        "host": platform.node(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    (folder / "environment.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def runs(runs_dir: str | Path, stage: str) -> list[Path]:
+    """Run folders of a stage that hold a checkpoint, oldest checkpoint first."""
+    parent = Path(runs_dir) / stage
+    folders = [p for p in parent.glob("*") if not p.is_symlink() and checkpoints(p)] if parent.is_dir() else []
+    return sorted(folders, key=lambda p: checkpoints(p)[-1].stat().st_mtime)
+
+
+def newest_run(runs_dir: str | Path, stage: str, below_px: int | None = None) -> Path | None:
+    """The run of `stage` with the newest checkpoint; with below_px, among those of a lower resolution."""
+    found = runs(runs_dir, stage)
+    if below_px is not None:
+        found = [p for p in found if read_config(p)["resolution"]["size_px"] < below_px]
+    return found[-1] if found else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, in the order of their steps."""
+    return sorted((folder / "checkpoints").glob("step_*.ckpt"))
+
+
+def weights_file(place: str | Path) -> Path:
+    """The file to read weights from, given a run folder or a file: of a run the final weights, or else the
+    checkpoint with the most steps. Raises CheckpointError with a sentence where there is none."""
+    path = Path(place)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a run folder, a .ckpt or a .safetensors file.")
+    saved = checkpoints(path)
+    final = path / FINAL_WEIGHTS
+    if final.is_file() and (not saved or final.stat().st_mtime >= saved[-1].stat().st_mtime):
+        return final
+    if not saved:
+        raise CheckpointError(f"{path} holds no checkpoint yet (checkpoints/step_*.ckpt, {FINAL_WEIGHTS}).")
+    return saved[-1]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that the code is at, where the code is in a git checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

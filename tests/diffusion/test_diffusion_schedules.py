@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t2i.config import parse
+from t2i.diffusion import (
+    DiscreteSchedule,
+    FlowSchedule,
+    Prediction,
+    ScheduleConfig,
+    betas,
+    build_schedule,
+    sample,
+)
+from t2i.errors import ConfigError
+
+DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+
+def discrete(name: str = "scaled_linear") -> DiscreteSchedule:
+    schedule = build_schedule(ScheduleConfig(name))
+    assert isinstance(schedule, DiscreteSchedule)
+    return schedule
+
+
+@pytest.mark.parametrize("name", DIFFUSERS_NAME)
+def test_betas_and_add_noise_match_diffusers(name):
+    reference = DDPMScheduler(1000, 0.00085, 0.012, DIFFUSERS_NAME[name])
+    torch.testing.assert_close(
+        betas(name, 1000, 0.00085, 0.012), reference.betas.double(), atol=1e-7, rtol=1e-5
+    )
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 64, 3, 4, 4, generator=g)
+    t = torch.randint(1000, (64,), generator=g)
+    t[:2] = torch.tensor([0, 999])
+    torch.testing.assert_close(
+        discrete(name).add_noise(x0, eps, t), reference.add_noise(x0, eps, t), atol=1e-5, rtol=0
+    )
+
+
+def test_scaled_linear_is_linear_in_the_square_root():
+    root = betas("scaled_linear", 10, 0.01, 0.04).sqrt()
+    assert root[0] == pytest.approx(0.1)
+    assert root[-1] == pytest.approx(0.2)
+    torch.testing.assert_close(root.diff(), root.diff().mean().expand(9))
+
+
+@pytest.mark.parametrize("name", DIFFUSERS_NAME)
+def test_discrete_schedules_preserve_variance_and_lose_signal(name):
+    schedule = discrete(name)
+    alpha, sigma = schedule.alpha_sigma(torch.arange(1000))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000))
+    torch.testing.assert_close(alpha.double() ** 2, schedule.alphas_cumprod, atol=1e-7, rtol=1e-5)
+    assert (schedule.snr(torch.arange(1000)).diff() < 0).all()
+
+
+@given(t=st.floats(0, 999))
+def test_fractional_times_interpolate_the_noise_level_linearly(t):
+    schedule = discrete()
+    level = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
+    low = min(int(t), 998)
+    expected = level[low] * (low + 1 - t) + level[low + 1] * (t - low)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+    torch.testing.assert_close(sigma / alpha, expected[None])
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1, dtype=torch.float64))
+
+
+def test_whole_times_are_the_same_as_integers_and_as_floats():
+    whole = discrete().alpha_sigma(torch.arange(1000))
+    floating = discrete().alpha_sigma(torch.arange(1000).float())
+    assert torch.equal(whole[0], floating[0])
+    assert torch.equal(whole[1], floating[1])
+
+
+@given(t=st.floats(0, 1), shift=st.floats(0.1, 10))
+def test_flow_is_a_straight_line_whatever_the_shift(t, shift):
+    x0, eps = torch.tensor([[[2.0, -1.0]]]), torch.tensor([[[0.5, 3.0]]])
+    x_t = FlowSchedule(shift=shift).add_noise(x0, eps, torch.tensor([t]))
+    torch.testing.assert_close(x_t, x0 + t * (eps - x0))
+
+
+def test_flow_snr_runs_from_infinity_to_zero():
+    snr = FlowSchedule().snr(torch.tensor([0.0, 0.5, 1.0]))
+    assert snr.tolist() == [math.inf, 1.0, 0.0]
+
+
+def test_model_time_runs_up_to_the_number_of_train_steps():
+    discrete_time = discrete().model_time(torch.tensor([0, 999]))
+    flow_time = FlowSchedule().model_time(torch.tensor([0.0, 0.25, 1.0]))
+    assert discrete_time.is_floating_point()
+    assert discrete_time.tolist() == [0, 999]
+    assert flow_time.tolist() == [0, 250, 1000]
+
+
+@pytest.mark.parametrize("config", [ScheduleConfig("linear"), ScheduleConfig("flow")], ids=lambda c: c.name)
+def test_sample_times_are_uniform_and_follow_their_generator(config):
+    schedule = build_schedule(config)
+    t = schedule.sample_times(50_000, torch.Generator().manual_seed(1), "cpu")
+    again = schedule.sample_times(50_000, torch.Generator().manual_seed(1), "cpu")
+    assert torch.equal(t, again)
+    share = t.double() / (999 if config.name == "linear" else 1)
+    assert 0 <= share.min() < 0.001
+    assert 0.999 < share.max() <= 1
+    deciles = torch.quantile(share, torch.arange(1, 10).double() / 10)
+    torch.testing.assert_close(deciles, torch.arange(1, 10).double() / 10, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_logit_normal_times_are_normal_in_the_logit(shift):
+    schedule = FlowSchedule(shift=shift, time_distribution="logit_normal")
+    logit = torch.logit(schedule.sample_times(50_000, torch.Generator().manual_seed(2), "cpu").double())
+    # The shift multiplies t / (1 - t), so it adds log(shift) to the logit.
+    assert logit.mean().item() == pytest.approx(math.log(shift), abs=0.02)
+    assert logit.std().item() == pytest.approx(1, abs=0.02)
+
+
+@given(steps=st.integers(1, 999), spacing=st.sampled_from(["leading", "linspace", "trailing"]))
+def test_discrete_times_decrease_within_the_schedule(steps, spacing):
+    t = discrete().times(steps, spacing)
+    assert t.shape == (steps,)
+    assert (t.diff() < 0).all()
+    assert t.min() >= 0
+    assert t.max() <= 999
+    if spacing != "leading":
+        assert t[0] == 999
+
+
+def test_flow_times_take_the_shift_once():
+    t = torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(FlowSchedule(shift=3).times(4, "trailing"), 3 * t / (1 + 2 * t))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "sigmoid"}, "schedule.name is 'sigmoid'"),
+        ({"name": "linear", "num_train_steps": 1}, "schedule.num_train_steps is 1"),
+        ({"name": "linear", "beta_start": 0.0}, "schedule.beta_start is 0.0"),
+        ({"name": "linear", "beta_start": 0.02, "beta_end": 0.01}, "schedule.beta_end is 0.01"),
+        ({"name": "linear", "beta_end": 1.0}, "schedule.beta_end is 1.0"),
+        ({"name": "flow", "shift": 0.0}, "schedule.shift is 0.0"),
+        ({"name": "linear", "shift": 3.0}, "schedule.shift is 3.0; allowed: 1 with"),
+        ({"name": "flow", "time_distribution": "normal"}, "schedule.time_distribution is 'normal'"),
+        ({"name": "cosine", "time_distribution": "logit_normal"}, "allowed: uniform with"),
+    ],
+)
+def test_config_refuses(values, said):
+    with pytest.raises(ConfigError, match=said):
+        ScheduleConfig(**values)
+    with pytest.raises(ConfigError):
+        parse(ScheduleConfig, values, "schedule.")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "said"),
+    [
+        ("linear", {"sampler": "plms"}, "sampler is 'plms'; allowed: ddim, euler, dpmpp_2m"),
+        ("linear", {"steps": 0}, "steps is 0; allowed: 1 to 999 with the leading spacing"),
+        ("linear", {"steps": 1000}, "steps is 1000; allowed: 1 to 999"),
+        ("linear", {"steps": 1001, "spacing": "trailing"}, "steps is 1001; allowed: 1 to 1000"),
+        ("linear", {"steps": 0, "sampler": "dpmpp_2m"}, "steps is 0; allowed: 1 to 999 for dpmpp_2m"),
+        ("linear", {"steps": 1000, "sampler": "dpmpp_2m"}, "steps is 1000; allowed: 1 to 999 for dpmpp_2m"),
+        ("linear", {"steps": 999, "sampler": "dpmpp_2m", "spacing": "leading"}, "allowed: 1 to 998"),
+        ("linear", {"spacing": "karras"}, "spacing is 'karras'; allowed: leading, linspace, trailing"),
+        ("linear", {"sampler": "euler", "eta": 0.5}, "eta is 0.5; allowed"),
+        ("linear", {"eta": 1.5}, "eta is 1.5; allowed"),
+        ("flow", {"spacing": "leading"}, "spacing is 'leading'; allowed: trailing, linspace"),
+        ("flow", {"steps": 0}, "steps is 0; allowed: 1 or more"),
+    ],
+)
+def test_sample_refuses(schedule, options, said):
+    options = {"sampler": "ddim", "steps": 10} | options
+    with pytest.raises(ConfigError, match=said):
+        sample(
+            lambda x, t: Prediction(x, x),
+            torch.zeros(1, 2),
+            build_schedule(ScheduleConfig(schedule)),
+            **options,
+        )
+
+
+@settings(max_examples=30)
+@given(steps=st.integers(1, 998))
+def test_every_allowed_number_of_steps_works_for_every_sampler(steps):
+    schedule = discrete()
+    for sampler, spacing in [("dpmpp_2m", "leading"), ("dpmpp_2m", "linspace"), ("ddim", "leading")]:
+        asked: list[float] = []
+
+        def denoise(x, t, asked=asked):
+            asked.append(t.item())
+            return Prediction(x, x)
+
+        sample(denoise, torch.zeros(1, 1), schedule, sampler, steps, spacing=spacing)
+        assert len(set(asked)) == steps
+        assert all(t == round(t) and 0 <= t <= 999 for t in asked)

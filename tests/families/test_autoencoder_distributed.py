@@ -1,0 +1,84 @@
+"""Two processes give what one gives: codebook, adaptive weight and the single backward pass under DDP."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from t2i.families.autoencoder.discriminator import PatchDiscriminator
+from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
+from t2i.families.autoencoder.quantize import Codebook
+
+
+class TinyGan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 3, 3, padding=1)
+        self.discriminator = PatchDiscriminator(base_channels=4, num_layers=2)
+
+    def forward(self, image):
+        fake = self.last(self.first(image).tanh())
+        gan = gan_losses(self.discriminator, image, fake)
+        reconstruction = (fake - image).abs().mean()
+        weight = adaptive_weight(reconstruction, gan.generator, self.last.weight)
+        return reconstruction + weight * gan.generator + gan.discriminator, weight
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    images[2:] *= 3  # the ranks' halves differ, and so would their own adaptive weights
+    return images, torch.randn(6, 4, 3, 4, 4, generator=generator)
+
+
+def run(rank: int, world: int) -> dict:
+    images, latents = data()
+    mine = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
+    torch.manual_seed(0)
+    gan = TinyGan()
+    module = nn.parallel.DistributedDataParallel(gan) if world > 1 else gan
+    loss, weight = module(images[mine])
+    loss.backward()
+    torch.manual_seed(rank)  # the codebooks start unequal: the first batch must make them equal
+    book = Codebook(8, 3, restart_below=0.5, ema_decay=0.8)
+    history = []
+    for step, z in enumerate(latents):
+        if step == 1:  # from here on both worlds have the same codes
+            book.codes.copy_(torch.linspace(-2, 2, 24).view(8, 3))
+            book.cluster_size.fill_(8.0)
+            book.cluster_sum.copy_(8.0 * book.codes)
+            book.restart_below = 1e-9
+        if step == 4:
+            book.restart_below = 0.5
+        result = book(z[mine])
+        history.append((book.codes.clone(), result.perplexity, result.usage))
+    return {
+        "grads": {name: p.grad for name, p in gan.named_parameters()},
+        "weight": weight,
+        "history": history,
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(run(rank, 2), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = run(0, 1)
+    assert first["weight"] == second["weight"]
+    torch.testing.assert_close(first["weight"], alone["weight"])
+    for name, grad in alone["grads"].items():
+        torch.testing.assert_close(first["grads"][name], grad, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(first["grads"][name], second["grads"][name])
+    for (codes, *_), (twin, *_) in zip(first["history"], second["history"], strict=True):
+        assert torch.equal(codes, twin)  # restarts included
+    for ours, theirs in zip(first["history"][1:4], alone["history"][1:4], strict=True):
+        torch.testing.assert_close(ours, theirs)  # equal statistics: the sums run over both halves

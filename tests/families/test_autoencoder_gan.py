@@ -1,0 +1,157 @@
+"""The adversarial losses and the patch discriminator: gradients, closed forms, one pass for both sides."""
+
+import pytest
+import torch
+from torch import nn
+
+from t2i.families.autoencoder.discriminator import PatchDiscriminator
+from t2i.families.autoencoder.losses import (
+    adaptive_weight,
+    frozen_forward,
+    gan_losses,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    r1_penalty,
+    vanilla_discriminator_loss,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def small_discriminator() -> PatchDiscriminator:
+    return PatchDiscriminator(base_channels=8, num_layers=2)
+
+
+@pytest.mark.parametrize(("size", "out"), [(24, 1), (32, 2), (64, 6), (256, 30)])
+def test_patch_grid(size, out):
+    with torch.device("meta"):
+        assert PatchDiscriminator()(torch.zeros(2, 3, size, size)).shape == (2, 1, out, out)
+
+
+def test_receptive_field_is_70_px():
+    discriminator = PatchDiscriminator(base_channels=8).double()
+    # Without the norms, which see the whole picture.
+    layers = [m for m in discriminator.layers if not isinstance(m, nn.GroupNorm)]
+    discriminator.layers = nn.Sequential(*layers)
+    image = torch.randn(1, 3, 256, 256, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(discriminator(image)[0, 0, 15, 15], image)
+    rows = grad.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+
+
+def test_one_picture_does_not_change_anothers_logits():
+    discriminator = small_discriminator()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(discriminator(images)[:1], discriminator(images[:1]))
+
+
+def test_initial_weights():
+    discriminator = PatchDiscriminator()
+    weights = torch.cat([m.weight.flatten() for m in discriminator.modules() if isinstance(m, nn.Conv2d)])
+    assert weights.mean().abs() < 1e-3
+    torch.testing.assert_close(weights.std(), torch.tensor(0.02), rtol=0.01, atol=0)
+
+
+def test_losses_in_closed_form():
+    real, fake = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([-3.0, 0.0, 1.0])
+    torch.testing.assert_close(hinge_discriminator_loss(real, fake), torch.tensor((2.5 / 3 + 3.0 / 3) / 2))
+    torch.testing.assert_close(hinge_generator_loss(fake), torch.tensor(2.0 / 3))
+    bce = nn.functional.binary_cross_entropy_with_logits
+    expected = 0.5 * (bce(real, torch.ones(3)) + bce(fake, torch.zeros(3)))
+    torch.testing.assert_close(vanilla_discriminator_loss(real, fake), expected)
+
+
+def test_frozen_forward_is_the_forward_with_constant_parameters():
+    module, x = small_discriminator(), torch.randn(2, 3, 32, 32, requires_grad=True)
+    expected = module(x)
+    (dx,) = torch.autograd.grad(expected.sum(), x)
+    out = frozen_forward(module, x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, dx)
+    assert all(p.grad is None and p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("loss", [hinge_discriminator_loss, vanilla_discriminator_loss])
+def test_each_side_gets_gradients_from_its_own_loss_only(loss):
+    discriminator, generator = small_discriminator(), nn.Conv2d(3, 3, 3, padding=1)
+    noise, real = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    parameters = [*generator.parameters(), *discriminator.parameters()]
+    split = len(list(generator.parameters()))
+
+    result = gan_losses(discriminator, real, generator(noise), loss)
+    (result.generator + result.discriminator).backward()
+
+    # The two textbook steps, each with its own graph.
+    d_loss = loss(discriminator(real), discriminator(generator(noise).detach()))
+    g_loss = -discriminator(generator(noise)).mean()
+    expected = (
+        *torch.autograd.grad(g_loss, parameters[:split]),
+        *torch.autograd.grad(d_loss, parameters[split:]),
+    )
+    for parameter, grad in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+    torch.testing.assert_close(result.generator, g_loss)
+    torch.testing.assert_close(result.discriminator, d_loss)
+
+    # And neither term alone touches the other side.
+    result = gan_losses(discriminator, real, generator(noise), loss)
+    grads = torch.autograd.grad(result.generator, parameters, retain_graph=True, allow_unused=True)
+    assert all(g is not None for g in grads[:split])
+    assert all(g is None for g in grads[split:])
+    grads = torch.autograd.grad(result.discriminator, parameters, allow_unused=True)
+    assert all(g is None for g in grads[:split])
+    assert all(g is not None for g in grads[split:])
+
+
+def test_adaptive_weight_against_plain_autograd():
+    first, last = nn.Linear(4, 5), nn.Linear(5, 3)
+    x, target, critic = torch.randn(7, 4), torch.randn(7, 3), nn.Linear(3, 1)
+
+    def norm_at_last_layer(loss_of):
+        last.weight.grad = None
+        loss_of(last(first(x).tanh())).backward()
+        return last.weight.grad.norm()
+
+    def rec(y):
+        return (y - target).abs().mean()
+
+    def gan(y):
+        return -critic(y).mean()
+
+    expected = norm_at_last_layer(rec) / (norm_at_last_layer(gan) + 1e-4)
+    y = last(first(x).tanh())
+    weight = adaptive_weight(rec(y), gan(y), last.weight)
+    torch.testing.assert_close(weight, expected)
+    assert not weight.requires_grad
+    (rec(y) + weight * gan(y)).backward()  # both graphs are still there
+    y = last(first(x).tanh())
+    assert adaptive_weight(rec(y), 1e-12 * gan(y), last.weight, max_weight=5.0) == 5.0
+
+
+def test_r1_of_a_linear_discriminator():
+    discriminator = nn.Linear(12, 2)
+    real = torch.randn(5, 12, requires_grad=True)
+    penalty = r1_penalty(real, discriminator(real))
+    expected = discriminator.weight.sum(dim=0).square().sum()  # the gradient is the same for every picture
+    torch.testing.assert_close(penalty, expected)
+    (grad,) = torch.autograd.grad(penalty, discriminator.weight)
+    (expected_grad,) = torch.autograd.grad(expected, discriminator.weight)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_r1_of_a_quadratic_discriminator():
+    scale = torch.tensor(1.5, requires_grad=True)
+    real = torch.randn(4, 3, 2, 2, requires_grad=True)
+    penalty = r1_penalty(real, (scale * real.square()).flatten(1).sum(dim=1))
+    torch.testing.assert_close(penalty, (2 * scale * real).square().flatten(1).sum(dim=1).mean())
+
+
+def test_r1_reaches_the_patch_discriminator():
+    discriminator = small_discriminator()
+    real = torch.randn(2, 3, 32, 32, requires_grad=True)
+    r1_penalty(real, discriminator(real)).backward()
+    assert discriminator.layers[0].weight.grad.norm() > 0

@@ -1,0 +1,140 @@
+"""The codebook against brute force and the closed form of its moving averages."""
+
+import pytest
+import torch
+
+from t2i.families.autoencoder.quantize import Codebook
+
+
+def latents(steps: int, batch: int = 4, dim: int = 3) -> torch.Tensor:
+    return torch.randn(steps, batch, dim, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def flat(z: torch.Tensor) -> torch.Tensor:
+    return z.movedim(1, -1).flatten(0, -2)
+
+
+def trained(num_codes: int = 16, **kwargs) -> Codebook:
+    book = Codebook(num_codes, 3, **kwargs)
+    for z in latents(3):
+        book(z)
+    return book
+
+
+def test_nearest_code_against_cdist():
+    book = trained().eval()
+    z = latents(1, batch=8)[0] * 1.7
+    result = book(z)
+    expected = torch.cdist(flat(z), book.codes, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+    assert torch.equal(result.indices, expected.view(8, 6, 6))
+    torch.testing.assert_close(result.latent, book.lookup(result.indices))
+    torch.testing.assert_close(book.lookup(result.indices)[2, :, 4, 5], book.codes[result.indices[2, 4, 5]])
+
+
+def test_moving_averages_against_the_closed_form():
+    gamma, steps = 0.9, 5
+    book = trained(ema_decay=gamma, restart_below=1e-9)
+    size, total = book.cluster_size.double(), book.cluster_sum.double()
+    counts, sums = [], []
+    for z in latents(8)[3:]:
+        indices = book(z).indices.flatten()
+        one_hot = torch.nn.functional.one_hot(indices, 16).double()
+        counts.append(one_hot.sum(0))
+        sums.append(one_hot.T @ flat(z).double())
+    # N(t) = gamma^t N(0) + (1 - gamma) sum_s gamma^(t-s) n(s), and the same for m; e = m / N.
+    weights = [(1 - gamma) * gamma ** (steps - 1 - s) for s in range(steps)]
+    size = gamma**steps * size + sum(w * n for w, n in zip(weights, counts, strict=True))
+    total = gamma**steps * total + sum(w * m for w, m in zip(weights, sums, strict=True))
+    torch.testing.assert_close(book.cluster_size.double(), size, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(book.codes.double(), total / size[:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_first_batch_initialises_the_codes_from_data():
+    book = Codebook(16, 3, ema_decay=1.0)  # decay 1: the codes stay where the initialisation put them
+    z = 100 + latents(1)[0]
+    result = book(z)
+    distance = torch.cdist(book.codes, flat(z), compute_mode="donot_use_mm_for_euclid_dist")
+    assert distance.min(dim=1).values.max() < 1e-3  # every code is one of the batch's vectors
+    assert len(book.codes.unique(dim=0)) == 16
+    assert result.usage == 1.0
+
+
+def test_dead_codes_are_restarted_from_the_batch_and_live_ones_are_not():
+    book = trained(restart_below=0.03, ema_decay=0.9)
+    with torch.no_grad():  # two codes far from all data
+        book.codes[3:5] = 1e3
+        book.cluster_sum[3:5] = 1e3 * book.cluster_size[3:5, None]
+    alive = []
+    for z in latents(60):
+        book(z)
+        alive.append(int((book.codes.abs().amax(dim=1) < 10).sum()))
+    # Uniform use decays to 3% of itself in ln(0.03) / ln(0.9) = 33 steps.
+    assert alive[0] == 14
+    assert alive[20] == 14
+    assert alive[-1] == 16
+    # Where nothing is dead, the same step with restarts switched off gives the same codes.
+    twin = Codebook(16, 3, ema_decay=0.9, restart_below=1e-9)
+    twin.load_state_dict(book.state_dict())
+    book(latents(1)[0])
+    twin(latents(1)[0])
+    assert torch.equal(book.codes, twin.codes)
+
+
+def test_straight_through_gradient_and_commitment():
+    book = trained(commitment_weight=0.25).eval()
+    z = latents(1)[0].requires_grad_()
+    result = book(z)
+    cotangent = torch.randn_like(result.latent)
+    (through,) = torch.autograd.grad(result.latent, z, cotangent, retain_graph=True)
+    assert torch.equal(through, cotangent)
+    residual = z.detach() - book.lookup(result.indices)
+    torch.testing.assert_close(result.commitment_loss.detach(), 0.25 * residual.square().mean())
+    (pull,) = torch.autograd.grad(result.commitment_loss, z)
+    torch.testing.assert_close(pull, 0.25 * 2 * residual / residual.numel())
+
+
+def test_usage_and_perplexity():
+    book = Codebook(8, 1).eval()
+    with torch.no_grad():
+        book.codes.copy_(torch.arange(8.0)[:, None])
+    result = book(torch.tensor([0.0, 0.1, 3.0, 5.2]).view(1, 1, 2, 2))  # codes 0, 0, 3, 5
+    assert result.indices.flatten().tolist() == [0, 0, 3, 5]
+    torch.testing.assert_close(result.usage, torch.tensor(3 / 8))
+    expected = torch.distributions.Categorical(torch.tensor([0.5, 0.25, 0.25])).entropy().exp()
+    torch.testing.assert_close(result.perplexity, expected)
+
+
+def test_state_dict_resumes_exactly_and_evaluation_changes_nothing():
+    book = trained(restart_below=0.5)  # restarts happen
+    twin = Codebook(16, 3, restart_below=0.5)
+    twin.load_state_dict(book.state_dict())
+    before = {key: value.clone() for key, value in book.state_dict().items()}
+    book.eval()(latents(1)[0])
+    assert all(torch.equal(before[key], value) for key, value in book.state_dict().items())
+    book.train()
+    for z in latents(9)[4:]:
+        assert torch.equal(book(z).indices, twin(z).indices)
+    assert torch.equal(book.codes, twin.codes)
+    assert not list(book.parameters())
+
+
+def test_finds_the_clusters_of_clustered_data():
+    generator = torch.Generator().manual_seed(0)
+    centres = 5 * torch.randn(32, 4, generator=generator)
+    book = Codebook(32, 4)
+    for _ in range(200):
+        which = torch.randint(0, 32, (8, 8, 8), generator=generator)
+        z = centres[which] + 0.05 * torch.randn(8, 8, 8, 4, generator=generator)
+        result = book(z.movedim(-1, 1))
+    assert result.perplexity > 24  # of at most 32: a few codes share a centre
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_the_codes(dtype):
+    plain, cast = trained(), trained()
+    z = latents(1)[0]
+    expected = plain(z)
+    with torch.autocast("cpu", dtype=dtype):
+        result = cast(z)
+    assert torch.equal(result.indices, expected.indices)
+    assert torch.equal(cast.codes, plain.codes)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from t2i.nn.residual import Downsample, ResidualBlock, Upsample
+
+OURS_TO_DIFFUSERS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def randomize(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("time_dim", [None, 48])
+@pytest.mark.parametrize("out_channels", [32, 64])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_residual_block_equals_diffusers(time_dim: int | None, out_channels: int, eps: float) -> None:
+    torch.manual_seed(0)
+    ours = ResidualBlock(32, out_channels, time_dim, eps=eps)
+    randomize(ours)
+    theirs = ResnetBlock2D(in_channels=32, out_channels=out_channels, temb_channels=time_dim, eps=eps)
+    weights = {}
+    for key, value in ours.state_dict().items():
+        module, _, parameter = key.rpartition(".")
+        weights[f"{OURS_TO_DIFFUSERS[module]}.{parameter}"] = value
+    theirs.load_state_dict(weights)
+    x = torch.randn(2, 32, 6, 5)
+    time = None if time_dim is None else torch.randn(2, time_dim)
+    torch.testing.assert_close(ours(x, time), theirs(x, time), rtol=1e-5, atol=1e-5)
+
+
+def test_residual_block_starts_as_the_identity_where_asked() -> None:
+    x = torch.randn(1, 32, 4, 4)
+    assert torch.equal(ResidualBlock(32, 32, zero_init_out=True)(x), x)
+    assert not torch.equal(ResidualBlock(32, 32)(x), x)
+
+
+def test_residual_block_drops_out_in_training_only() -> None:
+    torch.manual_seed(0)
+    block, x = ResidualBlock(32, 32, dropout=0.5), torch.randn(1, 32, 4, 4)
+    assert not torch.equal(block(x), block(x))
+    block.eval()
+    assert torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_downsample_equals_diffusers(asymmetric: bool) -> None:
+    torch.manual_seed(0)
+    ours = Downsample(8, asymmetric=asymmetric)
+    theirs = Downsample2D(8, use_conv=True, padding=0 if asymmetric else 1)
+    theirs.conv.load_state_dict(ours.op.state_dict())
+    x = torch.randn(2, 8, 6, 10)
+    assert ours(x).shape == (2, 8, 3, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_upsample_equals_diffusers() -> None:
+    torch.manual_seed(0)
+    ours, theirs = Upsample(8), Upsample2D(8, use_conv=True)
+    theirs.conv.load_state_dict(ours.conv.state_dict())
+    x = torch.randn(2, 8, 3, 5)
+    assert ours(x).shape == (2, 8, 6, 10)
+    torch.testing.assert_close(ours(x), theirs(x))
