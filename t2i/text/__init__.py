@@ -7,8 +7,8 @@ from t2i.interfaces import TextEncoder
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that `config.name` names. Raises ConfigError or CheckpointError at once, without waiting for
-    a network, where its weights are not there and `config.allow_download` is false."""
+    """The encoder that `config.name` names. Raises ConfigError or CheckpointError, without waiting for a
+    network, where its weights are not there and `config.allow_download` is false."""
     if config.name == "clip":
         from t2i.text.clip import ClipTextEncoder
 

@@ -1,10 +1,11 @@
-"""CLIP's text transformer (Radford et al., arXiv:2103.00020) from transformers: Stable Diffusion 1's encoder."""
+"""CLIP's text transformer (Radford et al., arXiv:2103.00020); the encoder of Stable Diffusion 1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.models.clip.modeling_clip import CLIPTextModel
@@ -32,22 +33,23 @@ class ClipTextEncoder(FrozenTextEncoder):
         try:
             with _quiet():
                 tokenizer = CLIPTokenizer.from_pretrained(model, local_files_only=local)
-                transformer, report = CLIPTextModel.from_pretrained(
+                loaded: Any = CLIPTextModel.from_pretrained(
                     model, local_files_only=local, dtype=torch.float32, output_loading_info=True
                 )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a CLIP text model "
-                "and its tokenizer, or a hub id with text.allow_download=true."
+                f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a CLIP text "
+                "model and its tokenizer, or a hub id with text.allow_download=true."
             ) from error
+        transformer, report = loaded
         missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if missing:
             raise CheckpointError(f"text.model {model!r} is not a CLIP text model: it lacks {missing[0]}.")
         if tokenizer.vocab_size != transformer.config.vocab_size:
             raise CheckpointError(
-                f"text.model {model!r} has a vocabulary of {tokenizer.vocab_size} tokens in its tokenizer and of "
-                f"{transformer.config.vocab_size} in its weights; allowed: equal ones."
+                f"text.model {model!r} has {tokenizer.vocab_size} tokens in its tokenizer and "
+                f"{transformer.config.vocab_size} in its weights; allowed: the same vocabulary in both."
             )
         check_max_tokens(max_tokens, transformer.config.max_position_embeddings, model)
         width = transformer.config.hidden_size

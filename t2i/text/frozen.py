@@ -45,9 +45,7 @@ class FrozenTextEncoder(nn.Module):
 def check_max_tokens(max_tokens: int, limit: int, what: str) -> None:
     """Raises ConfigError where an encoder has no positions for so many tokens."""
     if max_tokens > limit:
-        raise ConfigError(
-            f"text.max_tokens is {max_tokens}; allowed: at most {limit}, the positions of {what}."
-        )
+        raise ConfigError(f"text.max_tokens is {max_tokens}; allowed: at most {limit}, as {what} has.")
 
 
 def mask_up_to_end(ids: Tensor, end: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 (Wang et al., arXiv:2002.10957), 23 million parameters, whose weights ship as a package."""
+"""all-MiniLM-L6-v2 (Wang et al., arXiv:2002.10957), 23 million parameters; the weights ship as a package."""
 
 from __future__ import annotations
 

@@ -26,20 +26,18 @@ class OpenClipTextEncoder(FrozenTextEncoder):
     def __init__(
         self, model: str | None, weights: str | None, max_tokens: int = 77, allow_download: bool = False
     ) -> None:
-        if model not in open_clip.list_models():
+        if model is None or model not in open_clip.list_models():
             raise ConfigError(
                 f"text.model is {model!r}; allowed for open_clip: an architecture of open_clip.list_models()."
             )
         if weights is None or not (allow_download or Path(weights).is_file()):
             raise CheckpointError(
-                f"text.weights is {weights!r}; allowed for open_clip: an existing file, or a tag of published "
-                "weights with text.allow_download=true."
+                f"text.weights is {weights!r}; allowed for open_clip: an existing file, or a tag of "
+                "published weights with text.allow_download=true."
             )
         text = open_clip.get_model_config(model)["text_cfg"]
         if "hf_model_name" in text or "hf_tokenizer_name" in text:
-            raise ConfigError(
-                f"text.model {model} reads text with a model of its own; allowed: CLIP's transformer."
-            )
+            raise ConfigError(f"text.model {model} has a text model of its own; allowed: CLIP's transformer.")
         check_max_tokens(max_tokens, text.get("context_length", 77), model)
         try:
             clip = open_clip.create_model(
@@ -51,7 +49,8 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         tower: TextTransformer = clip.text
         if tower.attn_mask is not None:
             tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()
-        super().__init__(tower.width, tower.output_dim, max_tokens)
+        pooled_dim = tower.width if tower.text_projection is None else tower.output_dim
+        super().__init__(tower.width, pooled_dim, max_tokens)
         self.tokenizer = SimpleTokenizer(context_length=max_tokens)
         self.tower = tower
         self.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import warnings
@@ -83,6 +84,7 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     resumed = _resumed_run(config)
     L.seed_everything(config.seed, verbose=False)
+    config = dataclasses.replace(config, init_from=_initial_run(config) if resumed is None else None)
     start = _start(config, resumed)
     stage = stage_class(config, start)
     preview = preview_batch(config)
@@ -90,7 +92,8 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         stage.before_training(_some_images(config))
 
     folder = run_folder.enter(resumed) if resumed else run_folder.create(config.runs_dir, config.stage, config.name)
-    run_folder.write_config(folder, run_to_dict(stage.config))
+    if resumed is None:
+        run_folder.write_config(folder, run_to_dict(stage.config))
     checkpoint = run_folder.checkpoints(folder)[-1] if resumed else None
     steps_done = int(checkpoint.stem.removeprefix("step_")) if checkpoint else 0
     log.info("run folder: %s", folder)
@@ -126,15 +129,19 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         run_folder.write_environment(folder, device=_device_name(trainer))
     began = time.perf_counter()
     with warnings.catch_warnings():
-        # The first two are our intent: workers are config.data.num_workers, and the epoch has no end of its own.
+        # But for the last, these are our intent.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*max_epochs.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, on torch 2.15
         try:
             trainer.fit(stage, ShardData(config), ckpt_path=checkpoint, weights_only=True)
         finally:
             stop.restore()
-    return FitResult(folder, not stop.stopped, stage.images_seen, time.perf_counter() - began)
+    result = FitResult(folder, not stop.stopped, stage.images_seen, time.perf_counter() - began)
+    if trainer.is_global_zero:
+        run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
+    return result
 
 
 class Finish(L.Callback):
@@ -184,20 +191,23 @@ def _resumed_run(config: RunConfig) -> Path | None:
     return folder
 
 
-def _start(config: RunConfig, resumed: Path | None) -> LoadedCheckpoint | None:
-    """The weights that the stage starts from, if any."""
-    if resumed:
-        return load(run_folder.checkpoints(resumed)[-1], use_ema=False)
-    if config.init_from is None:
-        return None
+def _initial_run(config: RunConfig) -> str | None:
+    """config.init_from, with "lower" replaced by the run that it means, or by None where there is none."""
     if config.init_from != "lower":
-        return load(run_folder.weights_file(config.init_from))
+        return config.init_from
     lower = run_folder.newest_run(config.runs_dir, config.stage, below_px=config.resolution.size_px)
     if lower is None:
         log.info("no lower-resolution run of %s in %s: starts from scratch", config.stage, config.runs_dir)
         return None
     log.info("continues the lower-resolution run %s", lower)
-    return load(run_folder.weights_file(lower))
+    return str(lower)
+
+
+def _start(config: RunConfig, resumed: Path | None) -> LoadedCheckpoint | None:
+    """The weights that the stage starts from, if any."""
+    if resumed:
+        return load(run_folder.checkpoints(resumed)[-1], use_ema=False)
+    return load(run_folder.weights_file(config.init_from)) if config.init_from else None
 
 
 def _is_distributed(config: RunConfig) -> bool:

@@ -80,6 +80,19 @@ def write_environment(folder: Path, device: str) -> None:
     (folder / "environment.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
+def write_summary(folder: Path, complete: bool, images_seen: int, seconds: float) -> None:
+    """summary.json: how far the run came, and the seconds of training over all its resumptions."""
+    before = read_summary(folder).get("seconds", 0.0)
+    values = {"complete": complete, "images_seen": images_seen, "seconds": round(before + seconds, 1)}
+    (folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What `write_summary` wrote; empty for a run that was never stopped in order."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def runs(runs_dir: str | Path, stage: str) -> list[Path]:
     """Run folders of a stage that hold a checkpoint, oldest checkpoint first."""
     parent = Path(runs_dir) / stage

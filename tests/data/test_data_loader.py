@@ -296,6 +296,12 @@ def test_read_all_goes_in_shard_order(make_data):
     assert [m["id"] for m in read_all(data, data.shards, 8, 5).metadata] == list(range(5))
 
 
+def test_read_all_names_the_key_of_what_is_missing(make_data):
+    data = make_data([1], heldout_shards="/no/such/shard.tar")
+    with pytest.raises(DataError, match=r"data\.heldout_shards names /no/such/shard\.tar"):
+        read_all(data, data.heldout_shards, 8)
+
+
 def test_bad_samples_do_not_count_towards_the_limit(data_with_bad_samples):
     shards = data_with_bad_samples.shards
     batch = read_all(data_with_bad_samples, shards, 8)

@@ -80,6 +80,16 @@ def test_dead_codes_are_restarted_from_the_batch_and_live_ones_are_not():
     assert torch.equal(book.codes, twin.codes)
 
 
+def test_a_code_that_dies_again_is_restarted_elsewhere():
+    book = trained(ema_decay=1.0)  # decay 1: a code stays where the restart put it
+    z, places = latents(1)[0], []
+    for _ in range(5):
+        book.cluster_size[0] = 0.0
+        book(z)
+        places.append(book.codes[0].clone())
+    assert len(torch.stack(places).unique(dim=0)) == 5
+
+
 def test_straight_through_gradient_and_commitment():
     book = trained(commitment_weight=0.25).eval()
     z = latents(1)[0].requires_grad_()

@@ -27,7 +27,7 @@ class PatchBackboneConfig:
 
     name: Literal["patch"]
     patch_px: int = 4
-    latent_channels: int = 8
+    latent_channels: int = 16
     width: int = 64
     depth: int = 2
 

@@ -53,7 +53,6 @@ def _installed_heads() -> Path:
 
 
 def _unit(features: Tensor) -> Tensor:
-    # vector_norm, unlike sqrt(sum of squares), has gradient 0 and not NaN where all channels are 0.
     features = features.float()  # 1e-10 is 0 in half precision
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 

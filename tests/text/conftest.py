@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A small CLIPTextModel with random weights and CLIP's true vocabulary, which open_clip ships."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    theirs = SimpleTokenizer()
+    specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {specials.get(token, token): i for token, i in theirs.encoder.items()}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks)).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=49408
+    )
+    CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip_weights(tmp_path_factory) -> tuple[str, Path]:
+    """(architecture, weights): a small CLIP with random weights, saved as open_clip saves its own."""
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
+    }
+    (folder / "t2i-test-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "t2i-test-tiny.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("t2i-test-tiny")
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return "t2i-test-tiny", folder / "weights.safetensors"
