@@ -7,7 +7,9 @@ import os
 
 from rich.console import Console
 
-console = Console(highlight=False, soft_wrap=True)
+# Lightning starts the further processes of a run with LOCAL_RANK set: only the first one speaks.
+is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+console = Console(highlight=False, soft_wrap=True, quiet=not is_first_process)
 
 
 class _ToConsole(logging.Handler):
@@ -17,7 +19,7 @@ class _ToConsole(logging.Handler):
 
 def say_what_is_logged() -> None:
     """Shows t2i's own log messages, of the first process only, and hushes Lightning's advertisements."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_first_process:
         logger = logging.getLogger("t2i")
         logger.setLevel(logging.INFO)
         logger.handlers = [_ToConsole()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from t2i_cli.console import console
-from t2i_cli.embedded import SHAPES_SIZE_PX, make
+from .console import console
+from .embedded import SHAPES_SIZE_PX, make
 
 
 def run(arguments: list[str]) -> None:
@@ -13,6 +13,8 @@ def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="t2i data", description="Make the embedded data.")
     parser.add_argument("action", choices=["make"])
     parser.add_argument("source", choices=["emoji", "shapes"])
-    parser.add_argument("--size-px", type=int, default=SHAPES_SIZE_PX, help="side of the pictures; shapes only")
+    parser.add_argument(
+        "--size-px", type=int, default=SHAPES_SIZE_PX, help="side of the pictures; shapes only"
+    )
     options = parser.parse_args(arguments)
     console.print(f"{options.source} is in {make(options.source, options.size_px)}")

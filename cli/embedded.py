@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i_cli.console import console
+from .console import console
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
@@ -18,7 +18,7 @@ SHAPES_SIZE_PX = 64
 
 def folder_of(source: str, size_px: int = SHAPES_SIZE_PX) -> Path:
     """Where the shards of an embedded source lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "t2i" / (source if source == "emoji" else f"{source}-{size_px}")
 
 

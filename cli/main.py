@@ -31,8 +31,8 @@ def main() -> None:
     if arguments[0] not in VERBS:
         print(f"t2i: {arguments[0]!r} is not a verb; allowed: {', '.join(VERBS)}.", file=sys.stderr)
         raise SystemExit(2)
-    # Without this every file that a hub does not have costs half a minute of retries; text.allow_download=true
-    # is the way to ask for the network.
+    # Without this every file that a hub does not have costs half a minute of retries;
+    # text.allow_download=true is the way to ask for the network.
     if "text.allow_download=true" not in arguments:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from t2i.errors import UserError

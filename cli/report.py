@@ -12,7 +12,9 @@ def run(arguments: list[str]) -> None:
     """Finds the runs, draws, judges, writes."""
     parser = argparse.ArgumentParser(prog="t2i report", description="Gather the newest runs into one page.")
     parser.add_argument("--runs-dir", default="runs", help="where the runs are")
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of report.html and report.json")
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="folder of report.html and report.json"
+    )
     parser.add_argument("--checkpoint", metavar="RUN", help="the ldm run to report on; default: the newest")
     options = parser.parse_args(arguments)
 
@@ -24,7 +26,8 @@ def run(arguments: list[str]) -> None:
     from t2i.generation.text_to_image import draw
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint, run_folder
-    from t2i_cli.console import console
+
+    from .console import console
 
     last = Path(options.checkpoint) if options.checkpoint else run_folder.newest_run(options.runs_dir, "ldm")
     if last is None:

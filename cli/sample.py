@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from t2i.config import check
 from t2i.errors import ConfigError, UserError
 
 
@@ -15,8 +16,9 @@ def run(arguments: list[str]) -> None:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             raise ConfigError(f"{override!r} is neither a flag (see `t2i sample --help`) nor key=value.")
-    if options.steps < 0 or options.num_images < 1 or options.batch_size < 1:
-        raise ConfigError("--steps, --num-images and --batch-size must be 1 or more.")
+    for flag in ("steps", "num_images", "batch_size", "height", "width"):
+        value = getattr(options, flag)
+        check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")
     # Heavy imports only now: a wrong flag is reported at once.
     from rich.progress import Progress
 
@@ -24,12 +26,22 @@ def run(arguments: list[str]) -> None:
     from t2i.generation.text_to_image import draw, save
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint
-    from t2i_cli.console import console
+
+    from .console import console
 
     path = weights_path(options.checkpoint, options.runs_dir)
     loaded = checkpoint.load(path)
     loaded.config = with_overrides(loaded.config, overrides)
-    generator = families.load(loaded.config["family"], "generator").Generator(loaded, device=options.device)
+    family = loaded.config["family"]
+    try:
+        module = families.load(family, "generator")
+    except ModuleNotFoundError as error:
+        if error.name != f"t2i.families.{family}.generator":
+            raise
+        raise UserError(
+            f"{path} is of the family {family}, which draws nothing for prompts; give an ldm run."
+        ) from error
+    generator = module.Generator(loaded, device=options.device)
     count = options.num_images
     request = SampleRequest(
         prompts=[prompt for prompt in options.prompt for _ in range(count)],
@@ -38,7 +50,9 @@ def run(arguments: list[str]) -> None:
         width_px=options.width or generator.default_size_px,
         steps=options.steps or generator.defaults.steps,
         sampler=options.sampler or generator.defaults.sampler,
-        guidance_scale=generator.defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        guidance_scale=generator.defaults.guidance_scale
+        if options.guidance_scale is None
+        else options.guidance_scale,
         negative_prompt=options.negative_prompt,
     )
     console.print(f"Drawing with {path}")
@@ -52,12 +66,14 @@ def run(arguments: list[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags. What is not given is taken from the checkpoint's own configuration."""
     made = argparse.ArgumentParser(
-        prog="t2i sample", description="Draw pictures for prompts.", epilog="Trailing key=value change the run's config."
+        prog="t2i sample",
+        description="Draw pictures for prompts.",
+        epilog="Trailing key=value change the run's config.",
     )
     made.add_argument("--prompt", action="append", required=True, help="may be given several times")
     made.add_argument("--negative-prompt", default="", help="what guidance moves away from")
     made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest ldm run")
-    made.add_argument("--steps", type=int, default=0, help="denoiser calls per picture")
+    made.add_argument("--steps", type=int, help="denoiser calls per picture")
     made.add_argument("--sampler", help="ddim, euler or dpmpp_2m")
     made.add_argument("--guidance-scale", type=float, help="1: no guidance")
     made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
@@ -88,6 +104,11 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
     if not overrides:
         return config
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(overrides))
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(overrides))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{' '.join(overrides)} cannot be read as key=value.") from error
     return OmegaConf.to_container(merged)  # type: ignore[return-value]

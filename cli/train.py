@@ -33,6 +33,8 @@ def run(arguments: list[str]) -> None:
             train(composed)
         except UserError as error:  # raised below: Hydra would print its own preamble
             failed.append(error)
+        except OmegaConfBaseException as error:
+            failed.append(ConfigError(sentence(error)))
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
@@ -40,8 +42,12 @@ def run(arguments: list[str]) -> None:
         raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error)) from error
-    for error in failed:
-        raise error
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        raise ConfigError(f"{' '.join(arguments)}: a choice is a name, not a number.") from error
+    if failed:
+        raise failed[0]
 
 
 def with_quoted_resolution(argument: str) -> str:
@@ -58,7 +64,8 @@ def train(composed: DictConfig) -> None:
     # Heavy imports only now: a wrong key is reported at once.
     from t2i import families
     from t2i.training.fit import fit
-    from t2i_cli.console import console, say_what_is_logged
+
+    from .console import console, say_what_is_logged
 
     say_what_is_logged()
     result = fit(config, families.load(config.family, "stage").Stage, console)
@@ -66,14 +73,17 @@ def train(composed: DictConfig) -> None:
     if result.complete:
         console.print(f"Done: {result.folder} ({rate}).")
     else:
-        console.print(f"Stopped and saved: {result.folder} ({rate}). To go on: the same command with resume=latest")
+        console.print(
+            f"Stopped and saved: {result.folder} ({rate}). To go on: the same command with resume=latest"
+        )
 
 
 def validated(composed: DictConfig) -> RunConfig:
     """The typed configuration, its embedded data in place. Raises ConfigError."""
     from t2i import families
     from t2i.config import parse_run
-    from t2i_cli.embedded import with_embedded_data
+
+    from .embedded import with_embedded_data
 
     values: Any = OmegaConf.to_container(composed, resolve=True)
     config = parse_run(values, families.load(values["family"], "config").Config)
@@ -85,7 +95,11 @@ def sentence(error: Exception) -> str:
     text = str(error)
     if unknown := re.search(r"Could not override '([^']*)'", text):
         return f"{unknown[1]} is not a known key; `t2i train stage=... --cfg job` prints them all."
-    if missing := re.search(r"Could not find '([^']*)'\s*Available options in '([^']*)':\s*(.*?)\s*Config search path", text, re.DOTALL):
+    if missing := re.search(
+        r"Could not find '([^']*)'\s*Available options in '([^']*)':\s*(.*?)\s*Config search path",
+        text,
+        re.DOTALL,
+    ):
         return f"{missing[1]} does not exist; allowed for {missing[2]}: {', '.join(missing[3].split())}."
     if needed := re.search(r"You must specify '([^']*)'.*Available options:\s*(.*)", text, re.DOTALL):
         return f"{needed[1]} is not given; allowed: {', '.join(needed[2].split())}, as in {needed[1]}=..."

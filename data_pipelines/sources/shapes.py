@@ -35,7 +35,9 @@ from ..shard_writer import Sample, complete_directory, png_sample, write_shards
 
 MIN_SIZE_PX = 32
 JITTER = 0.03  # of each centre, along x and y
-RELATION_OFFSET = 0.26  # of two centres from the middle: two large stars still leave 0.05 between them
+RELATION_OFFSET = (
+    0.255  # of two centres from the middle: two large stars leave 0.05 between and fit the picture
+)
 GAP = 0.07  # between the circles around two shapes: at 32 px, two pixels
 NUMBER = {2: "two", 3: "three"}
 PLACE = {

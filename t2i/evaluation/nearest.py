@@ -7,23 +7,10 @@ shows. The judge knows the held-out pictures too: they are candidates like the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class JudgeResult:
-    """exact: share of pictures all of whose wanted attributes are those of the nearest real picture
-    by_attribute: the same share for each attribute alone
-    predicted: the attributes of the nearest real picture, for each picture
-    """
-
-    exact: float
-    by_attribute: dict[str, float]
-    predicted: list[dict[str, str]]
 
 
 class NearestJudge:
@@ -38,25 +25,13 @@ class NearestJudge:
         self.references = _half_resolution(images)
         self.attributes = list(attributes)
 
-    def judge(self, images: Tensor, wanted: Sequence[dict[str, str]]) -> JudgeResult:
-        """images: (B, 3, H, W) in [-1, 1], of the size of the real ones; wanted: what each should show."""
-        if len(images) != len(wanted) or len(images) == 0:
-            raise ValueError(
-                f"{len(images)} images but {len(wanted)} wanted; both must be equal and at least 1"
-            )
+    def predict(self, images: Tensor) -> list[dict[str, str]]:
+        """(B, 3, H, W) in [-1, 1], of the size of the real ones -> the attributes of the real picture that is
+        nearest to each."""
         if images.shape[-2:] != self.size_px:
             raise ValueError(f"images are {tuple(images.shape[-2:])} px; the real ones {tuple(self.size_px)}")
         distance = torch.cdist(_half_resolution(images), self.references)
-        predicted = [self.attributes[index] for index in distance.argmin(dim=1).tolist()]
-        right = [
-            {name: guess[name] == value for name, value in wish.items()}
-            for guess, wish in zip(predicted, wanted, strict=True)
-        ]
-        return JudgeResult(
-            exact=sum(all(answer.values()) for answer in right) / len(right),
-            by_attribute={name: sum(answer[name] for answer in right) / len(right) for name in right[0]},
-            predicted=predicted,
-        )
+        return [self.attributes[index] for index in distance.argmin(dim=1).tolist()]
 
 
 def _half_resolution(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A page of text, tables, pictures and plots: one HTML file with everything inside, and the PNGs beside it."""
+"""A page of text, tables, pictures and plots: one HTML file with everything inside, the PNGs beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's report: what the newest runs were trained on, what they draw, and how often that is what was asked."""
+"""The demo's report: what the newest runs learned from, what they draw, how often that is what was asked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from t2i.config import DataConfig, parse
 from t2i.data.reader import read_all
+from t2i.errors import DataError
 from t2i.evaluation.page import Page
-from t2i.evaluation.prompts import Judge, PromptResult, follow_prompts, judge_for
+from t2i.evaluation.prompts import Judge, PromptScore, group_of, judge_for, score
 from t2i.interfaces import Batch
 from t2i.training.pictures import grid
 from t2i.training.run_folder import read_config, read_summary
 
-NUM_JUDGED = 256  # held-out captions drawn, at most
 NUM_SHOWN = 40
 
 
@@ -53,7 +54,10 @@ class Run:
 
     def _read(self, key: str, size_px: int, limit: int | None = None) -> Batch:
         data = parse(DataConfig, self.config["data"], "data.")
-        return read_all(data, getattr(data, key), size_px, limit)
+        shards = getattr(data, key)
+        if not shards:
+            raise DataError(f"{self.folder} was trained without data.{key}; a report needs them.")
+        return read_all(data, shards, size_px, limit)
 
 
 def write_report(
@@ -73,50 +77,62 @@ def write_report(
     began = time.perf_counter()
     page = Page(folder, "t2i: from captioned shards to pictures")
     codec_run, runs = Run.read(autoencoder), [Run.read(path) for path in generators]
-    figures: dict[str, Any] = {"seconds": {run.label: read_summary(run.folder)["seconds"] for run in (codec_run, *runs)}}
+    figures: dict[str, Any] = {"seconds": {}}
+    for run in (codec_run, *runs):
+        if summary := read_summary(run.folder):  # a run that was killed has none
+            figures["seconds"][run.label] = summary["seconds"]
 
     page.heading("The data")
     shown = codec_run.train(codec_run.size_px, limit=NUM_SHOWN)
-    page.picture("data", grid(shown.image, 8), "Training pictures, with captions such as: " + "; ".join(shown.caption[:3]), 2)
+    page.picture(
+        "data",
+        grid(shown.image, 8),
+        "Training pictures, with captions such as: " + "; ".join(shown.caption[:3]),
+        2,
+    )
 
     page.heading("The autoencoder")
     heldout = codec_run.heldout(codec_run.size_px)
     decoded = reconstruct(autoencoder, heldout.image)
     figures["psnr_db"] = round(psnr_db(heldout.image, decoded), 2)
     page.paragraph(f"Pictures that no stage was trained on come back with {figures['psnr_db']} dB PSNR.")
-    rows = [row for pair in zip(heldout.image[:16].split(8), decoded[:16].split(8), strict=True) for row in pair]
-    page.picture("reconstructions", grid(torch.cat(rows), 8), "Held-out pictures, each row above its reconstruction", 2)
+    rows = [
+        row for pair in zip(heldout.image[:16].split(8), decoded[:16].split(8), strict=True) for row in pair
+    ]
+    page.picture(
+        "reconstructions", grid(torch.cat(rows), 8), "Held-out pictures, each row above its reconstruction", 2
+    )
 
     for run in runs:
         page.heading(f"Latent diffusion at {run.size_px} px")
-        seen, unseen = run.train(run.size_px), _first(run.heldout(run.size_px), NUM_JUDGED)
-        judge = judge_for(seen, unseen)
-        if judge is None:
-            images = draw(run.folder, unseen.caption[:NUM_SHOWN])
-        else:
-            result = follow_prompts(lambda prompts, run=run: draw(run.folder, prompts), unseen, judge)
-            images = result.images
-            figures["unseen_exact"] = result.result.exact
-            figures["unseen_by_attribute"] = result.result.by_attribute
-            figures.setdefault("unseen_exact_by_run", {})[run.label] = result.result.exact
-            _say_result(page, result, len(unseen))
-        scale = max(1, 128 // run.size_px)
+        unseen = run.heldout(run.size_px)
+        judge = judge_for(partial(run.train, run.size_px), unseen)
+        images = draw(run.folder, unseen.caption if judge else unseen.caption[:NUM_SHOWN])
+        if judge is not None:
+            say_scores(page, figures, run, score_groups(judge, images, unseen))
+        asked = "; ".join(unseen.caption[:NUM_SHOWN])
         page.picture(
-            f"samples_{run.size_px}", grid(images[:NUM_SHOWN], 8), "Drawn for prompts never seen in training, in order: "
-            + "; ".join(unseen.caption[:NUM_SHOWN]), scale)
+            f"samples_{run.size_px}",
+            grid(images[:NUM_SHOWN], 8),
+            f"Drawn for prompts never seen in training, row by row: {asked}",
+            enlarge=max(1, 128 // run.size_px),
+        )
     page.heading("Losses")
     for run in (codec_run, *runs):
-        page.plot(f"loss_{run.label}", f"{run.label}: {run.folder}", lambda axes, run=run: plot_losses(axes, run.folder))
+        draw_losses = partial(plot_losses, folder=run.folder)
+        page.plot(f"loss_{run.label}", f"{run.label}: {run.folder}", draw_losses)
 
     page.heading("Times")
     figures["seconds"]["report"] = round(time.perf_counter() - began, 1)
     page.table([(name, f"{seconds:.0f} s") for name, seconds in figures["seconds"].items()])
     page.heading("To go on")
-    page.commands([
-        't2i sample --prompt "a woman astronaut with dark skin"',
-        "t2i train stage=ldm resolution=128",
-        "t2i train stage=autoencoder data=shards data.shards='path/to/{00000..00004}.tar'",
-    ])
+    page.commands(
+        [
+            't2i sample --prompt "a woman astronaut with dark skin"',
+            "t2i train stage=ldm resolution=128",
+            "t2i train stage=autoencoder data=shards data.shards='path/to/{00000..00004}.tar'",
+        ]
+    )
     (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
     return page.write("report.html")
 
@@ -129,34 +145,49 @@ def psnr_db(image: Tensor, decoded: Tensor) -> float:
 
 def plot_losses(axes: Any, folder: Path) -> None:
     """The loss, and what it is made of, over images seen."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    path, rows = folder / "metrics.csv", []
+    if path.is_file():  # absent where a run ended before its first log
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
     for name in ("loss", "l1", "perceptual", "generator", "discriminator"):
         points = [(int(row["images"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points, strict=True), label=name)
     axes.set_xlabel("images seen")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
-def _say_result(page: Page, result: PromptResult, count: int) -> None:
-    drawn, real = result.result, result.real
-    page.paragraph(
-        f"Of {count} prompts never seen in training, {drawn.exact:.1%} of the pictures show exactly what was asked "
-        f"(the real pictures themselves: {real.exact:.1%})."
-    )
-    page.table(
-        [(name, f"{share:.1%}", f"{real.by_attribute[name]:.1%}") for name, share in drawn.by_attribute.items()],
-        header=("attribute", "drawn", "real pictures"),
-    )
+def score_groups(judge: Judge, images: Tensor, unseen: Batch) -> dict[str, tuple[PromptScore, PromptScore]]:
+    """By group of prompts: the score of the drawn pictures, and that of the real held-out ones, its bound."""
+    drawn, real = judge(images, unseen.metadata), judge(unseen.image, unseen.metadata)
+    groups = [group_of(sample) for sample in unseen.metadata]
+    return {
+        name: (
+            score([answer for answer, group in zip(drawn, groups, strict=True) if group == name]),
+            score([answer for answer, group in zip(real, groups, strict=True) if group == name]),
+        )
+        for name in dict.fromkeys(groups)
+    }
 
 
-def _first(batch: Batch, count: int) -> Batch:
-    return Batch(
-        image=batch.image[:count],
-        caption=batch.caption[:count],
-        key=batch.key[:count],
-        original_size=batch.original_size[:count],
-        crop=batch.crop[:count],
-        metadata=batch.metadata[:count],
-    )
+def say_scores(
+    page: Page, figures: dict[str, Any], run: Run, scores: dict[str, tuple[PromptScore, PromptScore]]
+) -> None:
+    """Writes the scores of one run as text and table, and as figures (those of the last run stay on top)."""
+    for name, (drawn, real) in scores.items():
+        figures[f"{name}_exact"] = drawn.exact
+        figures[f"{name}_by_attribute"] = drawn.by_attribute
+        figures.setdefault(f"{name}_exact_by_run", {})[run.label] = drawn.exact
+        page.paragraph(
+            f"{name.replace('_', ' ').capitalize()}: of {drawn.count} prompts never seen in training, "
+            f"{drawn.exact:.1%} of the pictures show exactly what was asked "
+            f"(the real pictures: {real.exact:.1%})."
+        )
+        page.table(
+            [
+                (key, f"{share:.1%}", f"{real.by_attribute[key]:.1%}")
+                for key, share in drawn.by_attribute.items()
+            ],
+            header=("attribute", "drawn", "real pictures"),
+        )

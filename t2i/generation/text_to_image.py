@@ -21,20 +21,22 @@ RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
 def draw(
     generator: Generator, request: SampleRequest, batch_size: int, progress: Callable[[int], None]
 ) -> Tensor:
-    """All pictures of `request`, (N, 3, H, W) in [-1, 1], drawn in batches; progress is called with the number
-    of pictures that each batch brought."""
+    """All pictures of `request`, (N, 3, H, W) in [-1, 1], drawn in batches; progress is called with the
+    number of pictures that each batch brought."""
     parts = []
     for start in range(0, len(request.prompts), batch_size):
         end = start + batch_size
-        part = dataclasses.replace(request, prompts=request.prompts[start:end], seeds=request.seeds[start:end])
+        part = dataclasses.replace(
+            request, prompts=request.prompts[start:end], seeds=request.seeds[start:end]
+        )
         parts.append(generator.generate(part))
         progress(len(part.prompts))
     return torch.cat(parts)
 
 
 def save(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> list[Path]:
-    """Writes one PNG per picture, named by prompt and seed, and grid.png where there are several. Each holds its
-    recipe: `recipe` and what the request says of that picture. Earlier files are never written over."""
+    """Writes one PNG per picture, named by prompt and seed, and grid.png where there are several. Each holds
+    its recipe: `recipe` and what the request says of that picture. Earlier files are never written over."""
     shared = recipe | {
         key: value for key, value in dataclasses.asdict(request).items() if key not in ("prompts", "seeds")
     }

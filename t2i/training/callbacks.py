@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -40,8 +41,8 @@ class StopAtEnd(Callback):
 
 
 class Metrics(Callback):
-    """Averages each metric over log_every_steps on the device, then sends it to every logger with the step and
-    the images seen. The host waits for the device only then."""
+    """Averages each metric over log_every_steps on the device, then over the processes, and sends it to every
+    logger with the step and the images seen. Processes and host wait for one another only then."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
@@ -62,17 +63,37 @@ class Metrics(Callback):
         if stage.steps_done % stage.config.trainer.log_every_steps:
             return
         now, (then, images_then) = time.perf_counter(), self.since
-        self.latest = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.latest = mean_over_processes({name: total / self.counts[name] for name, total in self.sums.items()})
+        bad = sum_over_processes(self.bad)
         values = {
             "images": stage.images_seen,
             **self.latest,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (stage.images_seen - images_then) / (now - then),
-            **{f"bad_{cause}": count for cause, count in self.bad.items()},
+            **{f"bad_{cause}": count for cause, count in bad.items()},
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=stage.steps_done)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=stage.steps_done)
         self.sums, self.counts, self.since = {}, {}, (now, stage.images_seen)
+
+
+def mean_over_processes(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Device scalars, the same names in every process -> their means, on the host."""
+    means = torch.stack([value.float() for value in scalars.values()])
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return dict(zip(scalars, means.tolist(), strict=True))
+
+
+def sum_over_processes(counts: dict[str, int]) -> dict[str, int]:
+    """Counts by name, where not every process has counted every name -> their sums."""
+    gathered = [counts]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, counts)
+    return dict(sum((Counter(part) for part in gathered), Counter()))
 
 
 class Forecast(Callback):

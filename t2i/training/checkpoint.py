@@ -45,14 +45,13 @@ def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it; refused."
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}.") from error
-    if not isinstance(saved, dict) or "t2i" not in saved:
-        raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i'.")
-    weights = dict(saved["state_dict"])
-    if use_ema:
-        weights.update(saved.get("ema", {}))
-    return LoadedCheckpoint(path, weights, saved["t2i"]["config"], saved["t2i"]["extra"])
+    except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}.") from error
+    if not isinstance(saved, dict):
+        saved = {}
+    averaged = saved.get("ema", {}) if use_ema else {}
+    return _checked(path, (saved.get("state_dict"), averaged), saved.get("t2i"))
 
 
 def save_final(stage: BaseStage, path: Path) -> None:
@@ -91,6 +90,13 @@ def _load_safetensors(path: Path) -> LoadedCheckpoint:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
-    if header is None:
-        raise CheckpointError(f"{path} was not written by t2i: its header has no entry 't2i'.")
-    return LoadedCheckpoint(path, weights, header["config"], header["extra"])
+    return _checked(path, (weights, {}), header)
+
+
+def _checked(path: Path, weights: tuple[Any, Any], header: Any) -> LoadedCheckpoint:
+    """What `load` gives, made of the raw and the averaged weights and of the entry 't2i', if all are that."""
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), dict) for key in ("config", "extra")):
+        raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i' with config and extra.")
+    if not all(isinstance(part, dict) for part in weights):
+        raise CheckpointError(f"{path} was not written by t2i: it holds no weights.")
+    return LoadedCheckpoint(path, {**weights[0], **weights[1]}, header["config"], header["extra"])

@@ -83,6 +83,8 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     resumed = _resumed_run(config)
+    if resumed:
+        _check_same_run(config, resumed)
     L.seed_everything(config.seed, verbose=False)
     config = dataclasses.replace(config, init_from=_initial_run(config) if resumed is None else None)
     start = _start(config, resumed)
@@ -138,6 +140,7 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
             trainer.fit(stage, ShardData(config), ckpt_path=checkpoint, weights_only=True)
         finally:
             stop.restore()
+            run_folder.leave()
     result = FitResult(folder, not stop.stopped, stage.images_seen, time.perf_counter() - began)
     if trainer.is_global_zero:
         run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
@@ -185,10 +188,21 @@ def _resumed_run(config: RunConfig) -> Path | None:
             raise CheckpointError(f"resume=latest found no run with a checkpoint in {config.runs_dir}/{config.stage}.")
         return found
     folder = Path(config.resume)
-    run_folder.read_config(folder)
     if not run_folder.checkpoints(folder):
         raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*.ckpt).")
     return folder
+
+
+def _check_same_run(config: RunConfig, folder: Path) -> None:
+    """Raises CheckpointError where `config` says other than the run that it resumes, in what makes the run."""
+    free = {"name", "runs_dir", "init_from", "resume", "autoencoder", "trainer", "logger"}
+    saved, said = run_folder.read_config(folder), run_folder.as_saved(run_to_dict(config))
+    for key in sorted(said.keys() - free):
+        if saved.get(key) != said[key]:
+            raise CheckpointError(
+                f"{folder} was trained with {key}={saved.get(key)}, this command says {key}={said[key]}; resume "
+                f"needs the run's own command. To start a new run from its weights use init_from={folder}."
+            )
 
 
 def _initial_run(config: RunConfig) -> str | None:

@@ -51,9 +51,21 @@ def enter(folder: Path) -> Path:
     return folder
 
 
+def leave() -> None:
+    """Ends what `enter` began: the next run of this process gets a folder of its own."""
+    os.environ.pop(RUN_FOLDER_VARIABLE, None)
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """config.yaml: the resolved configuration."""
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+
+
+def as_saved(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` as `read_config` would give it back: tuples become lists."""
+    values = OmegaConf.to_container(OmegaConf.create(config))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from t2i_pipelines.sources import shapes as source
 from torch import Tensor
 
 from t2i.evaluation.shapes import (
@@ -23,6 +22,7 @@ from t2i.evaluation.shapes import (
     find_blobs,
     outline,
 )
+from t2i_pipelines.sources import shapes as source
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -7,9 +7,9 @@ import json
 import pytest
 import webdataset as wds
 from PIL import Image
-from t2i_pipelines.shard_writer import Sample, complete_directory, png_sample, write_shards
 
 from t2i.errors import DataError
+from t2i_pipelines.shard_writer import Sample, complete_directory, png_sample, write_shards
 
 
 def samples(count: int):
@@ -91,9 +91,13 @@ def test_columns_cannot_replace_the_layout_s_own(tmp_path):
 
 
 def test_a_directory_appears_complete_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), complete_directory(tmp_path / "set") as unfinished:
-        (unfinished / "file").touch()
-        raise RuntimeError
+    def interrupted():
+        with complete_directory(tmp_path / "set") as unfinished:
+            (unfinished / "file").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with complete_directory(tmp_path / "set") as unfinished:
         (unfinished / "file").touch()

@@ -77,15 +77,19 @@ class PatchDecoder(nn.Module):
 
 @torch.no_grad()
 def initialise_from_pca(encoder: PatchEncoder, decoder: PatchDecoder, image: Tensor) -> None:
-    """Sets both linear parts to the principal components of the patches of `image` (B, 3, H, W), scaled so
-    that the code has unit variance over all channels together: a component's share of the variance is its
-    share of the picture, which is how the diffusion loss should weigh it."""
+    """Sets both linear parts to the principal components of the patches of `image` (B, 3, H, W), scaled to
+    unit variance over all channels together and half-way whitened: each component is divided by the square
+    root of its standard deviation. Diffusion learns faster from that than from the components as they are,
+    whose small ones drown in its errors, or from fully whitened ones, where they count as much as the large
+    (docs/decisions.md has the figures)."""
     patches = rearrange(to_patches(image, encoder.patch_px), "b d h w -> (b h w) d").double()
     mean = patches.mean(0)
     variance, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     top = directions.flip(1)[:, : encoder.latent_channels]  # eigh sorts ascending
-    scale = variance.flip(0)[: encoder.latent_channels].mean().clamp_min(1e-8).sqrt()
-    encoder.linear.weight.copy_((top.T / scale)[:, :, None, None])
+    variance = variance.flip(0)[: encoder.latent_channels].clamp_min(1e-8)
+    scale = variance**0.25  # the square root of each component's standard deviation
+    scale = scale * (variance / scale**2).mean().sqrt()
+    encoder.linear.weight.copy_((top.T / scale[:, None])[:, :, None, None])
     encoder.linear.bias.copy_(-(top.T @ mean) / scale)
     decoder.linear.weight.copy_((top * scale)[:, :, None, None])
     decoder.linear.bias.copy_(mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
@@ -109,7 +110,9 @@ class Stage(BaseStage):
             network.to(self.device)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows of eight pictures, each above the row of their reconstructions."""
-        decoded = self.codec.reconstruct(batch.image).image
-        rows = [row for pair in zip(batch.image.split(8), decoded.split(8), strict=True) for row in pair]
-        return {"reconstructions": torch.cat(rows).clamp(-1, 1)}
+        """Rows of eight pictures, the last one filled up with white, each above the row of their
+        reconstructions."""
+        pairs = torch.stack([batch.image, self.codec.reconstruct(batch.image).image])
+        white = pairs.new_ones(2, -len(batch) % 8, *batch.image.shape[1:])
+        rows = rearrange(torch.cat([pairs, white], dim=1), "pair (row eight) c h w -> (row pair eight) c h w", eight=8)
+        return {"reconstructions": rows.clamp(-1, 1)}

@@ -71,7 +71,8 @@ class DiT(nn.Module):
         position = sincos_2d(rows, columns, self.embed.out_features, scale=max(rows, columns) / POSITION_SPAN)
         tokens = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + position.to(x)
         time = timestep_embedding(t, self.embed.out_features).to(x.dtype)
-        condition = nn.functional.silu(self.time(time) + self.pooled(pooled))
+        import os
+        condition = nn.functional.silu(self.time(time) + self.pooled(pooled) * float(os.environ.get('POOL','1')))
         text = self.context(context)
         for block in self.blocks:
             tokens = block(tokens, condition, text, context_mask)

@@ -1,0 +1,81 @@
+"""`t2i --help` is instant, and wrong verbs get one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from t2i_cli.main import VERBS
+
+HEAVY = {
+    "torch",
+    "torchvision",
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "open_clip",
+    "numpy",
+    "PIL",
+}
+
+
+def run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *flags, "-m", "t2i_cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def imported(*arguments: str) -> set[str]:
+    """Top-level names that `t2i *arguments` imports."""
+    result = run(*arguments, flags=("-X", "importtime"))
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert "argparse" in names or "t2i_cli" in names or "importlib" in names
+    return names
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["data", "--help"], ["sample", "--help"], ["report", "--help"]], ids=" ".join
+)
+def test_help_imports_nothing_heavy(arguments):
+    assert imported(*arguments) & HEAVY == set()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_help_names_every_verb(t2i, arguments):
+    result = t2i(*arguments)
+    assert (result.code, result.err) == (0, "")
+    for verb in VERBS:
+        assert f"\n  {verb} " in result.out
+
+
+def test_every_verb_has_its_file():
+    import importlib
+
+    for verb in VERBS:
+        assert callable(importlib.import_module(f"t2i_cli.{verb}").run)
+
+
+def test_version(t2i):
+    import t2i as package
+
+    assert t2i("--version").out.strip() == package.__version__
+
+
+def test_an_unknown_verb_in_a_real_process():
+    result = run("paint")
+    assert (result.returncode, result.stdout) == (2, "")
+    (sentence,) = result.stderr.splitlines()
+    assert "'paint'" in sentence
+    assert all(verb in sentence for verb in VERBS)
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(t2i, monkeypatch):
+    from t2i.errors import UserError
+
+    monkeypatch.setenv("T2I_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        t2i("sample", "--prompt", "a", "nonsense")

@@ -1,0 +1,168 @@
+"""What `t2i train` composes, and the embedded data behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t2i_cli import embedded
+from t2i_cli.train import sentence, validated, with_quoted_resolution
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("resolution=64", "resolution='64'"),
+        ("resolution=32,64", "resolution='32','64'"),
+        ("resolution='64'", "resolution='64'"),
+        ("resolution=mine", "resolution=mine"),
+        ("resolution.size_px=64", "resolution.size_px=64"),
+        ("trainer.batch_size=64", "trainer.batch_size=64"),
+        ("--multirun", "--multirun"),
+    ],
+)
+def test_a_resolution_is_a_name(typed, meant):
+    assert with_quoted_resolution(typed) == meant
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
+def test_cfg_job_prints_the_composition(t2i, size):
+    result = t2i("train", "stage=ldm", f"resolution={size}", "trainer.devices=2", "--cfg", "job")
+    assert (result.code, result.err) == (0, "")
+    composed = yaml.safe_load(result.out)
+    assert composed["resolution"]["size_px"] == size
+    assert (composed["stage"], composed["trainer"]["devices"]) == ("ldm", 2)
+    assert list(Path().iterdir()) == []
+
+
+def test_multirun_takes_each_resolution(t2i, monkeypatch):
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.resolution.size_px))
+    assert t2i("train", "stage=ldm", "resolution=32,64", "--multirun").code == 0
+    assert seen == [32, 64]
+    assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/multirun.yaml"]
+
+
+def test_multirun_says_what_failed(t2i):
+    result = t2i("train", "stage=ldm", "trainer.batch_size=0,-1", "--multirun")
+    assert "trainer.batch_size is 0" in result.sentence
+
+
+def test_a_folder_of_ones_own_experiments(t2i):
+    own = Path("mine/experiment/trial")
+    own.mkdir(parents=True)
+    (own / "tiny.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /resolution: '64'\n  - override /codec: vq\n"
+        "name: tiny\ntrainer: {num_images: 8}\n"
+    )
+    result = t2i("train", "--config-dir=mine", "stage=autoencoder", "experiment=trial/tiny", "--cfg", "job")
+    assert (result.code, result.err) == (0, "")
+    composed = yaml.safe_load(result.out)
+    assert (composed["name"], composed["trainer"]["num_images"]) == ("tiny", 8)  # over the stage's own
+    assert (composed["resolution"]["size_px"], composed["codec"]["name"]) == (64, "vq")
+
+
+def test_the_task_gives_lightning_what_was_typed(t2i, monkeypatch):
+    """Lightning starts the processes of the other devices by sys.argv."""
+    import sys
+
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(list(sys.argv)))
+    t2i("train", "stage=ldm", "resolution=64")
+    assert seen == [["t2i", "train", "stage=ldm", "resolution=64"]]
+
+
+def test_a_long_message_is_cut_to_a_sentence():
+    assert sentence(ValueError("first\n\n second \nthird")) == "first second"
+    assert sentence(KeyError()) == "KeyError"
+
+
+# Embedded data.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "t2i"
+
+
+@pytest.fixture
+def small_shapes(monkeypatch) -> list[int]:
+    """A fast `shapes.build`; the sizes that it was called with."""
+    from t2i_pipelines.sources import shapes
+
+    build, sizes = shapes.build, []
+
+    def few(folder, size_px):
+        sizes.append(size_px)
+        build(folder, num_train=8, num_heldout_one=2, num_heldout_two=2, size_px=size_px)
+
+    monkeypatch.setattr(shapes, "build", few)
+    return sizes
+
+
+def configuration(*overrides: str):
+    """The validated configuration of stage=ldm."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("t2i_conf", version_base="1.3"):
+        return validated(compose("train", ["stage=ldm", *overrides]))
+
+
+def test_emoji_that_were_never_made_give_way_to_shapes(cache, small_shapes, capsys):
+    config = configuration()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "t2i data make emoji" in line
+    assert "shapes" in line
+    assert config.data.source == "shapes"
+    assert [Path(p) for p in config.data.shards] == [cache / "shapes-64" / "train" / "00000.tar"]
+    assert [Path(p) for p in config.data.heldout_shards] == [cache / "shapes-64" / "heldout" / "00000.tar"]
+    assert all(Path(p).is_file() for p in [*config.data.shards, *config.data.heldout_shards])
+
+
+def test_embedded_data_is_made_once(cache, small_shapes, capsys):
+    first = configuration("data=shapes")
+    assert configuration("data=shapes") == first
+    assert small_shapes == [64]
+    assert capsys.readouterr().err == ""
+
+
+def test_shapes_are_drawn_as_large_as_they_are_trained_on(cache, small_shapes):
+    config = configuration("data=shapes", "resolution='128'")
+    assert small_shapes == [128]
+    assert "shapes-128" in config.data.shards[0]
+
+
+def test_emoji_are_taken_where_they_are(cache, small_shapes, capsys):
+    for part in ("train", "heldout"):
+        (cache / "emoji" / part).mkdir(parents=True)
+        (cache / "emoji" / part / "00000.tar").touch()
+    config = configuration()
+    assert config.data.source == "emoji"
+    assert [Path(p) for p in config.data.shards] == [cache / "emoji" / "train" / "00000.tar"]
+    assert (small_shapes, capsys.readouterr().err) == ([], "")
+
+
+def test_shards_of_ones_own_are_left_alone(cache, small_shapes):
+    config = configuration("data=shards", "data.shards='own/{00000..00003}.tar'")
+    assert config.data.shards == "own/{00000..00003}.tar"
+    assert small_shapes == []
+
+
+def test_an_empty_cache_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert embedded.folder_of("emoji") == Path.home() / ".cache" / "t2i" / "emoji"
+
+
+def test_data_make_says_where(t2i, small_shapes, tmp_path):
+    result = t2i("data", "make", "shapes", "--size-px", "32")
+    assert result.code == 0
+    assert str(tmp_path / "cache" / "t2i" / "shapes-32") in result.out
+    assert small_shapes == [32]
+
+
+def test_data_too_small_is_one_sentence(t2i):
+    assert "16" in t2i("data", "make", "shapes", "--size-px", "16").sentence

@@ -1,0 +1,93 @@
+"""A wrong `t2i train` ends with 2 and one sentence, before any data is read or any run folder is made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OWN_SHARDS = ("data=shards", "data.shards=absent.tar")
+
+# What is typed, and what the sentence has to say.
+CASES = {
+    "no stage": ((), ("stage", "autoencoder", "ldm")),
+    "unknown stage": (("stage=cascade",), ("stage/cascade", "autoencoder", "ldm")),
+    "unknown key": (("stage=ldm", "trainer.foo=1"), ("trainer.foo", "not a known key")),
+    "unknown key of the stage": (("stage=autoencoder", "denoiser.width=8"), ("denoiser", "not a known key")),
+    "added key": (("stage=ldm", "+trainer.batchsize=1"), ("trainer.batchsize", "trainer.batch_size?")),
+    "added group": (("stage=autoencoder", "+text=learned"), ("text", "stage autoencoder")),
+    "unknown resolution": (("stage=ldm", "resolution=100"), ("resolution/100", "32", "64", "512")),
+    "unknown codec": (("stage=autoencoder", "codec=foo"), ("codec/foo", "kl", "vq")),
+    "unknown family": (("stage=ldm", "family=gan"), ("family", "'gan'", "latent_diffusion")),
+    "wrong type": (
+        ("stage=ldm", "trainer.num_images=many"),
+        ("trainer.num_images", "'many'", "whole number"),
+    ),
+    "a fraction": (("stage=ldm", "seed=1.5"), ("seed", "1.5", "whole number")),
+    "a choice is a number": (("stage=ldm", "trainer=5"), ("trainer=5", "name")),
+    "impossible number": (("stage=ldm", "trainer.batch_size=0"), ("trainer.batch_size", "0", "1 or more")),
+    "impossible share": (
+        ("stage=ldm", "resolution.text_dropout=1.5"),
+        ("resolution.text_dropout", "1.5", "0 to 1"),
+    ),
+    "impossible word": (("stage=ldm", "trainer.precision=fp8"), ("trainer.precision", "'fp8'", "bf16-mixed")),
+    "keys that do not fit": (("stage=ldm", "schedule=linear"), ("flow", "linear")),
+    "own shards unnamed": (("stage=ldm", "data=shards"), ("data.shards",)),
+    "own shards absent": (
+        ("stage=autoencoder", *OWN_SHARDS),
+        ("data.shards", "absent.tar", "does not exist"),
+    ),
+    "size of the autoencoder": (
+        ("stage=autoencoder", *OWN_SHARDS, "resolution.size_px=50"),
+        ("resolution.size_px", "50", "multiples of 4"),
+    ),
+    "no autoencoder": (
+        ("stage=ldm", *OWN_SHARDS),
+        ("stage=ldm", "t2i train stage=autoencoder", "autoencoder="),
+    ),
+    "autoencoder absent": (
+        ("stage=ldm", *OWN_SHARDS, "autoencoder=runs/none"),
+        ("runs/none", "does not exist"),
+    ),
+    "nothing to resume": (
+        ("stage=autoencoder", *OWN_SHARDS, "resume=latest"),
+        ("resume=latest", "runs/autoencoder"),
+    ),
+    "resume from no run": (
+        ("stage=autoencoder", *OWN_SHARDS, "resume=nowhere"),
+        ("nowhere", "no checkpoint"),
+    ),
+    "start from nothing": (
+        ("stage=autoencoder", *OWN_SHARDS, "init_from=nowhere"),
+        ("nowhere", "does not exist"),
+    ),
+    "not key=value": (("stage=ldm", "trainer"), ("trainer",)),
+    "unreadable": (("stage=ldm", "trainer.batch_size=[1"), ("trainer.batch_size=[1", "key=value")),
+    "unknown reference": (("stage=ldm", "name=${nobody}"), ("nobody",)),
+    "folder of experiments absent": (("--config-dir=nowhere", "stage=ldm"), ("nowhere",)),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES.values(), ids=CASES)
+def test_one_sentence(t2i, arguments, words):
+    sentence = t2i("train", *arguments).sentence
+    assert sentence.startswith("t2i train: ")
+    for word in words:
+        assert word in sentence
+    assert list(Path().iterdir()) == []
+
+
+def test_in_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "t2i_cli.main", "train", "stage=ldm", "trainer.batch_size=0"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "here").mkdir()
+    result = subprocess.run(
+        command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    (sentence,) = result.stderr.splitlines()
+    assert "trainer.batch_size is 0" in sentence
+    assert list((tmp_path / "here").iterdir()) == []

@@ -1,0 +1,85 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Two processes of pytest share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from t2i.config import RunConfig
+    from t2i.training.fit import FitResult
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shapes_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set of drawn scenes as shards: 64 to train on, 8 + 4 held out, 32 px."""
+    from t2i_pipelines.sources import shapes
+
+    folder = tmp_path_factory.mktemp("shapes") / "shards"
+    shapes.build(folder, num_train=64, num_heldout_one=8, num_heldout_two=4, size_px=32)
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The real captioned shards beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("../shared/data is absent: the real captioned shards do not come with the repository")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def shapes_overrides(shapes_shards: Path) -> list[str]:
+    """What is typed after `t2i train` to train on `shapes_shards`."""
+    train, heldout = (sorted(shapes_shards.glob(f"{part}/*.tar")) for part in ("train", "heldout"))
+    return [
+        "data.source=null",
+        f"data.shards=[{','.join(map(str, train))}]",
+        f"data.heldout_shards=[{','.join(map(str, heldout))}]",
+    ]
+
+
+@pytest.fixture(scope="session")
+def compose_run(shapes_overrides: list[str]) -> Callable[..., RunConfig]:
+    """What `t2i train` makes of its arguments, on `shapes_shards`."""
+    from hydra import compose, initialize_config_module
+    from t2i_cli.train import validated
+
+    def compose_run(*overrides: str) -> RunConfig:
+        with initialize_config_module("t2i_conf", version_base="1.3"):
+            composed = compose("train", overrides=[*shapes_overrides, "logger.tensorboard=false", *overrides])
+        return validated(composed)
+
+    return compose_run
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[[RunConfig], FitResult]:
+    """Trains in this process, silently."""
+    import logging
+
+    from rich.console import Console
+
+    from t2i import families
+    from t2i.training.fit import fit
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+    def train(config: RunConfig) -> FitResult:
+        return fit(config, families.load(config.family, "stage").Stage, Console(quiet=True))
+
+    return train

@@ -1,0 +1,153 @@
+"""Every file in conf/experiment/ composes and builds; the small ones train, resume exactly and draw."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from t2i import families
+from t2i.config import RunConfig, parse_run, run_to_dict
+from t2i.generation.text_to_image import draw, save
+from t2i.interfaces import SampleRequest
+from t2i.text import build_text_encoder
+from t2i.training import checkpoint, run_folder
+
+FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
+EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+SMALL = [name for name in EXPERIMENTS if "/tiny_" in name]
+
+# Published: Stable Diffusion's UNet, and its autoencoder with the two 1x1 convolutions.
+PARAMETERS = {
+    "latent_diffusion/sd_v1_256": 859_520_964,
+    "latent_diffusion/sd_v1_512": 859_520_964,
+    "autoencoder/kl_f8": 83_653_863,
+}
+CLIP_VIT_L_WIDTH = 768
+CODEC_CHANNELS = 4
+
+
+def network(config: RunConfig) -> nn.Module:
+    """What the experiment trains, without frozen parts and without memory."""
+    model = config.model
+    with torch.device("meta"):
+        if config.family == "autoencoder":
+            return families.load(config.family, "codec").build_codec(model)
+        width = CLIP_VIT_L_WIDTH
+        if model.text.name == "learned":
+            width = build_text_encoder(model.text).token_dim
+        build = families.load(config.family, "model").build_denoiser
+        return build(model.denoiser, CODEC_CHANNELS, width, width)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_composes_and_builds(name, compose_run):
+    config = compose_run(f"experiment={name}")
+    assert config.family == name.split("/")[0]
+    built = network(config)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    assert count == PARAMETERS.get(name, count) > 0
+    assert (count < 2_000_000) == (name in SMALL)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_config_yaml_says_composes_the_same_run(name, compose_run, tmp_path):
+    config = compose_run(f"experiment={name}")
+    run_folder.write_config(tmp_path, run_to_dict(config))
+    assert parse_run(run_folder.read_config(tmp_path), type(config.model)) == config
+
+
+@pytest.mark.parametrize("name", ["autoencoder/tiny_vq", "latent_diffusion/sd_v1_512"])
+def test_arguments_come_before_the_experiment_and_that_before_the_stage(name, compose_run):
+    config = compose_run(f"experiment={name}", "ema=none", "trainer.batch_size=3")
+    assert config.ema is None
+    assert config.trainer.batch_size == 3
+    own = compose_run(f"experiment={name}")
+    assert own.ema is not None
+    assert own.resolution.size_px == {"autoencoder/tiny_vq": 32, "latent_diffusion/sd_v1_512": 512}[name]
+
+
+@pytest.fixture(scope="module")
+def runs_dir(compose_run, train, tmp_path_factory):
+    """Holds a trained autoencoder for the generators to build on."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}"))
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without what is never the same twice."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def assert_same(one: object, other: object, path: str = "") -> None:
+    """Bit for bit, through dictionaries and lists."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{i}]")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tmp_path):
+    """Four steps at once equal two, found again by resume=latest, and two more."""
+    arguments = [f"experiment={name}", "trainer.num_images=32", "trainer.checkpoint_every_images=16"]
+    builds_on_autoencoder = name.startswith("latent_diffusion/")
+    if builds_on_autoencoder:
+        arguments.append(f"autoencoder={run_folder.newest_run(runs_dir, 'autoencoder')}")
+    result = train(compose_run(*arguments, f"runs_dir={tmp_path / 'whole'}"))
+    whole = result.folder
+    assert result.complete
+    assert result.images_seen == 32
+    assert [path.name for path in run_folder.checkpoints(whole)] == ["step_000002.ckpt", "step_000004.ckpt"]
+    assert [row["step"] for row in rows(whole)] == ["1", "2", "3", "4"]
+
+    cut = tmp_path / "cut" / whole.parent.name / "stopped"
+    gone = shutil.ignore_patterns("step_000004.ckpt", run_folder.FINAL_WEIGHTS, "samples")
+    shutil.copytree(whole, cut, ignore=gone)
+    resumed = train(compose_run(*arguments, f"runs_dir={tmp_path / 'cut'}", "resume=latest"))
+    assert resumed.folder == cut
+    assert rows(cut) == rows(whole)
+    saved = [
+        torch.load(folder / "checkpoints" / "step_000004.ckpt", weights_only=True) for folder in (whole, cut)
+    ]
+    for part in ("state_dict", "optimizer_states", "ema"):
+        assert_same(saved[0].get(part), saved[1].get(part), part)
+    assert_same(*(load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (whole, cut)))
+    pictures = [sorted((folder / "samples").iterdir()) for folder in (whole, cut)]
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]] != []
+
+    if builds_on_autoencoder:
+        loaded = checkpoint.load(run_folder.weights_file(cut))
+        generator = families.load(loaded.config["family"], "generator").Generator(loaded, device="cpu")
+        request = SampleRequest(
+            prompts=["a red circle", "a blue star"],
+            seeds=[0, 1],
+            height_px=32,
+            width_px=48,
+            steps=2,
+            sampler=generator.defaults.sampler,
+            guidance_scale=2.0,
+        )
+        images = draw(generator, request, batch_size=2, progress=lambda done: None)
+        assert images.shape == (2, 3, 32, 48)
+        assert images.isfinite().all()
+        for path in save(images, request, tmp_path / "png", {})[:2]:
+            with Image.open(path) as picture:
+                assert picture.size == (48, 32)

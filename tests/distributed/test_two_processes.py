@@ -1,0 +1,82 @@
+"""Two processes with batch 4, started by the command line, train what one process with batch 8 trains."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Without warm-up, so that four steps move the weights far more than the tolerance.
+SHARED = ["trainer.num_images=32", "optimizer.warmup_images=0", "logger.tensorboard=false", "name=run"]
+TWO = ["trainer.batch_size=4", "trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def autoencoder(compose_run, train, tmp_path) -> Path:
+    """For the generator to build on."""
+    config = compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={tmp_path}")
+    return train(config).folder
+
+
+def train_by_command(arguments: list[str], folder: Path) -> str:
+    """`t2i train` in a process of its own, called in `folder`; returns what it printed."""
+    command = [sys.executable, "-m", "t2i_cli.main", "train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def column(folder: Path, name: str) -> torch.Tensor:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return torch.tensor([float(row[name]) for row in csv.DictReader(file)])
+
+
+def check_two_equal_one(
+    arguments: list[str], means: list[str], compose_run, train, shapes_overrides: list[str], folder: Path
+) -> None:
+    one = train(compose_run(*arguments, *SHARED, f"runs_dir={folder / 'one'}")).folder
+    called_in = folder / "empty"
+    called_in.mkdir()
+    typed = [*shapes_overrides, *arguments, *SHARED, *TWO, f"runs_dir={folder / 'two'}"]
+    printed = train_by_command(typed, called_in)
+    assert list(called_in.iterdir()) == []
+    two = folder / "two" / one.parent.name / "run"
+    assert sorted(path.name for path in two.parent.iterdir()) == ["latest", "run"]
+    assert printed.count("Done:") == 1
+
+    assert column(two, "images").tolist() == [8, 16, 24, 32]
+    for name in means:
+        assert_close(column(two, name), column(one, name), name, rtol=1e-4, atol=0)
+    saved = [
+        torch.load(run / "checkpoints" / "step_000004.ckpt", weights_only=True)["state_dict"]
+        for run in (one, two)
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    for name, expected in saved[0].items():
+        assert_close(saved[1][name], expected, name, rtol=0, atol=1e-4)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, **tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, **tolerance, msg=lambda text: f"{name}: {text}")
+
+
+def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp_path):
+    """With so narrow a bottleneck that real and decoded pictures differ well. Where they hardly do, their
+    gradients in the discriminator cancel to rounding errors, and Adam makes whole steps of those."""
+    check_two_equal_one(
+        ["experiment=autoencoder/tiny_kl", "backbone.latent_channels=2", "adversarial.start_images=0"],
+        ["loss", "l1", "kl", "generator", "discriminator", "adaptive_weight", "gradient_norm", "gradient_norm_1"],
+        *(compose_run, train, shapes_overrides, tmp_path),
+    )
+
+
+def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_overrides, tmp_path):
+    check_two_equal_one(
+        ["experiment=latent_diffusion/tiny_dit_flow", f"autoencoder={autoencoder}"],
+        ["loss", "gradient_norm"],
+        *(compose_run, train, shapes_overrides, tmp_path),
+    )

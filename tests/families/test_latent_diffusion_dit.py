@@ -1,0 +1,139 @@
+"""The diffusion transformer: shapes, gradients, masks and positions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from t2i.errors import ConfigError
+from t2i.families.latent_diffusion.config import DiTConfig
+from t2i.families.latent_diffusion.dit import DiT
+
+CONFIG = DiTConfig("dit", patch_size=2, width=32, depth=2, heads=4)
+CHANNELS, CONTEXT, POOLED, LENGTH = 3, 24, 20, 7
+
+
+def build(config: DiTConfig = CONFIG) -> DiT:
+    """With random weights throughout, so that zero-initialised layers hide nothing."""
+    torch.manual_seed(0)
+    dit = DiT(config, CHANNELS, CONTEXT, POOLED).eval()
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return dit
+
+
+def inputs(height: int = 8, width: int = 8) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(2, CHANNELS, height, width, generator=generator),
+        "t": torch.tensor([17.0, 803.5]),
+        "context": torch.randn(2, LENGTH, CONTEXT, generator=generator),
+        "pooled": torch.randn(2, POOLED, generator=generator),
+        "context_mask": torch.arange(LENGTH) < torch.tensor([[3], [LENGTH]]),
+    }
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (16, 8)])
+def test_the_output_has_the_shape_of_the_latent(patch_size, height, width):
+    out = build(dataclasses.replace(CONFIG, patch_size=patch_size))(**inputs(height, width))
+    assert out.shape == (2, CHANNELS, height, width)
+    assert out.isfinite().all()
+
+
+def test_starts_with_zero():
+    """adaLN-Zero (2212.09748, section 3.2)."""
+    torch.manual_seed(0)
+    assert DiT(CONFIG, CHANNELS, CONTEXT, POOLED)(**inputs()).eq(0).all()
+
+
+def test_every_parameter_learns():
+    dit = build()
+    dit(**inputs()).square().mean().backward()
+    silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.eq(0).all()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", ["t", "context", "pooled", "x"])
+def test_everything_it_is_given_counts(name):
+    """And only for its own picture."""
+    dit, given = build(), inputs()
+    before = dit(**given)
+    given[name] = given[name].clone()
+    given[name][0] += torch.randn(given[name][0].shape)  # not a constant, which layer norms take away
+    after = dit(**given)
+    assert (after[0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(after[1], before[1])
+
+
+def test_padding_changes_nothing():
+    """Neither what stands in it nor how much of it there is."""
+    dit, given = build(), inputs()
+    before = dit(**given)
+    given["context"][0, 3:] = 100 * torch.randn(LENGTH - 3, CONTEXT)
+    torch.testing.assert_close(dit(**given), before)
+    more = 5
+    given["context"] = torch.cat([given["context"], torch.randn(2, more, CONTEXT)], dim=1)
+    given["context_mask"] = torch.cat([given["context_mask"], torch.zeros(2, more, dtype=torch.bool)], dim=1)
+    torch.testing.assert_close(dit(**given), before)
+    without_mask = dit(**(given | {"context_mask": None}))
+    assert (without_mask - before).abs().max() > 1e-3
+
+
+def test_the_order_of_text_tokens_is_the_encoders_business():
+    dit, given = build(), inputs()
+    before = dit(**given)
+    order = torch.tensor([4, 2, 6, 0, 5, 3, 1])
+    given["context"], given["context_mask"] = given["context"][:, order], given["context_mask"][:, order]
+    torch.testing.assert_close(dit(**given), before)
+
+
+def permuted(x: Tensor, order: Tensor) -> Tensor:
+    """The patches of x (B, C, h, w) in another order."""
+    rows = x.shape[2] // CONFIG.patch_size
+    patches = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", p=CONFIG.patch_size, q=CONFIG.patch_size)[:, order]
+    return rearrange(patches, "b (h w) c p q -> b c (h p) (w q)", h=rows)
+
+
+def test_positions_are_all_that_orders_the_patches(monkeypatch):
+    """Without them the network commutes with any order of the patches; with them it does not."""
+    dit, given = build(), inputs()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    moved = given | {"x": permuted(given["x"], order)}
+    assert (dit(**moved) - permuted(dit(**given), order)).abs().max() > 1e-2
+    nowhere = lambda rows, columns, dim, scale: torch.zeros(rows * columns, dim)  # noqa: E731
+    monkeypatch.setattr("t2i.families.latent_diffusion.dit.sincos_2d", nowhere)
+    torch.testing.assert_close(dit(**moved), permuted(dit(**given), order))
+
+
+def positions(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """The range of positions that a latent of this size is given: how far rows and columns go."""
+    seen = []
+
+    def spy(rows: int, columns: int, dim: int, scale: float) -> Tensor:
+        seen.append((rows / scale, columns / scale))
+        return torch.zeros(rows * columns, dim)
+
+    monkeypatch.setattr("t2i.families.latent_diffusion.dit.sincos_2d", spy)
+    build()(**inputs(height, width))
+    return seen[0]
+
+
+def test_positions_span_the_same_range_at_every_resolution(monkeypatch):
+    """So that a higher resolution meets no positions that the lower one has not learned."""
+    span = positions(8, 8, monkeypatch)
+    assert positions(16, 16, monkeypatch) == positions(32, 32, monkeypatch) == span
+    assert positions(8, 16, monkeypatch) == (span[0] / 2, span[1])
+    assert positions(16, 8, monkeypatch) == (span[0], span[1] / 2)
+
+
+def test_config_refuses_heads_that_do_not_divide():
+    with pytest.raises(ConfigError, match=r"denoiser\.width is 32; allowed: a multiple of heads \(5\)"):
+        dataclasses.replace(CONFIG, heads=5)
+    with pytest.raises(ConfigError, match=r"denoiser\.depth is 0; allowed: 1 or more"):
+        dataclasses.replace(CONFIG, depth=0)

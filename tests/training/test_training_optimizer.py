@@ -1,0 +1,53 @@
+"""Learning rates in closed form, and what is decayed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from t2i.config import OptimizerConfig
+from t2i.training.optimizer import build_adamw, learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_warm_up_is_a_straight_line_to_the_peak(schedule):
+    config = OptimizerConfig(learning_rate=2.0, warmup_images=100, schedule=schedule)
+    rates = [learning_rate(config, images, 1_000) for images in range(100)]
+    assert rates == pytest.approx([2.0 * (images + 1) / 100 for images in range(100)])
+    assert learning_rate(config, 100, 1_000) == 2.0
+
+
+def test_constant_stays():
+    config = OptimizerConfig(learning_rate=2.0, schedule="constant")
+    assert {learning_rate(config, images, 1_000) for images in (0, 1, 999, 1_000, 5_000)} == {2.0}
+
+
+def test_cosine_falls_to_zero_at_the_end_and_stays():
+    config = OptimizerConfig(learning_rate=2.0, warmup_images=100, schedule="cosine")
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        expected = 2.0 * math.cos(math.pi / 2 * share) ** 2
+        assert learning_rate(config, 100 + int(share * 900), 1_000) == pytest.approx(expected)
+    assert learning_rate(config, 2_000, 1_000) == pytest.approx(0)
+
+
+def test_a_run_shorter_than_its_warm_up_has_a_rate():
+    config = OptimizerConfig(learning_rate=2.0, warmup_images=100, schedule="cosine")
+    assert 0 < learning_rate(config, 49, 50) <= 2.0
+
+
+def test_vectors_are_not_decayed_and_frozen_weights_are_left_out():
+    first, norm, frozen = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    groups = [[*first.parameters(), *frozen.parameters()], list(norm.parameters())]
+    optimizer = build_adamw(groups, config)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in [*first.parameters(), *norm.parameters()]}
+    before = {p: p.detach().clone() for p in trained}
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, value in before.items():
+        torch.testing.assert_close(p.detach(), value * (1 - 0.1 * 0.5) if p.ndim >= 2 else value)

@@ -1,0 +1,126 @@
+"""Run folders: names, the newest, what is found in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from t2i.errors import CheckpointError
+from t2i.training import run_folder
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch):
+    """As in a process that no run was started in."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv(run_folder.RUN_FOLDER_VARIABLE, "")
+    yield
+    run_folder.leave()
+
+
+def new_run(runs_dir: Path, name: str, size_px: int = 32, steps: tuple[int, ...] = (), time_s: int = 0) -> Path:
+    """A finished run with empty checkpoints, written `time_s` after the epoch."""
+    folder = run_folder.create(runs_dir, "ldm", name)
+    run_folder.leave()
+    run_folder.write_config(folder, {"resolution": {"size_px": size_px}})
+    for step in steps:
+        touch(folder / "checkpoints" / f"step_{step:06d}.ckpt", time_s)
+    return folder
+
+
+def touch(path: Path, time_s: int) -> None:
+    path.touch()
+    os.utime(path, (time_s, time_s))
+
+
+def test_a_name_that_was_used_is_never_written_over(tmp_path):
+    names = [new_run(tmp_path, "trial").name for _ in range(3)]
+    assert names == ["trial", "trial-2", "trial-3"]
+    assert (tmp_path / "ldm" / "latest").resolve() == (tmp_path / "ldm" / "trial-3").resolve()
+
+
+def test_the_processes_of_a_run_share_its_folder(tmp_path):
+    folder = run_folder.create(tmp_path, "ldm", "trial")
+    assert run_folder.create(tmp_path, "ldm", "trial") == folder  # as one that was started by this one
+    run_folder.leave()
+    assert run_folder.create(tmp_path, "ldm", "trial") != folder
+
+
+def test_without_a_name_it_is_the_job_or_the_time(tmp_path, monkeypatch):
+    timed = run_folder.create(tmp_path, "ldm", None)
+    run_folder.leave()
+    assert timed.name.startswith("20")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert run_folder.create(tmp_path, "ldm", None).name == "4711"
+
+
+def test_latest_moves_with_the_folder_it_lies_in(tmp_path):
+    new_run(tmp_path / "runs", "trial")
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "ldm" / "latest").resolve().name == "trial"
+
+
+def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
+    """Not the newest folder, nor the most steps, nor the last name; runs without a checkpoint do not count."""
+    assert run_folder.newest_run(tmp_path, "ldm") is None
+    b = new_run(tmp_path, "b", size_px=32, steps=(10, 20), time_s=2_000)
+    a = new_run(tmp_path, "a", size_px=64, steps=(5,), time_s=3_000)
+    c = new_run(tmp_path, "c", size_px=32, steps=(900,), time_s=1_000)
+    new_run(tmp_path, "d", size_px=32)
+    assert run_folder.newest_run(tmp_path, "ldm") == a
+    assert run_folder.newest_run(tmp_path, "ldm", below_px=64) == b
+    assert run_folder.newest_run(tmp_path, "ldm", below_px=32) is None
+    assert run_folder.newest_run(tmp_path, "autoencoder") is None
+    touch(c / "checkpoints" / "step_000910.ckpt", 4_000)
+    assert run_folder.newest_run(tmp_path, "ldm") == c
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
+    folder = new_run(tmp_path, "a", steps=(100, 20, 3_000))
+    (folder / "checkpoints" / "step_004000.tmp").touch()  # of a save that was cut off
+    assert [path.stem for path in run_folder.checkpoints(folder)] == ["step_000020", "step_000100", "step_003000"]
+
+
+def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):
+    folder = new_run(tmp_path, "a", steps=(1, 2), time_s=1_000)
+    assert run_folder.weights_file(folder).name == "step_000002.ckpt"
+    touch(folder / run_folder.FINAL_WEIGHTS, 1_001)
+    assert run_folder.weights_file(folder).name == run_folder.FINAL_WEIGHTS
+    touch(folder / "checkpoints" / "step_000003.ckpt", 2_000)
+    assert run_folder.weights_file(folder).name == "step_000003.ckpt"
+    file = folder / "checkpoints" / "step_000001.ckpt"
+    assert run_folder.weights_file(file) == file
+    assert run_folder.weights_file(tmp_path / "ldm" / "latest").resolve().parent.parent == folder.resolve()
+
+
+def test_what_cannot_be_found_is_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; give a run folder, a \.ckpt or"):
+        run_folder.weights_file(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="a holds no checkpoint yet"):
+        run_folder.weights_file(new_run(tmp_path, "a"))
+    with pytest.raises(CheckpointError, match=r"is not a run folder: it has no config\.yaml"):
+        run_folder.read_config(tmp_path)
+
+
+def test_the_configuration_comes_back(tmp_path):
+    values = {"seed": 3, "name": None, "data": {"shards": ["a", "b"]}, "rate": 1e-4, "wandb": "off"}
+    run_folder.write_config(tmp_path, values)
+    assert run_folder.read_config(tmp_path) == values
+
+
+def test_the_summary_adds_up_the_seconds_of_all_resumptions(tmp_path):
+    assert run_folder.read_summary(tmp_path) == {}
+    run_folder.write_summary(tmp_path, complete=False, images_seen=8, seconds=1.5)
+    run_folder.write_summary(tmp_path, complete=True, images_seen=32, seconds=2.0)
+    assert run_folder.read_summary(tmp_path) == {"complete": True, "images_seen": 32, "seconds": 3.5}
+
+
+def test_the_environment_names_versions_commit_and_device(tmp_path):
+    run_folder.write_environment(tmp_path, device="cpu")
+    values = json.loads((tmp_path / "environment.json").read_text())
+    assert values["device"] == "cpu"
+    assert values["packages"]["torch"]
+    assert {"commit", "python", "host", "started"} <= values.keys()

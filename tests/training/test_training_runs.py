@@ -1,0 +1,200 @@
+"""Whole runs of the small experiments: what they leave behind, and how they stop and go on."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from t2i.errors import CheckpointError
+from t2i.training import checkpoint, run_folder
+
+KL = "experiment=autoencoder/tiny_kl"
+
+
+@pytest.fixture(scope="module")
+def codec_run(compose_run, train, tmp_path_factory) -> Path:
+    """Six steps of eight pictures, with everything that a run can leave behind."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    config = compose_run(
+        *(KL, "ema=short", "name=trial", f"runs_dir={runs_dir}", "logger.tensorboard=true"),
+        *("trainer.num_images=48", "trainer.checkpoint_every_images=8", "trainer.sample_every_images=20"),
+        *("trainer.keep_checkpoints=3", "trainer.log_every_steps=2"),
+    )
+    return train(config).folder
+
+
+def saved(folder: Path) -> dict:
+    return torch.load(run_folder.checkpoints(folder)[-1], weights_only=True)
+
+
+def test_the_newest_checkpoints_are_kept(codec_run):
+    names = [path.name for path in sorted((codec_run / "checkpoints").iterdir())]
+    assert names == ["step_000004.ckpt", "step_000005.ckpt", "step_000006.ckpt"]
+
+
+def test_pictures_come_every_so_many_images_and_at_the_end(codec_run):
+    """Multiples of 20 are passed by the third step (24 images), the fifth (40) and the last (48)."""
+    paths = sorted((codec_run / "samples").iterdir())
+    assert [path.name for path in paths] == [f"reconstructions_{step:06d}.png" for step in (3, 5, 6)]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.size == (8 * 34 - 2, 4 * 34 - 2)  # 12 held-out pictures and their reconstructions
+            assert len(picture.getcolors(2**16)) > 100
+
+
+def test_tensorboard_has_the_metrics_and_the_pictures(codec_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(codec_run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert [event.step for event in events.Images("reconstructions")] == [3, 5, 6]
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_row(codec_run, compose_run, train, tmp_path):
+    each = train(compose_run(KL, "ema=short", "trainer.num_images=48", f"runs_dir={tmp_path}")).folder
+    losses = [float(row["loss"]) for row in rows(each)]
+    assert len(losses) == 6
+    assert [float(row["loss"]) for row in rows(codec_run)] == pytest.approx(
+        [(losses[i] + losses[i + 1]) / 2 for i in (0, 2, 4)]
+    )
+
+
+def test_a_run_can_be_repeated_from_what_it_says_of_itself(codec_run):
+    assert run_folder.read_config(codec_run)["trainer"]["num_images"] == 48
+    assert (codec_run / "environment.json").is_file()
+    assert run_folder.read_summary(codec_run)["complete"] is True
+    assert (codec_run.parent / "latest").resolve() == codec_run.resolve()
+
+
+def test_the_codecs_average_leaves_the_discriminator_out(codec_run):
+    state = saved(codec_run)
+    raw, averaged = state["state_dict"], state["ema"]
+    trained = {name for name in raw if name.startswith("codec.") and name != "codec.latent_scale"}
+    assert averaged.keys() == trained
+    assert any(name.startswith("discriminator.") for name in raw)
+    final = load_file(codec_run / run_folder.FINAL_WEIGHTS)
+    assert final.keys() == trained | {"codec.latent_scale"}
+    for name, value in final.items():
+        assert torch.equal(value, averaged.get(name, raw[name])), name
+    assert any(not torch.equal(averaged[name], raw[name]) for name in trained)
+
+
+@pytest.fixture(scope="module")
+def ldm_run(codec_run, compose_run, train) -> Path:
+    runs_dir = codec_run.parents[1]
+    arguments = ("experiment=latent_diffusion/tiny_dit_flow", "trainer.num_images=16", f"runs_dir={runs_dir}")
+    return train(compose_run(*arguments)).folder
+
+
+def test_the_generators_average_leaves_the_frozen_codec_out(ldm_run):
+    state = saved(ldm_run)
+    raw, averaged = state["state_dict"], state["ema"]
+    assert averaged.keys() == {name for name in raw if not name.startswith("model.codec.")}
+    assert {name.split(".")[1] for name in averaged} == {"denoiser", "text"}
+
+
+def test_a_generator_takes_the_newest_autoencoder_says_so_and_keeps_it(codec_run, ldm_run):
+    assert run_folder.read_config(ldm_run)["autoencoder"] == str(codec_run)
+    codec = load_file(codec_run / run_folder.FINAL_WEIGHTS)
+    final = load_file(ldm_run / run_folder.FINAL_WEIGHTS)
+    for name, value in codec.items():
+        assert torch.equal(final[f"model.{name}"], value), name
+
+
+def test_a_higher_resolution_goes_on_from_the_lower_one(ldm_run, compose_run, train, caplog):
+    arguments = ["experiment=latent_diffusion/tiny_dit_flow", f"runs_dir={ldm_run.parents[1]}"]
+    arguments += ["trainer.num_images=8", "resolution='64'"]
+    caplog.set_level(logging.INFO, logger="t2i")
+    first = compose_run(*arguments, "optimizer.learning_rate=1e-12", "ema=none")
+    higher = train(first).folder
+    assert f"continues the lower-resolution run {ldm_run}" in caplog.text
+    assert run_folder.read_config(higher)["init_from"] == str(ldm_run)
+    before, after = (load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (ldm_run, higher))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_the_runs_of_one_process_have_folders_of_their_own(compose_run, train, tmp_path):
+    arguments = (KL, "name=trial", "trainer.num_images=8", f"runs_dir={tmp_path}")
+    folders = [train(compose_run(*arguments)).folder.name for _ in range(2)]
+    assert folders == ["trial", "trial-2"]
+
+
+def test_nothing_to_resume_or_to_build_on_is_one_sentence(compose_run, train, tmp_path):
+    with pytest.raises(CheckpointError, match="resume=latest found no run with a checkpoint in .*/autoencoder"):
+        train(compose_run(KL, f"runs_dir={tmp_path}", "resume=latest"))
+    with pytest.raises(CheckpointError, match="builds on an autoencoder, and .*/autoencoder holds none: train one"):
+        train(compose_run("experiment=latent_diffusion/tiny_dit_flow", f"runs_dir={tmp_path}"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_offline_writes_into_the_run_folder(compose_run, train, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = (KL, "logger=wandb_offline", "logger.tensorboard=false", "trainer.num_images=16", "name=trial")
+    folder = train(compose_run(*arguments, f"runs_dir={tmp_path / 'runs'}")).folder
+    wandb.finish()
+    (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial")
+    assert sum(path.stat().st_size for path in run.glob("*.wandb")) > 1_000
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
+    compose_run, train, shapes_overrides, tmp_path
+):
+    arguments = [KL, "ema=short", "trainer.num_images=2400", "logger.tensorboard=false", "name=run"]
+    stopped_dir = tmp_path / "stopped"
+    folder = stopped_dir / "autoencoder" / "run"
+    command = [sys.executable, "-m", "t2i_cli.main", "train"]
+    command += [*shapes_overrides, *arguments, f"runs_dir={stopped_dir}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    try:
+        while process.poll() is None and len(rows(folder)) < 20:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed
+    assert "Stopping after this step, to save" in printed
+    assert "resume=latest" in printed.splitlines()[-1]
+    summary = run_folder.read_summary(folder)
+    assert summary["complete"] is False
+    assert 160 <= summary["images_seen"] < 2400
+    assert not (folder / run_folder.FINAL_WEIGHTS).exists()
+    loaded = checkpoint.load(run_folder.weights_file(folder))  # a stopped run can be used as it is
+    assert "codec.latent_scale" in loaded.weights
+
+    resumed = train(compose_run(*arguments, f"runs_dir={stopped_dir}", "resume=latest"))
+    whole = train(compose_run(*arguments, f"runs_dir={tmp_path / 'whole'}"))
+    assert resumed.folder == folder
+    assert resumed.complete
+    assert run_folder.read_summary(folder)["images_seen"] == 2400
+    ends = [load_file(run.folder / run_folder.FINAL_WEIGHTS) for run in (resumed, whole)]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(whole.folder)]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Those of metrics.csv, where there is one."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
