@@ -79,7 +79,9 @@ def measure(codec: Codec, images: Tensor) -> tuple[Tensor, str]:
 
 def main() -> None:
     """Splits, trains, measures, prints a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sources", nargs="+", type=Path, help="folders of shards")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_autoencoder"))
     parser.add_argument("--images", type=int, default=24_000, help="pictures seen by each codec")

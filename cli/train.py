@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> None:
     typed = sys.argv
     # Hydra reads sys.argv. Lightning starts further processes by running sys.argv again, so that the task
     # puts back what was typed.
-    sys.argv = ["t2i train", *(with_quoted_resolution(argument) for argument in arguments)]
+    sys.argv = ["t2i train", *(quoted(argument) for argument in arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     failed: list[UserError] = []
 
@@ -50,11 +50,14 @@ def run(arguments: list[str]) -> None:
         raise failed[0]
 
 
-def with_quoted_resolution(argument: str) -> str:
-    """resolution=64 as resolution='64': Hydra takes an unquoted 64 for a number, and a choice is a name."""
+def quoted(argument: str) -> str:
+    """The argument as Hydra's grammar wants it: resolution=64 as resolution='64' (a choice is a name, and an
+    unquoted 64 a number), and data.shards=a/{00000..00004}.tar in quotes (its braces are no mapping)."""
     key, _, value = argument.partition("=")
     if key == "resolution" and re.fullmatch(r"\d+(,\d+)*", value):
         return f"{key}=" + ",".join(f"'{size}'" for size in value.split(","))
+    if key in ("data.shards", "data.heldout_shards") and "{" in value and value[0] not in "'\"[":
+        return f"{key}='{value}'"
     return argument
 
 

@@ -40,7 +40,9 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     for name, spec in fields.items():
         if name in values and values[name] != MISSING:
             kwargs[name] = _convert(hints[name], values[name], path + name)
-        elif name in values or spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+        elif name in values or (
+            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        ):
             raise ConfigError(f"{path}{name} is missing; it needs a value.")
     return cls(**kwargs)
 
@@ -126,11 +128,21 @@ class DataConfig:
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        check(self.source is not None or bool(self.shards), "data.shards", self.shards, "at least one path or URL")
+        check(
+            self.source is not None or bool(self.shards),
+            "data.shards",
+            self.shards,
+            "at least one path or URL",
+        )
         for caption_key in self.caption_keys:
             ok = caption_key == "txt" or caption_key.startswith("json:")
             check(ok, "data.caption_keys", caption_key, "txt, or json:<field>")
-        check(self.shuffle_window_shards >= 1, "data.shuffle_window_shards", self.shuffle_window_shards, "1 or more")
+        check(
+            self.shuffle_window_shards >= 1,
+            "data.shuffle_window_shards",
+            self.shuffle_window_shards,
+            "1 or more",
+        )
         check(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         check(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "0 or more")
         check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0 to 1")
@@ -160,7 +172,9 @@ class TextConfig:
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "text.max_tokens", self.max_tokens, "2 or more")
         check(self.depth >= 1, "text.depth", self.depth, "1 or more")
-        check(self.width % self.heads == 0, "text.width", self.width, f"a multiple of text.heads ({self.heads})")
+        check(
+            self.width % self.heads == 0, "text.width", self.width, f"a multiple of text.heads ({self.heads})"
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,14 @@ class ResolutionConfig:
         check(self.size_px >= 16, "resolution.size_px", self.size_px, "16 or more")
         check(self.min_original_px >= 0, "resolution.min_original_px", self.min_original_px, "0 or more")
         check(0 <= self.text_dropout <= 1, "resolution.text_dropout", self.text_dropout, "0 to 1")
-        check(self.learning_rate > 0, "resolution.learning_rate", self.learning_rate, "more than 0")
+        check(
+            0 < self.learning_rate < 1,
+            "resolution.learning_rate",
+            self.learning_rate,
+            "more than 0, less than 1",
+        )
+        for name in ("num_images", "batch_size"):
+            check(getattr(self, name) >= 1, f"resolution.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)
@@ -207,7 +228,12 @@ class OptimizerConfig:
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
+        check(
+            0 < self.learning_rate < 1,
+            "optimizer.learning_rate",
+            self.learning_rate,
+            "more than 0, less than 1",
+        )
         ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         check(ok, "optimizer.betas", list(self.betas), "two numbers from 0 up to, not including, 1")
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
@@ -257,7 +283,14 @@ class TrainerConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "devices", "num_nodes", "log_every_steps", "keep_checkpoints"):
+        for name in (
+            "num_images",
+            "batch_size",
+            "devices",
+            "num_nodes",
+            "log_every_steps",
+            "keep_checkpoints",
+        ):
             check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
         for name in ("sample_every_images", "checkpoint_every_images"):
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
@@ -301,6 +334,9 @@ class RunConfig:
     logger: LoggerConfig
     model: Any
 
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+
 
 def parse_run(values: Mapping[str, Any], model_class: type) -> RunConfig:
     """The composed top-level mapping as a RunConfig: keys that are fields of `model_class` (the family's
@@ -310,9 +346,11 @@ def parse_run(values: Mapping[str, Any], model_class: type) -> RunConfig:
     for key in values:
         if key not in model_keys | shared:
             near = difflib.get_close_matches(key, sorted(model_keys | shared), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(model_keys | shared))}."
+            hint = (
+                f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(model_keys | shared))}."
+            )
             raise ConfigError(f"{key} is not a known key of stage {values.get('stage')}; {hint}")
-    model = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
+    model: Any = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
     return parse(RunConfig, {k: v for k, v in values.items() if k in shared} | {"model": model})
 
 

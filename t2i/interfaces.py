@@ -78,7 +78,9 @@ class TextFeatures:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextFeatures:
         """A copy on `device`, the floating tensors as `dtype`."""
         return TextFeatures(
-            tokens=self.tokens.to(device, dtype), pooled=self.pooled.to(device, dtype), mask=self.mask.to(device)
+            tokens=self.tokens.to(device, dtype),
+            pooled=self.pooled.to(device, dtype),
+            mask=self.mask.to(device),
         )
 
 

@@ -57,6 +57,7 @@ def shapes_overrides(shapes_shards: Path) -> list[str]:
 def compose_run(shapes_overrides: list[str]) -> Callable[..., RunConfig]:
     """What `t2i train` makes of its arguments, on `shapes_shards`."""
     from hydra import compose, initialize_config_module
+
     from t2i_cli.train import validated
 
     def compose_run(*overrides: str) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections import Counter
@@ -17,7 +18,14 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from t2i.interfaces import Batch
 from t2i.training.pictures import grid, save_png, to_uint8
@@ -29,13 +37,17 @@ log = logging.getLogger(__name__)
 
 def crossed(images_seen: int, images_per_step: int, every_images: int) -> bool:
     """Whether the step that ended at `images_seen` passed a multiple of `every_images` (0: never)."""
-    return bool(every_images) and images_seen // every_images > (images_seen - images_per_step) // every_images
+    return (
+        bool(every_images) and images_seen // every_images > (images_seen - images_per_step) // every_images
+    )
 
 
 class StopAtEnd(Callback):
     """Ends the fit when trainer.num_images were seen."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if stage.images_seen >= stage.config.trainer.num_images:
             trainer.should_stop = True
 
@@ -54,7 +66,9 @@ class Metrics(Callback):
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
         self.since = (time.perf_counter(), stage.images_seen)
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         for name, value in stage.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -63,7 +77,8 @@ class Metrics(Callback):
         if stage.steps_done % stage.config.trainer.log_every_steps:
             return
         now, (then, images_then) = time.perf_counter(), self.since
-        self.latest = mean_over_processes({name: total / self.counts[name] for name, total in self.sums.items()})
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.latest = mean_over_processes(means)
         bad = sum_over_processes(self.bad)
         values = {
             "images": stage.images_seen,
@@ -110,15 +125,20 @@ class Forecast(Callback):
         log.info("%d images to go at %d px on %s", left, stage.config.resolution.size_px, stage.device)
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if self.began is None:
             return
         now = time.perf_counter()
         self.fastest, self.began, self.steps = min(self.fastest, now - self.began), now, self.steps + 1
         if self.steps == 3 or self.fastest > 2:
             left = stage.config.trainer.num_images - stage.images_seen
-            log.info("about %s at %.1f s a step; Ctrl-C saves and stops",
-                     duration(self.fastest * left / stage.images_per_step), self.fastest)
+            log.info(
+                "about %s at %.1f s a step; Ctrl-C saves and stops",
+                duration(self.fastest * left / stage.images_per_step),
+                self.fastest,
+            )
             self.began = None
 
 
@@ -155,10 +175,14 @@ class ProgressBar(Callback):
         )
         description = f"{stage.config.stage} {stage.config.resolution.size_px}px"
         total, done = stage.config.trainer.num_images, stage.images_seen
-        self.task = self.progress.add_task(description, total=total, completed=done, rate=0.0, loss=float("nan"))
+        self.task = self.progress.add_task(
+            description, total=total, completed=done, rate=0.0, loss=float("nan")
+        )
         self.progress.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         loss = self.metrics.latest.get("loss", float("nan"))
         if self.progress is not None:
             rate = self.progress.tasks[0].speed or 0.0
@@ -166,7 +190,8 @@ class ProgressBar(Callback):
             self.progress.update(self.task, completed=done, rate=rate, loss=loss)
         elif trainer.is_global_zero and time.monotonic() - self.last_line > 60:
             self.last_line = time.monotonic()
-            self.console.print(f"{stage.images_seen} of {stage.config.trainer.num_images} images, loss {loss:.4f}")
+            said = "" if math.isnan(loss) else f", loss {loss:.4f}"  # nothing is logged yet
+            self.console.print(f"{stage.images_seen} of {stage.config.trainer.num_images} images{said}")
 
     def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
         self.close()
@@ -185,7 +210,9 @@ class Pictures(Callback):
     def __init__(self, folder: Path, batch: Batch) -> None:
         self.folder, self.batch = folder, batch
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.sample_every_images):
             self.draw(trainer, stage)
 
@@ -216,7 +243,9 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.checkpoint_every_images):
             self.save(trainer, stage)
 
@@ -256,7 +285,9 @@ class StopOnSignal(Callback):
         self.received = number
         self.say("Stopping after this step, to save. Press Ctrl-C again to stop without saving.")
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         flag = torch.tensor(float(self.received is not None))
         if dist.is_initialized() and dist.get_world_size() > 1:
             flag = flag.to(stage.device)

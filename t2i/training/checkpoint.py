@@ -57,7 +57,9 @@ def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
 def save_final(stage: BaseStage, path: Path) -> None:
     """The weights for use, averaged where the stage has an EMA, with config and extras in the header."""
     header = {"config": run_to_dict(stage.config), "extra": stage.checkpoint_extra()}
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()}
+    contiguous = {
+        name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()
+    }
     temporary = path.with_suffix(".tmp")
     save_file(contiguous, temporary, metadata={"t2i": json.dumps(header)})
     temporary.replace(path)
@@ -95,7 +97,8 @@ def _load_safetensors(path: Path) -> LoadedCheckpoint:
 
 def _checked(path: Path, weights: tuple[Any, Any], header: Any) -> LoadedCheckpoint:
     """What `load` gives, made of the raw and the averaged weights and of the entry 't2i', if all are that."""
-    if not isinstance(header, dict) or not all(isinstance(header.get(key), dict) for key in ("config", "extra")):
+    parts = [header.get(key) for key in ("config", "extra")] if isinstance(header, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i' with config and extra.")
     if not all(isinstance(part, dict) for part in weights):
         raise CheckpointError(f"{path} was not written by t2i: it holds no weights.")

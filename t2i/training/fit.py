@@ -23,7 +23,15 @@ from t2i.data.reader import read_all
 from t2i.errors import CheckpointError
 from t2i.interfaces import Batch
 from t2i.training import run_folder
-from t2i.training.callbacks import Checkpoints, Forecast, Metrics, Pictures, ProgressBar, StopAtEnd, StopOnSignal
+from t2i.training.callbacks import (
+    Checkpoints,
+    Forecast,
+    Metrics,
+    Pictures,
+    ProgressBar,
+    StopAtEnd,
+    StopOnSignal,
+)
 from t2i.training.checkpoint import LoadedCheckpoint, load, save_final
 from t2i.training.loggers import build_loggers
 from t2i.training.stage import BaseStage
@@ -93,7 +101,11 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if start is None:
         stage.before_training(_some_images(config))
 
-    folder = run_folder.enter(resumed) if resumed else run_folder.create(config.runs_dir, config.stage, config.name)
+    folder = (
+        run_folder.enter(resumed)
+        if resumed
+        else run_folder.create(config.runs_dir, config.stage, config.name)
+    )
     if resumed is None:
         run_folder.write_config(folder, run_to_dict(stage.config))
     checkpoint = run_folder.checkpoints(folder)[-1] if resumed else None
@@ -167,7 +179,7 @@ class Finish(L.Callback):
 
 def preview_batch(config: RunConfig) -> Batch:
     """The same few pictures for every grid of a run: held-out ones where the data has them."""
-    shards = config.data.heldout_shards or config.data.shards
+    shards = config.data.heldout_shards or config.data.shards or []
     return read_all(config.data, shards, size_px=config.resolution.size_px, limit=NUM_PREVIEW_PICTURES)
 
 
@@ -185,7 +197,9 @@ def _resumed_run(config: RunConfig) -> Path | None:
     if config.resume == "latest":
         found = run_folder.newest_run(config.runs_dir, config.stage)
         if found is None:
-            raise CheckpointError(f"resume=latest found no run with a checkpoint in {config.runs_dir}/{config.stage}.")
+            raise CheckpointError(
+                f"resume=latest found no run with a checkpoint in {config.runs_dir}/{config.stage}."
+            )
         return found
     folder = Path(config.resume)
     if not run_folder.checkpoints(folder):

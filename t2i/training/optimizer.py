@@ -21,7 +21,9 @@ def build_adamw(groups: Sequence[Iterable[nn.Parameter]], config: OptimizerConfi
         parameter_groups.append({"params": matrices, "weight_decay": config.weight_decay})
         parameter_groups.append({"params": vectors, "weight_decay": 0.0})
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW([g for g in parameter_groups if g["params"]], lr=config.learning_rate, betas=betas)
+    return torch.optim.AdamW(
+        [g for g in parameter_groups if g["params"]], lr=config.learning_rate, betas=betas
+    )
 
 
 def learning_rate(config: OptimizerConfig, images_seen: int, num_images: int) -> float:

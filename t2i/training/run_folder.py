@@ -108,7 +108,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def runs(runs_dir: str | Path, stage: str) -> list[Path]:
     """Run folders of a stage that hold a checkpoint, oldest checkpoint first."""
     parent = Path(runs_dir) / stage
-    folders = [p for p in parent.glob("*") if not p.is_symlink() and checkpoints(p)] if parent.is_dir() else []
+    folders = (
+        [p for p in parent.glob("*") if not p.is_symlink() and checkpoints(p)] if parent.is_dir() else []
+    )
     return sorted(folders, key=lambda p: checkpoints(p)[-1].stat().st_mtime)
 
 

@@ -83,7 +83,9 @@ class BaseStage(L.LightningModule):
 
     def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """(B, *shape) ~ N(0, I): this process's part of what `generator` draws for the whole batch."""
-        return self.this_process(torch.randn((self.images_per_step, *shape), generator=generator, device=self.device))
+        return self.this_process(
+            torch.randn((self.images_per_step, *shape), generator=generator, device=self.device)
+        )
 
     def step_generator(self) -> torch.Generator:
         """A generator on this device, seeded by (seed, images seen)."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from t2i_cli import embedded
-from t2i_cli.train import sentence, validated, with_quoted_resolution
+from t2i_cli.train import quoted, sentence, validated
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from t2i_cli.train import sentence, validated, with_quoted_resolution
     ],
 )
 def test_a_resolution_is_a_name(typed, meant):
-    assert with_quoted_resolution(typed) == meant
+    assert quoted(typed) == meant
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])

@@ -69,7 +69,16 @@ def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp
     gradients in the discriminator cancel to rounding errors, and Adam makes whole steps of those."""
     check_two_equal_one(
         ["experiment=autoencoder/tiny_kl", "backbone.latent_channels=2", "adversarial.start_images=0"],
-        ["loss", "l1", "kl", "generator", "discriminator", "adaptive_weight", "gradient_norm", "gradient_norm_1"],
+        [
+            "loss",
+            "l1",
+            "kl",
+            "generator",
+            "discriminator",
+            "adaptive_weight",
+            "gradient_norm",
+            "gradient_norm_1",
+        ],
         *(compose_run, train, shapes_overrides, tmp_path),
     )
 

@@ -63,6 +63,10 @@ def test_detail_finer_than_two_pixels_does_not_count(real):
     checkerboard[::2, ::2] = checkerboard[1::2, 1::2] = -1
     quiet = real * 0.3
     assert shares(quiet, quiet + 0.5 * checkerboard, ATTRIBUTES).exact == 1.0
+    # At full resolution the first of these would be nearer.
+    alike, plain = 0.5 * checkerboard + 0.1, torch.zeros(32, 32)
+    judge = NearestJudge(torch.stack([alike, plain])[:, None].repeat(1, 3, 1, 1), ATTRIBUTES[:2])
+    assert judge.predict(0.5 * checkerboard.repeat(1, 3, 1, 1)) == [ATTRIBUTES[1]]
 
 
 def test_sizes_and_numbers_must_fit(real):

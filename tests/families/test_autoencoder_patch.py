@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from t2i.families.autoencoder.config import (
 from t2i.families.autoencoder.patch import from_patches, to_patches
 
 PATCH = PatchBackboneConfig("patch", patch_px=4, latent_channels=5, width=32, depth=1)
-LDM = LDMBackboneConfig(base_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, latent_channels=5, resolution_px=32)
+LDM = LDMBackboneConfig(
+    base_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, latent_channels=5, resolution_px=32
+)
 CODECS = {"kl": KLConfig("kl"), "vq": VQConfig("vq", num_codes=16)}
 
 
@@ -194,6 +197,6 @@ def test_the_discriminator_moves_and_counts_from_its_start_on(compose_run, tmp_p
         "adversarial.start_images=16",
     )
     fit(config, Spied, Console(quiet=True))
-    moved = [not torch.equal(before[0], after[0]) for before, after in zip(history, history[1:], strict=False)]
+    moved = [not torch.equal(before[0], after[0]) for before, after in itertools.pairwise(history)]
     assert moved == [False, False, True, True]
     assert ["discriminator" in metrics for _, metrics in history[1:]] == [False, False, True, True]

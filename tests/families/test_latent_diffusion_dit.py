@@ -96,7 +96,9 @@ def test_the_order_of_text_tokens_is_the_encoders_business():
 def permuted(x: Tensor, order: Tensor) -> Tensor:
     """The patches of x (B, C, h, w) in another order."""
     rows = x.shape[2] // CONFIG.patch_size
-    patches = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", p=CONFIG.patch_size, q=CONFIG.patch_size)[:, order]
+    patches = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", p=CONFIG.patch_size, q=CONFIG.patch_size)[
+        :, order
+    ]
     return rearrange(patches, "b (h w) c p q -> b c (h p) (w q)", h=rows)
 
 

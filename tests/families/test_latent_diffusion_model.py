@@ -41,7 +41,10 @@ def build(name: str, denoiser: DiTConfig | UNetDenoiserConfig = DIT, **changes: 
     """With random weights throughout, so that zero-initialised layers hide nothing."""
     torch.manual_seed(0)
     codec = CodecConfig(
-        KLConfig("kl"), PatchBackboneConfig("patch", 4, 4, 32, 1), PerceptualConfig("none"), AdversarialConfig(None)
+        KLConfig("kl"),
+        PatchBackboneConfig("patch", 4, 4, 32, 1),
+        PerceptualConfig("none"),
+        AdversarialConfig(None),
     )
     config = Config(
         autoencoder="latest",
@@ -97,10 +100,7 @@ def test_flow_loss_is_flow_matchings():
     scheduler = FlowMatchEulerDiscreteScheduler()
     timestep = 1000 * t
     x_t = torch.cat(
-        [
-            scheduler.scale_noise(latent[i : i + 1], timestep[i : i + 1], eps[i : i + 1])
-            for i in range(len(t))
-        ]
+        [scheduler.scale_noise(latent[i : i + 1], timestep[i : i + 1], eps[i : i + 1]) for i in range(len(t))]
     )
     predicted = model.denoiser(x_t, timestep, text.tokens, text.pooled, text.mask)
     expected = (predicted - (eps - latent)).square().mean((1, 2, 3))
@@ -144,7 +144,12 @@ def test_only_the_denoiser_and_a_learned_text_encoder_are_trained():
 
 
 def request(
-    prompts: list[str], seeds: list[int], scale: float = 3.0, height: int = 32, width: int = 32, sampler: str = "ddim"
+    prompts: list[str],
+    seeds: list[int],
+    scale: float = 3.0,
+    height: int = 32,
+    width: int = 32,
+    sampler: str = "ddim",
 ) -> SampleRequest:
     return SampleRequest(prompts, seeds, height, width, 3, sampler, scale)
 
@@ -189,7 +194,9 @@ def test_guidance_of_one_is_the_unguided_model():
     guided = model.generate(request(CAPTIONS, [5, 6, 7], scale=1.0 + 1e-6, sampler="euler"))
     assert sizes == [6, 6, 6]
     torch.testing.assert_close(guided, plain, rtol=0, atol=1e-4)
-    negative = dataclasses.replace(request(CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler"), negative_prompt="green")
+    negative = dataclasses.replace(
+        request(CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler"), negative_prompt="green"
+    )
     assert torch.equal(model.generate(negative), plain)
 
 
@@ -204,7 +211,9 @@ def test_sizes_that_do_not_divide_are_refused(denoiser):
     """8 px: the codec's 4 times 2 for the patches of the DiT, and for the UNet's lower level."""
     model = build("eps", denoiser)
     for size, key in (((36, 32), "height"), ((32, 4), "width"), ((0, 32), "height")):
-        with pytest.raises(ConfigError, match=f"{key} is {min(size) if key == 'width' else size[0]}; allowed: multiples of 8"):
+        with pytest.raises(
+            ConfigError, match=f"{key} is {min(size) if key == 'width' else size[0]}; allowed: multiples of 8"
+        ):
             model.generate(request(CAPTIONS[:1], [0], height=size[0], width=size[1]))
     assert model.generate(request(CAPTIONS[:1], [0], height=24, width=40)).shape == (1, 3, 24, 40)
 
@@ -214,6 +223,7 @@ def test_a_frozen_text_encoder_stays_out_of_the_weights(monkeypatch):
         trainable, token_dim, pooled_dim, max_tokens = False, 8, 8, 4
 
     monkeypatch.setattr(
-        "t2i.families.latent_diffusion.model.build_text_encoder", lambda config: Frozen(2, 2).requires_grad_(False)
+        "t2i.families.latent_diffusion.model.build_text_encoder",
+        lambda config: Frozen(2, 2).requires_grad_(False),
     )
     assert not any(name.startswith("text") for name in build("flow").state_dict())

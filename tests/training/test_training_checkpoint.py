@@ -72,6 +72,7 @@ def test_a_file_cut_short_anywhere_is_refused(good, tmp_path):
             load(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_pickle_is_refused(good, tmp_path):
     """Changed bytes in the pickle make the reader fail in many ways: all of them are one sentence."""
     path = tmp_path / "damaged.ckpt"
@@ -109,7 +110,9 @@ def test_foreign_files_are_named(tmp_path):
         load(tmp_path / "nowhere.ckpt")
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"t2i": "not JSON"}, {"t2i": "{}"}, {"t2i": "3"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"t2i": "not JSON"}, {"t2i": "{}"}, {"t2i": "3"}]
+)
 def test_foreign_safetensors_are_named(metadata, tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
@@ -122,7 +125,9 @@ def test_foreign_safetensors_are_named(metadata, tmp_path):
 
 def test_weights_that_do_not_fit_are_named():
     module, source = nn.Linear(3, 2), Path("some.ckpt")
-    with pytest.raises(CheckpointError, match=r"some\.ckpt .* 1 weights are missing \['bias'\], 1 .* \['gain'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"some\.ckpt .* 1 weights are missing \['bias'\], 1 .* \['gain'\]"
+    ):
         load_into(module, {"weight": torch.zeros(2, 3), "gain": torch.zeros(2)}, source)
     with pytest.raises(CheckpointError, match=r"weight has shape \(3, 2\), the model wants \(2, 3\)"):
         load_into(module, {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, source)

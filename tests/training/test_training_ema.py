@@ -77,10 +77,15 @@ def test_the_average_is_applied_within_the_context_only():
     module = linear()
     ema = EMA(dict(module.named_parameters()), EMAConfig(HALF_LIFE))
     *_, last = steps_of(module, 3)
-    with pytest.raises(KeyboardInterrupt), ema.applied():
-        assert torch.equal(module.weight, ema.state_dict()["weight"])
-        assert not torch.equal(module.weight, last["weight"])
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with ema.applied():
+            assert torch.equal(module.weight, ema.state_dict()["weight"])
+            assert not torch.equal(module.weight, last["weight"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert torch.equal(module.weight, last["weight"])
 
 

@@ -21,7 +21,9 @@ def _own_process(monkeypatch):
     run_folder.leave()
 
 
-def new_run(runs_dir: Path, name: str, size_px: int = 32, steps: tuple[int, ...] = (), time_s: int = 0) -> Path:
+def new_run(
+    runs_dir: Path, name: str, size_px: int = 32, steps: tuple[int, ...] = (), time_s: int = 0
+) -> Path:
     """A finished run with empty checkpoints, written `time_s` after the epoch."""
     folder = run_folder.create(runs_dir, "ldm", name)
     run_folder.leave()
@@ -64,7 +66,7 @@ def test_latest_moves_with_the_folder_it_lies_in(tmp_path):
 
 
 def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
-    """Not the newest folder, nor the most steps, nor the last name; runs without a checkpoint do not count."""
+    """Not the newest folder, the most steps or the last name; runs without a checkpoint do not count."""
     assert run_folder.newest_run(tmp_path, "ldm") is None
     b = new_run(tmp_path, "b", size_px=32, steps=(10, 20), time_s=2_000)
     a = new_run(tmp_path, "a", size_px=64, steps=(5,), time_s=3_000)
@@ -81,7 +83,11 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
 def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
     folder = new_run(tmp_path, "a", steps=(100, 20, 3_000))
     (folder / "checkpoints" / "step_004000.tmp").touch()  # of a save that was cut off
-    assert [path.stem for path in run_folder.checkpoints(folder)] == ["step_000020", "step_000100", "step_003000"]
+    assert [path.stem for path in run_folder.checkpoints(folder)] == [
+        "step_000020",
+        "step_000100",
+        "step_003000",
+    ]
 
 
 def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):

@@ -132,9 +132,13 @@ def test_the_runs_of_one_process_have_folders_of_their_own(compose_run, train, t
 
 
 def test_nothing_to_resume_or_to_build_on_is_one_sentence(compose_run, train, tmp_path):
-    with pytest.raises(CheckpointError, match="resume=latest found no run with a checkpoint in .*/autoencoder"):
+    with pytest.raises(
+        CheckpointError, match=r"resume=latest found no run with a checkpoint in .*/autoencoder"
+    ):
         train(compose_run(KL, f"runs_dir={tmp_path}", "resume=latest"))
-    with pytest.raises(CheckpointError, match="builds on an autoencoder, and .*/autoencoder holds none: train one"):
+    with pytest.raises(
+        CheckpointError, match=r"builds on an autoencoder, and .*/autoencoder holds none: train one"
+    ):
         train(compose_run("experiment=latent_diffusion/tiny_dit_flow", f"runs_dir={tmp_path}"))
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +151,13 @@ def test_wandb_offline_writes_into_the_run_folder(compose_run, train, tmp_path, 
     for name in ("WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    arguments = (KL, "logger=wandb_offline", "logger.tensorboard=false", "trainer.num_images=16", "name=trial")
+    arguments = (
+        KL,
+        "logger=wandb_offline",
+        "logger.tensorboard=false",
+        "trainer.num_images=16",
+        "name=trial",
+    )
     folder = train(compose_run(*arguments, f"runs_dir={tmp_path / 'runs'}")).folder
     wandb.finish()
     (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial")
@@ -163,7 +173,9 @@ def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
     folder = stopped_dir / "autoencoder" / "run"
     command = [sys.executable, "-m", "t2i_cli.main", "train"]
     command += [*shapes_overrides, *arguments, f"runs_dir={stopped_dir}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    )
     try:
         while process.poll() is None and len(rows(folder)) < 20:
             time.sleep(0.02)

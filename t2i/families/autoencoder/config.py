@@ -34,7 +34,12 @@ class PatchBackboneConfig:
     def __post_init__(self) -> None:
         check(self.patch_px in (2, 4, 8, 16), "backbone.patch_px", self.patch_px, "2, 4, 8 or 16")
         most = 3 * self.patch_px**2
-        check(1 <= self.latent_channels <= most, "backbone.latent_channels", self.latent_channels, f"1 to {most}")
+        check(
+            1 <= self.latent_channels <= most,
+            "backbone.latent_channels",
+            self.latent_channels,
+            f"1 to {most}",
+        )
         check(self.depth >= 0, "backbone.depth", self.depth, "0 or more")
         check(self.width >= 32 and self.width % 32 == 0, "backbone.width", self.width, "a multiple of 32")
 
@@ -123,7 +128,9 @@ class Config:
     def check_resolution(self, size_px: int) -> None:
         """Raises ConfigError where pictures of this side do not divide into latent positions."""
         f = downsampling(self.backbone)
-        check(size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the backbone's downsampling")
+        check(
+            size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the backbone's downsampling"
+        )
 
 
 def downsampling(backbone: LDMBackboneConfig | PatchBackboneConfig) -> int:

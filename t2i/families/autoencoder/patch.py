@@ -11,6 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.families.autoencoder.config import PatchBackboneConfig
+from t2i.nn.residual import zero_init
+
+INITIAL_LOG_VARIANCE = -6.0  # noise of 5% of the code's standard deviation
 
 
 class ConvBlock(nn.Module):
@@ -21,7 +24,7 @@ class ConvBlock(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
+        zero_init(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(nn.functional.silu(self.conv1(self.norm(x))))
@@ -29,16 +32,14 @@ class ConvBlock(nn.Module):
 
 def residual_branch(in_channels: int, width: int, depth: int, out_channels: int) -> nn.Sequential:
     """Convolutions at the latent's resolution whose output starts at zero."""
-    out = nn.Conv2d(width, out_channels, 1)
-    nn.init.zeros_(out.weight)
-    nn.init.zeros_(out.bias)
+    out = zero_init(nn.Conv2d(width, out_channels, 1))
     blocks = [ConvBlock(width) for _ in range(depth)]
     return nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), *blocks, nn.SiLU(), out)
 
 
 class PatchEncoder(nn.Module):
     """(B, 3, H, W) -> (B, out_channels, H/f, W/f). Of out_channels the first C are the code; those beyond
-    (a posterior's log-variance) have the residual branch alone and start at `-6`: a noise of 5%."""
+    (a posterior's log-variance) have the residual branch alone and start at INITIAL_LOG_VARIANCE."""
 
     def __init__(self, config: PatchBackboneConfig, out_channels: int) -> None:
         super().__init__()
@@ -46,8 +47,7 @@ class PatchEncoder(nn.Module):
         patch_dim = 3 * config.patch_px**2
         self.linear = nn.Conv2d(patch_dim, config.latent_channels, 1)
         self.residual = residual_branch(patch_dim, config.width, config.depth, out_channels)
-        with torch.no_grad():
-            self.residual[-1].bias[config.latent_channels :] = -6.0
+        nn.init.constant_(self.residual[-1].bias[config.latent_channels :], INITIAL_LOG_VARIANCE)  # type: ignore
 
     def forward(self, image: Tensor) -> Tensor:
         patches = to_patches(image, self.patch_px)
@@ -69,7 +69,7 @@ class PatchDecoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight where the adaptive GAN weight compares gradients."""
-        return self.residual[-1].weight
+        return self.residual[-1].weight  # type: ignore[return-value]
 
     def forward(self, latent: Tensor) -> Tensor:
         return from_patches(self.linear(latent) + self.residual(latent), self.patch_px)
@@ -82,6 +82,8 @@ def initialise_from_pca(encoder: PatchEncoder, decoder: PatchDecoder, image: Ten
     root of its standard deviation. Diffusion learns faster from that than from the components as they are,
     whose small ones drown in its errors, or from fully whitened ones, where they count as much as the large
     (docs/decisions.md has the figures)."""
+    assert encoder.linear.bias is not None
+    assert decoder.linear.bias is not None
     patches = rearrange(to_patches(image, encoder.patch_px), "b d h w -> (b h w) d").double()
     mean = patches.mean(0)
     variance, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))

@@ -40,7 +40,9 @@ class Stage(BaseStage):
         self.perceptual: tuple[nn.Module, ...] = () if perceptual is None else (perceptual,)
         self.discriminator: nn.Module | None = None
         if model.adversarial.start_images is not None:
-            self.discriminator = PatchDiscriminator(3, model.adversarial.base_channels, model.adversarial.num_layers)
+            self.discriminator = PatchDiscriminator(
+                3, model.adversarial.base_channels, model.adversarial.num_layers
+            )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         model: Config = self.config.model
@@ -57,11 +59,18 @@ class Stage(BaseStage):
             fidelity = fidelity + model.perceptual.weight * metrics["perceptual"]
         loss = fidelity + reconstruction.regularizer
         if self.discriminator is not None:
-            loss = loss + self.adversarial_loss(self.discriminator, image, reconstruction.image, fidelity, metrics)
+            loss = loss + self.adversarial_loss(
+                self.discriminator, image, reconstruction.image, fidelity, metrics
+            )
         return {"loss": loss, **metrics}
 
     def adversarial_loss(
-        self, discriminator: nn.Module, real: Tensor, fake: Tensor, fidelity: Tensor, metrics: dict[str, Tensor]
+        self,
+        discriminator: nn.Module,
+        real: Tensor,
+        fake: Tensor,
+        fidelity: Tensor,
+        metrics: dict[str, Tensor],
     ) -> Tensor:
         """Scalar: weight * lambda * L_G + L_D, lambda the adaptive weight of 2012.09841, equation 7; before
         start_images a zero that still uses every parameter, as DDP wants."""
@@ -95,7 +104,9 @@ class Stage(BaseStage):
         return {f"codec.{name}": p for name, p in self.codec.named_parameters()}
 
     def inference_weights(self) -> dict[str, Tensor]:
-        return {name: value for name, value in super().inference_weights().items() if name.startswith("codec.")}
+        return {
+            name: value for name, value in super().inference_weights().items() if name.startswith("codec.")
+        }
 
     def before_training(self, images: Iterable[Tensor]) -> None:
         self.codec.initialise(torch.cat(list(images)))
@@ -114,5 +125,6 @@ class Stage(BaseStage):
         reconstructions."""
         pairs = torch.stack([batch.image, self.codec.reconstruct(batch.image).image])
         white = pairs.new_ones(2, -len(batch) % 8, *batch.image.shape[1:])
-        rows = rearrange(torch.cat([pairs, white], dim=1), "pair (row eight) c h w -> (row pair eight) c h w", eight=8)
-        return {"reconstructions": rows.clamp(-1, 1)}
+        filled = torch.cat([pairs, white], dim=1).clamp(-1, 1)
+        rows = rearrange(filled, "pair (row eight) c h w -> (row pair eight) c h w", eight=8)
+        return {"reconstructions": rows}

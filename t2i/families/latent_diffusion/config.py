@@ -29,8 +29,12 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for key in ("patch_size", "depth", "heads", "mlp_ratio"):
             check(getattr(self, key) >= 1, f"denoiser.{key}", getattr(self, key), "1 or more")
-        check(self.width % self.heads == 0, "denoiser.width", self.width, f"a multiple of heads ({self.heads})")
-        check(self.width % 4 == 0, "denoiser.width", self.width, "a multiple of 4, for the position embedding")
+        check(
+            self.width % self.heads == 0, "denoiser.width", self.width, f"a multiple of heads ({self.heads})"
+        )
+        check(
+            self.width % 4 == 0, "denoiser.width", self.width, "a multiple of 4, for the position embedding"
+        )
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,10 @@ class DiT(nn.Module):
         position = sincos_2d(rows, columns, self.embed.out_features, scale=max(rows, columns) / POSITION_SPAN)
         tokens = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + position.to(x)
         time = timestep_embedding(t, self.embed.out_features).to(x.dtype)
-        import os
-        condition = nn.functional.silu(self.time(time) + self.pooled(pooled) * float(os.environ.get('POOL','1')))
+        condition = nn.functional.silu(self.time(time) + self.pooled(pooled))
         text = self.context(context)
         for block in self.blocks:
             tokens = block(tokens, condition, text, context_mask)
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         out = self.out(modulate(self.norm(tokens), shift, scale))
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
-
-

@@ -25,12 +25,12 @@ NUM_CACHED_CAPTIONS = 100_000
 
 
 class LatentDiffusion(nn.Module):
-    """codec: a frozen module that is a `t2i.interfaces.ImageCodec`; its weights are part of the state dict, so
-    that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not: it is loaded from
-    where the configuration says.
+    """codec: an `nn.Module` that is a `t2i.interfaces.ImageCodec`, frozen here; its weights are part of the
+    state dict, so that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not: it
+    is loaded from where the configuration says.
     """
 
-    def __init__(self, config: Config, codec: nn.Module) -> None:
+    def __init__(self, config: Config, codec: Any) -> None:
         super().__init__()
         self.config = config
         self.codec: Any = codec.eval().requires_grad_(False)
@@ -41,7 +41,7 @@ class LatentDiffusion(nn.Module):
         else:
             object.__setattr__(self, "text", CachedTextEncoder(encoder, max_entries=NUM_CACHED_CAPTIONS))
         self.denoiser = build_denoiser(
-            config.denoiser, self.codec.latent_channels, encoder.token_dim, encoder.pooled_dim
+            config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
         )
 
     def train(self, mode: bool = True) -> LatentDiffusion:
@@ -75,9 +75,7 @@ class LatentDiffusion(nn.Module):
         return weight * error.square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def generate(
-        self, request: SampleRequest, progress: Callable[[int, int], None] | None = None
-    ) -> Tensor:
+    def generate(self, request: SampleRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1] on the model's device; see `t2i.interfaces.Generator`."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
         text = self.text(list(request.prompts))
