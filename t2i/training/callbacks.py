@@ -112,8 +112,8 @@ def sum_over_processes(counts: dict[str, int]) -> dict[str, int]:
 
 
 class Forecast(Callback):
-    """Says how long the run will take, from its first steps: after one step where that is slow, else after
-    three (the first of a run is slower than the rest)."""
+    """Says how long the run will take, from its first steps: after one step where that is slow, else from the
+    fastest of ten (the first ones of a run are slower than the rest)."""
 
     def __init__(self) -> None:
         self.began: float | None = None
@@ -132,7 +132,7 @@ class Forecast(Callback):
             return
         now = time.perf_counter()
         self.fastest, self.began, self.steps = min(self.fastest, now - self.began), now, self.steps + 1
-        if self.steps == 3 or self.fastest > 2:
+        if self.steps == 10 or self.fastest > 2:
             left = stage.config.trainer.num_images - stage.images_seen
             log.info(
                 "about %s at %.1f s a step; Ctrl-C saves and stops",
