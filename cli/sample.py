@@ -20,6 +20,7 @@ def run(arguments: list[str]) -> None:
         value = getattr(options, flag)
         check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")
     # Heavy imports only now: a wrong flag is reported at once.
+    import torch
     from rich.progress import Progress
 
     from t2i import families
@@ -29,6 +30,8 @@ def run(arguments: list[str]) -> None:
 
     from .console import console
 
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    check(options.device in (None, *devices), "--device", options.device, " or ".join(devices))
     path = weights_path(options.checkpoint, options.runs_dir)
     loaded = checkpoint.load(path)
     loaded.config = with_overrides(loaded.config, overrides)

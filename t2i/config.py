@@ -60,12 +60,14 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         rest = [a for a in args if a is not type(None)]
         if any(dataclasses.is_dataclass(a) for a in rest):
             return _convert_named(rest, value, key)
-        for option in rest[:-1]:
+        if len(rest) == 1:
+            return _convert(rest[0], value, key)
+        for option in rest:
             try:
                 return _convert(option, value, key)
             except ConfigError:
                 continue
-        return _convert(rest[-1], value, key)
+        raise ConfigError(f"{key} is {value!r}; allowed: {' or '.join(_described(o) for o in rest)}.")
     if origin is Literal:
         check(value in args, key, value, ", ".join(str(a) for a in args))
         return value
@@ -83,10 +85,15 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if hint is Any:
         return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    check(ok, key, value, names.get(hint, str(hint)))
+    check(ok, key, value, _described(hint))
     return value
+
+
+def _described(hint: Any) -> str:
+    """A type in the words of a configuration file."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+    return names.get(typing.get_origin(hint) or hint, str(hint))
 
 
 def _convert_named(options: list[Any], value: Any, key: str) -> Any:

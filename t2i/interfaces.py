@@ -136,10 +136,22 @@ class SampleRequest:
     negative_prompt: str = ""
 
 
+class SamplingDefaults(Protocol):
+    """What a request takes where a person says nothing."""
+
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+
+
 class Generator(Protocol):
     """Any family's way from prompts to pictures."""
 
     default_size_px: int
+    defaults: SamplingDefaults
 
     def generate(self, request: SampleRequest) -> Tensor:
         """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]."""

@@ -155,6 +155,7 @@ def plot_losses(axes: Any, folder: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name)
     axes.set_xlabel("images seen")
     if axes.lines:
+        axes.set_yscale("symlog", linthresh=0.01)  # the generator's term may be negative
         axes.legend()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 
 from t2i_cli import embedded
 from t2i_cli.train import quoted, sentence, validated
@@ -21,10 +22,22 @@ from t2i_cli.train import quoted, sentence, validated
         ("resolution.size_px=64", "resolution.size_px=64"),
         ("trainer.batch_size=64", "trainer.batch_size=64"),
         ("--multirun", "--multirun"),
+        ("data.shards=../a/{00000..00004}.tar", "data.shards='../a/{00000..00004}.tar'"),
+        ("data.heldout_shards=a/{0,3}.tar", "data.heldout_shards='a/{0,3}.tar'"),
+        ("data.shards='a/{0..3}.tar'", "data.shards='a/{0..3}.tar'"),
+        ("data.shards=[a.tar,b.tar]", "data.shards=[a.tar,b.tar]"),
+        ("data.shards=a.tar", "data.shards=a.tar"),
     ],
 )
-def test_a_resolution_is_a_name(typed, meant):
+def test_arguments_that_hydra_would_misread_are_quoted(typed, meant):
     assert quoted(typed) == meant
+
+
+def test_a_pattern_of_shards_composes_as_typed():
+    argument = quoted("data.shards=../a/{00000..00004}.tar")
+    with initialize_config_module("t2i_conf", version_base="1.3"):
+        composed = compose("train", ["stage=autoencoder", "data=shards", argument])
+    assert composed.data.shards == "../a/{00000..00004}.tar"
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])

@@ -115,13 +115,13 @@ def test_last_layer_is_the_weight_that_makes_the_picture():
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"base_channels": 12}, "codec.base_channels"),
-        ({"channel_mult": ()}, "codec.channel_mult"),
-        ({"channel_mult": (1, 0)}, "codec.channel_mult"),
-        ({"num_res_blocks": 0}, "codec.num_res_blocks"),
-        ({"resolution_px": 100}, "codec.resolution_px"),
-        ({"attention_resolutions": (48,)}, "codec.attention_resolutions"),
-        ({"latent_channels": 0}, "codec.latent_channels"),
+        ({"base_channels": 12}, "backbone.base_channels"),
+        ({"channel_mult": ()}, "backbone.channel_mult"),
+        ({"channel_mult": (1, 0)}, "backbone.channel_mult"),
+        ({"num_res_blocks": 0}, "backbone.num_res_blocks"),
+        ({"resolution_px": 100}, "backbone.resolution_px"),
+        ({"attention_resolutions": (48,)}, "backbone.attention_resolutions"),
+        ({"latent_channels": 0}, "backbone.latent_channels"),
         ({"dropout": 1.0}, "codec.dropout"),
     ],
 )

@@ -32,18 +32,20 @@ class EncoderDecoderConfig:
 
     def __post_init__(self) -> None:
         base = self.base_channels
-        check(base >= 8 and base % 8 == 0, "codec.base_channels", base, "a multiple of 8")
+        check(base >= 8 and base % 8 == 0, "backbone.base_channels", base, "a multiple of 8")
         mult = self.channel_mult
-        check(len(mult) >= 1 and min(mult) >= 1, "codec.channel_mult", mult, "whole numbers of 1 or more")
-        check(self.num_res_blocks >= 1, "codec.num_res_blocks", self.num_res_blocks, "1 or more")
+        check(len(mult) >= 1 and min(mult) >= 1, "backbone.channel_mult", mult, "whole numbers of 1 or more")
+        check(self.num_res_blocks >= 1, "backbone.num_res_blocks", self.num_res_blocks, "1 or more")
         f = self.downsampling
         ok = self.resolution_px >= f and self.resolution_px % f == 0
-        check(ok, "codec.resolution_px", self.resolution_px, f"a multiple of the downsampling factor ({f})")
+        check(
+            ok, "backbone.resolution_px", self.resolution_px, f"a multiple of the downsampling factor ({f})"
+        )
         sides = [self.resolution_px >> level for level in range(len(mult))]
         for side in self.attention_resolutions:
-            check(side in sides, "codec.attention_resolutions", side, ", ".join(map(str, sides)))
-        check(self.latent_channels >= 1, "codec.latent_channels", self.latent_channels, "1 or more")
-        check(0 <= self.dropout < 1, "codec.dropout", self.dropout, "0 up to, not including, 1")
+            check(side in sides, "backbone.attention_resolutions", side, ", ".join(map(str, sides)))
+        check(self.latent_channels >= 1, "backbone.latent_channels", self.latent_channels, "1 or more")
+        check(0 <= self.dropout < 1, "backbone.dropout", self.dropout, "0 up to, not including, 1")
 
     @property
     def downsampling(self) -> int:
