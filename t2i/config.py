@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -65,8 +66,11 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         for option in rest:
             try:
                 return _convert(option, value, key)
-            except ConfigError:
-                continue
+            except ConfigError as error:
+                if not str(error).startswith(
+                    f"{key} is"
+                ):  # it is this option, and something inside it is wrong
+                    raise
         raise ConfigError(f"{key} is {value!r}; allowed: {' or '.join(_described(o) for o in rest)}.")
     if origin is Literal:
         check(value in args, key, value, ", ".join(str(a) for a in args))

@@ -122,7 +122,7 @@ def test_last_layer_is_the_weight_that_makes_the_picture():
         ({"resolution_px": 100}, "backbone.resolution_px"),
         ({"attention_resolutions": (48,)}, "backbone.attention_resolutions"),
         ({"latent_channels": 0}, "backbone.latent_channels"),
-        ({"dropout": 1.0}, "codec.dropout"),
+        ({"dropout": 1.0}, "backbone.dropout"),
     ],
 )
 def test_bad_values_are_named(values, key):
