@@ -213,12 +213,8 @@ class ResolutionConfig:
         check(self.size_px >= 16, "resolution.size_px", self.size_px, "16 or more")
         check(self.min_original_px >= 0, "resolution.min_original_px", self.min_original_px, "0 or more")
         check(0 <= self.text_dropout <= 1, "resolution.text_dropout", self.text_dropout, "0 to 1")
-        check(
-            0 < self.learning_rate < 1,
-            "resolution.learning_rate",
-            self.learning_rate,
-            "more than 0, less than 1",
-        )
+        ok = 0 < self.learning_rate < math.inf
+        check(ok, "resolution.learning_rate", self.learning_rate, "more than 0")
         for name in ("num_images", "batch_size"):
             check(getattr(self, name) >= 1, f"resolution.{name}", getattr(self, name), "1 or more")
 
@@ -239,12 +235,8 @@ class OptimizerConfig:
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check(
-            0 < self.learning_rate < 1,
-            "optimizer.learning_rate",
-            self.learning_rate,
-            "more than 0, less than 1",
-        )
+        ok = 0 < self.learning_rate < math.inf
+        check(ok, "optimizer.learning_rate", self.learning_rate, "more than 0")
         ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         check(ok, "optimizer.betas", list(self.betas), "two numbers from 0 up to, not including, 1")
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
