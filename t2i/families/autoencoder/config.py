@@ -59,7 +59,7 @@ class KLConfig:
 class VQConfig:
     """A codebook of num_codes vectors, kept by moving averages (1711.00937, appendix A.1).
 
-    restart_below: a code whose moving count of uses falls below this is set to an encoder output
+    restart_below: a code whose average use falls below this share of uniform use is set to an encoder output
     """
 
     name: Literal["vq"]
