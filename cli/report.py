@@ -47,16 +47,7 @@ def run(arguments: list[str]) -> None:
     def draw_prompts(folder: Path, prompts: list[str]) -> Tensor:
         loaded = checkpoint.load(run_folder.weights_file(folder))
         generator = families.load(loaded.config["family"], "generator").Generator(loaded)
-        size, defaults = generator.default_size_px, generator.defaults
-        request = SampleRequest(
-            prompts=prompts,
-            seeds=range(len(prompts)),
-            height_px=size,
-            width_px=size,
-            steps=defaults.steps,
-            sampler=defaults.sampler,
-            guidance_scale=defaults.guidance_scale,
-        )
+        request = SampleRequest.by_default(prompts, generator.default_size_px, generator.defaults)
         console.print(f"Drawing {len(prompts)} prompts with {folder}")
         return draw(generator, request, batch_size=64, progress=lambda done: None)
 

@@ -121,6 +121,17 @@ class ImageCodec(Protocol):
         ...
 
 
+class SamplingDefaults(Protocol):
+    """What a request takes where a person says nothing."""
+
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """What to draw. Picture i takes prompts[i] and its noise from `torch.Generator("cpu")` seeded with
@@ -135,16 +146,18 @@ class SampleRequest:
     guidance_scale: float
     negative_prompt: str = ""
 
-
-class SamplingDefaults(Protocol):
-    """What a request takes where a person says nothing."""
-
-    @property
-    def sampler(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def guidance_scale(self) -> float: ...
+    @classmethod
+    def by_default(cls, prompts: Sequence[str], size_px: int, defaults: SamplingDefaults) -> SampleRequest:
+        """One square picture per prompt, seeds counting from 0."""
+        return cls(
+            prompts=prompts,
+            seeds=range(len(prompts)),
+            height_px=size_px,
+            width_px=size_px,
+            steps=defaults.steps,
+            sampler=defaults.sampler,
+            guidance_scale=defaults.guidance_scale,
+        )
 
 
 class Generator(Protocol):

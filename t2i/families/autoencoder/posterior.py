@@ -24,7 +24,7 @@ class DiagonalGaussian:
         `generator`, so that a CPU generator gives the same latent on every device."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+        return self.sample_with(noise.to(self.mean.device))
 
     def sample_with(self, noise: Tensor | None) -> Tensor:
         """(B, C, h, w): mean + std * noise, noise ~ N(0, I) of that shape; the mode where it is None."""

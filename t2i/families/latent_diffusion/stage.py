@@ -63,15 +63,7 @@ class Stage(BaseStage):
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""
         sampling, size = self.config.model.sampling, self.config.resolution.size_px
-        request = SampleRequest(
-            prompts=batch.caption,
-            seeds=range(len(batch)),
-            height_px=size,
-            width_px=size,
-            steps=sampling.steps,
-            sampler=sampling.sampler,
-            guidance_scale=sampling.guidance_scale,
-        )
+        request = SampleRequest.by_default(batch.caption, size, sampling)
         return {"samples": self.model.generate(request)}
 
 
