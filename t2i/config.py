@@ -223,6 +223,8 @@ class ResolutionConfig:
 class OptimizerConfig:
     """AdamW (1711.05101) and its learning-rate schedule, counted in images seen.
 
+    muon_scale: None steps all by AdamW; a number steps the matrices between hidden layers by Muon, at this many
+        times the learning rate
     schedule: "constant", or "cosine" down to zero at trainer.num_images; both after a linear warm-up
     gradient_clip: largest gradient norm, per group of parameters that share a loss; 0 turns clipping off
     """
@@ -233,6 +235,7 @@ class OptimizerConfig:
     warmup_images: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     gradient_clip: float = 1.0
+    muon_scale: float | None = None
 
     def __post_init__(self) -> None:
         ok = 0 < self.learning_rate < math.inf
@@ -242,6 +245,8 @@ class OptimizerConfig:
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         check(self.warmup_images >= 0, "optimizer.warmup_images", self.warmup_images, "0 or more")
         check(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 or more")
+        ok = self.muon_scale is None or 0 < self.muon_scale < math.inf
+        check(ok, "optimizer.muon_scale", self.muon_scale, "more than 0, or null for AdamW alone")
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from t2i.config import OptimizerConfig
+from t2i.training.muon import MuonAdamW
 
 
-def build_adamw(groups: Sequence[Iterable[nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over groups of parameters, one per loss. Biases, norms and other vectors are not decayed."""
-    parameter_groups = []
+def build_optimizer(
+    groups: Sequence[Iterable[nn.Parameter]], hidden_matrices: Iterable[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, one per loss. Biases, norms and other vectors are not decayed.
+
+    With config.muon_scale, `hidden_matrices` are stepped by Muon instead. Each of the optimizer's groups says
+    in "rate_scale" by what its learning rate is multiplied.
+    """
+    muon = {id(p) for p in hidden_matrices} if config.muon_scale is not None else set()
+    parameter_groups: list[dict[str, Any]] = []
     for group in groups:
         trained = [p for p in group if p.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2]
+        matrices = [p for p in trained if p.ndim >= 2 and id(p) not in muon]
         vectors = [p for p in trained if p.ndim < 2]
-        parameter_groups.append({"params": matrices, "weight_decay": config.weight_decay})
-        parameter_groups.append({"params": vectors, "weight_decay": 0.0})
+        hidden = [p for p in trained if id(p) in muon]
+        parameter_groups += [
+            _group(matrices, config.weight_decay),
+            _group(vectors, 0.0),
+            _group(hidden, config.weight_decay, muon_scale=config.muon_scale),
+        ]
+    optimizer = torch.optim.AdamW if config.muon_scale is None else MuonAdamW
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
-        [g for g in parameter_groups if g["params"]], lr=config.learning_rate, betas=betas
-    )
+    filled = [group for group in parameter_groups if group["params"]]
+    return optimizer(filled, lr=config.learning_rate, betas=betas)
+
+
+def _group(
+    parameters: list[nn.Parameter], weight_decay: float, muon_scale: float | None = None
+) -> dict[str, Any]:
+    return {
+        "params": parameters,
+        "weight_decay": weight_decay,
+        "muon": muon_scale is not None,
+        "rate_scale": 1.0 if muon_scale is None else muon_scale,
+    }
 
 
 def learning_rate(config: OptimizerConfig, images_seen: int, num_images: int) -> float:

@@ -14,7 +14,7 @@ from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
-from t2i.training.optimizer import build_adamw, learning_rate
+from t2i.training.optimizer import build_optimizer, learning_rate
 
 CHECKPOINT_FORMAT = 1
 
@@ -44,6 +44,10 @@ class BaseStage(L.LightningModule):
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters, grouped by the loss they follow; each group is clipped by itself."""
         return [[p for p in self.parameters() if p.requires_grad]]
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Those that Muon steps where `optimizer.muon_scale` asks for it."""
+        return []
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Those that the EMA keeps an average of: by default all that are trained."""
@@ -98,7 +102,7 @@ class BaseStage(L.LightningModule):
         return losses["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_adamw(self.parameter_groups(), self.config.optimizer)
+        return build_optimizer(self.parameter_groups(), self.hidden_matrices(), self.config.optimizer)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clips each group of `parameter_groups` by its own norm, and logs it."""
@@ -112,7 +116,7 @@ class BaseStage(L.LightningModule):
         torch.manual_seed((self.config.seed * 1_000_003 + self.images_seen) * 65_537 + self.global_rank)
         rate = learning_rate(self.config.optimizer, self.images_seen, self.config.trainer.num_images)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_scale"]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -198,6 +198,7 @@ RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
     (OptimizerConfig(1e-3), "optimizer.weight_decay", NUMBERS, lambda x: x >= 0),
     (OptimizerConfig(1e-3), "optimizer.warmup_images", INTEGERS, lambda x: x >= 0),
     (OptimizerConfig(1e-3), "optimizer.gradient_clip", NUMBERS, lambda x: x >= 0),
+    (OptimizerConfig(1e-3), "optimizer.muon_scale", st.none() | NUMBERS, lambda x: x is None or x > 0),
     (
         OptimizerConfig(1e-3),
         "optimizer.betas",

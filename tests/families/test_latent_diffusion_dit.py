@@ -13,7 +13,7 @@ from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.config import DiTConfig
 from t2i.families.latent_diffusion.dit import DiT
 
-CONFIG = DiTConfig("dit", patch_size=2, width=32, depth=2, heads=4)
+CONFIG = DiTConfig("dit", patch_size=2, width=32, depth=2, heads=4, refiner_width=8, refiner_depth=1)
 CHANNELS, CONTEXT, POOLED, LENGTH = 3, 24, 20, 7
 
 
@@ -103,14 +103,42 @@ def permuted(x: Tensor, order: Tensor) -> Tensor:
 
 
 def test_positions_are_all_that_orders_the_patches(monkeypatch):
-    """Without them the network commutes with any order of the patches; with them it does not."""
-    dit, given = build(), inputs()
+    """Without them the transformer commutes with any order of the patches; with them it does not."""
+    dit, given = build(dataclasses.replace(CONFIG, refiner_depth=0)), inputs()
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     moved = given | {"x": permuted(given["x"], order)}
     assert (dit(**moved) - permuted(dit(**given), order)).abs().max() > 1e-2
     nowhere = lambda rows, columns, dim, scale: torch.zeros(rows * columns, dim)  # noqa: E731
     monkeypatch.setattr("t2i.families.latent_diffusion.dit.sincos_2d", nowhere)
     torch.testing.assert_close(dit(**moved), permuted(dit(**given), order))
+
+
+def test_the_refiner_sees_across_the_edges_of_patches():
+    """One latent value changes its neighbours' part of the refiner in the next patch, not only its own."""
+    dit, given = build(), inputs()
+    assert dit.refiner is not None
+    features, condition = torch.randn(2, CONFIG.refiner_width, 8, 8), torch.randn(2, CONFIG.width)
+    moved = given["x"].clone()
+    moved[:, :, 3, 3] += 1
+    change = dit.refiner(moved, features, condition) - dit.refiner(given["x"], features, condition)
+    assert change[:, :, 4, 4].abs().min() > 1e-4
+
+
+def test_muon_gets_no_embedding_modulation_or_output():
+    dit = build()
+    chosen = {id(p) for p in dit.hidden_matrices()}
+    names = {name for name, p in dit.named_parameters() if id(p) in chosen}
+    per_block = {
+        f"{part}.to_{x}.weight" for part in ("attention", "cross_attention") for x in ("q", "k", "v")
+    }
+    per_block |= {
+        "attention.to_out.0.weight",
+        "cross_attention.to_out.0.weight",
+        "mlp.0.weight",
+        "mlp.2.weight",
+    }
+    expected = {f"blocks.{i}.{name}" for i in range(CONFIG.depth) for name in per_block}
+    assert names == expected | {"refiner.blocks.0.conv1.weight", "refiner.blocks.0.conv2.weight"}
 
 
 def positions(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
@@ -139,3 +167,5 @@ def test_config_refuses_heads_that_do_not_divide():
         dataclasses.replace(CONFIG, heads=5)
     with pytest.raises(ConfigError, match=r"denoiser\.depth is 0; allowed: 1 or more"):
         dataclasses.replace(CONFIG, depth=0)
+    with pytest.raises(ConfigError, match=r"denoiser\.refiner_depth is -1; allowed: 0 or more"):
+        dataclasses.replace(CONFIG, refiner_depth=-1)

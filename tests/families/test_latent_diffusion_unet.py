@@ -286,3 +286,17 @@ def test_config_survives_a_plain_mapping() -> None:
     assert configuration.parse(UNetConfig, values) == SD2
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     assert configuration.parse(UNetConfig, listed) == SD2
+
+
+@SMALL
+def test_muon_gets_no_embedding_input_or_output(config):
+    unet = build(config)
+    chosen = {id(p) for p in unet.hidden_matrices()}
+    left = {name for name, p in unet.named_parameters() if id(p) not in chosen and p.ndim >= 2}
+    assert {re.sub(r"^.*emb_layers", "emb_layers", name) for name in left} == {
+        "time_embed.0.weight",
+        "time_embed.2.weight",
+        "input_blocks.0.0.weight",
+        "emb_layers.1.weight",
+        "out.2.weight",
+    }

@@ -17,6 +17,7 @@ class DiTConfig:
 
     patch_size: latent positions per token along each side
     width, depth, heads: of the transformer
+    refiner_width, refiner_depth: channels and blocks of the convolutions after it; depth 0 for the paper's DiT
     """
 
     name: Literal["dit"]
@@ -25,10 +26,13 @@ class DiTConfig:
     depth: int = 4
     heads: int = 4
     mlp_ratio: int = 4
+    refiner_width: int = 48
+    refiner_depth: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("patch_size", "depth", "heads", "mlp_ratio"):
+        for key in ("patch_size", "depth", "heads", "mlp_ratio", "refiner_width"):
             check(getattr(self, key) >= 1, f"denoiser.{key}", getattr(self, key), "1 or more")
+        check(self.refiner_depth >= 0, "denoiser.refiner_depth", self.refiner_depth, "0 or more")
         check(
             self.width % self.heads == 0, "denoiser.width", self.width, f"a multiple of heads ({self.heads})"
         )

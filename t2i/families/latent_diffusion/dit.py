@@ -1,13 +1,18 @@
-"""A diffusion transformer with cross-attention to text (DiT, 2212.09748; PixArt-alpha, 2310.00426)."""
+"""A diffusion transformer with cross-attention to text (DiT, 2212.09748; PixArt-alpha, 2310.00426), and where
+asked convolutions after it at the latent's own resolution, which join what neighbouring tokens draw (as
+U-ViT's last layer does, 2209.12152)."""
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.families.latent_diffusion.config import DiTConfig
 from t2i.nn.attention import Attention
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
+from t2i.nn.norm import group_norm
+from t2i.nn.residual import zero_init
 
 POSITION_SPAN = 16.0  # positions run from 0 to this along the longer side, whatever the resolution
 
@@ -30,9 +35,7 @@ class DiTBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, elementwise_affine=False)
         hidden = config.mlp_ratio * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, context: Tensor, context_mask: Tensor | None) -> Tensor:
         """x: (B, N, D); condition: (B, D) time and pooled text; context: (B, L, D); context_mask: (B, L)."""
@@ -40,6 +43,43 @@ class DiTBlock(nn.Module):
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
         x = x + self.cross_attention(self.norm2(x), context, context_mask)
         return x + gate2[:, None] * self.mlp(modulate(self.norm3(x), shift2, scale2))
+
+
+class RefinerBlock(nn.Module):
+    """Residual block of two 3x3 convolutions under adaLN-Zero."""
+
+    def __init__(self, channels: int, condition_dim: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = zero_init(nn.Linear(condition_dim, 3 * channels))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x: (B, channels, h, w); condition: (B, condition_dim)."""
+        shift, scale, gate = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.conv2(nn.functional.silu(self.conv1(h)))
+
+
+class Refiner(nn.Module):
+    """What is added to the transformer's output: convolutions over the noisy latent, (B, in_channels, h, w),
+    and the transformer's features, (B, channels, h, w). Starts at zero."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int, condition_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(RefinerBlock(channels, condition_dim) for _ in range(depth))
+        self.norm = group_norm(channels)
+        self.modulation = zero_init(nn.Linear(condition_dim, 2 * channels))
+        self.out = zero_init(nn.Conv2d(channels, in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, features: Tensor, condition: Tensor) -> Tensor:
+        h = self.embed(x.contiguous(memory_format=torch.channels_last)) + features
+        for block in self.blocks:
+            h = block(h, condition)
+        shift, scale = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        return self.out(nn.functional.silu(self.norm(h) * (1 + scale) + shift))
 
 
 class DiT(nn.Module):
@@ -55,11 +95,23 @@ class DiT(nn.Module):
         self.context = nn.Sequential(nn.LayerNorm(context_dim), nn.Linear(context_dim, width))
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, patch_dim)
-        for layer in (self.modulation, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation = zero_init(nn.Linear(width, 2 * width))
+        self.out = zero_init(nn.Linear(width, patch_dim))
+        self.features: nn.Module | None = None
+        self.refiner: nn.Module | None = None
+        if config.refiner_depth > 0:
+            self.features = nn.Linear(width, config.refiner_width * config.patch_size**2)
+            refiner = Refiner(channels, config.refiner_width, config.refiner_depth, width)
+            self.refiner = refiner.to(memory_format=torch.channels_last)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights between hidden layers, which Muon may step: those of attention, MLPs and convolutions,
+        without embeddings, modulations and outputs."""
+        return [
+            p
+            for name, p in self.named_parameters()
+            if "blocks." in name and "modulation" not in name and p.ndim >= 2
+        ]
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None = None
@@ -76,5 +128,13 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition, text, context_mask)
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        out = self.out(modulate(self.norm(tokens), shift, scale))
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+        tokens = modulate(self.norm(tokens), shift, scale)
+        out = self._to_latent(self.out(tokens), rows)
+        if self.refiner is None or self.features is None:
+            return out
+        return out + self.refiner(x, self._to_latent(self.features(tokens), rows), condition)
+
+    def _to_latent(self, tokens: Tensor, rows: int) -> Tensor:
+        """(B, N, channels * patch_size^2) -> (B, channels, h, w)."""
+        p = self.patch_size
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)

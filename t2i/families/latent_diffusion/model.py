@@ -40,7 +40,7 @@ class LatentDiffusion(nn.Module):
             self.text: Any = encoder
         else:
             object.__setattr__(self, "text", CachedTextEncoder(encoder, max_entries=NUM_CACHED_CAPTIONS))
-        self.denoiser = build_denoiser(
+        self.denoiser: DiT | UNet = build_denoiser(
             config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
         )
 
@@ -104,7 +104,7 @@ def latent_unit(config: DiTConfig | UNetDenoiserConfig) -> int:
 
 def build_denoiser(
     config: DiTConfig | UNetDenoiserConfig, channels: int, context_dim: int, pooled_dim: int
-) -> nn.Module:
+) -> DiT | UNet:
     """The network that the configuration names, for a codec's channels and a text encoder's widths."""
     if isinstance(config, DiTConfig):
         return DiT(config, channels, context_dim, pooled_dim)

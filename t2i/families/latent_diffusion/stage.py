@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig
@@ -52,6 +52,9 @@ class Stage(BaseStage):
             latent = self.model.codec.encode(batch.image, self.noise(generator, shape))
         losses = self.model.loss(latent, self.model.text(batch.caption), t, eps)
         return {"loss": losses.mean()}
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return self.model.denoiser.hidden_matrices()
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config}

@@ -166,6 +166,15 @@ class UNet(nn.Module):
         out_conv = zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(), out_conv)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights between hidden layers, which Muon may step: those of convolutions, attention and MLPs,
+        without time embeddings, input and output."""
+        return [
+            p
+            for name, p in self.named_parameters()
+            if "_block" in name and "emb_layers" not in name and "input_blocks.0." not in name and p.ndim >= 2
+        ]
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """x: (B, in_channels, h, w) noisy latent, h and w multiples of `config.downsampling`;
         t: (B,) in [0, 1000), whole or fractional; context: (B, L, context_dim) text tokens;

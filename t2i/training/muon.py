@@ -1,0 +1,74 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum steps made orthogonal.
+
+torch.optim.Muon steps one matrix at a time and takes no convolutions; small models spend more time in its many
+small products than in the model. Here matrices of one shape are stepped together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values towards 1
+NUM_ITERATIONS = 5
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(N, rows, columns) float -> the same shape in bfloat16, each U V^T of its singular value decomposition
+    but for singular values from about 0.7 to 1.2: Newton-Schulz iterations, which need products only."""
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for the parameter groups that have `muon` true, AdamW for the others.
+
+    Convolutions are stepped as matrices (out_channels, everything else). A step has the root mean square
+    0.2 * lr that AdamW's steps have (Liu et al. 2502.16982, eq. 4). After a step, Muon's parameters have no
+    gradient any more.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_muon(group)
+        super().step()  # passes over parameters without gradient
+        return loss
+
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        same_shape = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+                state["step"] = torch.tensor(0.0)  # AdamW looks for it when a checkpoint is loaded
+            state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+            nesterov = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
+            same_shape[nesterov.shape].append((parameter, nesterov))
+            parameter.grad = None
+        for (rows, columns), pairs in same_shape.items():
+            steps = orthogonalise(torch.stack([step for _, step in pairs]))
+            for (parameter, _), step in zip(pairs, steps, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = 0.2 * max(rows, columns) ** 0.5
+                parameter.sub_(step.to(parameter.dtype).reshape(parameter.shape), alpha=group["lr"] * scale)
