@@ -63,15 +63,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return _convert_named(rest, value, key)
         if len(rest) == 1:
             return _convert(rest[0], value, key)
-        for option in rest:
-            try:
-                return _convert(option, value, key)
-            except ConfigError as error:
-                if not str(error).startswith(
-                    f"{key} is"
-                ):  # it is this option, and something inside it is wrong
-                    raise
-        raise ConfigError(f"{key} is {value!r}; allowed: {' or '.join(_described(o) for o in rest)}.")
+        fitting = [o for o in rest if isinstance(value, typing.get_origin(o) or o)]
+        check(bool(fitting), key, value, " or ".join(map(_described, rest)))
+        return _convert(fitting[0], value, key)
     if origin is Literal:
         check(value in args, key, value, ", ".join(str(a) for a in args))
         return value

@@ -117,10 +117,10 @@ def test_the_refiner_sees_across_the_edges_of_patches():
     """One latent value changes its neighbours' part of the refiner in the next patch, not only its own."""
     dit, given = build(), inputs()
     assert dit.refiner is not None
-    features, condition = torch.randn(2, CONFIG.refiner_width, 8, 8), torch.randn(2, CONFIG.width)
+    tokens, condition = torch.randn(2, 16, CONFIG.width), torch.randn(2, CONFIG.width)
     moved = given["x"].clone()
     moved[:, :, 3, 3] += 1
-    change = dit.refiner(moved, features, condition) - dit.refiner(given["x"], features, condition)
+    change = dit.refiner(moved, tokens, condition) - dit.refiner(given["x"], tokens, condition)
     assert change[:, :, 4, 4].abs().min() > 1e-4
 
 

@@ -22,6 +22,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def unpatchify(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
+    """(B, N, C * patch_size**2) -> (B, C, h, w) with h = rows * patch_size."""
+    p = patch_size
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+
+
 class DiTBlock(nn.Module):
     """Self-attention and MLP under adaLN-Zero (2212.09748, figure 3), with cross-attention to text between."""
 
@@ -63,18 +69,23 @@ class RefinerBlock(nn.Module):
 
 
 class Refiner(nn.Module):
-    """What is added to the transformer's output: convolutions over the noisy latent, (B, in_channels, h, w),
-    and the transformer's features, (B, channels, h, w). Starts at zero."""
+    """What is added to the transformer's output: convolutions over the noisy latent and the tokens. Starts at
+    zero."""
 
-    def __init__(self, in_channels: int, channels: int, depth: int, condition_dim: int) -> None:
+    def __init__(self, config: DiTConfig, in_channels: int) -> None:
         super().__init__()
+        channels = config.refiner_width
+        self.patch_size = config.patch_size
         self.embed = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.blocks = nn.ModuleList(RefinerBlock(channels, condition_dim) for _ in range(depth))
+        self.features = nn.Linear(config.width, channels * config.patch_size**2)
+        self.blocks = nn.ModuleList(RefinerBlock(channels, config.width) for _ in range(config.refiner_depth))
         self.norm = group_norm(channels)
-        self.modulation = zero_init(nn.Linear(condition_dim, 2 * channels))
+        self.modulation = zero_init(nn.Linear(config.width, 2 * channels))
         self.out = zero_init(nn.Conv2d(channels, in_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, features: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
+        """x: (B, in_channels, h, w); tokens: (B, N, width); condition: (B, width) -> like x."""
+        features = unpatchify(self.features(tokens), x.shape[2] // self.patch_size, self.patch_size)
         h = self.embed(x.contiguous(memory_format=torch.channels_last)) + features
         for block in self.blocks:
             h = block(h, condition)
@@ -97,12 +108,9 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zero_init(nn.Linear(width, 2 * width))
         self.out = zero_init(nn.Linear(width, patch_dim))
-        self.features: nn.Module | None = None
         self.refiner: nn.Module | None = None
         if config.refiner_depth > 0:
-            self.features = nn.Linear(width, config.refiner_width * config.patch_size**2)
-            refiner = Refiner(channels, config.refiner_width, config.refiner_depth, width)
-            self.refiner = refiner.to(memory_format=torch.channels_last)
+            self.refiner = Refiner(config, channels).to(memory_format=torch.channels_last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between hidden layers, which Muon may step: those of attention, MLPs and convolutions,
@@ -129,12 +137,5 @@ class DiT(nn.Module):
             tokens = block(tokens, condition, text, context_mask)
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         tokens = modulate(self.norm(tokens), shift, scale)
-        out = self._to_latent(self.out(tokens), rows)
-        if self.refiner is None or self.features is None:
-            return out
-        return out + self.refiner(x, self._to_latent(self.features(tokens), rows), condition)
-
-    def _to_latent(self, tokens: Tensor, rows: int) -> Tensor:
-        """(B, N, channels * patch_size^2) -> (B, channels, h, w)."""
-        p = self.patch_size
-        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+        out = unpatchify(self.out(tokens), rows, p)
+        return out if self.refiner is None else out + self.refiner(x, tokens, condition)
