@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from t2i.interfaces import Generator, SampleRequest
 
 # Lightning starts the further processes of a run with LOCAL_RANK set: only the first one speaks.
 is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -25,3 +31,14 @@ def say_what_is_logged() -> None:
         logger.handlers = [_ToConsole()]
         logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def draw_with_bar(generator: Generator, request: SampleRequest, batch_size: int) -> Tensor:
+    """`t2i.generation.text_to_image.draw` under a progress bar."""
+    from rich.progress import Progress
+
+    from t2i.generation.text_to_image import draw
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("pictures", total=len(request.prompts))
+        return draw(generator, request, batch_size, lambda done: bar.advance(task, done))

@@ -23,11 +23,10 @@ def run(arguments: list[str]) -> None:
 
     from t2i import families
     from t2i.evaluation.report import write_report
-    from t2i.generation.text_to_image import draw
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint, run_folder
 
-    from .console import console
+    from .console import console, draw_with_bar
 
     last = Path(options.checkpoint) if options.checkpoint else run_folder.newest_run(options.runs_dir, "ldm")
     if last is None:
@@ -49,7 +48,7 @@ def run(arguments: list[str]) -> None:
         generator = families.load(loaded.config["family"], "generator").Generator(loaded)
         request = SampleRequest.by_default(prompts, generator.default_size_px, generator.defaults)
         console.print(f"Drawing {len(prompts)} prompts with {folder}")
-        return draw(generator, request, batch_size=64, progress=lambda done: None)
+        return draw_with_bar(generator, request, batch_size=64)
 
     page = write_report(Path(options.out), autoencoder, runs, reconstruct, draw_prompts)
     console.print((page.parent / "report.json").read_text().rstrip())

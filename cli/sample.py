@@ -21,14 +21,13 @@ def run(arguments: list[str]) -> None:
         check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")
     # Heavy imports only now: a wrong flag is reported at once.
     import torch
-    from rich.progress import Progress
 
     from t2i import families
-    from t2i.generation.text_to_image import draw, save
+    from t2i.generation.text_to_image import save
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint
 
-    from .console import console
+    from .console import console, draw_with_bar
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     check(options.device in (None, *devices), "--device", options.device, " or ".join(devices))
@@ -59,9 +58,7 @@ def run(arguments: list[str]) -> None:
         negative_prompt=options.negative_prompt,
     )
     console.print(f"Drawing with {path}")
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("pictures", total=len(request.prompts))
-        images = draw(generator, request, options.batch_size, lambda done: bar.advance(task, done))
+    images = draw_with_bar(generator, request, options.batch_size)
     for written in save(images, request, Path(options.out), {"checkpoint": str(path)}):
         console.print(str(written))
 

@@ -193,6 +193,8 @@ class ResolutionConfig:
     num_images: how many pictures this step sees
     batch_size: pictures per process and step
     init_from: "lower" continues the newest lower-resolution run of the same stage; None starts afresh
+    patch_size: latent positions along each side of a transformer's token. Where it grows with the resolution,
+        the number of tokens stays
     """
 
     size_px: int
@@ -202,6 +204,7 @@ class ResolutionConfig:
     num_images: int
     batch_size: int
     init_from: Literal["lower"] | None
+    patch_size: int
 
     def __post_init__(self) -> None:
         check(self.size_px >= 16, "resolution.size_px", self.size_px, "16 or more")
@@ -209,7 +212,7 @@ class ResolutionConfig:
         check(0 <= self.text_dropout <= 1, "resolution.text_dropout", self.text_dropout, "0 to 1")
         ok = 0 < self.learning_rate < math.inf
         check(ok, "resolution.learning_rate", self.learning_rate, "more than 0")
-        for name in ("num_images", "batch_size"):
+        for name in ("num_images", "batch_size", "patch_size"):
             check(getattr(self, name) >= 1, f"resolution.{name}", getattr(self, name), "1 or more")
 
 

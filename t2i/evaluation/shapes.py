@@ -35,8 +35,9 @@ COLOURS = {
     "purple": (150, 30, 200),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "pink": (250, 170, 190)}
-# All shapes of a size have the same area, so that size can be told whatever the shape.
-SIZES = {"small": 0.020, "large": 0.055}
+# All shapes of a size have the same area, so that size can be told whatever the shape. A small square is 6
+# pixels wide at 32 px: below that, a circle is hardly told from a square. Two large stars just fit side by side.
+SIZES = {"small": 0.033, "large": 0.055}
 POSITIONS = (
     *("top left", "top", "top right"),
     *("left", "center", "right"),

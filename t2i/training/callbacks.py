@@ -122,7 +122,8 @@ class Forecast(Callback):
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
         left = stage.config.trainer.num_images - stage.images_seen
-        log.info("%d images to go at %d px on %s", left, stage.config.resolution.size_px, stage.device)
+        size = stage.config.resolution.size_px
+        log.info("%d images to go at %d px on %s; the first steps tell how long", left, size, stage.device)
         self.began = time.perf_counter()
 
     def on_train_batch_end(

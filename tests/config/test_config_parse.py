@@ -179,6 +179,7 @@ RESOLUTION = ResolutionConfig(
     num_images=1,
     batch_size=1,
     init_from=None,
+    patch_size=1,
 )
 INTEGERS = st.integers(-3, 40)
 NUMBERS = st.floats(-2, 2) | st.sampled_from([0.0, 1.0, float("nan")])
@@ -194,6 +195,7 @@ RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
     (RESOLUTION, "resolution.min_original_px", INTEGERS, lambda x: x >= 0),
     (RESOLUTION, "resolution.text_dropout", NUMBERS, lambda x: 0 <= x <= 1),
     (RESOLUTION, "resolution.learning_rate", NUMBERS, lambda x: x > 0),
+    (RESOLUTION, "resolution.patch_size", INTEGERS, lambda x: x >= 1),
     (OptimizerConfig(1e-3), "optimizer.learning_rate", NUMBERS, lambda x: x > 0),
     (OptimizerConfig(1e-3), "optimizer.weight_decay", NUMBERS, lambda x: x >= 0),
     (OptimizerConfig(1e-3), "optimizer.warmup_images", INTEGERS, lambda x: x >= 0),

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.config import DiTConfig
-from t2i.families.latent_diffusion.dit import DiT
+from t2i.families.latent_diffusion.dit import DiT, unpatchify
 
 CONFIG = DiTConfig("dit", patch_size=2, width=32, depth=2, heads=4, refiner_width=8, refiner_depth=1)
 CHANNELS, CONTEXT, POOLED, LENGTH = 3, 24, 20, 7
@@ -122,6 +122,32 @@ def test_the_refiner_sees_across_the_edges_of_patches():
     moved[:, :, 3, 3] += 1
     change = dit.refiner(moved, tokens, condition) - dit.refiner(given["x"], tokens, condition)
     assert change[:, :, 4, 4].abs().min() > 1e-4
+
+
+def test_larger_patches_continue_smaller_ones():
+    """Of a latent upsampled twice, patches twice as large draw what the smaller ones drew, upsampled."""
+    small, given = build(dataclasses.replace(CONFIG, refiner_depth=0)), inputs()
+    large = build(dataclasses.replace(CONFIG, refiner_depth=0, patch_size=2 * CONFIG.patch_size))
+    large.load_state_dict(large.fit_patches(small.state_dict()))
+    upsampled = nn.functional.interpolate(given["x"], scale_factor=2)
+    expected = nn.functional.interpolate(small(**given), scale_factor=2)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(large(**given | {"x": upsampled}), expected)
+
+
+def test_larger_patches_give_the_refiner_the_same_features():
+    small, large = build(), build(dataclasses.replace(CONFIG, patch_size=4))
+    tokens = torch.randn(2, 16, CONFIG.width)
+    large.load_state_dict(large.fit_patches(small.state_dict()))
+    maps = [unpatchify(dit.refiner.features(tokens), 4, dit.patch_size) for dit in (small, large)]
+    torch.testing.assert_close(maps[1], nn.functional.interpolate(maps[0], scale_factor=2))
+
+
+def test_patches_of_the_same_size_keep_their_weights_and_smaller_ones_do_not_fit():
+    dit, small = build(), build(dataclasses.replace(CONFIG, patch_size=1))
+    state = dit.state_dict()
+    for fitted in (dit.fit_patches(state), small.fit_patches(state)):
+        assert all(torch.equal(fitted[name], value) for name, value in state.items())
 
 
 def test_muon_gets_no_embedding_modulation_or_output():

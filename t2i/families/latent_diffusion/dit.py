@@ -4,8 +4,11 @@ U-ViT's last layer does, 2209.12152)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from t2i.families.latent_diffusion.config import DiTConfig
@@ -26,6 +29,12 @@ def unpatchify(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
     """(B, N, C * patch_size**2) -> (B, C, h, w) with h = rows * patch_size."""
     p = patch_size
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+
+
+def enlarge_patches(weight: Tensor, patch_size: int, factor: int) -> Tensor:
+    """(C * patch_size**2, ...) -> (C * (factor * patch_size)**2, ...): nearest-neighbour upsampling."""
+    p, k = patch_size, factor
+    return repeat(weight, "(c p q) ... -> (c p k q l) ...", p=p, q=p, k=k, l=k)
 
 
 class DiTBlock(nn.Module):
@@ -120,6 +129,21 @@ class DiT(nn.Module):
             for name, p in self.named_parameters()
             if "blocks." in name and "modulation" not in name and p.ndim >= 2
         ]
+
+    def fit_patches(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a DiT whose patches are a whole number of times smaller, for these patches: for a
+        latent upsampled by that number, tokens are what they were and the output is upsampled too. For the
+        embedding that is FlexiViT's pseudo-inverse resize (2212.08013, section 3.4)."""
+        fitted = dict(weights)
+        old = math.isqrt(weights["embed.weight"].shape[1] * self.patch_size**2 // self.embed.in_features)
+        factor, remainder = divmod(self.patch_size, old)
+        if remainder == 0 and factor > 1:
+            fitted["embed.weight"] = enlarge_patches(weights["embed.weight"].T, old, factor).T / factor**2
+            for layer in ("out", "refiner.features"):
+                for name in (f"{layer}.weight", f"{layer}.bias"):
+                    if name in weights:
+                        fitted[name] = enlarge_patches(weights[name], old, factor)
+        return fitted
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None = None

@@ -13,6 +13,7 @@ from t2i import families
 from t2i.config import RunConfig
 from t2i.errors import CheckpointError
 from t2i.families.latent_diffusion.config import Config
+from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.model import LatentDiffusion
 from t2i.interfaces import Batch, SampleRequest
 from t2i.training import run_folder
@@ -39,7 +40,7 @@ class Stage(BaseStage):
         size = config.resolution.size_px
         self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
         if start is not None:
-            load_into(self.model, start.weights, start.path, prefix="model.")
+            load_into(self.model, _fitted(start.weights, self.model.denoiser), start.path, prefix="model.")
         if builds_on is not start:
             load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
 
@@ -75,6 +76,15 @@ def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion
     mapping of the autoencoder's run) says."""
     codec = families.load(codec_config["family"], "codec").from_checkpoint(codec_config)
     return LatentDiffusion(config, codec)
+
+
+def _fitted(weights: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
+    """The weights of a run at a lower resolution; a DiT's patches may have been smaller there."""
+    if not isinstance(denoiser, DiT):
+        return weights
+    prefix = "model.denoiser."
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return weights | {prefix + name: value for name, value in denoiser.fit_patches(own).items()}
 
 
 def _autoencoder(config: RunConfig) -> tuple[LoadedCheckpoint, str]:
