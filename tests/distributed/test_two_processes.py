@@ -84,8 +84,14 @@ def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp
 
 
 def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_overrides, tmp_path):
+    """By AdamW: Muon rounds gradients to bfloat16, and what two processes add up in another order may fall on
+    the other side."""
     check_two_equal_one(
-        ["experiment=latent_diffusion/tiny_dit_flow", f"autoencoder={autoencoder}"],
+        [
+            "experiment=latent_diffusion/tiny_dit_flow",
+            f"autoencoder={autoencoder}",
+            "optimizer.muon_scale=null",
+        ],
         ["loss", "gradient_norm"],
         *(compose_run, train, shapes_overrides, tmp_path),
     )
