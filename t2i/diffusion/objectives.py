@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from t2i.config import check
-from t2i.diffusion.schedules import ScheduleName, per_sample
-
-Objective = Literal["eps", "x0", "v", "flow"]
+from t2i.diffusion.config import Objective
+from t2i.diffusion.schedules import per_sample
 
 
 @dataclass(frozen=True)
@@ -20,13 +18,6 @@ class Prediction:
 
     x0: Tensor
     eps: Tensor
-
-
-def check_objective(objective: str, schedule: ScheduleName) -> None:
-    """Raises ConfigError where `objective` is unknown or not defined on `schedule`: v needs
-    alpha^2 + sigma^2 = 1 and flow needs alpha + sigma = 1."""
-    allowed = ("eps", "x0", "flow") if schedule == "flow" else ("eps", "x0", "v")
-    check(objective in allowed, "objective", objective, f"{', '.join(allowed)} with schedule.name={schedule}")
 
 
 def target(objective: Objective, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -8,60 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from t2i.config import check
-
-BetaName = Literal["linear", "scaled_linear", "cosine"]
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
-Spacing = Literal["leading", "linspace", "trailing"]
-TimeDistribution = Literal["uniform", "logit_normal"]
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Which noise schedule a model is trained on.
-
-    name: "linear" (DDPM), "scaled_linear" (Stable Diffusion), "cosine" (improved DDPM) or "flow" (rectified
-        flow)
-    num_train_steps: T; for flow only the scale of the time that the denoiser is given
-    beta_start, beta_end: linear and scaled_linear only
-    shift: flow only; above 1 moves time towards noise, for pictures of higher resolution
-    time_distribution: how training draws t; logit_normal for flow only
-    """
-
-    name: ScheduleName
-    num_train_steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    shift: float = 1.0
-    time_distribution: TimeDistribution = "uniform"
-
-    def __post_init__(self) -> None:
-        names = get_args(ScheduleName)
-        check(self.name in names, "schedule.name", self.name, ", ".join(names))
-        check(self.num_train_steps >= 2, "schedule.num_train_steps", self.num_train_steps, "2 or more")
-        check(0 < self.beta_start < 1, "schedule.beta_start", self.beta_start, "above 0 and below 1")
-        ok = self.beta_start <= self.beta_end < 1
-        check(
-            ok,
-            "schedule.beta_end",
-            self.beta_end,
-            f"schedule.beta_start ({self.beta_start}) or more, below 1",
-        )
-        check(self.shift > 0, "schedule.shift", self.shift, "above 0")
-        distributions = get_args(TimeDistribution)
-        ok = self.time_distribution in distributions
-        check(ok, "schedule.time_distribution", self.time_distribution, ", ".join(distributions))
-        if self.name != "flow":
-            check(self.shift == 1, "schedule.shift", self.shift, f"1 with schedule.name={self.name}")
-            ok = self.time_distribution == "uniform"
-            key, allowed = "schedule.time_distribution", f"uniform with schedule.name={self.name}"
-            check(ok, key, self.time_distribution, allowed)
+from t2i.diffusion.config import BetaName, ScheduleConfig, Spacing, TimeDistribution
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:

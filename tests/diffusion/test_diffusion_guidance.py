@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i.diffusion import classifier_free, guided
+from t2i.diffusion.guidance import classifier_free, guided
 from t2i.interfaces import TextFeatures
 
 

@@ -6,7 +6,9 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.diffusion import ScheduleConfig, build_schedule, check_objective, loss_weight, target, to_x0_eps
+from t2i.diffusion.config import ScheduleConfig, check_objective
+from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
+from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
 
 deterministic = settings(derandomize=True, deadline=None)

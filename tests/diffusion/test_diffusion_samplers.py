@@ -13,7 +13,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from t2i.diffusion import SAMPLERS, NoiseLevels, Prediction, ScheduleConfig, build_schedule, sample, to_x0_eps
+from t2i.diffusion.config import ScheduleConfig
+from t2i.diffusion.objectives import Prediction, to_x0_eps
+from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
+from t2i.diffusion.schedules import build_schedule
 
 DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 DIFFUSERS_OBJECTIVE = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -7,15 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.config import parse
-from t2i.diffusion import (
-    DiscreteSchedule,
-    FlowSchedule,
-    Prediction,
-    ScheduleConfig,
-    betas,
-    build_schedule,
-    sample,
-)
+from t2i.diffusion.config import ScheduleConfig
+from t2i.diffusion.objectives import Prediction
+from t2i.diffusion.samplers import sample
+from t2i.diffusion.schedules import DiscreteSchedule, FlowSchedule, betas, build_schedule
 from t2i.errors import ConfigError
 
 deterministic = settings(derandomize=True, deadline=None)

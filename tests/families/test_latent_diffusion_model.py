@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from t2i.config import TextConfig
-from t2i.diffusion.schedules import ScheduleConfig
+from t2i.diffusion.config import ScheduleConfig
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import AdversarialConfig, KLConfig, PatchBackboneConfig, PerceptualConfig

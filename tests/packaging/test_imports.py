@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from t2i import families
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
@@ -289,3 +293,10 @@ def late():
 )
 def test_up_and_down(importer, target, wrong):
     assert goes_up(Import(importer, target, False, False, 1)) == wrong
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_a_familys_configuration_imports_no_torch(family):
+    """So that a wrong key is reported before torch is loaded."""
+    code = f"import sys, t2i.families.{family}.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.config import TextConfig, check
-from t2i.diffusion.objectives import Objective, check_objective
-from t2i.diffusion.schedules import ScheduleConfig
+from t2i.diffusion.config import Objective, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 
 
