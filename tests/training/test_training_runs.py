@@ -164,7 +164,10 @@ def test_wandb_offline_writes_into_the_run_folder(compose_run, train, tmp_path, 
     folder = train(compose_run(*arguments, f"runs_dir={tmp_path / 'runs'}")).folder
     wandb.finish()
     (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial")
-    assert sum(path.stat().st_size for path in run.glob("*.wandb")) > 1_000
+    deadline = time.monotonic() + 60  # wandb's own process writes when it comes to it
+    while (size := sum(path.stat().st_size for path in run.glob("*.wandb"))) <= 1_000:
+        assert time.monotonic() < deadline, f"{size} bytes"
+        time.sleep(0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
