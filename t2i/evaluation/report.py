@@ -32,10 +32,16 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
+    name: str  # in the report: the resolution, and the folder where several runs have the same
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
-        return cls(folder, read_config(folder))
+    def read_all(cls, folders: list[Path]) -> list[Run]:
+        configs = [read_config(folder) for folder in folders]
+        sizes = [config["resolution"]["size_px"] for config in configs]
+        return [
+            cls(folder, config, f"{size}-{folder.name}" if sizes.count(size) > 1 else str(size))
+            for folder, config, size in zip(folders, configs, sizes, strict=True)
+        ]
 
     @property
     def size_px(self) -> int:
@@ -43,8 +49,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The name of the run's stage in the report, such as "ldm-64"."""
-        return f"{self.config['stage']}-{self.size_px}"
+        """The run in the report's figures, such as "ldm-64"."""
+        return f"{self.config['stage']}-{self.name}"
 
     def heldout(self, size_px: int) -> Batch:
         return self._read("heldout_shards", size_px)
@@ -76,7 +82,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     page = Page(folder, "t2i: from captioned shards to pictures")
-    codec_run, runs = Run.read(autoencoder), [Run.read(path) for path in generators]
+    (codec_run,), runs = Run.read_all([autoencoder]), Run.read_all(generators)
     figures: dict[str, Any] = {"seconds": {}}
     for run in (codec_run, *runs):
         if summary := read_summary(run.folder):  # a run that was killed has none
@@ -112,7 +118,7 @@ def write_report(
             say_scores(page, figures, run, score_groups(judge, images, unseen))
         asked = "; ".join(unseen.caption[:NUM_SHOWN])
         page.picture(
-            f"samples_{run.size_px}",
+            f"samples_{run.name}",
             grid(images[:NUM_SHOWN], 8),
             f"Drawn for prompts never seen in training, row by row: {asked}",
             enlarge=max(1, 128 // run.size_px),

@@ -36,7 +36,7 @@ def build_optimizer(
     optimizer = torch.optim.AdamW if config.muon_scale is None else MuonAdamW
     betas = (config.betas[0], config.betas[1])
     filled = [group for group in parameter_groups if group["params"]]
-    return optimizer(filled, lr=config.learning_rate, betas=betas)
+    return optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def _group(

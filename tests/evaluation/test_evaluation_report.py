@@ -190,7 +190,7 @@ class Fakes:
         return images - 0.1 * images.sign()  # towards 0, so that nothing is clamped
 
     def draw(self, folder: Path, prompts: list[str]) -> torch.Tensor:
-        run = Run.read(folder)
+        (run,) = Run.read_all([folder])
         self.prompts[run.label] = prompts
         real = run.heldout(run.size_px)
         images, left = torch.zeros_like(real.image), dict(self.right)
@@ -300,7 +300,15 @@ def test_a_run_that_was_killed_is_reported_without_its_times(shapes_shards, tmp_
 
 def test_a_run_without_heldout_shards_is_one_sentence(shapes_shards, tmp_path):
     folder = made_up_run(tmp_path / "autoencoder" / "a", "autoencoder", 32, shapes_shards, 1.0)
-    run = Run.read(folder)
+    (run,) = Run.read_all([folder])
     run.config["data"]["heldout_shards"] = None
     with pytest.raises(DataError, match=r"data\.heldout_shards"):
         run.heldout(32)
+
+
+def test_runs_of_one_resolution_are_told_apart_by_their_folders(shapes_shards, tmp_path):
+    folders = [
+        made_up_run(tmp_path / "ldm" / name, "ldm", size, shapes_shards, 1.0)
+        for name, size in (("a", 32), ("b", 64), ("c", 64))
+    ]
+    assert [run.label for run in Run.read_all(folders)] == ["ldm-32", "ldm-64-b", "ldm-64-c"]
