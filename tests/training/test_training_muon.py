@@ -78,6 +78,25 @@ def test_without_a_scale_all_is_adamw():
     assert not any(group["muon"] for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("muon_scale", [None, 3.0])
+def test_scaled_gradients_are_unscaled_before_the_step_and_infinite_ones_skip_it(muon_scale):
+    """As precision=16-mixed has it: gradients are clipped between unscaling and the step."""
+    config = OptimizerConfig(learning_rate=0.01, muon_scale=muon_scale)
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer([list(model.parameters())], [model.weight], config)
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)  # what Lightning and PyTorch ask
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = deepcopy(model.state_dict())
+    for value, changed in ((float("inf"), False), (1.0, True)):
+        optimizer.zero_grad()
+        scaler.scale(value * model(torch.ones(2, 4)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        for name, parameter in model.named_parameters():
+            assert parameter.isfinite().all()
+            assert torch.equal(parameter, before[name]) != changed
+
+
 def test_a_loaded_optimizer_goes_on_exactly():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
