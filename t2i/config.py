@@ -157,15 +157,17 @@ class DataConfig:
 class TextConfig:
     """Which text encoder reads the captions.
 
-    name: "clip" (transformers), "open_clip", "minilm" (ships as a package) or "learned" (trained with the model)
-    model: local directory, hub id or, for open_clip, architecture name; unused by minilm and learned
+    name: "clip" and "t5" (transformers), "open_clip", "minilm" (ships as a package); or, trained with the model,
+        "learned" and "ldm_bert"
+    model: local directory, hub id or, for open_clip, architecture name; for ldm_bert a directory with BERT's
+        vocabulary, null for the one that comes with minilm's package; unused by minilm and learned
     weights: open_clip only: local file or the tag of published weights
     max_tokens: captions are padded or cut to this many tokens
-    width, depth, heads: learned only
+    width, depth, heads: learned and ldm_bert only
     allow_download: hub ids are fetched only where this is true
     """
 
-    name: Literal["clip", "open_clip", "minilm", "learned"]
+    name: Literal["clip", "open_clip", "t5", "minilm", "learned", "ldm_bert"]
     model: str | None = None
     weights: str | None = None
     max_tokens: int = 77

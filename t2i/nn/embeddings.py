@@ -20,20 +20,21 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def sincos_2d(height: int, width: int, dim: int, scale: float = 1.0) -> Tensor:
+def sincos_2d(height: int, width: int, dim: int, scale: float | tuple[float, float] = 1.0) -> Tensor:
     """Position embedding of a grid -> (height * width, dim) float32, rows of the grid first.
 
     The first half of `dim` embeds the column and the second half the row, each as sines, then cosines
     (arXiv:2212.09748, following arXiv:2111.06377). Positions are index / scale: a model that has learned a
-    32 x 32 grid meets the positions it knows on a 64 x 64 one at scale 2.
+    32 x 32 grid meets the positions it knows on a 64 x 64 one at scale 2. Two scales are of rows and of columns.
     Raises ValueError where `dim` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"sincos_2d needs a dim divisible by 4, got {dim}")
     quarter = dim // 4
     frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    row = torch.arange(height, dtype=torch.float64)[:, None] / scale * frequency
-    column = torch.arange(width, dtype=torch.float64)[:, None] / scale * frequency
+    row_scale, column_scale = scale if isinstance(scale, tuple) else (scale, scale)
+    row = torch.arange(height, dtype=torch.float64)[:, None] / row_scale * frequency
+    column = torch.arange(width, dtype=torch.float64)[:, None] / column_scale * frequency
     column_embedding = torch.cat([column.sin(), column.cos()], dim=1)
     row_embedding = torch.cat([row.sin(), row.cos()], dim=1)
     grid = torch.cat(

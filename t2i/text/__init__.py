@@ -21,6 +21,14 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
         from t2i.text.minilm import MiniLMTextEncoder
 
         return MiniLMTextEncoder(config.max_tokens)
+    if config.name == "t5":
+        from t2i.text.t5 import T5TextEncoder
+
+        return T5TextEncoder(config.model, config.max_tokens, config.allow_download)
+    if config.name == "ldm_bert":
+        from t2i.text.ldm_bert import LDMBertTextEncoder
+
+        return LDMBertTextEncoder(config.model, config.max_tokens, config.width, config.depth, config.heads)
     from t2i.text.learned import LearnedTextEncoder
 
     return LearnedTextEncoder(config.max_tokens, config.width, config.depth, config.heads)

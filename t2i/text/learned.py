@@ -114,9 +114,13 @@ class LearnedTextEncoder(nn.Module):
         x = self.start.repeat(mask.numel(), 1)
         x = x.index_copy(0, places, self.embedding([word for split in words for word in split]))
         mask, lengths = mask.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
-        x = (x.unflatten(0, mask.shape) + self.position) * mask[..., None]
+        x = self.transform(x.unflatten(0, mask.shape) + self.position, mask)
+        return TextFeatures(x, x.sum(1) / lengths[:, None], mask)
+
+    def transform(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (B, L, width) embedded words at their positions; mask: (B, L) bool -> (B, L, width)."""
+        x = x * mask[..., None]
         x = x + self.neighbours(x.mT).mT
         for block in self.blocks:
             x = block(x, mask)
-        x = self.norm(x) * mask[..., None]
-        return TextFeatures(x, x.sum(1) / lengths[:, None], mask)
+        return self.norm(x) * mask[..., None]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import open_clip
+from open_clip.model import _build_text_tower
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
 
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import TextFeatures
@@ -26,19 +28,12 @@ class OpenClipTextEncoder(FrozenTextEncoder):
     def __init__(
         self, model: str | None, weights: str | None, max_tokens: int = 77, allow_download: bool = False
     ) -> None:
-        if model is None or model not in open_clip.list_models():
-            raise ConfigError(
-                f"text.model is {model!r}; allowed for open_clip: an architecture of open_clip.list_models()."
-            )
+        check_architecture(model, max_tokens)
         if weights is None or not (allow_download or Path(weights).is_file()):
             raise CheckpointError(
                 f"text.weights is {weights!r}; allowed for open_clip: an existing file, or a tag of "
                 "published weights with text.allow_download=true."
             )
-        text = open_clip.get_model_config(model)["text_cfg"]
-        if "hf_model_name" in text or "hf_tokenizer_name" in text:
-            raise ConfigError(f"text.model {model} has a text model of its own; allowed: CLIP's transformer.")
-        check_max_tokens(max_tokens, text.get("context_length", 77), model)
         try:
             clip = open_clip.create_model(
                 model, pretrained=weights, force_custom_text=True, weights_only=True
@@ -46,22 +41,66 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         except Exception as error:  # whatever the readers of four file formats raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"text.weights {weights!r} do not load into {model}: {reason}.") from error
-        tower: TextTransformer = clip.text
-        if tower.attn_mask is not None:
-            tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()
-        pooled_dim = tower.width if tower.text_projection is None else tower.output_dim
-        super().__init__(tower.width, pooled_dim, max_tokens)
+        tower = _shortened(clip.text, max_tokens)
+        super().__init__(tower.width, pooled_width(tower), max_tokens)
         self.tokenizer = SimpleTokenizer(context_length=max_tokens)
         self.tower = tower
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
         ids = self.tokenizer(captions).to(self.device)
-        states = self.tower.forward_intermediates(
-            ids,
-            indices=[len(self.tower.transformer.resblocks) - 2],
-            normalize_intermediates=True,
-            output_fmt="NLC",
+        tokens, pooled = read(self.tower, ids)
+        return TextFeatures(tokens, pooled, mask_up_to_end(ids, self.tokenizer.eot_token_id))
+
+
+class PenultimateStates(nn.Module):
+    """The tokens of `OpenClipTextEncoder` from token ids: (B, L) int64 -> (B, L, D)."""
+
+    def __init__(self, tower: TextTransformer) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return read(self.tower, input_ids)[0]
+
+
+def read(tower: TextTransformer, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) token ids -> the normalised states of the last layer but one, (B, L, D), and the embedding (B, P)."""
+    states = tower.forward_intermediates(
+        ids,
+        indices=[len(tower.transformer.resblocks) - 2],
+        normalize_intermediates=True,
+        output_fmt="NLC",
+    )
+    return states["text_intermediates"][0], states["text_features"]
+
+
+def build_tower(model: str | None, max_tokens: int) -> TextTransformer:
+    """The text transformer with random weights. Raises ConfigError where there is none of this name."""
+    check_architecture(model, max_tokens)
+    config = open_clip.get_model_config(model)
+    quick_gelu = config.get("quick_gelu", False)
+    tower = _build_text_tower(config["embed_dim"], config["text_cfg"], quick_gelu)
+    return _shortened(tower.requires_grad_(False), max_tokens)
+
+
+def pooled_width(tower: TextTransformer) -> int:
+    return tower.width if tower.text_projection is None else tower.output_dim
+
+
+def check_architecture(model: str | None, max_tokens: int) -> None:
+    """Raises ConfigError unless `model` names one of the package's CLIPs with so many positions."""
+    if model is None or model not in open_clip.list_models():
+        raise ConfigError(
+            f"text.model is {model!r}; allowed for open_clip: an architecture of open_clip.list_models()."
         )
-        mask = mask_up_to_end(ids, self.tokenizer.eot_token_id)
-        return TextFeatures(states["text_intermediates"][0], states["text_features"], mask)
+    text = open_clip.get_model_config(model)["text_cfg"]
+    if "hf_model_name" in text or "hf_tokenizer_name" in text:
+        raise ConfigError(f"text.model {model} has a text model of its own; allowed: CLIP's transformer.")
+    check_max_tokens(max_tokens, text.get("context_length", 77), model)
+
+
+def _shortened(tower: TextTransformer, max_tokens: int) -> TextTransformer:
+    if tower.attn_mask is not None:
+        tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()
+    return tower

@@ -155,3 +155,38 @@ def test_r1_reaches_the_patch_discriminator():
     real = torch.randn(2, 3, 32, 32, requires_grad=True)
     r1_penalty(real, discriminator(real)).backward()
     assert discriminator.layers[0].weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("loss", ["hinge", "vanilla"])
+@pytest.mark.parametrize("weight", [0.5, 0.8])
+def test_the_stage_adds_the_terms_as_vqgan_does(compose_run, loss, weight):
+    """weight * lambda * L_G + L_D from start_images on, and before it nothing (2012.09841, equations 6 and 7)."""
+    from t2i.families.autoencoder.stage import Stage
+
+    arguments = [f"adversarial.loss={loss}", f"adversarial.weight={weight}", "adversarial.start_images=16"]
+    stage = Stage(compose_run("experiment=autoencoder/tiny_kl", *arguments))
+    real = torch.rand(2, 3, 32, 32) * 2 - 1
+    fake = stage.codec.reconstruct(real).image
+    l1 = (fake - real).abs().mean()
+
+    for seen in (0, 15):
+        stage.images_seen = seen
+        assert stage.adversarial_loss(stage.discriminator, real, fake, l1, {}) == 0.0
+    stage.images_seen = 16
+    metrics = {}
+    total = stage.adversarial_loss(stage.discriminator, real, fake, l1, metrics)
+
+    logits_real, logits_fake = stage.discriminator(real), stage.discriminator(fake)
+    generator = -logits_fake.mean()
+    if loss == "hinge":
+        sides = (1 - logits_real).clamp(min=0), (1 + logits_fake).clamp(min=0)
+    else:
+        sides = -logits_real.sigmoid().log(), -(1 - logits_fake.sigmoid()).log()
+    discriminator = 0.5 * (sides[0].mean() + sides[1].mean())
+    norms = [
+        torch.autograd.grad(term, stage.codec.last_layer, retain_graph=True)[0].norm()
+        for term in (l1, generator)
+    ]
+    adaptive = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+    torch.testing.assert_close(metrics["adaptive_weight"], adaptive)
+    torch.testing.assert_close(total, weight * adaptive * generator + discriminator)

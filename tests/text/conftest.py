@@ -44,3 +44,40 @@ def open_clip_weights(tmp_path_factory) -> tuple[str, Path]:
     save_file(model.state_dict(), folder / "weights.safetensors")
     torch.save(model.state_dict(), folder / "weights.pt")
     return "t2i-test-tiny", folder / "weights.safetensors"
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory) -> Path:
+    """A small T5 encoder of version 1.1 with random weights, and a vocabulary of letters and a few words."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        "▁a",
+        "▁photo",
+        "▁of",
+        "▁cat",
+        "▁red",
+        "▁cube",
+        *map(chr, range(33, 127)),
+    ]
+    vocabulary = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+    folder = tmp_path_factory.mktemp("t5")
+    tokenizer = T5Tokenizer(vocab=vocabulary)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer) + 28,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder

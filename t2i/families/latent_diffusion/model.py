@@ -14,8 +14,9 @@ from t2i.diffusion.guidance import classifier_free
 from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
-from t2i.families.latent_diffusion.config import Config, DiTConfig, UNetDenoiserConfig
+from t2i.families.latent_diffusion.config import Config, DiTConfig, PixArtConfig, UNetDenoiserConfig
 from t2i.families.latent_diffusion.dit import DiT
+from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import SampleRequest, TextFeatures
 from t2i.text import build_text_encoder
@@ -40,7 +41,7 @@ class LatentDiffusion(nn.Module):
             self.text: Any = encoder
         else:
             object.__setattr__(self, "text", CachedTextEncoder(encoder, max_entries=NUM_CACHED_CAPTIONS))
-        self.denoiser: DiT | UNet = build_denoiser(
+        self.denoiser: DiT | PixArt | UNet = build_denoiser(
             config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
         )
 
@@ -97,16 +98,18 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.cat(rows)
 
 
-def latent_unit(config: DiTConfig | UNetDenoiserConfig) -> int:
+def latent_unit(config: DiTConfig | PixArtConfig | UNetDenoiserConfig) -> int:
     """Height and width of the latent must be multiples of this."""
-    return config.patch_size if isinstance(config, DiTConfig) else config.downsampling
+    return config.downsampling if isinstance(config, UNetDenoiserConfig) else config.patch_size
 
 
 def build_denoiser(
-    config: DiTConfig | UNetDenoiserConfig, channels: int, context_dim: int, pooled_dim: int
-) -> DiT | UNet:
+    config: DiTConfig | PixArtConfig | UNetDenoiserConfig, channels: int, context_dim: int, pooled_dim: int
+) -> DiT | PixArt | UNet:
     """The network that the configuration names, for a codec's channels and a text encoder's widths."""
     if isinstance(config, DiTConfig):
         return DiT(config, channels, context_dim, pooled_dim)
+    if isinstance(config, PixArtConfig):
+        return PixArt(config, channels, context_dim)
     fitted = dataclasses.replace(config, in_channels=channels, out_channels=channels, context_dim=context_dim)
     return UNet(fitted).to(memory_format=torch.channels_last)

@@ -1,0 +1,59 @@
+"""Loading a text model and its tokenizer through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from t2i.errors import CheckpointError, ConfigError
+
+
+def load_pretrained(
+    model: str | None, name: str, model_class: Any, tokenizer_class: Any, allow_download: bool
+) -> tuple[Any, Any]:
+    """(tokenizer, float32 model) from a directory or a hub id. A hub id that was fetched before is taken from the
+    hub's cache; the network is asked only where `allow_download` is true. safetensors come first; a pickle is
+    read with weights_only.
+
+    name: of the encoder, for messages
+    Raises ConfigError where `model` is None, CheckpointError where weights are missing or do not fit.
+    """
+    if model is None:
+        raise ConfigError(f"text.model is not set; allowed for {name}: a local directory or a hub id.")
+    local = not allow_download or Path(model).is_dir()
+    try:
+        with _quiet():
+            tokenizer = tokenizer_class.from_pretrained(model, local_files_only=local)
+            transformer, report = model_class.from_pretrained(
+                model, local_files_only=local, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
+        raise CheckpointError(
+            f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a {name.upper()} text "
+            "model and its tokenizer, or a hub id with text.allow_download=true."
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise CheckpointError(
+            f"text.model {model!r} is not a {name.upper()} text model: it lacks {missing[0]}."
+        )
+    return tokenizer, transformer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and table of keys; what matters of that table is checked."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,46 @@
+"""T5's encoder (Raffel et al., arXiv:1910.10683), as Imagen and PixArt condition on it."""
+
+from __future__ import annotations
+
+from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+from t2i.errors import CheckpointError
+from t2i.interfaces import TextFeatures
+from t2i.text.frozen import FrozenTextEncoder
+from t2i.text.pretrained import load_pretrained
+
+ROUNDING = 128  # the published embeddings have up to this many rows more than there are tokens
+
+
+class T5TextEncoder(FrozenTextEncoder):
+    """tokens: the last hidden states after the final norm, where attention sees no padding; pooled: their mean over
+    the caption (T5 has no state of its own for that); mask: the caption and its end token.
+
+    model: a directory with weights and tokenizer.json, or a hub id; a tokenizer that is only there as spiece.model
+        needs the packages sentencepiece and protobuf
+    Raises ConfigError, or CheckpointError where weights or vocabulary are missing.
+    """
+
+    def __init__(self, model: str | None, max_tokens: int = 120, allow_download: bool = False) -> None:
+        tokenizer, transformer = load_pretrained(model, "t5", T5EncoderModel, T5Tokenizer, allow_download)
+        rows = transformer.config.vocab_size
+        if not 0 <= rows - len(tokenizer) < ROUNDING:
+            raise CheckpointError(
+                f"text.model {model!r} has {len(tokenizer)} tokens in its tokenizer and {rows} in its weights; "
+                "allowed: the same vocabulary in both."
+            )
+        width = transformer.config.d_model
+        super().__init__(width, width, max_tokens)
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.freeze()
+
+    def encode(self, captions: list[str]) -> TextFeatures:
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        mask = tokens.attention_mask
+        states = self.transformer(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return TextFeatures(states, pooled, mask.bool())
