@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from t2i.training.stage import BaseStage
 
 
+# At the start of a value in a weights file's configuration: the folder that the file lies in. A run folder that
+# brings its text encoder along can so be moved.
+RUN_FOLDER = "{run}"
+
+
 @dataclass
 class LoadedCheckpoint:
     """weights: trained and frozen weights by name, the averaged ones in place of the raw where there are any
@@ -102,4 +107,14 @@ def _checked(path: Path, weights: tuple[Any, Any], header: Any) -> LoadedCheckpo
         raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i' with config and extra.")
     if not all(isinstance(part, dict) for part in weights):
         raise CheckpointError(f"{path} was not written by t2i: it holds no weights.")
-    return LoadedCheckpoint(path, {**weights[0], **weights[1]}, header["config"], header["extra"])
+    config = placed(header["config"], path.parent)
+    return LoadedCheckpoint(path, {**weights[0], **weights[1]}, config, header["extra"])
+
+
+def placed(value: Any, folder: Path) -> Any:
+    """`value` with RUN_FOLDER at the start of its texts, at any depth, replaced by `folder`."""
+    if isinstance(value, dict):
+        return {key: placed(entry, folder) for key, entry in value.items()}
+    if isinstance(value, str) and value.startswith(f"{RUN_FOLDER}/"):
+        return str(folder / value.removeprefix(f"{RUN_FOLDER}/"))
+    return value

@@ -1,0 +1,65 @@
+"""`t2i convert`: published models in, trained models out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def run(arguments: list[str]) -> None:
+    """Parses, checks, converts under a progress bar, and says what was assumed."""
+    options = parser().parse_args(arguments)
+    # Heavy imports only now: a wrong flag is reported at once.
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from t2i.interop.convert import Options, prepare, write
+
+    from .console import console
+
+    chosen = Options(options.to, options.dtype, options.ema, options.prediction, options.text)
+    conversion = prepare(Path(options.source), Path(options.out), chosen)
+    console.print(f"Reading {options.source}: {conversion.parts.kind}", markup=False)
+    for note in conversion.parts.notes:
+        console.print(note, markup=False)
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("weights", total=conversion.num_bytes)
+        write(conversion, lambda done: bar.advance(task, done))
+    gigabytes = conversion.num_bytes / 1e9
+    console.print(
+        f"Wrote {options.out}: {conversion.to}, {conversion.dtype}, {gigabytes:.2f} GB of weights",
+        markup=False,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        prog="t2i convert",
+        description="Convert a model. In: a diffusers directory (Stable Diffusion 1 and 2, LDM text-to-image), a "
+        "CompVis or Stability .ckpt or .safetensors, a taming VQGAN .ckpt, or a t2i run. Out: a t2i run, a diffusers "
+        "directory, or one .safetensors with CompVis' names.",
+    )
+    made.add_argument("source", metavar="SOURCE", help="folder or file")
+    made.add_argument("out", metavar="OUT", help="a name that is free: a folder, or a .safetensors file")
+    made.add_argument(
+        "--to",
+        choices=("t2i", "diffusers", "compvis"),
+        help="default: t2i for foreign sources; for t2i's own compvis where OUT ends in .safetensors, else diffusers",
+    )
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    made.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take averaged weights where there are any (the default)",
+    )
+    made.add_argument(
+        "--prediction",
+        choices=("eps", "v"),
+        help="what the UNet of a single file predicts, as the file does not say; default: eps",
+    )
+    made.add_argument(
+        "--text", metavar="DIR", help="CLIP text model, where a t2i run names one that is not here"
+    )
+    return made

@@ -1,0 +1,216 @@
+"""Single files of CompVis and Stability (Stable Diffusion 1 and 2, LDM), and autoencoders of taming-transformers.
+
+They come without a configuration: the architecture is read from the names and shapes of the weights, and what
+these do not tell is assumed as published, and said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.diffusion.config import BetaName
+from t2i.diffusion.schedules import betas
+from t2i.errors import CheckpointError
+from t2i.interop import clip, ldm_bert
+from t2i.interop.clip import ClipText
+from t2i.interop.compvis_shapes import infer_codec, infer_unet
+from t2i.interop.ldm_bert import LDMBertText
+from t2i.interop.names import averaged, compvis_codec
+from t2i.interop.parts import CodecPart, DenoiserPart, Parts, codec_shapes, denoiser_shapes
+from t2i.interop.weights import Weights, fit, under
+
+UNET, CODEC, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model."
+
+# Entries beside the weights that drawing needs: tables of the schedule, counters, losses, and what the text
+# models have beyond the states that are conditioned on.
+HARMLESS = re.compile(
+    r"(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|betas|lvlb_weights|logvar"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor|global_step"
+    r"|model_ema\..*|(first_stage_model\.)?loss\..*"
+    r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"
+    r"|cond_stage_model\.transformer\.to_logits\.(weight|bias)"
+    r"|cond_stage_model\.(model\.)?(logit_scale|text_projection|attn_mask)"
+)
+
+# What Stable Diffusion was trained with.
+SCHEDULE: dict[str, Any] = {
+    "name": "scaled_linear",
+    "num_train_steps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+LATENT_SCALE = 0.18215
+
+
+def read_single_file(
+    path: Path, weights: Weights, metadata: dict[str, str], ema: bool, prediction: str | None
+) -> Parts:
+    """The parts of a model, all weights unread.
+
+    metadata: the text in a .safetensors file's header
+    ema: take the moving averages where the file has them
+    prediction: "eps" or "v"; None takes what the header says, or else eps, with a note
+    """
+    if any(name.startswith(UNET) for name in weights):
+        return _latent_diffusion(path, weights, metadata, ema, prediction)
+    if "encoder.conv_in.weight" in weights:
+        return _autoencoder(path, weights, ema)
+    first = ", ".join(sorted(weights)[:3]) or "nothing"
+    raise CheckpointError(
+        f"{path} holds {len(weights)} weights ({first}, ...) of no model that is known; allowed: Stable Diffusion "
+        "1 or 2, LDM text-to-image (model.diffusion_model.*), or an autoencoder of LDM or taming (encoder.*)."
+    )
+
+
+def _latent_diffusion(
+    path: Path, weights: Weights, metadata: dict[str, str], ema: bool, prediction: str | None
+) -> Parts:
+    parts = Parts("a single file with CompVis' names", _codec(under(weights, CODEC), path, LATENT_SCALE))
+    unet = _chosen(under(weights, UNET), weights, "diffusion_model.", ema, parts)
+    text = _text(weights, path)
+    config = infer_unet(unet, path)
+    latent = parts.codec.config["backbone"]["latent_channels"]
+    config |= {"in_channels": latent, "out_channels": latent, "context_dim": text.token_dim}
+    found = fit(unet, denoiser_shapes(config, latent, text.token_dim), path, "UNet")
+    _check_all_known(
+        path,
+        weights,
+        [*(UNET + n for n in unet), *(n for n in weights if n.startswith((CODEC, TEXT)))],
+        parts,
+    )
+    if prediction is None:
+        prediction = {"epsilon": "eps", "v": "v"}.get(metadata.get("modelspec.prediction_type", ""))
+    if prediction is None:
+        prediction = "eps"
+        parts.notes.append(
+            "The file does not say what its UNet predicts: eps is assumed. Stable Diffusion 2 at 768 px predicts v: "
+            "--prediction v."
+        )
+    scale = weights.get("scale_factor")
+    if scale is not None and not scale.shape:
+        parts.codec.latent_scale = float(f"{scale.read().item():.7g}")
+    size_px = 256 if isinstance(text, LDMBertText) else 768 if prediction == "v" else 512
+    if match := re.fullmatch(r"(\d{2,4})x\1", metadata.get("modelspec.resolution", "")):
+        size_px = int(match[1])
+    parts.denoiser = DenoiserPart(config, found, _schedule(weights, path), prediction, size_px)
+    if isinstance(text, LDMBertText):
+        parts.notes.append("BERT's vocabulary is not in the file: the same one in MiniLM's package is used.")
+    parts.text = text
+    return parts
+
+
+def _autoencoder(path: Path, weights: Weights, ema: bool) -> Parts:
+    own = {n: w for n, w in weights.items() if not HARMLESS.fullmatch(n)}
+    parts = Parts("an autoencoder of LDM or taming-transformers", _codec(own, path, 1.0))
+    chosen = _chosen(own, weights, "", ema, parts)
+    if chosen is not own:
+        parts.codec = _codec(chosen, path, 1.0)
+    _check_all_known(path, weights, own, parts)
+    if not parts.codec.quantised:
+        parts.notes.append("The file does not say how its latents are scaled: they are left as they are.")
+    return parts
+
+
+def _chosen(raw: Weights, weights: Weights, prefix: str, ema: bool, parts: Parts) -> Weights:
+    """The averages of the weights `raw`, or they themselves. prefix: what is before their names in the averages."""
+    counterparts = {name: averaged(prefix + name) for name in raw}
+    present = [name for name, theirs in counterparts.items() if theirs in weights]
+    if not present:
+        if ema:
+            parts.notes.append("The file has no EMA weights: the only ones that there are were taken.")
+        return raw
+    parts.notes.append("EMA weights were taken." if ema else "The weights without EMA were taken.")
+    if not ema:
+        return raw
+    return {name: weights[theirs] for name, theirs in counterparts.items() if theirs in weights}
+
+
+def _codec(weights: Weights, path: Path, latent_scale: float) -> CodecPart:
+    weights = {n: w for n, w in weights.items() if not n.startswith("loss.")}
+    config = infer_codec(weights, path)
+    wanted = codec_shapes(config)
+    names = compvis_codec(wanted)
+    found = fit(weights, {names[ours]: shape for ours, shape in wanted.items()}, path, "autoencoder")
+    return CodecPart(config, {ours: found[theirs] for ours, theirs in names.items()}, latent_scale)
+
+
+def _text(weights: Weights, path: Path) -> ClipText | LDMBertText:
+    kept = {n: w for n, w in weights.items() if not HARMLESS.fullmatch(n)}
+    if OPEN_CLIP + "token_embedding.weight" in kept:
+        # Tools that write Stable Diffusion 2 out of diffusers' folder have neither projection nor last layer.
+        whole_tower = OPEN_CLIP + "text_projection" in weights
+        return open_clip_text(under(kept, OPEN_CLIP), path, whole_tower)
+    if BERT + "transformer.token_emb.weight" in kept:
+        bert = under(kept, BERT)
+        shape = ldm_bert.infer_config(bert, path)
+        return LDMBertText(shape, fit(bert, ldm_bert.shapes(shape), path, "text encoder"), {})
+    bare = {name.removeprefix("text_model."): weight for name, weight in under(kept, CLIP).items()}
+    values = clip.infer_config(bare)
+    if not values:
+        raise CheckpointError(
+            f"{path} has no text encoder that is known; allowed: CLIP ({CLIP}*), OpenCLIP ({OPEN_CLIP}*), or "
+            f"LDM's transformer ({BERT}transformer.token_emb.weight)."
+        )
+    config = clip.parse_config(values)
+    found = fit(bare, clip.shapes(config), path, "text encoder")
+    length = config.max_position_embeddings
+    return ClipText(config, found, clip.tokenizer_files(length), length)
+
+
+def open_clip_text(
+    weights: Weights, path: Path, whole_tower: bool, heads: int | None = None, act: str = "gelu"
+) -> ClipText:
+    """Stable Diffusion 2's text model out of OpenCLIP's.
+
+    whole_tower: all layers are there; the states are those of the last layer but one, so that the last is left
+        out, as diffusers does. False: it was left out already
+    heads, act: where they are known; else 64 wide, and as in ViT-H-14
+    """
+    named = clip.from_open_clip(weights)
+    values = clip.infer_config(named)
+    num_layers = values.get("num_hidden_layers", 0) - whole_tower
+    if num_layers < 1:
+        raise CheckpointError(f"{path} has an OpenCLIP text encoder without layers.")
+    named = {n: w for n, w in named.items() if not n.startswith(f"encoder.layers.{num_layers}.")}
+    values |= {"num_hidden_layers": num_layers, "hidden_act": act}
+    if heads is not None:
+        values["num_attention_heads"] = heads
+    config = clip.parse_config(values)
+    found = fit(named, clip.shapes(config), path, "text encoder")
+    length = config.max_position_embeddings
+    return ClipText(config, found, clip.tokenizer_files(length, pad_token="!"), length)
+
+
+def _check_all_known(path: Path, weights: Weights, used: Iterable[str], parts: Parts) -> None:
+    """Every name is used, or known to be harmless; of the latter a note says how many there are."""
+    left = weights.keys() - set(used)
+    unknown = sorted(name for name in left if not HARMLESS.fullmatch(name))
+    if unknown:
+        first = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise CheckpointError(f"{path} has {len(unknown)} weights that no part of the model has: {first}.")
+    losses = sum("loss." in name for name in left)
+    if losses:
+        parts.notes.append(f"{losses} weights of the training losses (loss.*) were left out.")
+
+
+def _schedule(weights: Weights, path: Path) -> dict[str, Any]:
+    """The schedule whose betas the file has; Stable Diffusion's where it has none."""
+    table = weights.get("betas")
+    if table is None:
+        return dict(SCHEDULE)
+    if len(table.shape) != 1 or not 2 <= table.shape[0] <= 100_000:
+        raise CheckpointError(f"betas in {path} have shape {table.shape}; allowed: 2 to 100,000 numbers.")
+    theirs = table.read().double()
+    start, end = (float(f"{theirs[i].item():.6g}") for i in (0, -1))
+    names: tuple[BetaName, ...] = ("scaled_linear", "linear", "cosine")
+    for name in names:
+        if torch.allclose(betas(name, len(theirs), start, end), theirs, rtol=1e-4, atol=1e-8):
+            found: dict[str, Any] = {"name": name, "num_train_steps": len(theirs)}
+            return found if name == "cosine" else found | {"beta_start": start, "beta_end": end}
+    raise CheckpointError(f"betas in {path} are of no schedule that is known; allowed: {', '.join(names)}.")

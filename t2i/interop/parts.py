@@ -1,0 +1,109 @@
+"""What every format of a model comes down to: a codec and, of a text-to-image model, a denoiser and a text encoder.
+
+Configurations are plain mappings as config.yaml has them, weights are unread and carry our own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from t2i import families
+from t2i.config import check, parse
+from t2i.interop.clip import ClipText
+from t2i.interop.ldm_bert import LDMBertText
+from t2i.interop.weights import Weights
+
+Shapes = dict[str, tuple[int, ...]]
+
+# What a codebook counts while it learns, and the codec's scale: no published file has these.
+OWN_BUFFERS = ("latent_scale", "codebook.cluster_size", "codebook.cluster_sum", "codebook.steps")
+
+
+@dataclass
+class CodecPart:
+    """config: the entries codec and backbone of an autoencoder run
+    weights: by the names of t2i.families.autoencoder, without OWN_BUFFERS
+    latent_scale: what latents are multiplied by to have about unit variance
+    """
+
+    config: dict[str, Any]
+    weights: Weights
+    latent_scale: float
+
+    @property
+    def quantised(self) -> bool:
+        return self.config["codec"]["name"] == "vq"
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.config["backbone"]["channel_mult"]) - 1)
+
+
+@dataclass
+class DenoiserPart:
+    """config: the entry denoiser of an ldm run, a UNet
+    weights: by the names of t2i.families.latent_diffusion.unet, which are CompVis'
+    schedule: the entry of that name
+    prediction: "eps", "x0" or "v"
+    size_px: side of the pictures it was trained on
+    """
+
+    config: dict[str, Any]
+    weights: Weights
+    schedule: dict[str, Any]
+    prediction: str
+    size_px: int
+
+
+@dataclass
+class Parts:
+    """kind: what the source is, in words
+    denoiser, text: None of an autoencoder by itself
+    run: the configuration of the t2i run, where the source is one
+    notes: sentences for the person who converts: what was assumed, and what was left out
+    """
+
+    kind: str
+    codec: CodecPart
+    denoiser: DenoiserPart | None = None
+    text: ClipText | LDMBertText | None = None
+    run: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def bounded(value: Any, key: str, most: int) -> int:
+    """A whole number from 1 to `most`, so that no file can ask for a model of any size."""
+    check(type(value) is int and 1 <= value <= most, key, value, f"a whole number from 1 to {most:,}")
+    return value
+
+
+def autoencoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of an autoencoder run's configuration, the losses left out."""
+    return {
+        "family": "autoencoder",
+        "codec": config["codec"],
+        "backbone": config["backbone"],
+        "perceptual": {"name": "none", "weight": 0.0, "weights": None},
+        "adversarial": {"start_images": None},
+    }
+
+
+def codec_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The codec's weights by name, as the configuration makes them: nothing is allocated. Raises ConfigError."""
+    with torch.device("meta"):
+        codec = families.load("autoencoder", "codec").from_checkpoint(autoencoder_values(config))
+    return {name: tuple(value.shape) for name, value in codec.state_dict().items() if name not in OWN_BUFFERS}
+
+
+def denoiser_shapes(config: Mapping[str, Any], latent_channels: int, context_dim: int) -> Shapes:
+    """The same of the UNet, for a codec's channels and a text encoder's width."""
+    model = families.load("latent_diffusion", "model")
+    settings = families.load("latent_diffusion", "config")
+    parsed = parse(settings.UNetDenoiserConfig, config, "denoiser.")
+    with torch.device("meta"):
+        unet = model.build_denoiser(parsed, latent_channels, context_dim, context_dim)
+    return {name: tuple(value.shape) for name, value in unet.state_dict().items()}

@@ -1,0 +1,165 @@
+"""A trained run of t2i, as what can be given to others. What has no foreign form is refused, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from t2i import families
+from t2i.config import check, parse_run, to_dict
+from t2i.errors import CheckpointError, ConfigError
+from t2i.interop import clip, ldm_bert
+from t2i.interop.clip import ClipText
+from t2i.interop.compvis_in import open_clip_text
+from t2i.interop.diffusers_in import read_tokenizer, without_prefix
+from t2i.interop.folder import component_weights, read_json
+from t2i.interop.ldm_bert import LDMBertConfig, LDMBertText
+from t2i.interop.parts import OWN_BUFFERS, CodecPart, DenoiserPart, Parts, codec_shapes, denoiser_shapes
+from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
+from t2i.interop.weights import Weights, fit, under
+from t2i.training import run_folder
+from t2i.training.checkpoint import placed
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run of t2i."""
+    return (path / "config.yaml").is_file()
+
+
+def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
+    """The parts of a run folder or a weights file of ours. text_model: in the place of the run's text.model.
+    Raises ConfigError where a part has no foreign form, CheckpointError where the file does not fit."""
+    path = run_folder.weights_file(place)
+    weights, header, notes = _weights(path, ema)
+    config = placed(header.get("config"), path.parent)
+    extra = header.get("extra")
+    if not isinstance(config, dict) or not isinstance(extra, dict):
+        raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i' with config and extra.")
+    family = config.get("family")
+    allowed = ("latent_diffusion", "autoencoder")
+    check(
+        family in allowed, f"family in {path}", family, ", ".join(allowed) + " (others have no foreign form)"
+    )
+    run = to_dict(parse_run(config, families.load(str(family), "config").Config))
+    model = run["model"]
+    if family == "autoencoder":
+        return Parts(
+            "a t2i autoencoder", _codec(run["model"], under(weights, "codec."), path), run=run, notes=notes
+        )
+    codec_values = parse_run(extra.get("codec", {}), families.load("autoencoder", "config").Config)
+    codec = _codec(to_dict(codec_values.model), under(weights, "model.codec."), path)
+    _check_portable(model)
+    text = _text(model["text"], text_model, under(weights, "model.text."), path)
+    latent = codec.config["backbone"]["latent_channels"]
+    denoiser = model["denoiser"] | {
+        "in_channels": latent,
+        "out_channels": latent,
+        "context_dim": text.token_dim,
+    }
+    found = fit(
+        under(weights, "model.denoiser."), denoiser_shapes(denoiser, latent, text.token_dim), path, "UNet"
+    )
+    prediction, size_px = model["objective"]["prediction"], run["resolution"]["size_px"]
+    parts = Parts("a t2i run", codec, run=run, notes=notes)
+    parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, size_px)
+    parts.text = text
+    return parts
+
+
+def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]:
+    """The weights, what t2i wrote beside them, and what there is to say of the EMA."""
+    if path.suffix == ".safetensors":
+        weights, metadata = read_safetensors(path)
+        try:
+            header = json.loads(metadata.get("t2i", "{}"))
+        except ValueError:
+            header = {}
+        notes = (
+            [] if ema else [f"{path.name} holds the final weights only: averaged where the run had an EMA."]
+        )
+        return weights, header if isinstance(header, dict) else {}, notes
+    saved = read_pickle(path)
+    weights, averages = (only_weights(saved.get(key) or {}) for key in ("state_dict", "ema"))
+    header = saved.get("t2i")
+    notes = [] if averages else ["The run has no EMA: the only weights that there are were taken."]
+    if ema:
+        weights |= averages
+    return weights, header if isinstance(header, dict) else {}, notes
+
+
+def _check_portable(model: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the model is not what CompVis and diffusers have."""
+    wanted = {
+        "denoiser.name": (model["denoiser"]["name"], ("unet",)),
+        "schedule.name": (model["schedule"]["name"], ("linear", "scaled_linear", "cosine")),
+        "objective.prediction": (model["objective"]["prediction"], ("eps", "v", "x0")),
+        "mask_padding": (model["mask_padding"], (False,)),
+        "text.name": (model["text"]["name"], ("clip", "open_clip", "ldm_bert")),
+    }
+    for key, (value, allowed) in wanted.items():
+        words = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed)
+        check(value in allowed, key, value, f"{words} (other kinds have no foreign form)")
+
+
+def _codec(model: Mapping[str, Any], weights: Weights, path: Path) -> CodecPart:
+    name = model["backbone"]["name"]
+    check(name == "ldm", "backbone.name", name, "ldm (other kinds have no foreign form)")
+    scale = weights.get("latent_scale")
+    if scale is None or scale.shape:
+        raise CheckpointError(f"{path} lacks the codec's latent_scale.")
+    config = {"codec": model["codec"], "backbone": model["backbone"]}
+    published = {name: weight for name, weight in weights.items() if name not in OWN_BUFFERS}
+    # The shortest decimal of the stored float32: 0.18215, and not 0.1821500062942505.
+    latent_scale = float(str(scale.read().numpy()))
+    return CodecPart(config, fit(published, codec_shapes(config), path, "autoencoder"), latent_scale)
+
+
+def _text(
+    text: Mapping[str, Any], text_model: str | None, trained: Weights, path: Path
+) -> ClipText | LDMBertText:
+    """The text encoder: of the run's own weights where it learned with the model; a frozen one has to be in a local
+    folder or file."""
+    if text["name"] == "ldm_bert":
+        config = LDMBertConfig(*(text[key] for key in LDMBertConfig.__dataclass_fields__))
+        place = text_model or text["model"]
+        tokenizer = read_tokenizer(Path(place), "", ldm_bert.TOKENIZER_FILES) if place else {}
+        return LDMBertText(config, fit(trained, ldm_bert.shapes(config), path, "text encoder"), tokenizer)
+    if text_model is not None or text["name"] == "clip":
+        return _clip_folder(Path(text_model or text["model"] or ""), text["max_tokens"])
+    return _open_clip(text)
+
+
+def _clip_folder(folder: Path, max_tokens: int) -> ClipText:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"text.model {str(folder)!r} is not a local folder with a CLIP text model; give it by --text DIR."
+        )
+    values = read_json(folder, "config.json")
+    config = clip.parse_config(values.get("text_config") or values)
+    weights, listed_in = component_weights(folder, "", "model")
+    found = fit(without_prefix(weights), clip.shapes(config), listed_in, "text encoder")
+    return ClipText(config, found, read_tokenizer(folder, ""), max_tokens)
+
+
+def _open_clip(text: Mapping[str, Any]) -> ClipText:
+    import open_clip
+
+    path = Path(text["weights"] or "")
+    if not path.is_file():
+        raise CheckpointError(
+            f"text.weights is {text['weights']!r}; allowed: a local file of OpenCLIP's weights."
+        )
+    settings = open_clip.get_model_config(text["model"])
+    if settings is None:
+        raise ConfigError(
+            f"text.model is {text['model']!r}; allowed: an architecture of open_clip.list_models()."
+        )
+    weights = read_weights(path)
+    tower = under(weights, "text.") or {n: w for n, w in weights.items() if not n.startswith("visual.")}
+    for name in ("logit_scale", "logit_bias", "text_projection", "attn_mask"):
+        tower.pop(name, None)
+    act = "quick_gelu" if settings.get("quick_gelu") else "gelu"
+    result = open_clip_text(tower, path, True, settings["text_cfg"]["heads"], act)
+    return ClipText(result.config, result.weights, result.tokenizer, text["max_tokens"])
