@@ -38,7 +38,9 @@ def imported(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["data", "--help"], ["sample", "--help"], ["report", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["data", "--help"], ["sample", "--help"], ["report", "--help"], ["convert", "--help"]],
+    ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
     assert imported(*arguments) & HEAVY == set()

@@ -1,0 +1,175 @@
+"""`t2i plan`: what a run takes, computed from its configuration without running it."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.config import check, parse, parse_run
+from t2i.errors import ConfigError, UserError
+from t2i.planning.config import Assumptions, ClusterConfig
+
+if TYPE_CHECKING:
+    from t2i.config import RunConfig
+
+CACHED = ("none", "latents", "text", "both")
+
+
+def run(arguments: list[str]) -> None:
+    """Composes the run and its autoencoder, counts, prints; with --sweep draws too."""
+    options, overrides = parser().parse_known_args(arguments)
+    for override in overrides:
+        if override.startswith("-") or "=" not in override:
+            raise ConfigError(f"{override!r} is neither a flag (see `t2i plan --help`) nor key=value.")
+    assumed = Assumptions(
+        options.mfu,
+        options.images_per_second_per_gpu,
+        options.cached in ("latents", "both"),
+        options.cached in ("text", "both"),
+        options.bytes_per_pixel,
+        options.images_per_second_per_core,
+    )
+    nodes = sweep_nodes(options.sweep)
+    config, cluster = planned_run(overrides, options.config_dir)
+    codec = composed_run([f"experiment={options.autoencoder}"], options.config_dir)
+    allowed = "an experiment of stage autoencoder"
+    check(codec["stage"] == "autoencoder", "--autoencoder", options.autoencoder, allowed)
+    # Heavy imports only now: a wrong key is reported at once.
+    from t2i.planning.model import build_model
+    from t2i.planning.plan import make_plan, sweep
+
+    from .console import console
+    from .plan_tables import memory_table, networks_table, run_table, sweep_table
+
+    model = build_model(config, codec)
+    if nodes is None:
+        plan = make_plan(config, model, cluster, assumed)
+        for table in (networks_table(plan), memory_table(plan), run_table(plan, config)):
+            console.print(table, soft_wrap=False)
+        for warning in plan.warnings:
+            console.print(f"Warning: {warning}")
+        return
+    from t2i.planning.picture import draw_scaling
+
+    plans = sweep(config, model, cluster, assumed, nodes)
+    console.print(sweep_table(plans), soft_wrap=False)
+    for plan in plans:
+        for warning in plan.warnings:
+            console.print(f"Warning, {plan.cluster.num_gpus} GPUs: {warning}")
+    what = " ".join(each for each in overrides if not each.startswith("cluster"))
+    heading = f"{what}: {cluster.gpu}, {plans[0].mfu:.1%} MFU"
+    try:
+        draw_scaling([plan.speed for plan in plans], heading, Path(options.out))
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be written: {error.strerror}.") from error
+    console.print(f"The scaling curve is {options.out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags: what neither the experiment nor the cluster says."""
+    made = argparse.ArgumentParser(
+        prog="t2i plan",
+        description="Parameters, FLOPs, memory, time and money of a run, without running it.",
+        epilog="Trailing key=value are those of `t2i train`, with cluster=NAME and cluster.KEY=VALUE.",
+    )
+    made.add_argument("--mfu", type=float, help="share of the peak FLOP/s; default: the cluster's")
+    made.add_argument(
+        "--images-per-second-per-gpu",
+        type=float,
+        metavar="RATE",
+        help="measured on one GPU, in place of --mfu",
+    )
+    made.add_argument(
+        "--cached", choices=CACHED, default="none", help="encoders' outputs that are read instead"
+    )
+    made.add_argument(
+        "--autoencoder",
+        default="autoencoder/kl_f8",
+        metavar="EXPERIMENT",
+        help="of the autoencoder that the run builds on; default: autoencoder/kl_f8",
+    )
+    made.add_argument("--sweep", metavar="nodes=1,8,32", help="the same run on several numbers of nodes")
+    made.add_argument("--out", default="plan.png", metavar="FILE", help="picture of the sweep")
+    default = Assumptions()
+    for flag, meaning in (
+        ("bytes_per_pixel", "of stored pictures"),
+        ("images_per_second_per_core", "decoded by one CPU core"),
+    ):
+        value = getattr(default, flag)
+        made.add_argument(
+            "--" + flag.replace("_", "-"),
+            type=float,
+            default=value,
+            metavar="X",
+            help=f"{meaning}; default: {value:g}",
+        )
+    made.add_argument("--config-dir", metavar="DIR", help="folder with configuration of your own")
+    return made
+
+
+def sweep_nodes(given: str | None) -> list[int] | None:
+    """ "nodes=1,8,32" -> [1, 8, 32], sorted."""
+    if given is None:
+        return None
+    key, _, listed = given.partition("=")
+    counts = [int(count) if count.isdecimal() else 0 for count in listed.split(",")]
+    check(key == "nodes" and min(counts) >= 1, "--sweep", given, "nodes= and whole numbers of 1 or more")
+    return sorted(set(counts))
+
+
+def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, ClusterConfig]:
+    """The typed configuration of a run and of the cluster that it is planned on. Raises ConfigError."""
+    from t2i import families
+
+    group = ["+" + each if each.startswith("cluster=") else each for each in overrides]
+    values = composed_run(group, config_dir, needed="cluster")
+    cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
+    return parse_run(values, families.load(values["family"], "config").Config), cluster
+
+
+def composed_run(
+    overrides: list[str], config_dir: str | None = None, needed: str | None = None
+) -> dict[str, Any]:
+    """What `t2i train` composes, as plain values. A plan reads no pictures, so data.shards may stay open.
+
+    needed: a group that has to be chosen
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from .train import quoted, sentence
+
+    folders = [Path(str(resources.files("t2i_conf") / "train.yaml")).parent]
+    if config_dir is not None:
+        check(Path(config_dir).is_dir(), "--config-dir", config_dir, "an existing folder")
+        folders.append(Path(config_dir))
+        overrides = [*overrides, f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
+    # The group is optional, so that Hydra would pass over an experiment that does not exist.
+    experiments = [
+        path.relative_to(folder / "experiment").with_suffix("").as_posix()
+        for folder in folders
+        for path in sorted(folder.glob("experiment/**/*.yaml"))
+    ]
+    for key, _, value in (override.partition("=") for override in overrides):
+        check(key != "experiment" or value in experiments, key, value, ", ".join(experiments))
+    try:
+        with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
+            if needed is not None and not any(each.startswith(f"+{needed}=") for each in overrides):
+                choices = GlobalHydra.instance().config_loader().get_group_options(needed)
+                raise ConfigError(
+                    f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
+                )
+            composed = hydra.compose("train", [quoted(override) for override in overrides])
+        if OmegaConf.is_missing(composed.data, "shards"):
+            composed.data.shards = "unread.tar"
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
+    return values

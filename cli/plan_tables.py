@@ -1,0 +1,122 @@
+"""The tables that `t2i plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from t2i.config import RunConfig
+    from t2i.planning.plan import Plan
+
+GIGA, GIB = 1e9, 2**30
+LABELS = {
+    "copies": "16-bit weights",
+    "buffers": "gradient buckets",
+    "ema": "EMA",
+    "encoding": "codec at work",
+}
+
+
+def networks_table(plan: Plan) -> Table:
+    """Parameters and FLOPs of one training picture, by part."""
+    rows = []
+    for part in plan.model.parts:
+        forward = f"{part.flops.forward / GIGA:,.1f}" if part.flops else "-"
+        backward = f"{part.flops.backward / GIGA:,.1f}" if part.flops and part.trained else "-"
+        rows.append((part.name, "yes" if part.trained else "no", f"{part.parameters:,}", forward, backward))
+    cached = plan.work.forward_flops + plan.work.backward_flops
+    online = sum(part.flops.total for part in plan.model.parts if part.flops)
+    rows.append(("together, encoders on", "", "", "", f"{online / GIGA:,.1f}"))
+    rows.append(("together, encoders cached", "", "", "", f"{cached / GIGA:,.1f}"))
+    header = ("Networks: GFLOP per picture", "trained", "parameters", "forward", "backward")
+    return _table(header, rows)
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB on one GPU, by part and strategy."""
+    from t2i.planning.memory import STRATEGIES
+    from t2i.planning.plan import usable_bytes
+
+    def row(label: str, sizes: Iterable[int]) -> tuple[str, ...]:
+        return label, *(f"{size / GIB:.2f}" for size in sizes)
+
+    plain = [plan.memory[strategy, False] for strategy in STRATEGIES]
+    checkpointed = [plan.memory[strategy, True] for strategy in STRATEGIES]
+    rows = [row(LABELS.get(part, part), (getattr(m, part) for m in plain)) for part in vars(plain[0])]
+    rows.append(row("activations, checkpointed", (m.activations for m in checkpointed)))
+    usable = usable_bytes(plan.cluster)
+    for label, memories in (("at most", plain), ("at most, checkpointed", checkpointed)):
+        rows.append(row(label, (m.total for m in memories)))
+        rows.append(("  fits", *("yes" if m.total <= usable else "NO" for m in memories)))
+    header = (f"Memory: GiB with {plan.images_per_gpu} pictures per GPU", *(s.upper() for s in STRATEGIES))
+    return _table(header, rows)
+
+
+def run_table(plan: Plan, config: RunConfig) -> Table:
+    """Time, money, data and files."""
+    cluster, work, speed, files = plan.cluster, plan.work, plan.speed, plan.checkpoints
+    hidden = speed.communication_s - speed.exposed_s
+    per_node = speed.images_per_second / cluster.nodes
+    linear = speed.images_per_second / speed.ideal_images_per_second
+    machines = f"{cluster.num_gpus} x {cluster.gpu} in {cluster.nodes} node{'s' * (cluster.nodes > 1)}"
+    share = (
+        f"{plan.mfu:.1%} of {cluster.peak_bf16_tflops:g} TFLOP/s, {work.flops / GIGA:,.1f} GFLOP per picture"
+    )
+    rows = [
+        ("cluster", f"{machines} of {cluster.node_bandwidth_gbps:g} Gbit/s"),
+        ("pictures", f"{work.num_images:,} at {config.resolution.size_px} px"),
+        ("steps", f"{work.num_images / work.global_batch:,.0f} of {work.global_batch:,} pictures"),
+        ("MFU", share),
+        ("a step", f"{speed.compute_s + speed.exposed_s:.3f} s, {speed.compute_s:.3f} s of it computing"),
+        ("all-reduce", f"{speed.communication_s:.3f} s, {hidden:.3f} s of it during the backward pass"),
+        ("images/s", f"{speed.images_per_second:,.0f}, {linear:.0%} of linear scaling"),
+        ("per GPU", f"{speed.images_per_second / cluster.num_gpus:,.1f} images/s"),
+        ("days", f"{speed.days:,.2f}"),
+        ("GPU-hours", f"{speed.gpu_hours:,.0f}"),
+        ("USD", f"{speed.usd:,.0f} at {cluster.usd_per_gpu_hour:.2f} per GPU-hour"),
+        (
+            "read",
+            f"{plan.total_bytes / 1e12:,.2f} TB, {plan.bytes_per_second_per_node / 1e6:,.1f} MB/s per node",
+        ),
+        (
+            "loaders",
+            f"{per_node:,.0f} images/s per node of {plan.loader_images_per_second_per_node:,.0f} that they can give",
+        ),
+        ("checkpoint", f"{files.training / GIGA:.2f} GB"),
+        ("weights", f"{files.weights / GIGA:.2f} GB (model.safetensors)"),
+        ("export", f"{files.export / GIGA:.2f} GB (averaged weights, codec and text encoder, float32)"),
+    ]
+    return _table(("The run", ""), rows, right=False)
+
+
+def sweep_table(plans: Sequence[Plan]) -> Table:
+    """One row per number of nodes: pictures per GPU and step, share of linear scaling, GiB on a GPU under DDP."""
+    rows = [
+        (
+            f"{plan.cluster.nodes}",
+            f"{plan.cluster.num_gpus}",
+            f"{plan.images_per_gpu}",
+            f"{plan.speed.images_per_second:,.0f}",
+            f"{plan.speed.images_per_second / plan.speed.ideal_images_per_second:.0%}",
+            f"{plan.speed.days:,.2f}",
+            f"{plan.speed.gpu_hours:,.0f}",
+            f"{plan.speed.usd:,.0f}",
+            f"{plan.memory['ddp', False].total / GIB:.1f}",
+        )
+        for plan in plans
+    ]
+    header = ("Nodes", "GPUs", "batch", "images/s", "linear", "days", "GPU-hours", "USD", "GiB")
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> Table:
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(header):
+        made.add_column(column, justify="right" if i and right else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made

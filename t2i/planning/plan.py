@@ -1,0 +1,211 @@
+"""What a run takes on a cluster: the model's counts, a speed, and what follows from both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from t2i.config import RunConfig, check
+from t2i.planning.config import Assumptions, ClusterConfig
+from t2i.planning.memory import FP32, STRATEGIES, Memory, Strategy, memory
+from t2i.planning.model import Model
+from t2i.planning.speed import Speed, Work, mfu_of, speed
+
+GIB = 2**30
+USABLE_MEMORY = 0.9  # the rest: CUDA's context, kernels' workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Bytes. training: weights, moments, average and codec; weights: model.safetensors; export: the averaged
+    weights with codec and text encoder in float32, as a diffusers directory has them."""
+
+    training: int
+    weights: int
+    export: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """memory: by strategy and whether activations are checkpointed
+    images_per_gpu: per step, rounded up
+    bytes_per_second_per_node, total_bytes: read from shards
+    loader_images_per_second_per_node: what the configured reader processes can decode
+    """
+
+    cluster: ClusterConfig
+    model: Model
+    work: Work
+    mfu: float
+    speed: Speed
+    images_per_gpu: int
+    memory: dict[tuple[Strategy, bool], Memory]
+    bytes_per_second_per_node: float
+    total_bytes: float
+    loader_images_per_second_per_node: float
+    checkpoints: Checkpoints
+    warnings: list[str]
+
+
+def global_batch(config: RunConfig) -> int:
+    """Pictures per step over all processes, as configured; a cluster of another size keeps it."""
+    return config.trainer.batch_size * config.trainer.devices * config.trainer.num_nodes
+
+
+def reader_processes(config: RunConfig, cluster: ClusterConfig) -> int:
+    """Of a node. Where data.num_workers is 0 the training processes read, one per GPU."""
+    return max(config.data.num_workers, 1) * cluster.gpus_per_node
+
+
+def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: Assumptions) -> Plan:
+    """The plan of a run whose devices and nodes are those of `cluster`."""
+    check(
+        not (assumed.text_cached and model.text.trained),
+        "--cached",
+        "text",
+        "latents or none, since this text encoder is trained",
+    )
+    work = work_of(config, model, assumed)
+    mfu = assumed.mfu or cluster.mfu
+    if assumed.images_per_second_per_gpu is not None:
+        mfu = mfu_of(work, cluster, assumed.images_per_second_per_gpu)
+    expected = speed(work, cluster, mfu)
+    per_gpu = math.ceil(work.global_batch / cluster.num_gpus)
+    size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
+    bytes_per_image = assumed.bytes_per_pixel * size_px**2
+    codec = model.encoder.parameters + model.decoder.parameters
+    frozen = (0 if assumed.latents_cached else codec) + (
+        0 if assumed.text_cached or model.text.trained else model.text.parameters
+    )
+    plan = Plan(
+        cluster=cluster,
+        model=model,
+        work=work,
+        mfu=mfu,
+        speed=expected,
+        images_per_gpu=per_gpu,
+        memory={
+            (strategy, checkpointing): memory(
+                dataclasses.replace(model.trained, frozen=frozen),
+                model.activations,
+                0 if assumed.latents_cached else model.encoding_per_image,
+                per_gpu,
+                strategy,
+                checkpointing,
+                cluster.num_gpus,
+                cluster.gpus_per_node,
+            )
+            for strategy in STRATEGIES
+            for checkpointing in (False, True)
+        },
+        bytes_per_second_per_node=per_node * bytes_per_image,
+        total_bytes=work.num_images * bytes_per_image,
+        loader_images_per_second_per_node=min(reader_processes(config, cluster), cluster.cpu_cores_per_node)
+        * assumed.images_per_second_per_core,
+        checkpoints=checkpoints(model),
+        warnings=[],
+    )
+    return dataclasses.replace(plan, warnings=warnings(plan, config))
+
+
+def work_of(config: RunConfig, model: Model, assumed: Assumptions) -> Work:
+    """What the run computes and sends."""
+    assert model.denoiser.flops
+    assert model.encoder.flops
+    assert model.text.flops
+    encoders = 0 if assumed.latents_cached else model.encoder.flops.total
+    forward, backward = model.denoiser.flops.forward, model.denoiser.flops.backward
+    if model.text.trained:
+        forward, backward = forward + model.text.flops.forward, backward + model.text.flops.backward
+    elif not assumed.text_cached:
+        encoders += model.text.flops.total
+    return Work(
+        forward_flops=forward,
+        backward_flops=backward,
+        encoder_flops=encoders,
+        gradient_bytes=FP32 * model.trained.parameters,
+        global_batch=global_batch(config),
+        num_images=config.trainer.num_images,
+    )
+
+
+def checkpoints(model: Model) -> Checkpoints:
+    """Sizes of the files that a run writes."""
+    trained, codec = model.trained, model.encoder.parameters + model.decoder.parameters
+    return Checkpoints(
+        training=FP32 * (trained.parameters + trained.moments + trained.averaged + codec),
+        weights=FP32 * (trained.parameters + codec),
+        export=FP32 * (model.denoiser.parameters + codec + model.text.parameters),
+    )
+
+
+def warnings(plan: Plan, config: RunConfig) -> list[str]:
+    """What will go wrong, one sentence each."""
+    found = []
+    batch, gpus = plan.work.global_batch, plan.cluster.num_gpus
+    if batch % gpus:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = {max(n for n in divisors if n < gpus), min((n for n in divisors if n > gpus), default=batch)}
+        found.append(
+            f"The global batch of {batch} does not divide over {gpus} GPUs; {' or '.join(map(str, sorted(near)))} "
+            f"GPUs would do, or trainer.batch_size for a global batch of {math.ceil(batch / gpus) * gpus}."
+        )
+    found += memory_warnings(plan)
+    per_node = plan.speed.images_per_second / plan.cluster.nodes
+    if per_node > plan.loader_images_per_second_per_node:
+        cores, readers = plan.cluster.cpu_cores_per_node, reader_processes(config, plan.cluster)
+        mend = (
+            f"raise data.num_workers above {config.data.num_workers}"
+            if readers < cores
+            else "store smaller pictures or cache latents"
+        )
+        found.append(
+            f"The loaders give about {plan.loader_images_per_second_per_node:,.0f} images/s per node, and "
+            f"training takes {per_node:,.0f} ({cores} cores, {readers} reader processes): {mend}."
+        )
+    if config.trainer.precision == "32-true":
+        found.append(
+            "trainer.precision is 32-true, and the peak that the MFU is a share of is that of bf16: give --mfu or "
+            "--images-per-second-per-gpu as measured."
+        )
+    return found
+
+
+def usable_bytes(cluster: ClusterConfig) -> float:
+    """Of one GPU's memory, for what is planned here."""
+    return USABLE_MEMORY * cluster.memory_gib * GIB
+
+
+def memory_warnings(plan: Plan) -> list[str]:
+    """What does not fit, with the largest part of it and what would make it fit."""
+    usable = usable_bytes(plan.cluster)
+    ours = plan.memory["ddp", False]  # what `t2i train` does
+    if ours.total <= usable:
+        return []
+    part, size = max(vars(ours).items(), key=lambda item: item[1])
+    fits = [name(*way) for way, m in plan.memory.items() if m.total <= usable]
+    per_image = plan.model.activations.per_image
+    at_most = int((usable - (ours.total - ours.activations)) // per_image)
+    if at_most >= 1:
+        gpus = math.ceil(plan.work.global_batch / at_most)
+        fits.append(f"DDP with at most {at_most} pictures per GPU (on {gpus} GPUs or more)")
+    return [
+        f"DDP does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "
+        f"{plan.cluster.memory_gib:g}, {size / GIB:.1f} of them for {part}; "
+        + (f"what would fit: {', '.join(fits)}." if fits else "nothing planned here fits.")
+    ]
+
+
+def name(strategy: Strategy, checkpointing: bool) -> str:
+    """ "FSDP full_shard with checkpointing"."""
+    label = "DDP" if strategy == "ddp" else f"FSDP {strategy}"
+    return label + (" with checkpointing" if checkpointing else "")
+
+
+def sweep(
+    config: RunConfig, model: Model, cluster: ClusterConfig, assumed: Assumptions, nodes: list[int]
+) -> list[Plan]:
+    """The same run on clusters of several sizes."""
+    sizes = [dataclasses.replace(cluster, nodes=count) for count in nodes]
+    return [make_plan(config, model, size, assumed) for size in sizes]

@@ -1,0 +1,90 @@
+"""Seconds of a step, and what follows from them: images per second, days, GPU-hours, money."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from t2i.planning.config import ClusterConfig
+
+SECONDS_PER_HOUR, SECONDS_PER_DAY = 3_600, 86_400
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes and sends.
+
+    forward_flops, backward_flops: of the trained networks, per picture
+    encoder_flops: of the frozen encoders, per picture; 0 where their outputs are cached
+    gradient_bytes: summed over all GPUs once a step
+    global_batch: pictures per step, over all GPUs
+    num_images: pictures of the whole run
+    """
+
+    forward_flops: int
+    backward_flops: int
+    encoder_flops: int
+    gradient_bytes: int
+    global_batch: int
+    num_images: int
+
+    @property
+    def flops(self) -> int:
+        """Per picture."""
+        return self.forward_flops + self.backward_flops + self.encoder_flops
+
+
+@dataclass(frozen=True)
+class Speed:
+    """compute_s: of one step's pictures on one GPU
+    communication_s: of one step's gradients; exposed_s: the part of it that the backward pass does not hide
+    ideal_images_per_second: of the same GPUs if communication took no time
+    """
+
+    num_gpus: int
+    compute_s: float
+    communication_s: float
+    exposed_s: float
+    images_per_second: float
+    ideal_images_per_second: float
+    days: float
+    gpu_hours: float
+    usd: float
+
+
+def mfu_of(work: Work, cluster: ClusterConfig, images_per_second_per_gpu: float) -> float:
+    """Model FLOPs utilisation (2204.02311, appendix B): the share of the peak that a measured rate means."""
+    return images_per_second_per_gpu * work.flops / (cluster.peak_bf16_tflops * 1e12)
+
+
+def all_reduce_s(num_bytes: int, cluster: ClusterConfig) -> float:
+    """Seconds of a ring all-reduce: each node sends 2 (N - 1) / N of the bytes (Patarasuk & Yuan 2009), N GPUs,
+    at the bandwidth between nodes. Sharded training sends as much (reduce-scatter and all-gather). Within one node
+    the links are taken to be fast enough to be hidden."""
+    if cluster.nodes == 1:
+        return 0.0
+    n = cluster.num_gpus
+    return 2 * (n - 1) / n * num_bytes * 8 / (cluster.node_bandwidth_gbps * 1e9)
+
+
+def speed(work: Work, cluster: ClusterConfig, mfu: float) -> Speed:
+    """The plan of a run at this share of the peak, communication apart. DistributedDataParallel sends gradients
+    while the backward pass goes on: what takes longer than that is waited for."""
+    n = cluster.num_gpus
+    compute_s = work.global_batch / n * work.flops / (cluster.peak_bf16_tflops * 1e12 * mfu)
+    backward_s = compute_s * work.backward_flops / work.flops
+    communication_s = all_reduce_s(work.gradient_bytes, cluster)
+    exposed_s = max(0.0, communication_s - backward_s)
+    images_per_second = work.global_batch / (compute_s + exposed_s)
+    seconds = work.num_images / images_per_second
+    gpu_hours = seconds * n / SECONDS_PER_HOUR
+    return Speed(
+        num_gpus=n,
+        compute_s=compute_s,
+        communication_s=communication_s,
+        exposed_s=exposed_s,
+        images_per_second=images_per_second,
+        ideal_images_per_second=work.global_batch / compute_s,
+        days=seconds / SECONDS_PER_DAY,
+        gpu_hours=gpu_hours,
+        usd=gpu_hours * cluster.usd_per_gpu_hour,
+    )

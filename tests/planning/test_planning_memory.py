@@ -1,0 +1,247 @@
+"""Planned memory against what torch's own tracker sees while a model is really trained on the CPU.
+
+The tracker (torch.distributed._tools.mem_tracker) watches every tensor that is made and freed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from t2i.config import EMAConfig, OptimizerConfig
+from t2i.families.latent_diffusion.config import DiTConfig, UNetDenoiserConfig
+from t2i.families.latent_diffusion.model import build_denoiser
+from t2i.planning.count import Activations, activations, blocks, num_parameters, peak_bytes_per_image
+from t2i.planning.memory import STRATEGIES, Memory, Trained, memory
+from t2i.training.ema import EMA
+from t2i.training.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+WIDTH = 64  # of tokens and of the pooled vector
+MODELS = {
+    "tiny UNet": UNetDenoiserConfig(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=2
+    ),
+    "UNet": UNetDenoiserConfig(
+        model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,), num_heads=4
+    ),
+    "DiT": DiTConfig("dit", patch_size=2, width=192, depth=4, heads=6),
+    "DiT with convolutions": DiTConfig("dit", patch_size=4, width=128, depth=4, heads=4, refiner_depth=2),
+}
+
+
+def inputs_for(config):
+    def inputs(batch):
+        given = {
+            "x": torch.empty(batch, 4, 16, 16),
+            "t": torch.empty(batch),
+            "context": torch.empty(batch, 24, WIDTH),
+            "pooled": torch.empty(batch, WIDTH),
+        }
+        if isinstance(config, UNetDenoiserConfig):
+            del given["pooled"]
+        return given
+
+    return inputs
+
+
+def planned(config, batch, precision, checkpointing, muon_scale) -> Memory:
+    with torch.device("meta"):
+        network = build_denoiser(config, 4, WIDTH, WIDTH)
+    count = num_parameters(network)
+    hidden = network.hidden_matrices() if muon_scale is not None else []
+    trained = Trained(
+        parameters=count,
+        muon=sum(p.numel() for p in hidden),
+        averaged=count,
+        frozen=0,
+        largest_block=max(num_parameters(block) for block in blocks(network)),
+        compute_bytes=2,
+    )
+    kept = activations(network, inputs_for(config), precision, "cpu")
+    return memory(trained, kept, 0, batch, "ddp", checkpointing, num_gpus=1, gpus_per_node=1)
+
+
+def trained_for_real(config, batch, precision, checkpointing, muon_scale) -> int:
+    """The most bytes at a time during the second of two steps, in Lightning's order."""
+    network = build_denoiser(config, 4, WIDTH, WIDTH)
+    if checkpointing:
+        for block in blocks(network):
+            block.forward = again_in_backward(block.forward)
+    optimizer = build_optimizer(
+        [network.parameters()],
+        network.hidden_matrices(),
+        OptimizerConfig(learning_rate=1e-4, muon_scale=muon_scale),
+    )
+    ema = EMA(dict(network.named_parameters()), EMAConfig(half_life_images=1_000))
+
+    def step() -> None:
+        batch_of = {name: torch.rand_like(value) for name, value in inputs_for(config)(batch).items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+            loss = network(**batch_of).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(batch, batch)
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(network, optimizer, *ema.average.values())
+    with tracker:
+        step()
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+
+
+def again_in_backward(forward):
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "UNet" else name for name in MODELS]
+)
+def test_memory_of_training(name, precision, checkpointing):
+    case = (MODELS[name], 8, precision, checkpointing, None)
+    assert planned(*case).total == pytest.approx(trained_for_real(*case), rel=0.15)
+
+
+def test_memory_with_muon():
+    """Muon keeps one moment where AdamW keeps two. It also frees its gradients, which a plan still counts."""
+    config = MODELS["DiT"]
+    adamw, muon = (planned(config, 8, "32-true", False, scale) for scale in (None, 10.0))
+    assert muon.optimizer < 0.75 * adamw.optimizer
+    assert muon.total == pytest.approx(trained_for_real(config, 8, "32-true", False, 10.0), rel=0.15)
+
+
+def test_activations_grow_as_planned():
+    """The part that the batch decides alone, where the whole could hide an error."""
+    config = MODELS["DiT"]
+    for checkpointing in (False, True):
+        few, many = (trained_for_real(config, batch, "32-true", checkpointing, None) for batch in (6, 18))
+        per_image = planned(config, 1, "32-true", checkpointing, None).activations
+        assert 12 * per_image == pytest.approx(many - few, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_memory_of_a_frozen_encoder(precision):
+    from t2i.families.autoencoder.model import Encoder
+    from t2i.families.autoencoder.model_config import EncoderDecoderConfig
+
+    config, shape = EncoderDecoderConfig(base_channels=32), (3, 128, 128)
+    with torch.device("meta"):
+        planned_for = Encoder(config, 8)
+    encoder, image = Encoder(config, 8), torch.rand(3, *shape)
+    tracker = MemTracker()
+    tracker.track_external(encoder)
+    with tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+        encoder(image)
+    alive = tracker.get_tracker_snapshot("peak")[CPU]["Total"] - 4 * num_parameters(encoder)
+    assert 3 * peak_bytes_per_image(planned_for, shape, precision, "cpu") == pytest.approx(alive, rel=0.15)
+
+
+def test_a_gpu_computes_norms_in_float32():
+    """CUDA's autocast, followed without a GPU: what its group norms keep is twice as large as on a CPU."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 64, 3, padding=1), torch.nn.GroupNorm(32, 64))
+
+    def inputs(batch):
+        return {"input": torch.empty(batch, 4, 16, 16)}
+
+    on = {device: activations(network, inputs, "bf16-mixed", device).per_image for device in ("cpu", "cuda")}
+    map_bytes, image_bytes = 64 * 16 * 16 * 2, 4 * 16 * 16 * 2
+    assert on["cpu"] == pytest.approx(map_bytes + image_bytes, rel=0.01)
+    assert on["cuda"] == pytest.approx(2 * map_bytes + image_bytes, rel=0.01)
+
+
+def test_attention_on_a_gpu_keeps_no_probabilities():
+    from t2i.nn.attention import Attention
+
+    with torch.device("meta"):
+        network = Attention(32, heads=4, head_dim=8)
+
+    def kept(length, precision):
+        def inputs(batch):
+            return {"x": torch.empty(batch, length, 32)}
+
+        return activations(network, inputs, precision).per_image
+
+    for precision in ("32-true", "bf16-mixed"):
+        assert kept(2_048, precision) == pytest.approx(2 * kept(1_024, precision), rel=0.01)  # not 4 times
+
+
+TRAINED = Trained(1_000_000, 0, 1_000_000, 500_000, 100_000, 2)
+KEPT = Activations(fixed=1_900_000, per_image=1_000, per_image_checkpointed=100)
+
+
+def share_of(strategy, checkpointing=False, num_gpus=16, trained=TRAINED) -> Memory:
+    return memory(trained, KEPT, 0, 10, strategy, checkpointing, num_gpus, gpus_per_node=8)
+
+
+def test_what_each_strategy_shards():
+    """The table of the FSDP paper (2304.11277): what of the model's state a GPU of 16 in 2 nodes holds."""
+    shards = {"ddp": 1, "full_shard": 16, "shard_grad_op": 16, "hybrid_shard": 8}
+    gathered = {"ddp": 0, "full_shard": 400_000, "shard_grad_op": 2_200_000, "hybrid_shard": 400_000}
+    for strategy in STRATEGIES:
+        held = share_of(strategy)
+        assert held.weights == 4_000_000 // shards[strategy] + gathered[strategy]
+        assert (held.gradients, held.ema) == (4_000_000 // shards[strategy],) * 2
+        assert held.optimizer == 8_000_000 // shards[strategy]
+        assert (held.frozen, held.activations) == (2_000_000, 10_000)
+
+
+@pytest.fixture
+def eight_processes():
+    """This process as the first of eight whose messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield init_device_mesh("cpu", (8,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["full_shard", "shard_grad_op"])
+@pytest.mark.parametrize("name", ["tiny UNet", "DiT"])
+def test_memory_of_sharded_training(eight_processes, name, strategy):
+    """torch's FSDP (`fully_shard`) and its own tracker. It refuses weights in channels-last order."""
+    config, batch = MODELS[name], 8
+    network = build_denoiser(config, 4, WIDTH, WIDTH).to(memory_format=torch.contiguous_format)
+    for module in (*blocks(network), network):
+        fully_shard(module, mesh=eight_processes, reshard_after_forward=strategy == "full_shard")
+    optimizer = torch.optim.AdamW(network.parameters(), foreach=False)
+    tracker = FSDPMemTracker(network, optimizer)
+    with tracker:
+        for _ in range(2):
+            batch_of = {name: torch.rand_like(value) for name, value in inputs_for(config)(batch).items()}
+            loss = network(**batch_of).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tracker.reset_mod_stats()
+    real = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+
+    with torch.device("meta"):
+        network = build_denoiser(config, 4, WIDTH, WIDTH)
+    count, largest = num_parameters(network), max(map(num_parameters, blocks(network)))
+    kept = activations(network, inputs_for(config), "32-true", "cpu")
+    trained = Trained(count, 0, 0, 0, largest, compute_bytes=4)
+    expected = memory(trained, kept, 0, batch, strategy, False, num_gpus=8, gpus_per_node=8)
+    assert expected.total == pytest.approx(real, rel=0.15)
+
+
+def test_ddp_keeps_a_second_copy_of_the_gradients():
+    assert share_of("ddp").buffers == share_of("ddp").gradients
+    assert share_of("ddp", num_gpus=1).buffers == 0
+
+
+def test_encoding_and_training_take_turns():
+    held = dataclasses.replace(share_of("ddp"), encoding=7_000)
+    assert held.total == share_of("ddp").total
+    held = dataclasses.replace(held, encoding=11_000)
+    assert held.total == share_of("ddp").total + 1_000

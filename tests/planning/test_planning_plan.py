@@ -1,0 +1,215 @@
+"""What follows from counts and a speed: closed forms, and what a plan warns of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from t2i.errors import ConfigError
+from t2i.planning.config import Assumptions, ClusterConfig
+from t2i.planning.count import Activations, Flops
+from t2i.planning.memory import Trained
+from t2i.planning.model import Model, Part
+from t2i.planning.picture import draw_scaling
+from t2i.planning.plan import make_plan, sweep
+from t2i.planning.speed import Work, all_reduce_s, speed
+from t2i_cli.plan import planned_run
+
+CLUSTER = ClusterConfig(
+    gpu="A",
+    peak_bf16_tflops=100.0,
+    memory_gib=80.0,
+    gpus_per_node=8,
+    nodes=4,
+    node_bandwidth_gbps=80.0,
+    usd_per_gpu_hour=2.0,
+    cpu_cores_per_node=32,
+    mfu=0.5,
+)
+# Half of a peak of 100 TFLOP/s: a picture takes 0.04 s on a GPU, 0.02 s of it in the backward pass.
+WORK = Work(
+    forward_flops=500 * 10**9,
+    backward_flops=10**12,
+    encoder_flops=500 * 10**9,
+    gradient_bytes=10**9,
+    global_batch=320,
+    num_images=3_200_000,
+)
+MODEL = Model(
+    denoiser=Part("denoiser", 250_000_000, True, Flops(500 * 10**9, 10**12)),
+    encoder=Part("codec encoder", 30_000_000, False, Flops(400 * 10**9)),
+    decoder=Part("codec decoder", 50_000_000, False, None),
+    text=Part("text encoder", 100_000_000, False, Flops(100 * 10**9)),
+    trained=Trained(250_000_000, 0, 250_000_000, 180_000_000, 10_000_000, 2),
+    activations=Activations(fixed=500_000_000, per_image=2**30, per_image_checkpointed=2**27),
+    encoding_per_image=2**26,
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    found, _ = planned_run(
+        ["stage=ldm", "data=shards", "resolution=256", "cluster=a100x8", "data.num_workers=8"], None
+    )
+    trainer = dataclasses.replace(
+        found.trainer,
+        batch_size=40,
+        devices=8,
+        num_nodes=1,
+        num_images=3_200_000,
+        precision="bf16-mixed",
+    )
+    return dataclasses.replace(found, trainer=trainer)
+
+
+def test_a_ring_sends_all_but_one_part_twice():
+    """31/32 of 1 GB twice, at 10 GB/s."""
+    assert all_reduce_s(10**9, CLUSTER) == pytest.approx(2 * 31 / 32 / 10)
+    assert all_reduce_s(10**9, dataclasses.replace(CLUSTER, nodes=1)) == 0
+
+
+def test_time_and_money():
+    """10 pictures per GPU at 0.04 s; the all-reduce hides behind the backward pass."""
+    planned = speed(WORK, CLUSTER, 0.5)
+    assert planned.compute_s == pytest.approx(0.4)
+    assert planned.exposed_s == 0
+    assert planned.images_per_second == pytest.approx(800) == planned.ideal_images_per_second
+    assert planned.days == pytest.approx(4_000 / 86_400)
+    assert planned.gpu_hours == pytest.approx(4_000 * 32 / 3_600)
+    assert planned.usd == pytest.approx(2 * planned.gpu_hours)
+
+
+def test_communication_is_waited_for_once_the_backward_pass_is_over():
+    """At 4 pictures per GPU that pass takes 0.08 s and the all-reduce nearly 0.2 s."""
+    planned = speed(dataclasses.replace(WORK, global_batch=128), CLUSTER, 0.5)
+    assert planned.exposed_s == pytest.approx(2 * 31 / 320 - 0.08)
+    assert planned.images_per_second == pytest.approx(128 / (0.16 + planned.exposed_s))
+
+
+def test_the_global_batch_stays_whatever_the_cluster(config):
+    plans = sweep(config, MODEL, CLUSTER, Assumptions(), [1, 4])
+    assert [plan.work.global_batch for plan in plans] == [320, 320]
+    assert [plan.images_per_gpu for plan in plans] == [40, 10]
+    assert [plan.cluster.num_gpus for plan in plans] == [8, 32]
+
+
+def test_cached_encoders_cost_neither_time_nor_memory(config):
+    online = make_plan(config, MODEL, CLUSTER, Assumptions())
+    cached = make_plan(config, MODEL, CLUSTER, Assumptions(latents_cached=True, text_cached=True))
+    assert online.work.flops - cached.work.flops == 500 * 10**9
+    assert cached.speed.days < online.speed.days
+    assert cached.memory["ddp", False].frozen == cached.memory["ddp", False].encoding == 0
+
+
+def test_files(config):
+    """float32: weights, two moments, the average, and the codec; without optimizer; averaged, with text encoder."""
+    files = make_plan(config, MODEL, CLUSTER, Assumptions()).checkpoints
+    assert files.training == 4 * (4 * 250_000_000 + 80_000_000)
+    assert files.weights == 4 * (250_000_000 + 80_000_000)
+    assert files.export == 4 * (250_000_000 + 80_000_000 + 100_000_000)
+
+
+def test_data(config):
+    plan = make_plan(config, MODEL, CLUSTER, Assumptions(bytes_per_pixel=0.5))
+    assert plan.total_bytes == 3_200_000 * 256 * 256 / 2
+    assert plan.bytes_per_second_per_node == pytest.approx(200 * 256 * 256 / 2)
+
+
+def warned(config, cluster=CLUSTER, assumed=None, model=MODEL) -> str:
+    return " ".join(make_plan(config, model, cluster, assumed or Assumptions()).warnings)
+
+
+def test_a_good_plan_warns_of_nothing(config):
+    assert warned(config) == ""
+
+
+def test_batches_that_do_not_divide(config):
+    said = warned(config, dataclasses.replace(CLUSTER, nodes=3))
+    for word in ("320", "24 GPUs", "20 or 32 GPUs", "336"):
+        assert word in said
+
+
+def test_more_gpus_than_pictures(config):
+    small = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, batch_size=1))
+    assert "of 8 does not divide over 32 GPUs; 8 GPUs would do" in warned(small)
+
+
+def test_what_does_not_fit(config):
+    """40 GiB of activations and 4.5 GB of state, with 0.9 * 24 GiB usable."""
+    said = warned(config, dataclasses.replace(CLUSTER, nodes=1, memory_gib=24.0))
+    for word in (
+        "DDP does not fit",
+        "21.6",
+        "40.0 of them for activations",
+        "DDP with checkpointing",
+        "GPUs or more)",
+    ):
+        assert word in said
+    assert "FSDP full_shard," not in said  # the activations are not sharded
+    at_most = int(said.partition("at most ")[2].split()[0])
+    fitting = dataclasses.replace(CLUSTER, nodes=math.ceil(320 / at_most / 8), memory_gib=24.0)
+    assert "does not fit" not in warned(config, fitting)
+
+
+def test_nothing_fits(config):
+    assert "nothing planned here fits" in warned(config, dataclasses.replace(CLUSTER, memory_gib=0.5))
+
+
+def test_loaders_that_cannot_keep_up(config):
+    slow = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
+    assumed = Assumptions(images_per_second_per_core=20.0)  # 8 processes: 160 images/s, and 200 are needed
+    said = warned(slow, assumed=assumed)
+    for word in ("160 images/s", "200", "raise data.num_workers"):
+        assert word in said
+    said = warned(config, assumed=Assumptions(images_per_second_per_core=5.0))  # all 32 cores at work
+    assert "cache latents" in said
+    assert warned(config, assumed=assumed) == ""
+
+
+def test_precision_of_the_peak(config):
+    exact = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision="32-true"))
+    assert "--mfu" in warned(exact)
+
+
+def test_a_text_encoder_that_learns_cannot_be_cached(config):
+    learned = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained=True))
+    with pytest.raises(ConfigError, match=r"--cached.*trained"):
+        make_plan(config, learned, CLUSTER, Assumptions(text_cached=True))
+
+
+def test_a_text_encoder_that_learns_is_work_of_the_backward_pass(config):
+    text = Part("text encoder", 100_000_000, True, Flops(100 * 10**9, 200 * 10**9))
+    work = make_plan(config, dataclasses.replace(MODEL, text=text), CLUSTER, Assumptions()).work
+    assert (work.forward_flops, work.backward_flops) == (600 * 10**9, 1_200 * 10**9)
+    assert work.encoder_flops == 400 * 10**9
+
+
+def test_the_picture_of_a_sweep(config, tmp_path):
+    from PIL import Image
+
+    plans = sweep(config, MODEL, CLUSTER, Assumptions(), [1, 2, 8])
+    draw_scaling([plan.speed for plan in plans], "title", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (900, 380)
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # lines, not an empty page
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("nodes", 0),
+        ("gpus_per_node", 0),
+        ("cpu_cores_per_node", 0),
+        ("peak_bf16_tflops", 0.0),
+        ("memory_gib", math.inf),
+        ("node_bandwidth_gbps", -1.0),
+        ("usd_per_gpu_hour", -1.0),
+        ("mfu", 1.5),
+        ("mfu", math.nan),
+    ],
+)
+def test_impossible_clusters(key, value):
+    with pytest.raises(ConfigError, match=rf"cluster\.{key} is .*allowed"):
+        dataclasses.replace(CLUSTER, **{key: value})
