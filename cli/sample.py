@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from t2i.config import check
+from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
 
 
@@ -19,11 +20,16 @@ def run(arguments: list[str]) -> None:
     for flag in ("steps", "num_images", "batch_size", "height", "width"):
         value = getattr(options, flag)
         check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")
+    strength = options.strength
+    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
+    image_is_there = options.image is None or Path(options.image).is_file()
+    check(image_is_there, "--image", options.image, "a picture file that exists")
+    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
     # Heavy imports only now: a wrong flag is reported at once.
     import torch
 
     from t2i import families
-    from t2i.generation.text_to_image import save
+    from t2i.generation.text_to_image import read_image, save
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint
 
@@ -45,21 +51,29 @@ def run(arguments: list[str]) -> None:
         ) from error
     generator = module.Generator(loaded, device=options.device)
     count = options.num_images
+    size_px = options.height or generator.default_size_px, options.width or generator.default_size_px
+    recipe = {"checkpoint": str(path)}
+    image = None
+    if options.image is not None:
+        recipe["image"] = options.image
+        image = read_image(Path(options.image), size_px).expand(len(options.prompt) * count, -1, -1, -1)
     request = SampleRequest(
         prompts=[prompt for prompt in options.prompt for _ in range(count)],
         seeds=[options.seed + i for _ in options.prompt for i in range(count)],
-        height_px=options.height or generator.default_size_px,
-        width_px=options.width or generator.default_size_px,
+        height_px=size_px[0],
+        width_px=size_px[1],
         steps=options.steps or generator.defaults.steps,
         sampler=options.sampler or generator.defaults.sampler,
         guidance_scale=generator.defaults.guidance_scale
         if options.guidance_scale is None
         else options.guidance_scale,
         negative_prompt=options.negative_prompt,
+        image=image,
+        strength=0.8 if strength is None else strength,
     )
     console.print(f"Drawing with {path}")
     images = draw_with_bar(generator, request, options.batch_size)
-    for written in save(images, request, Path(options.out), {"checkpoint": str(path)}):
+    for written in save(images, request, Path(options.out), recipe):
         console.print(str(written))
 
 
@@ -72,9 +86,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--prompt", action="append", required=True, help="may be given several times")
     made.add_argument("--negative-prompt", default="", help="what guidance moves away from")
+    made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
+    made.add_argument("--strength", type=float, help="how far from --image, above 0 to 1; default: 0.8")
     made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest ldm run")
     made.add_argument("--steps", type=int, help="denoiser calls per picture")
-    made.add_argument("--sampler", help="ddim, euler or dpmpp_2m")
+    made.add_argument("--sampler", metavar="NAME", help=", ".join(get_args(SamplerName)))
     made.add_argument("--guidance-scale", type=float, help="1: no guidance")
     made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     made.add_argument("--num-images", type=int, default=4, help="per prompt")

@@ -135,7 +135,11 @@ class SamplingDefaults(Protocol):
 @dataclass(frozen=True)
 class SampleRequest:
     """What to draw. Picture i takes prompts[i] and its noise from `torch.Generator("cpu")` seeded with
-    seeds[i], so that it depends neither on the batch nor on the device."""
+    seeds[i], so that it depends neither on the batch nor on the device.
+
+    image: (N, 3, height_px, width_px) float32 in [-1, 1] to start from, or None to start from noise
+    strength: above 0, at most 1: how much of the way from noise is walked; with `image` only
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -145,6 +149,8 @@ class SampleRequest:
     sampler: str
     guidance_scale: float
     negative_prompt: str = ""
+    image: Tensor | None = None
+    strength: float = 0.8
 
     @classmethod
     def by_default(cls, prompts: Sequence[str], size_px: int, defaults: SamplingDefaults) -> SampleRequest:

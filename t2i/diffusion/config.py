@@ -12,6 +12,7 @@ ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
 Spacing = Literal["leading", "linspace", "trailing"]
 TimeDistribution = Literal["uniform", "logit_normal"]
 Objective = Literal["eps", "x0", "v", "flow"]
+SamplerName = Literal["ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ScheduleConfig:
     beta_start, beta_end: linear and scaled_linear only
     shift: flow only; above 1 moves time towards noise, for pictures of higher resolution
     time_distribution: how training draws t; logit_normal for flow only
+    zero_terminal_snr: rescales the schedule so that nothing of x_0 is left at its end (Lin et al. 2305.08891,
+        algorithm 1), and has samplers start there
     """
 
     name: ScheduleName
@@ -32,6 +35,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     shift: float = 1.0
     time_distribution: TimeDistribution = "uniform"
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         names = get_args(ScheduleName)
@@ -54,10 +58,18 @@ class ScheduleConfig:
             ok = self.time_distribution == "uniform"
             key, allowed = "schedule.time_distribution", f"uniform with schedule.name={self.name}"
             check(ok, key, self.time_distribution, allowed)
+        else:
+            key, value = "schedule.zero_terminal_snr", self.zero_terminal_snr
+            check(not value, key, value, "false with schedule.name=flow, which ends on pure noise as it is")
 
 
-def check_objective(objective: str, schedule: ScheduleName) -> None:
+def check_objective(objective: str, schedule: ScheduleConfig) -> None:
     """Raises ConfigError where `objective` is unknown or not defined on `schedule`: v needs
-    alpha^2 + sigma^2 = 1 and flow needs alpha + sigma = 1."""
-    allowed = ("eps", "x0", "flow") if schedule == "flow" else ("eps", "x0", "v")
-    check(objective in allowed, "objective", objective, f"{', '.join(allowed)} with schedule.name={schedule}")
+    alpha^2 + sigma^2 = 1, flow needs alpha + sigma = 1, and where no signal is left eps says nothing of x_0."""
+    allowed: tuple[str, ...] = ("eps", "x0", "v")
+    where = f"schedule.name={schedule.name}"
+    if schedule.name == "flow":
+        allowed = ("eps", "x0", "flow")
+    elif schedule.zero_terminal_snr:
+        allowed, where = ("x0", "v"), "schedule.zero_terminal_snr=true"
+    check(objective in allowed, "objective", objective, f"{', '.join(allowed)} with {where}")

@@ -14,10 +14,14 @@ from t2i.diffusion.schedules import per_sample
 
 @dataclass(frozen=True)
 class Prediction:
-    """The clean picture and the noise that a denoiser sees in x_t = alpha x0 + sigma eps, shaped as x_t."""
+    """The clean picture and the noise that a denoiser sees in x_t = alpha x0 + sigma eps, shaped as x_t.
+
+    objective: what the network itself put out
+    """
 
     x0: Tensor
     eps: Tensor
+    objective: Objective = "eps"
 
 
 def target(objective: Objective, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -48,13 +52,13 @@ def to_x0_eps(objective: Objective, output: Tensor, x_t: Tensor, alpha: Tensor, 
     """
     alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
     if objective == "eps":
-        return Prediction(x0=torch.where(alpha > 0, (x_t - sigma * output) / alpha, 0.0), eps=output)
+        return Prediction(torch.where(alpha > 0, (x_t - sigma * output) / alpha, 0.0), output, "eps")
     if objective == "x0":
-        return Prediction(x0=output, eps=(x_t - alpha * output) / sigma)
+        return Prediction(output, (x_t - alpha * output) / sigma, "x0")
     if objective == "v":
-        return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+        return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, "v")
     if objective == "flow":
-        return Prediction(x0=x_t - sigma * output, eps=x_t + alpha * output)
+        return Prediction(x_t - sigma * output, x_t + alpha * output, "flow")
     raise _unknown(objective)
 
 

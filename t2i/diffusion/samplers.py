@@ -1,5 +1,8 @@
-"""From noise to data: solvers of the probability-flow ODE, written in (alpha, sigma) so that they serve every
-schedule."""
+"""From noise to data, written in (alpha, sigma) so that every sampler serves every schedule.
+
+Each is the published one: grid, start and end are what diffusers' class of that name does with Stable
+Diffusion 1's scheduler config, so that the same seed gives the same picture there and here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from t2i.config import check
-from t2i.diffusion.objectives import Prediction
+from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 
 # denoise(x_t, t) with x_t: (B, ...) and t: (B,) floating point, in the schedule's own time.
@@ -24,7 +27,7 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 class NoiseLevels:
     """The grid a sampler walks down. Host numbers: no step waits for the device.
 
-    t: where the denoiser is asked; `steps` values
+    t: the times of the grid, its end left out; `steps` values
     alpha, sigma: at those times, and last where the walk ends; `steps` + 1 values
     """
 
@@ -36,26 +39,18 @@ class NoiseLevels:
 class Sampler(ABC):
     """One walk down the noise levels; a sampler of its own for every walk, as some remember past steps.
 
-    spacing: the time grid on discrete schedules, what diffusers' class of this sampler does with Stable
-        Diffusion 1's published scheduler config
-    stochastic: whether eta may be above 0
+    spacing: the time grid on discrete schedules
+    ends_clean: whether the walk ends on x_0 (alpha 1, sigma 0), or else on the schedule's time 0, which on
+        discrete schedules is the first training step (`set_alpha_to_one: false` of the published config)
 
-    eta: noise put back at each step, relative to DDPM's
-    generators: one per picture, the source of that noise; None takes torch's global one
+    generators: one per picture, the source of what noise is added on the way; None takes torch's global one
     """
 
     spacing: ClassVar[Spacing]
-    stochastic: ClassVar[bool] = False
+    ends_clean: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        levels: NoiseLevels,
-        eta: float = 0.0,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> None:
-        check(0 <= eta <= (1 if self.stochastic else 0), "eta", eta, "0 to 1 for ddim, 0 for other samplers")
+    def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
         self.levels = levels
-        self.eta = eta
         self.generators = generators
 
     @classmethod
@@ -63,14 +58,25 @@ class Sampler(ABC):
         """(steps,) float64, decreasing: this sampler's version of the spacing."""
         return schedule.times(steps, spacing)
 
+    def grid_index(self, i: int) -> int:
+        """The noise level that step i starts from."""
+        return i
+
+    def num_steps(self) -> int:
+        return len(self.levels.sigma) - 1
+
+    def start(self, noise: Tensor, spacing: Spacing) -> Tensor:
+        """x at the first level, where nothing is there but noise."""
+        return noise
+
     @abstractmethod
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
-        """x at level i -> x at level i + 1. Steps are taken in order."""
+        """x after step i. Steps are taken in order; the first may be a later one than 0."""
 
-    def predict(self, denoise: Denoise, x: Tensor, i: int) -> Prediction:
+    def predict(self, denoise: Denoise, x: Tensor, index: int) -> Prediction:
         # Half precision cannot hold the timestep 999.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return denoise(x, torch.full((len(x),), self.levels.t[i], dtype=dtype, device=x.device))
+        return denoise(x, torch.full((len(x),), self.levels.t[index], dtype=dtype, device=x.device))
 
     def noise_like(self, x: Tensor) -> Tensor:
         if self.generators is None:
@@ -82,39 +88,132 @@ class Sampler(ABC):
 
 
 class DDIM(Sampler):
-    """Song et al. 2010.02502, eq. 12, with their alpha_0 = 1: the last step ends on x_0.
+    """Song et al. 2010.02502, eq. 12.
 
-    Their sigma_tau(eta) (eq. 16) is eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2) for any schedule;
-    eta = 1 is ancestral sampling as in DDPM.
+    Their sigma_tau(eta) (eq. 16) is eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2) for any schedule.
     """
 
-    spacing = "leading"
-    stochastic = True
+    spacing: ClassVar[Spacing] = "leading"
+    ends_clean: ClassVar[bool] = False
+    eta: ClassVar[float] = 0.0
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         p = self.predict(denoise, x, i)
         alpha, alpha_next = self.levels.alpha[i : i + 2]
         sigma, sigma_next = self.levels.sigma[i : i + 2]
         fresh = self.eta**2 * (1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2)  # share of sigma'^2
-        added = sigma_next * math.sqrt(fresh)
         x = alpha_next * p.x0 + sigma_next * math.sqrt(1 - fresh) * p.eps
+        added = sigma_next * math.sqrt(fresh)
         return x + added * self.noise_like(x) if added > 0 else x
 
 
-class Euler(Sampler):
+class DDPM(DDIM):
+    """Ho et al. 2006.11239, algorithm 2, on a subset of the times and with the posterior's variance: DDIM with
+    eta = 1."""
+
+    ends_clean = True
+    eta = 1.0
+
+
+class Euler(DDIM):
     """Euler's method on the probability-flow ODE.
 
     Variance preserving, in EDM's variables (Karras et al. 2206.00364): z = x / alpha and s = sigma / alpha
     obey dz/ds = eps, so z' = z + (s' - s) eps = x0 + s' eps. Rectified flow: dx/dt = eps - x0, so
-    x' = x + (t' - t)(eps - x0). Both are x' = alpha' x0 + sigma' eps, which is DDIM with eta = 0: the two
-    differ in their default grids only.
+    x' = x + (t' - t)(eps - x0). Both are x' = alpha' x0 + sigma' eps, which is DDIM's step.
     """
 
     spacing = "linspace"
+    ends_clean = True
+
+    def start(self, noise: Tensor, spacing: Spacing) -> Tensor:
+        """z = s noise, so x = sigma noise; on "leading", whose first level is not the schedule's last, x = noise
+        as diffusers has it."""
+        return noise if spacing == "leading" else self.levels.sigma[0] * noise
+
+
+class EulerAncestral(Euler):
+    """k-diffusion's `sample_euler_ancestral`: Euler's step down to s_down, then noise up to s', with
+    s_up^2 = s'^2 (s^2 - s'^2) / s^2. In these variables it is DDIM's step with eta = 1."""
+
+    eta = 1.0
+
+
+class Heun(Euler):
+    """Heun's method on the probability-flow ODE, second order from two denoiser calls per step (Karras et al.
+    2206.00364, algorithm 1 without churn).
+
+    With the corrector the slope is the mean of both ends: x' = Euler's x' + half the difference of the slopes
+    times the step, in the variables that Euler names. First order where the walk ends on sigma' = 0, and where
+    s is infinite.
+    """
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         p = self.predict(denoise, x, i)
-        return self.levels.alpha[i + 1] * p.x0 + self.levels.sigma[i + 1] * p.eps
+        alpha, alpha_next = self.levels.alpha[i : i + 2]
+        sigma, sigma_next = self.levels.sigma[i : i + 2]
+        x = alpha_next * p.x0 + sigma_next * p.eps
+        straight = max(abs(a + s - 1) for a, s in ((alpha, sigma), (alpha_next, sigma_next))) < 1e-9
+        if sigma_next == 0 or (alpha == 0 and not straight):
+            return x
+        q = self.predict(denoise, x, i + 1)
+        if straight:  # rectified flow
+            return x + (sigma_next - sigma) / 2 * ((q.eps - q.x0) - (p.eps - p.x0))
+        return x + (sigma_next - alpha_next * sigma / alpha) / 2 * (q.eps - p.eps)
+
+
+class PNDM(Sampler):
+    """Pseudo linear multistep (PLMS), Liu et al. 2202.09778, eq. 12 and 13, started as Stable Diffusion does
+    with a corrected Euler step in place of Runge-Kutta ones: the walk is one step longer than its grid.
+
+    What is extrapolated is the network's own output, whatever it predicts. A walk that starts after the first
+    level counts from there as diffusers' does, and is not the same method: its second step goes from the level
+    above.
+    """
+
+    spacing = "leading"
+    ends_clean = False
+
+    # Adams-Bashforth, newest output first.
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
+        super().__init__(levels, generators)
+        self._outputs: list[Tensor] = []  # newest first
+        self._first_x: Tensor | None = None
+        self._steps_taken = 0
+
+    def num_steps(self) -> int:
+        steps = super().num_steps()
+        return steps if steps == 1 else steps + 1
+
+    def grid_index(self, i: int) -> int:
+        return i if i < 2 else i - 1  # the second level is asked twice
+
+    def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
+        index = self.grid_index(i)
+        p = self.predict(denoise, x, index)
+        output = self._output(p, index)
+        self._steps_taken += 1
+        if self._steps_taken == 2:  # the first step once more, with the mean of the outputs at its two ends
+            assert self._first_x is not None
+            x, index = self._first_x, index - 1
+            output = (output + self._outputs[0]) / 2
+        else:
+            if self._steps_taken == 1:
+                self._first_x = x
+            self._outputs = [output, *self._outputs[:3]]
+            weights = self.WEIGHTS[len(self._outputs) - 1]
+            output = sum((w * o for w, o in zip(weights, self._outputs, strict=True)), torch.zeros_like(x))
+        p = to_x0_eps(p.objective, output, x, *self._level(index, x))
+        return self.levels.alpha[index + 1] * p.x0 + self.levels.sigma[index + 1] * p.eps
+
+    def _output(self, p: Prediction, index: int) -> Tensor:
+        return target(p.objective, p.x0, p.eps, *self._level(index, p.x0))
+
+    def _level(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.levels.alpha[index], self.levels.sigma[index]
+        return x.new_full((1,), alpha), x.new_full((1,), sigma)
 
 
 class DPMSolverPlusPlus2M(Sampler):
@@ -123,13 +222,8 @@ class DPMSolverPlusPlus2M(Sampler):
 
     spacing = "linspace"
 
-    def __init__(
-        self,
-        levels: NoiseLevels,
-        eta: float = 0.0,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> None:
-        super().__init__(levels, eta, generators)
+    def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
+        super().__init__(levels, generators)
         self._previous: tuple[Tensor, float] | None = None  # x0 and h of the step before
 
     @classmethod
@@ -158,7 +252,16 @@ class DPMSolverPlusPlus2M(Sampler):
         return sigma_next / sigma * x + alpha_next * (1 - exp_minus_h) * d
 
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPMSolverPlusPlus2M}
+# The names are those of `t2i.diffusion.config.SamplerName`.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIM,
+    "ddpm": DDPM,
+    "pndm": PNDM,
+    "euler": Euler,
+    "euler_ancestral": EulerAncestral,
+    "heun": Heun,
+    "dpmpp_2m": DPMSolverPlusPlus2M,
+}
 
 
 def sample(
@@ -170,39 +273,49 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     *,
     spacing: Spacing | None = None,
-    eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
+    init: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """Walks from noise to a sample of the data.
-
-    The walk starts at x = noise on every schedule and grid. (k-diffusion, and diffusers' Euler on "linspace"
-    and "trailing", start at sigma_T noise, 0.2% less in Stable Diffusion.) Whether gradients are recorded is
-    the caller's choice.
+    """Walks from noise to a sample of the data. Whether gradients are recorded is the caller's choice.
 
     denoise: (x_t, t) -> Prediction; see `Denoise`
     noise: (B, ...) ~ N(0, I), float32 or float64; the walk keeps its dtype and device
     sampler: a name in SAMPLERS
-    steps: calls of the denoiser
+    steps: levels of the grid. Samplers call the denoiser once per level; heun calls it twice and pndm once more
     progress: called with (steps done, steps) after every step
     spacing: time grid; None takes the schedule's own or else the sampler's
-    eta, generators: see `Sampler`
-    Raises ConfigError for a sampler, spacing, eta or number of steps that is not to be had.
+    generators: see `Sampler`
+    init: (B, ...) data to start from in place of nothing (SDEdit, Meng et al. 2108.01073)
+    strength: above 0, at most 1: how much of the walk is taken from `init`; int(steps * strength) levels
+    Raises ConfigError for a sampler, spacing, strength or number of steps that is not to be had.
     """
     check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
     cls = SAMPLERS[sampler]
-    solver = cls(noise_levels(cls, schedule, steps, spacing), eta, generators)
-    x = noise
-    for i in range(steps):
+    spacing = spacing or schedule.spacing or cls.spacing
+    levels = noise_levels(cls, schedule, steps, spacing)
+    solver = cls(levels, generators)
+    first = 0
+    if init is None:
+        x = solver.start(noise, spacing)
+    else:
+        check(0 < strength <= 1, "strength", strength, "above 0, at most 1")
+        first = steps - int(steps * strength)
+        check(first < steps, "strength", strength, f"{1 / steps:.3g} or more with steps={steps}")
+        start = solver.grid_index(first)
+        x = levels.alpha[start] * init + levels.sigma[start] * noise
+    total = solver.num_steps()
+    for i in range(first, total):
         x = solver.step(denoise, x, i)
         if progress is not None:
-            progress(i + 1, steps)
+            progress(i + 1 - first, total - first)
     return x
 
 
-def noise_levels(
-    cls: type[Sampler], schedule: Schedule, steps: int, spacing: Spacing | None = None
-) -> NoiseLevels:
-    """The levels of `steps` steps that end on clean data."""
-    t = cls.times(schedule, steps, spacing or schedule.spacing or cls.spacing)
+def noise_levels(cls: type[Sampler], schedule: Schedule, steps: int, spacing: Spacing) -> NoiseLevels:
+    """The levels of `steps` steps down to the sampler's end."""
+    t = cls.times(schedule, steps, spacing)
     alpha, sigma = schedule.alpha_sigma(t)
-    return NoiseLevels(t.tolist(), [*alpha.tolist(), 1.0], [*sigma.tolist(), 0.0])
+    end = torch.zeros(1, dtype=torch.float64)
+    alpha_end, sigma_end = (1 - end, end) if cls.ends_clean else schedule.alpha_sigma(end)
+    return NoiseLevels(t.tolist(), [*alpha.tolist(), alpha_end.item()], [*sigma.tolist(), sigma_end.item()])

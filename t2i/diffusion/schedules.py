@@ -20,7 +20,8 @@ from t2i.diffusion.config import BetaName, ScheduleConfig, Spacing, TimeDistribu
 def build_schedule(config: ScheduleConfig) -> Schedule:
     if config.name == "flow":
         return FlowSchedule(config.num_train_steps, config.shift, config.time_distribution)
-    return DiscreteSchedule(betas(config.name, config.num_train_steps, config.beta_start, config.beta_end))
+    table = betas(config.name, config.num_train_steps, config.beta_start, config.beta_end)
+    return DiscreteSchedule(zero_terminal_snr(table) if config.zero_terminal_snr else table)
 
 
 def betas(name: BetaName, num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -37,6 +38,14 @@ def betas(name: BetaName, num_train_steps: int, beta_start: float, beta_end: flo
     time = torch.linspace(0, 1, num_train_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """(T,) -> (T,) float64: sqrt(alpha bar) shifted and scaled so that its first value stays and its last is 0,
+    Lin et al. 2305.08891, algorithm 1. The last beta becomes 1."""
+    root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -88,7 +97,8 @@ class DiscreteSchedule(Schedule):
     A t between two training steps takes sigma/alpha, the noise level of EDM (Karras et al. 2206.00364),
     interpolated linearly, as diffusers' EulerDiscreteScheduler does.
 
-    betas: (T,)
+    betas: (T,); the last is 1 where the schedule ends on pure noise, which samplers then have to start from
+        (2305.08891, section 3.3)
     alphas_cumprod: (T,) float64 on the CPU, alpha_t^2 ("alpha bar")
     """
 
@@ -96,6 +106,8 @@ class DiscreteSchedule(Schedule):
         self.num_train_steps = len(betas)
         self.alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
         self._noise_level = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        if self.alphas_cumprod[-1] == 0:
+            self.spacing = "trailing"
         # One copy per device, so that a train step moves nothing there.
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -106,11 +118,13 @@ class DiscreteSchedule(Schedule):
         table = self._placed[key]
         if t.is_floating_point():
             low = t.long().clamp(0, self.num_train_steps - 2)
-            level = torch.lerp(table[low], table[low + 1], t.to(key[1]) - low)
+            share = t.to(key[1]) - low
+            # The level at T - 1 may be infinite, of which no share can be taken.
+            level = torch.where(share < 1, torch.lerp(table[low], table[low + 1], share), table[low + 1])
+            level = torch.where(share > 0, level, table[low])
         else:
             level = table[t]
-        alpha = (1 + level**2).rsqrt()
-        return alpha, level * alpha
+        return (1 + level**2).rsqrt(), (1 + level**-2).rsqrt()
 
     def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
         """(n,) int64, uniform over 0 to T - 1."""

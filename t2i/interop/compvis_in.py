@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from t2i.diffusion.config import BetaName
-from t2i.diffusion.schedules import betas
+from t2i.diffusion.schedules import betas, zero_terminal_snr
 from t2i.errors import CheckpointError
 from t2i.interop import clip, ldm_bert
 from t2i.interop.clip import ClipText
@@ -208,9 +208,14 @@ def _schedule(weights: Weights, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"betas in {path} have shape {table.shape}; allowed: 2 to 100,000 numbers.")
     theirs = table.read().double()
     start, end = (float(f"{theirs[i].item():.6g}") for i in (0, -1))
+    zero_snr = end == 1  # what the rescaling did away with is then taken to be Stable Diffusion's
+    end = SCHEDULE["beta_end"] if zero_snr else end
     names: tuple[BetaName, ...] = ("scaled_linear", "linear", "cosine")
     for name in names:
-        if torch.allclose(betas(name, len(theirs), start, end), theirs, rtol=1e-4, atol=1e-8):
+        ours = betas(name, len(theirs), start, end)
+        if torch.allclose(zero_terminal_snr(ours) if zero_snr else ours, theirs, rtol=1e-4, atol=1e-8):
             found: dict[str, Any] = {"name": name, "num_train_steps": len(theirs)}
+            if zero_snr:
+                found["zero_terminal_snr"] = True
             return found if name == "cosine" else found | {"beta_start": start, "beta_end": end}
     raise CheckpointError(f"betas in {path} are of no schedule that is known; allowed: {', '.join(names)}.")

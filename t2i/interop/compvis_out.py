@@ -8,7 +8,7 @@ import torch
 
 from t2i.config import check, parse
 from t2i.diffusion.config import ScheduleConfig
-from t2i.diffusion.schedules import betas
+from t2i.diffusion.schedules import betas, zero_terminal_snr
 from t2i.interop.clip import ClipText, to_open_clip
 from t2i.interop.compvis_in import BERT, CLIP, CODEC, LATENT_SCALE, OPEN_CLIP, SCHEDULE, UNET
 from t2i.interop.compvis_shapes import infer_unet
@@ -54,6 +54,8 @@ def compvis_weights(parts: Parts) -> Weights:
     if schedule != parse(ScheduleConfig, SCHEDULE):
         assert schedule.name != "flow"
         table = betas(schedule.name, schedule.num_train_steps, schedule.beta_start, schedule.beta_end)
+        if schedule.zero_terminal_snr:
+            table = zero_terminal_snr(table)
         weights["betas"] = in_memory(table.float())
     return weights
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 PROMPT = ("sample", "--prompt", "a red circle")
@@ -26,6 +27,9 @@ PROMPT = ("sample", "--prompt", "a red circle")
         (("--num-images", "0"), ("--num-images", "1 or more")),
         (("--batch-size", "-1"), ("--batch-size", "-1", "1 or more")),
         (("--height", "0"), ("--height", "1 or more")),
+        (("--image", "absent.png"), ("--image", "absent.png", "exists")),
+        (("--strength", "0.5"), ("--strength", "0.5", "only with --image")),
+        (("--image", "absent.png", "--strength", "0"), ("--image",)),
     ],
     ids=str,
 )
@@ -152,6 +156,25 @@ def test_what_the_model_cannot_draw(t2i, ldm_file, arguments, words):
     sentence = t2i(*PROMPT, "--checkpoint", ldm_file, *arguments).sentence
     for word in words:
         assert word in sentence
+
+
+def test_what_cannot_be_started_from(t2i, ldm_file, tmp_path):
+    def sentence(picture, *arguments):
+        return t2i(*PROMPT, "--checkpoint", ldm_file, "--image", picture, *arguments).sentence
+
+    (tmp_path / "notes.txt").write_text("not a picture")
+    assert "notes.txt is not a picture" in sentence(str(tmp_path / "notes.txt"))
+    Image.new("RGB", (40, 30)).save(tmp_path / "start.png")
+    assert "strength is 0.01" in sentence(str(tmp_path / "start.png"), "--strength", "0.01")
+    assert "--strength" in sentence(str(tmp_path / "start.png"), "--strength", "1.5")
+
+
+def test_a_picture_to_start_from(t2i, ldm_file, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "start.png")
+    start = ("--image", str(tmp_path / "start.png"), "--num-images", "1")
+    for strength in ("0.5", "1"):
+        assert t2i(*PROMPT, "--checkpoint", ldm_file, *start, "--strength", strength).code == 0
+    assert len({path.read_bytes() for path in Path("samples").iterdir()}) == 2
 
 
 def test_pictures_are_written(t2i, ldm_file):

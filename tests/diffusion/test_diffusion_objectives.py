@@ -100,11 +100,13 @@ def test_weights_are_finite_at_both_ends_and_one_without_gamma(objective):
 
 def test_objectives_that_a_schedule_does_not_define_are_refused():
     for objective, schedule_name in PAIRS:
-        check_objective(objective, schedule_name)
+        check_objective(objective, ScheduleConfig(schedule_name))
     with pytest.raises(ConfigError, match="objective is 'flow'; allowed: eps, x0, v with"):
-        check_objective("flow", "cosine")
+        check_objective("flow", ScheduleConfig("cosine"))
     with pytest.raises(ConfigError, match="objective is 'v'; allowed: eps, x0, flow"):
-        check_objective("v", "flow")
+        check_objective("v", ScheduleConfig("flow"))
+    with pytest.raises(ConfigError, match="objective is 'eps'; allowed: x0, v with"):
+        check_objective("eps", ScheduleConfig("linear", zero_terminal_snr=True))
 
 
 def test_unknown_objective_raises():

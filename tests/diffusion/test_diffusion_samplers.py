@@ -2,18 +2,24 @@
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
 )
 
-from t2i.diffusion.config import ScheduleConfig
+from t2i.diffusion.config import SamplerName, ScheduleConfig
 from t2i.diffusion.objectives import Prediction, to_x0_eps
 from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
 from t2i.diffusion.schedules import build_schedule
@@ -41,21 +47,58 @@ def start(dtype=torch.float32):
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def reference_walk(reference, noise, steps, **step_options):
-    """diffusers' loop from x_T = noise: all its states, brought from the scheduler's own variables to x_t."""
+# Stable Diffusion 1's scheduler_config.json, as published with PNDMScheduler.
+SD1 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+REFERENCES = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+}
+EDM_VARIABLES = ("euler", "euler_ancestral", "heun")  # diffusers walks x / alpha
+
+
+def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, **changes):
+    """The loop of diffusers' pipelines: what its network was asked, and the result."""
+    reference = REFERENCES[sampler].from_config(PNDMScheduler.from_config(SD1).config, **changes)
     reference.set_timesteps(steps)
-    euler = isinstance(reference, EulerDiscreteScheduler)
-    x = noise * (reference.sigmas[0] ** 2 + 1) ** 0.5 if euler else noise
+    times = reference.timesteps
+    if init is None:
+        x = noise * reference.init_noise_sigma
+    else:
+        first = max(steps - min(int(steps * strength), steps), 0) * reference.order
+        times = times[first:]
+        if hasattr(reference, "set_begin_index"):
+            reference.set_begin_index(first)
+        x = reference.add_noise(init, noise, times[:1].repeat(len(init)))
+    stochastic = sampler in ("ddpm", "euler_ancestral")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+    options = {"generator": generators} if stochastic else {}
     states = []
-    for i, t in enumerate(reference.timesteps):
-        output = toy(reference.scale_model_input(x, t), t.to(x.dtype))
-        x = reference.step(output, t, x, **step_options).prev_sample
-        states.append(x / (reference.sigmas[i + 1] ** 2 + 1) ** 0.5 if euler else x)
-    return states
+    for t in times:
+        asked = reference.scale_model_input(x, t)
+        states.append(asked)
+        x = reference.step(toy(asked, t.to(x.dtype)), t, x, **options).prev_sample
+    return [*states, x]
 
 
-def our_walk(sampler, name, objective, noise, steps, spacing, **options):
-    schedule = build_schedule(ScheduleConfig(name))
+def our_walk(
+    sampler, name, objective, noise, steps, spacing=None, seeds=(), zero_terminal_snr=False, **options
+):
+    schedule = build_schedule(ScheduleConfig(name, zero_terminal_snr=zero_terminal_snr))
     states = []
     inner = toy_denoise(schedule, objective)
 
@@ -63,67 +106,103 @@ def our_walk(sampler, name, objective, noise, steps, spacing, **options):
         states.append(x)
         return inner(x, t)
 
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"generators": generators, **options}
     states.append(sample(denoise, noise, schedule, sampler, steps, spacing=spacing, **options))
-    return states[1:]
+    return states
 
 
-REFERENCES = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
-}
+def assert_same_walk(ours, theirs, atol):
+    assert len(ours) == len(theirs)
+    for our_x, their_x in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our_x, their_x, atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
-@pytest.mark.parametrize("name", DIFFUSERS_NAME)
+def tolerance(sampler, objective):
+    """An x0 output's eps is divided by sigma, which is 0.03 where walks end; Heun's corrector adds to that."""
+    if objective != "x0":
+        return 1e-5
+    return 2e-3 if sampler == "heun" else 1e-4
+
+
+def test_the_names_are_those_of_the_configuration():
+    assert tuple(SAMPLERS) == get_args(SamplerName) == tuple(REFERENCES)
+
+
+# Two of diffusers' classes know no x0.
+WITHOUT_X0 = ("pndm", "euler_ancestral")
+COMBINATIONS = [(s, o) for s in SAMPLERS for o in ("eps", "v", "x0") if o != "x0" or s not in WITHOUT_X0]
+
+
+# Not one step on "linspace": diffusers then starts at the clean end.
 @pytest.mark.parametrize(
-    ("sampler", "spacing"),
+    ("sampler", "objective", "steps"),
+    [(s, o, n) for s, o in COMBINATIONS for n in (1, 2, 10, 50) if n > 1 or s not in EDM_VARIABLES],
+)
+def test_every_step_of_the_published_config_matches_diffusers(sampler, objective, steps):
+    theirs = reference_walk(sampler, start(), steps, (3, 4), prediction_type=DIFFUSERS_OBJECTIVE[objective])
+    ours = our_walk(sampler, "scaled_linear", objective, start(), steps, seeds=(3, 4))
+    assert_same_walk(ours, theirs, tolerance(sampler, objective))
+
+
+@pytest.mark.parametrize(("sampler", "objective"), COMBINATIONS)
+@pytest.mark.parametrize("strength", [0.1, 0.15, 0.2, 0.75, 1.0])
+def test_walks_from_a_picture_match_diffusers(sampler, objective, strength):
+    init = torch.tanh(start().flip(0))
+    their_options = {"init": init, "strength": strength, "prediction_type": DIFFUSERS_OBJECTIVE[objective]}
+    theirs = reference_walk(sampler, start(), 20, (3, 4), **their_options)
+    options = {"seeds": (3, 4), "init": init, "strength": strength}
+    ours = our_walk(sampler, "scaled_linear", objective, start(), 20, **options)
+    assert_same_walk(ours, theirs, tolerance(sampler, objective))
+
+
+# Where alpha is 0 here, it is 2^-12 in two of diffusers' classes.
+@pytest.mark.parametrize(
+    ("sampler", "objective", "atol"),
     [
-        ("ddim", "leading"),
-        ("ddim", "trailing"),
-        ("euler", "leading"),
-        ("euler", "linspace"),
-        ("euler", "trailing"),
-        ("dpmpp_2m", "leading"),
-        ("dpmpp_2m", "linspace"),
-        ("dpmpp_2m", "trailing"),
+        ("ddim", "v", 1e-5),
+        ("ddim", "x0", 1e-4),
+        ("ddpm", "v", 1e-5),
+        ("ddpm", "x0", 1e-4),
+        ("euler", "v", 2e-3),
+        ("dpmpp_2m", "v", 2e-3),
     ],
 )
-@pytest.mark.parametrize("steps", [10, 50])
-def test_every_step_matches_diffusers(sampler, spacing, name, objective, steps):
-    cls, options = REFERENCES[sampler]
-    reference = cls(
-        1000,
-        0.00085,
-        0.012,
-        DIFFUSERS_NAME[name],
-        prediction_type=DIFFUSERS_OBJECTIVE[objective],
-        timestep_spacing=spacing,
-        steps_offset=1,
-        **options,
+def test_zero_terminal_snr_matches_diffusers(sampler, objective, atol):
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    theirs = reference_walk(
+        sampler, start(), 20, (3, 4), prediction_type=DIFFUSERS_OBJECTIVE[objective], **changes
     )
-    theirs = reference_walk(reference, start(), steps)
-    ours = our_walk(sampler, name, objective, start(), steps, spacing)
-    assert len(ours) == len(theirs) == steps
+    ours = our_walk(sampler, "scaled_linear", objective, start(), 20, seeds=(3, 4), zero_terminal_snr=True)
+    assert_same_walk(ours, theirs, atol)
+
+
+GRIDS = [
+    (sampler, spacing, name, objective)
+    for sampler, objective in COMBINATIONS
+    for spacing in ("leading", "linspace", "trailing")
+    for name in DIFFUSERS_NAME
+    # These of diffusers' classes step to t - T / steps, which is no level of such a grid.
+    if sampler != "pndm" and not (sampler in ("ddim", "ddpm") and spacing == "linspace")
+    # Cosine's sigma / alpha begins at 20,000, where Heun's corrector makes rounding errors 1,500 times larger.
+    if not (sampler == "heun" and name == "cosine" and spacing != "leading")
+]
+
+
+@pytest.mark.parametrize(("sampler", "spacing", "name", "objective"), GRIDS)
+@pytest.mark.parametrize("steps", [10, 50])
+def test_every_step_on_every_grid_matches_diffusers(sampler, spacing, name, objective, steps):
+    changes = {"beta_schedule": DIFFUSERS_NAME[name], "timestep_spacing": spacing}
+    if objective == "x0" and sampler in WITHOUT_X0:
+        pytest.skip(f"diffusers' {sampler} knows no x0")
+    theirs = reference_walk(
+        sampler, start(), steps, (3, 4), prediction_type=DIFFUSERS_OBJECTIVE[objective], **changes
+    )
+    ours = our_walk(sampler, name, objective, start(), steps, spacing, seeds=(3, 4))
     # Cosine's alpha_999 is 5e-5. From there diffusers' Euler carries x / alpha in float32, and an eps output
     # is divided by alpha: both lose 4 digits.
-    coarse = name == "cosine" and spacing != "leading" and (sampler == "euler" or objective == "eps")
-    for our_x, their_x in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our_x, their_x, atol=5e-3 if coarse else 1e-5, rtol=1e-5)
-
-
-def test_ddim_with_eta_matches_diffusers_noise_for_noise():
-    reference = DDIMScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=True, steps_offset=1
-    )
-
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-
-    theirs = reference_walk(reference, start(), 50, eta=0.7, generator=generators())
-    ours = our_walk("ddim", "scaled_linear", "eps", start(), 50, "leading", eta=0.7, generators=generators())
-    for our_x, their_x in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our_x, their_x, atol=1e-5, rtol=1e-5)
+    coarse = name == "cosine" and spacing != "leading" and (sampler in EDM_VARIABLES or objective == "eps")
+    assert_same_walk(ours, theirs, 5e-3 if coarse else tolerance(sampler, objective))
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
@@ -138,6 +217,17 @@ def test_flow_euler_matches_diffusers(spacing, shift, steps):
         x = reference.step(toy(x, t), t, x).prev_sample
     schedule = build_schedule(ScheduleConfig("flow", shift=shift))
     ours = sample(toy_denoise(schedule, "flow"), start(), schedule, "euler", steps, spacing=spacing)
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
+
+
+def test_flow_heun_matches_diffusers():
+    reference = FlowMatchHeunDiscreteScheduler(1000)
+    reference.set_timesteps(10)
+    x = start()
+    for t in reference.timesteps:
+        x = reference.step(toy(x, t), t, x).prev_sample
+    schedule = build_schedule(ScheduleConfig("flow"))
+    ours = sample(toy_denoise(schedule, "flow"), start(), schedule, "heun", 10, spacing="linspace")
     torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
 
 
@@ -180,13 +270,16 @@ def transported(x, start_level, end_level):
     return end_mean + end_std * (x - mean) / std
 
 
+DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", "euler_ancestral")]
 PATHS = {
     "variance_preserving": (lambda t: (math.cos(t), math.sin(t)), 1.5, 0.05),
     "flow": (lambda t: (1 - t, t), 0.95, 0.05),
 }
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("pndm", 2), ("dpmpp_2m", 2)]
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_order_of_convergence(sampler, order, path):
     alpha_sigma, first, last = PATHS[path]
@@ -196,16 +289,16 @@ def test_order_of_convergence(sampler, order, path):
     for steps in (40, 80, 160, 320):
         times = np.linspace(first, last, steps + 1).tolist()
         alpha, sigma = zip(*map(alpha_sigma, times), strict=True)
-        solver = SAMPLERS[sampler](NoiseLevels(times[:-1], alpha, sigma))
+        solver = SAMPLERS[sampler](NoiseLevels(times, alpha, sigma))
         y = x
-        for i in range(steps):
+        for i in range(solver.num_steps()):
             y = solver.step(lambda x_t, t: best_prediction(x_t, *alpha_sigma(t[0].item())), y, i)
         errors.append((y - exact).abs().max().item())
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "flow"])
 def test_whole_walks_end_on_the_exact_sample(sampler, name):
     schedule = build_schedule(ScheduleConfig(name))
@@ -226,7 +319,8 @@ def test_whole_walks_end_on_the_exact_sample(sampler, name):
     assert errors[1] < min(0.015, errors[0] / 10)
 
 
-def test_ancestral_sampling_draws_from_the_data():
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral"])
+def test_ancestral_sampling_draws_from_the_data(sampler):
     for name in ("scaled_linear", "flow"):
         schedule = build_schedule(ScheduleConfig(name))
         g = torch.Generator().manual_seed(0)
@@ -235,9 +329,8 @@ def test_ancestral_sampling_draws_from_the_data():
             lambda x, t, s=schedule: best_prediction(x, *s.alpha_sigma(t)),
             noise,
             schedule,
-            "ddim",
+            sampler,
             900,
-            eta=1.0,
             generators=[g],
         )
         assert result.mean().item() == pytest.approx(MEAN, abs=0.01)
@@ -245,14 +338,11 @@ def test_ancestral_sampling_draws_from_the_data():
         assert abs((result * noise).mean() - result.mean() * noise.mean()) < 0.02  # the start is forgotten
 
 
-def test_euler_is_ddim_on_another_grid():
-    for name in ("scaled_linear", "flow"):
-        schedule = build_schedule(ScheduleConfig(name))
-        denoise = toy_denoise(schedule, "eps")
-        ddim, euler = (
-            sample(denoise, start(), schedule, s, 10, spacing="trailing") for s in ("ddim", "euler")
-        )
-        assert torch.equal(ddim, euler)
+def test_on_a_flow_schedule_euler_is_ddim():
+    schedule = build_schedule(ScheduleConfig("flow"))
+    denoise = toy_denoise(schedule, "eps")
+    ddim, euler = (sample(denoise, start(), schedule, s, 10) for s in ("ddim", "euler"))
+    assert torch.equal(ddim, euler)
 
 
 def test_a_picture_depends_on_its_generator_only():
@@ -260,7 +350,7 @@ def test_a_picture_depends_on_its_generator_only():
 
     def walk(noise, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sample(toy_denoise(schedule, "v"), noise, schedule, "ddim", 5, eta=1.0, generators=generators)
+        return sample(toy_denoise(schedule, "v"), noise, schedule, "ddpm", 5, generators=generators)
 
     both = walk(start(), (7, 8))
     torch.testing.assert_close(walk(start()[1:], (8,)), both[1:])
@@ -271,7 +361,7 @@ def test_a_picture_depends_on_its_generator_only():
 @pytest.mark.parametrize(
     ("name", "objective"), [("flow", "flow"), ("flow", "eps"), ("flow", "x0"), ("cosine", "v")]
 )
-def test_one_call_and_one_report_per_step(sampler, name, objective):
+def test_calls_and_reports(sampler, name, objective):
     schedule = build_schedule(ScheduleConfig(name))
     inner, times, reports = toy_denoise(schedule, objective), [], []
 
@@ -284,5 +374,8 @@ def test_one_call_and_one_report_per_step(sampler, name, objective):
     result = sample(denoise, start(), schedule, sampler, 4, lambda *report: reports.append(report))
     assert result.isfinite().all()
     assert result.dtype == torch.float32
-    assert times == sorted(set(times), reverse=True)
-    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) == 4
+    assert len(times) == {"heun": 7, "pndm": 5}.get(sampler, 4)
+    steps = 5 if sampler == "pndm" else 4
+    assert reports == [(i + 1, steps) for i in range(steps)]

@@ -158,7 +158,7 @@ def test_config_refuses(values, said):
 @pytest.mark.parametrize(
     ("schedule", "options", "said"),
     [
-        ("linear", {"sampler": "plms"}, "sampler is 'plms'; allowed: ddim, euler, dpmpp_2m"),
+        ("linear", {"sampler": "plms"}, "sampler is 'plms'; allowed: ddim, ddpm, pndm, euler"),
         ("linear", {"steps": 0}, "steps is 0; allowed: 1 to 999 with the leading spacing"),
         ("linear", {"steps": 1000}, "steps is 1000; allowed: 1 to 999"),
         ("linear", {"steps": 1001, "spacing": "trailing"}, "steps is 1001; allowed: 1 to 1000"),
@@ -166,8 +166,13 @@ def test_config_refuses(values, said):
         ("linear", {"steps": 1000, "sampler": "dpmpp_2m"}, "steps is 1000; allowed: 1 to 999 for dpmpp_2m"),
         ("linear", {"steps": 999, "sampler": "dpmpp_2m", "spacing": "leading"}, "allowed: 1 to 998"),
         ("linear", {"spacing": "karras"}, "spacing is 'karras'; allowed: leading, linspace, trailing"),
-        ("linear", {"sampler": "euler", "eta": 0.5}, "eta is 0.5; allowed"),
-        ("linear", {"eta": 1.5}, "eta is 1.5; allowed"),
+        (
+            "linear",
+            {"init": torch.zeros(1, 2), "strength": 0.0},
+            "strength is 0.0; allowed: above 0, at most 1",
+        ),
+        ("linear", {"init": torch.zeros(1, 2), "strength": 1.1}, "strength is 1.1; allowed"),
+        ("linear", {"init": torch.zeros(1, 2), "strength": 0.09}, "allowed: 0.1 or more with steps=10"),
         ("flow", {"spacing": "leading"}, "spacing is 'leading'; allowed: trailing, linspace"),
         ("flow", {"steps": 0}, "steps is 0; allowed: 1 or more"),
     ],
@@ -197,3 +202,31 @@ def test_every_allowed_number_of_steps_works_for_every_sampler(steps):
         sample(denoise, torch.zeros(1, 1), schedule, sampler, steps, spacing=spacing)
         assert len(set(asked)) == steps
         assert all(t == round(t) and 0 <= t <= 999 for t in asked)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_zero_terminal_snr_matches_diffusers(name):
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    config = ScheduleConfig(name, zero_terminal_snr=True)
+    plain = betas(name, 1000, config.beta_start, config.beta_end)
+    schedule, before = build_schedule(config), DiscreteSchedule(plain)
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(plain), dim=0)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(schedule.alphas_cumprod[0], before.alphas_cumprod[0], atol=0, rtol=1e-12)
+    for t in (torch.tensor([999]), torch.tensor([999.0]), torch.tensor([999.0], dtype=torch.float64)):
+        alpha, sigma = schedule.alpha_sigma(t)
+        assert (alpha.item(), sigma.item()) == (0, 1)
+        assert schedule.snr(t).item() == 0
+    times = torch.arange(1000)
+    for schedule_times in (times, times.double()):
+        alpha, sigma = schedule.alpha_sigma(schedule_times)
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
+        torch.testing.assert_close(alpha.double() ** 2, expected, atol=1e-6, rtol=1e-6)
+    assert schedule.spacing == "trailing"
+    assert schedule.times(10, "trailing")[0] == 999
+
+
+def test_pure_noise_is_where_flow_begins_anyway():
+    with pytest.raises(ConfigError, match="zero_terminal_snr is True; allowed: false"):
+        ScheduleConfig("flow", zero_terminal_snr=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 
-from t2i.generation.text_to_image import RECIPE_KEY, draw, save, slug, unused
+from t2i.errors import UserError
+from t2i.generation.text_to_image import RECIPE_KEY, draw, read_image, save, slug, unused
 from t2i.interfaces import SampleRequest
 
 
@@ -63,6 +65,33 @@ def test_every_batch_gets_the_rest_of_the_request():
     draw(generator, asked, 2, lambda done: None)
     for part in generator.requests:
         assert dataclasses.replace(part, prompts=PROMPTS, seeds=asked.seeds) == asked
+
+
+def test_every_batch_gets_its_own_start_pictures():
+    images = torch.rand(5, 3, 4, 6)
+    generator, asked = FakeGenerator(), request(PROMPTS, image=images)
+    draw(generator, asked, 2, lambda done: None)
+    assert torch.equal(torch.cat([part.image for part in generator.requests]), images)
+
+
+def test_a_start_picture_is_cut_to_fit_and_stays_out_of_the_recipe(tmp_path):
+    picture = Image.new("RGB", (20, 8), "red")
+    picture.paste("blue", (4, 0, 16, 8))  # all that is left after the cut to 12 x 8, resized to 6 x 4
+    picture.save(tmp_path / "start.png")
+    image = read_image(tmp_path / "start.png", (4, 6))
+    assert image.shape == (3, 4, 6)
+    assert torch.equal(image, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 4, 6))
+    asked = request(["a"], image=image[None], strength=0.6)
+    (path,) = save(FakeGenerator().generate(asked), asked, tmp_path, {"image": "start.png"})
+    assert recipe_of(path)["strength"] == 0.6
+    assert recipe_of(path)["image"] == "start.png"
+
+
+def test_what_is_no_start_picture(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    for name in ("notes.txt", "absent.png", "."):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            read_image(tmp_path / name, (4, 6))
 
 
 def recipe_of(path) -> dict:

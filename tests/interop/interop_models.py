@@ -102,6 +102,15 @@ def save_pipeline(folder: Path, kind: str, **scheduler: Any) -> None:
     pipeline.save_pretrained(folder)
 
 
+def generator_of(run: Path) -> Any:
+    """What `t2i sample` draws with."""
+    from t2i import families
+    from t2i.training import checkpoint, run_folder
+
+    loaded = checkpoint.load(run_folder.weights_file(run))
+    return families.load("latent_diffusion", "generator").Generator(loaded, device="cpu")
+
+
 def all_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Of every .safetensors file in a folder, by its place; text models without their optional prefix."""
     from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_models import all_weights, relative_error, same_weights
+from interop_models import all_weights, relative_error, same_weights, save_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -138,6 +138,16 @@ def test_the_header_tells_prediction_and_size(pipeline_folder, pipeline_single):
     parts = prepare(pipeline_single, pipeline_single.with_name("x"), Options()).parts
     assert parts.denoiser.prediction == {"epsilon": "eps", "v": "v"}[kind]
     assert parts.denoiser.size_px == 32
+
+
+def test_zero_terminal_snr_goes_in_and_out(tmp_path, convert):
+    save_pipeline(tmp_path / "sd2", "sd2", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    run = convert(tmp_path / "sd2", "run")
+    assert run_folder.read_config(run)["schedule"]["zero_terminal_snr"] is True
+    single = convert(run, "single.safetensors")
+    assert load_file(single)["betas"][-1] == 1
+    again = convert(single, "again", prediction="v")
+    assert run_folder.read_config(again)["schedule"] == run_folder.read_config(run)["schedule"]
 
 
 def test_schedule_and_scale_are_read(pipeline_single, tmp_path, convert):

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_models import clip_tokenizer, same_weights
+from interop_models import clip_tokenizer, generator_of, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from t2i import families
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import SampleRequest
 from t2i.interop.convert import Options, prepare, write
-from t2i.training import checkpoint, run_folder
+from t2i.training import run_folder
 
 SMALL = ("trainer.batch_size=4", "trainer.accelerator=cpu", "ema=short", "resolution='32'")
 
@@ -58,7 +57,7 @@ def test_diffusers_draws_what_t2i_draws(trained, convert):
 
     folder = convert(trained, "diffusers")
     theirs = StableDiffusionPipeline.from_pretrained(folder)
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     assert theirs.scheduler.config.prediction_type == "v_prediction"
     assert theirs.tokenizer.model_max_length == 20
     theirs.set_progress_bar_config(disable=True)
@@ -71,8 +70,7 @@ def test_diffusers_draws_what_t2i_draws(trained, convert):
         generator=torch.Generator("cpu").manual_seed(4),
         output_type="pt",
     ).images
-    loaded = checkpoint.load(run_folder.weights_file(trained))
-    ours = families.load("latent_diffusion", "generator").Generator(loaded, device="cpu")
+    ours = generator_of(trained)
     actual = ours.generate(SampleRequest(["a large red circle"], [4], 32, 32, 6, "ddim", 3.0)) / 2 + 0.5
     assert (actual - expected).abs().max() < 1 / 255
 

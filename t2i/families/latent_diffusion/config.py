@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.config import TextConfig, check
-from t2i.diffusion.config import Objective, ScheduleConfig, check_objective
+from t2i.diffusion.config import Objective, SamplerName, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 
 
@@ -92,7 +92,7 @@ class ObjectiveConfig:
 class SamplingConfig:
     """How pictures are drawn while training, and what `t2i sample` does where its flags say nothing."""
 
-    sampler: Literal["ddim", "euler", "dpmpp_2m"]
+    sampler: SamplerName
     steps: int
     guidance_scale: float
 
@@ -119,4 +119,4 @@ class Config:
     mask_padding: bool = True
 
     def __post_init__(self) -> None:
-        check_objective(self.objective.prediction, self.schedule.name)
+        check_objective(self.objective.prediction, self.schedule)

@@ -86,16 +86,30 @@ class LatentDiffusion(nn.Module):
         def predict(x: Tensor, t: Tensor) -> Any:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
 
+        # All randomness of picture i comes from its own generator: a start picture's latent, the first noise,
+        # and what the sampler adds, in this order.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         shape = self.codec.latent_shape(request.height_px, request.width_px)
-        noise = seeded_noise(request.seeds, shape).to(text.tokens.device)
-        latent = sample(predict, noise, self.schedule, request.sampler, request.steps, progress)
+        device, init = text.tokens.device, None
+        if request.image is not None:
+            init = self.codec.encode(request.image.to(device), draw_noise(generators, shape).to(device))
+        latent = sample(
+            predict,
+            draw_noise(generators, shape).to(device),
+            self.schedule,
+            request.sampler,
+            request.steps,
+            progress,
+            generators=generators,
+            init=init,
+            strength=request.strength,
+        )
         return self.codec.decode(latent).clamp(-1, 1)
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(N, *shape) ~ N(0, I) on the CPU, row i from `torch.Generator("cpu").manual_seed(seeds[i])` alone."""
-    rows = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-    return torch.cat(rows)
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """(N, *shape) ~ N(0, I) on the CPU, row i from generators[i] alone."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def latent_unit(config: DiTConfig | PixArtConfig | UNetDenoiserConfig) -> int:
