@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_models import clip_tokenizer, generator_of, same_weights
+from interop_models import all_weights, clip_tokenizer, generator_of, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -227,3 +227,22 @@ def test_an_autoencoder_by_itself(compose_run, train, convert, tmp_path):
     assert torch.equal(single["encoder.conv_in.weight"], saved["codec.encoder.conv_in.weight"])
     back = load_file(convert(tmp_path / "vae", "back", to="t2i") / "model.safetensors")
     assert same_weights(back, saved)
+
+
+def test_training_goes_on_from_foreign_weights(sd1_run, compose_run, train, tmp_path):
+    small_unet = ("denoiser.model_channels=32", "denoiser.channel_mult=[1,2,2]", "denoiser.num_res_blocks=1")
+    here = ("trainer.precision=32-true", "trainer.devices=1", "trainer.num_nodes=1", f"runs_dir={tmp_path}")
+    composed = compose_run(
+        *("experiment=sd-v1/512-v1-4", f"init_from={sd1_run}", *SMALL, *small_unet, *here),
+        *("denoiser.attention_resolutions=[1,2]", f"text.model={sd1_run / 'text_encoder'}"),
+        *("resolution.min_original_px=1", "resolution.num_images=8", "resolution.learning_rate=1e-4"),
+        *("optimizer.warmup_images=0", "ema.half_life_images=1"),
+    )
+    run = train(composed).folder
+    before, after = (all_weights(folder)["model.safetensors"] for folder in (sd1_run, run))
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all(name.startswith("model.denoiser.") for name in changed)
+    for name in changed:  # two steps of AdamW at 1e-4
+        assert (after[name] - before[name]).abs().max() < 3e-4
