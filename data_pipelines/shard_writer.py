@@ -62,9 +62,7 @@ def write_shards(samples: Iterable[Sample], directory: Path, samples_per_shard: 
     The same samples give the same bytes. A shard gets its name only when it is complete. Raises DataError
     where `samples_per_shard` does not fit the key, or the directory already holds shards.
     """
-    if not 1 <= samples_per_shard <= MAX_SAMPLES_PER_SHARD:
-        allowed = f"1 to {MAX_SAMPLES_PER_SHARD}"
-        raise DataError(f"samples_per_shard is {samples_per_shard}; allowed: {allowed}.")
+    check_samples_per_shard(samples_per_shard)
     if any(directory.glob("*.tar")):
         raise DataError(f"{directory} already holds shards; remove them or name another directory.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,13 +70,25 @@ def write_shards(samples: Iterable[Sample], directory: Path, samples_per_shard: 
     iterator = iter(samples)
     while shard := list(itertools.islice(iterator, samples_per_shard)):
         path = directory / f"{len(paths):05d}.tar"
-        unfinished = path.with_suffix(".tar.unfinished")
-        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index, sample in enumerate(shard):
-                _add_sample(tar, f"{len(paths):05d}{index:04d}", sample)
-        os.replace(unfinished, path)
+        write_shard(enumerate(shard), path, len(paths))
         paths.append(path)
     return paths
+
+
+def check_samples_per_shard(samples_per_shard: int) -> None:
+    """Raises DataError where that many do not fit the key."""
+    if not 1 <= samples_per_shard <= MAX_SAMPLES_PER_SHARD:
+        allowed = f"1 to {MAX_SAMPLES_PER_SHARD}"
+        raise DataError(f"samples_per_shard is {samples_per_shard}; allowed: {allowed}.")
+
+
+def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -> None:
+    """Writes one tar of (place, sample), keyed by `shard` and place. It gets its name when it is complete."""
+    unfinished = path.with_suffix(".tar.unfinished")
+    with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, sample in samples:
+            _add_sample(tar, f"{shard:05d}{index:04d}", sample)
+    os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
