@@ -10,7 +10,7 @@ VERBS = {
     "train": "train a stage: t2i train stage=autoencoder|ldm [resolution=64] [data=...] [key=value ...]",
     "sample": "draw pictures: t2i sample --prompt TEXT [--checkpoint RUN|FILE] [--seed N] ...",
     "plan": "what a run takes: t2i plan experiment=... cluster=a100x64 [--mfu X] [--sweep nodes=1,8,32]",
-    "data": "make the embedded data: t2i data make emoji|shapes",
+    "data": "make shards: t2i data make|pack|download|filter|dedup|score|encode|inspect|index ...",
     "convert": "published models in, trained models out: t2i convert SOURCE OUT [--to diffusers|compvis|t2i]",
     "report": "gather the newest runs into runs/demo/report.html and report.json",
 }

@@ -11,6 +11,8 @@ from t2i.config import check, parse, parse_run
 from t2i.errors import ConfigError, UserError
 from t2i.planning.config import Assumptions, ClusterConfig
 
+from .arguments import parse_with_overrides
+
 if TYPE_CHECKING:
     from t2i.config import RunConfig
 
@@ -19,10 +21,7 @@ CACHED = ("none", "latents", "text", "both")
 
 def run(arguments: list[str]) -> None:
     """Composes the run and its autoencoder, counts, prints; with --sweep draws too."""
-    options, overrides = parser().parse_known_args(arguments)
-    for override in overrides:
-        if override.startswith("-") or "=" not in override:
-            raise ConfigError(f"{override!r} is neither a flag (see `t2i plan --help`) nor key=value.")
+    options, overrides = parse_with_overrides(parser(), arguments)
     assumed = Assumptions(
         options.mfu,
         options.images_per_second_per_gpu,
@@ -138,11 +137,9 @@ def composed_run(
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from .train import quoted, sentence
+    from .train import explained, quoted
 
     folders = [Path(str(resources.files("t2i_conf") / "train.yaml")).parent]
     if config_dir is not None:
@@ -157,7 +154,7 @@ def composed_run(
     ]
     for key, _, value in (override.partition("=") for override in overrides):
         check(key != "experiment" or value in experiments, key, value, ", ".join(experiments))
-    try:
+    with explained():
         with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
             if needed is not None and not any(each.startswith(f"+{needed}=") for each in overrides):
                 choices = GlobalHydra.instance().config_loader().get_group_options(needed)
@@ -168,8 +165,4 @@ def composed_run(
         if OmegaConf.is_missing(composed.data, "shards"):
             composed.data.shards = "unread.tar"
         values: Any = OmegaConf.to_container(composed, resolve=True)
-    except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error)) from error
     return values

@@ -10,13 +10,12 @@ from t2i.config import check
 from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
 
+from .arguments import parse_with_overrides
+
 
 def run(arguments: list[str]) -> None:
     """Parses, loads, draws, writes PNGs and says where."""
-    options, overrides = parser().parse_known_args(arguments)
-    for override in overrides:
-        if override.startswith("-") or "=" not in override:
-            raise ConfigError(f"{override!r} is neither a flag (see `t2i sample --help`) nor key=value.")
+    options, overrides = parse_with_overrides(parser(), arguments)
     for flag in ("steps", "num_images", "batch_size", "height", "width"):
         value = getattr(options, flag)
         check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")

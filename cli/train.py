@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -37,17 +39,25 @@ def run(arguments: list[str]) -> None:
             failed.append(ConfigError(sentence(error)))
 
     try:
-        hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
-    except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error)) from error
+        with explained():
+            hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
     except ValueError as error:
         if "Config group override" not in str(error):
             raise
         raise ConfigError(f"{' '.join(arguments)}: a choice is a name, not a number.") from error
     if failed:
         raise failed[0]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What Hydra and OmegaConf raise within becomes a ConfigError of one sentence."""
+    try:
+        yield
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
 
 
 def quoted(argument: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 class BadSample(Exception):
     """A sample that cannot be used.
 
-    cause: "image" (missing or not decodable), "bomb" (too many pixels), "caption", "json" or "truncated"
+    cause: "image" (missing or not decodable), "bomb" (too many pixels), "caption", "json"; of the tar file
+        "truncated", "damaged" or "duplicate"; "missing" (not in the shard, or the shard is not there) or "unreadable"
+        (the shard, or what it is read from)
     key: the sample's key
     """
 
@@ -48,21 +51,37 @@ def decode_image(
     Of an animation, the first frame. Raises BadSample("bomb") for more than `max_pixels`, else
     BadSample("image") for whatever is wrong with the bytes.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels stands in its place
-            image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(
-                f"{image.width} x {image.height} pixels, allowed: {max_pixels}"
-            )
-        transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSING_ORIENTATIONS
+    with _reading(key):
+        image, transposed = _opened(data, max_pixels)
         original = (image.width, image.height) if transposed else (image.height, image.width)
         if size_px is not None:
             height, width = covering_size(original, size_px)
             image.draft(None, (height, width) if transposed else (width, height))
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image), original
+
+
+def stored_size(data: bytes, key: str) -> tuple[int, int]:
+    """(height, width) of a picture by its header, after EXIF orientation. Raises BadSample as `decode_image`."""
+    with _reading(key):
+        image, transposed = _opened(data, MAX_PIXELS)
+        return (image.width, image.height) if transposed else (image.height, image.width)
+
+
+def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
+    """The picture, not decoded yet, and whether it lies on its side."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels stands in its place
+        image: Image.Image = Image.open(io.BytesIO(data))
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, allowed: {max_pixels}")
+    return image, image.getexif().get(EXIF_ORIENTATION) in TRANSPOSING_ORIENTATIONS
+
+
+@contextmanager
+def _reading(key: str) -> Iterator[None]:
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise BadSample("bomb", key, str(error)) from error
     except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim

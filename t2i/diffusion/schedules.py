@@ -20,8 +20,14 @@ from t2i.diffusion.config import BetaName, ScheduleConfig, Spacing, TimeDistribu
 def build_schedule(config: ScheduleConfig) -> Schedule:
     if config.name == "flow":
         return FlowSchedule(config.num_train_steps, config.shift, config.time_distribution)
+    return DiscreteSchedule(configured_betas(config))
+
+
+def configured_betas(config: ScheduleConfig) -> Tensor:
+    """(T,) float64 of any schedule but flow."""
+    assert config.name != "flow"
     table = betas(config.name, config.num_train_steps, config.beta_start, config.beta_end)
-    return DiscreteSchedule(zero_terminal_snr(table) if config.zero_terminal_snr else table)
+    return zero_terminal_snr(table) if config.zero_terminal_snr else table
 
 
 def betas(name: BetaName, num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from t2i.config import check, parse
 from t2i.diffusion.config import ScheduleConfig
-from t2i.diffusion.schedules import betas, zero_terminal_snr
+from t2i.diffusion.schedules import configured_betas
 from t2i.interop.clip import ClipText, to_open_clip
 from t2i.interop.compvis_in import BERT, CLIP, CODEC, LATENT_SCALE, OPEN_CLIP, SCHEDULE, UNET
 from t2i.interop.compvis_shapes import infer_unet
@@ -52,11 +52,7 @@ def compvis_weights(parts: Parts) -> Weights:
         weights["scale_factor"] = in_memory(torch.tensor(parts.codec.latent_scale))
     schedule = parse(ScheduleConfig, parts.denoiser.schedule, "schedule.")
     if schedule != parse(ScheduleConfig, SCHEDULE):
-        assert schedule.name != "flow"
-        table = betas(schedule.name, schedule.num_train_steps, schedule.beta_start, schedule.beta_end)
-        if schedule.zero_terminal_snr:
-            table = zero_terminal_snr(table)
-        weights["betas"] = in_memory(table.float())
+        weights["betas"] = in_memory(configured_betas(schedule).float())
     return weights
 
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from t2i.config import check
 from t2i.errors import CheckpointError
 from t2i.interop.weights import Weights
+from t2i.text.ldm_bert import HEAD_DIM, VOCABULARY, LDMBertTransformer
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,8 +37,7 @@ ATTENTION = {
 FEED_FORWARD = {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"}
 
 
-# What our encoder fixes: bert-base-uncased's vocabulary, and x-transformers' defaults.
-VOCABULARY, HEAD_DIM, EXPANSION = 30_522, 64, 4
+EXPANSION = 4  # of the feed-forward layers, x-transformers' default
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
 
 
@@ -106,29 +108,9 @@ def infer_config(weights: Weights, path: Path) -> LDMBertConfig:
 
 def shapes(config: LDMBertConfig) -> Shapes:
     """The weights by CompVis' names; the layer that turns states into words again, unused, left out."""
-    width, inner, hidden = config.width, config.heads * HEAD_DIM, EXPANSION * config.width
-    wanted: Shapes = {
-        "transformer.token_emb.weight": (VOCABULARY, width),
-        "transformer.pos_emb.emb.weight": (config.max_tokens, width),
-    }
-    for i in range(config.depth):
-        attention, feed = (f"transformer.attn_layers.layers.{2 * i + j}" for j in (0, 1))
-        wanted |= {
-            f"{attention}.0.weight": (width,),
-            f"{attention}.0.bias": (width,),
-            f"{attention}.1.to_q.weight": (inner, width),
-            f"{attention}.1.to_k.weight": (inner, width),
-            f"{attention}.1.to_v.weight": (inner, width),
-            f"{attention}.1.to_out.weight": (width, inner),
-            f"{attention}.1.to_out.bias": (width,),
-            f"{feed}.0.weight": (width,),
-            f"{feed}.0.bias": (width,),
-            f"{feed}.1.net.0.0.weight": (hidden, width),
-            f"{feed}.1.net.0.0.bias": (hidden,),
-            f"{feed}.1.net.2.weight": (width, hidden),
-            f"{feed}.1.net.2.bias": (width,),
-        }
-    return wanted | {"transformer.norm.weight": (width,), "transformer.norm.bias": (width,)}
+    with torch.device("meta"):
+        network = LDMBertTransformer(config.max_tokens, config.width, config.depth, config.heads)
+    return {f"transformer.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
 
 
 def diffusers_name(name: str) -> str:

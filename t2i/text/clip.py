@@ -5,10 +5,9 @@ from __future__ import annotations
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from t2i.errors import CheckpointError
 from t2i.interfaces import TextFeatures
 from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
-from t2i.text.pretrained import load_pretrained
+from t2i.text.pretrained import check_vocabulary, load_pretrained, tokenize
 
 
 class ClipTextEncoder(FrozenTextEncoder):
@@ -21,11 +20,7 @@ class ClipTextEncoder(FrozenTextEncoder):
 
     def __init__(self, model: str | None, max_tokens: int = 77, allow_download: bool = False) -> None:
         tokenizer, transformer = load_pretrained(model, "clip", CLIPTextModel, CLIPTokenizer, allow_download)
-        if tokenizer.vocab_size != transformer.config.vocab_size:
-            raise CheckpointError(
-                f"text.model {model!r} has {tokenizer.vocab_size} tokens in its tokenizer and "
-                f"{transformer.config.vocab_size} in its weights; allowed: the same vocabulary in both."
-            )
+        check_vocabulary(model, tokenizer.vocab_size, transformer.config.vocab_size)
         check_max_tokens(max_tokens, transformer.config.max_position_embeddings, str(model))
         width = transformer.config.hidden_size
         super().__init__(width, width, max_tokens)
@@ -34,10 +29,7 @@ class ClipTextEncoder(FrozenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        ids = tokens.input_ids.to(self.device)
+        ids = tokenize(self.tokenizer, captions, self.max_tokens).input_ids.to(self.device)
         states = self.transformer(input_ids=ids)  # no attention mask: it is causal, and SD 1 gave none
         mask = mask_up_to_end(ids, self.tokenizer.eos_token_id)
         return TextFeatures(states.last_hidden_state, states.pooler_output, mask)

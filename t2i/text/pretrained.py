@@ -46,6 +46,23 @@ def load_pretrained(
     return tokenizer, transformer
 
 
+def check_vocabulary(model: str | None, tokens: int, rows: int, spare: int = 0) -> None:
+    """Raises CheckpointError unless the weights have as many rows as the tokenizer has tokens, or up to `spare`
+    more."""
+    if not 0 <= rows - tokens <= spare:
+        raise CheckpointError(
+            f"text.model {model!r} has {tokens} tokens in its tokenizer and {rows} in its weights; allowed: the "
+            "same vocabulary in both."
+        )
+
+
+def tokenize(tokenizer: Any, captions: list[str], max_tokens: int) -> Any:
+    """transformers' BatchEncoding of tensors (B, max_tokens), padded and cut to that."""
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bar and table of keys; what matters of that table is checked."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-from t2i.errors import CheckpointError
 from t2i.interfaces import TextFeatures
 from t2i.text.frozen import FrozenTextEncoder
-from t2i.text.pretrained import load_pretrained
+from t2i.text.pretrained import check_vocabulary, load_pretrained, tokenize
 
-ROUNDING = 128  # the published embeddings have up to this many rows more than there are tokens
+ROUNDING = 128  # the published embeddings have their rows rounded up to a multiple of this
 
 
 class T5TextEncoder(FrozenTextEncoder):
@@ -24,12 +23,7 @@ class T5TextEncoder(FrozenTextEncoder):
 
     def __init__(self, model: str | None, max_tokens: int = 120, allow_download: bool = False) -> None:
         tokenizer, transformer = load_pretrained(model, "t5", T5EncoderModel, T5Tokenizer, allow_download)
-        rows = transformer.config.vocab_size
-        if not 0 <= rows - len(tokenizer) < ROUNDING:
-            raise CheckpointError(
-                f"text.model {model!r} has {len(tokenizer)} tokens in its tokenizer and {rows} in its weights; "
-                "allowed: the same vocabulary in both."
-            )
+        check_vocabulary(model, len(tokenizer), transformer.config.vocab_size, spare=ROUNDING - 1)
         width = transformer.config.d_model
         super().__init__(width, width, max_tokens)
         self.tokenizer = tokenizer
@@ -37,9 +31,7 @@ class T5TextEncoder(FrozenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.device)
+        tokens = tokenize(self.tokenizer, captions, self.max_tokens).to(self.device)
         mask = tokens.attention_mask
         states = self.transformer(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -1,0 +1,24 @@
+"""`t2i data JOB ...`: finds the job's file and calls it, as cli/main.py does for verbs."""
+
+from __future__ import annotations
+
+import importlib
+
+from t2i.errors import ConfigError
+
+JOBS = {
+    "make": "an embedded source: t2i data make emoji|shapes",
+    "pack": "pictures of your own to shards: t2i data pack FOLDER|TABLE OUT",
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Calls the job that the first argument names with the others. Raises ConfigError where there is none."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: t2i data JOB ...    (t2i data JOB --help says more)\n")
+        for job, text in JOBS.items():
+            print(f"  {job:8} {text}")
+        return
+    if arguments[0] not in JOBS:
+        raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
+    importlib.import_module(f"t2i_cli.data.{arguments[0]}").run(arguments[1:])

@@ -1,0 +1,194 @@
+"""Where bytes come from: local paths, any fsspec URL (s3://, gs://, hf://, http://), and `pipe:` commands.
+
+Every read has a deadline and a bounded number of attempts, so that nothing here can hang a run.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from webdataset.shardlists import expand_urls
+
+from t2i.errors import DataError
+
+T = TypeVar("T")
+BLOCK = (
+    8 << 20
+)  # bytes asked for at once: large, because object stores charge by the request, in money and time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """deadline_s: seconds for one request; attempts: how often it is made before it counts as failed"""
+
+    deadline_s: float = 60.0
+    attempts: int = 4
+
+
+class SourceError(DataError):
+    """A source that cannot be read. missing: it is not there, rather than unreachable."""
+
+    def __init__(self, url: str, detail: str, missing: bool = False) -> None:
+        super().__init__(f"{url} {'does not exist' if missing else f'cannot be read: {detail}'}.")
+        self.missing = missing
+
+
+def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
+    """Paths and URLs with webdataset's brace expansion (`{00000..00009}.tar`, `a.tar::b.tar`).
+    key: the configuration key that DataError names."""
+    try:
+        expanded = [
+            url for text in ([shards] if isinstance(shards, str) else shards) for url in _expand_one(text)
+        ]
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"{key} {shards!r} cannot be expanded: {error}.") from error
+    if not expanded:
+        raise DataError(f"{key} is {shards!r}; allowed: at least one path or URL.")
+    return expanded
+
+
+def _expand_one(text: str) -> list[str]:
+    # A command is one source, whatever colons stand in it; its braces are webdataset's, not the shell's.
+    return expand_urls(text)
+
+
+def is_local(url: str) -> bool:
+    return urlparse(url).scheme in ("", "file")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local source."""
+    if urlparse(url).scheme == "file":
+        return Path(url2pathname(urlparse(url).path))
+    return Path(url).expanduser()
+
+
+def beside(url: str, suffix: str) -> str:
+    """`a/00000.tar` -> `a/00000` + suffix; "" for a pipe, which has nothing beside it."""
+    return "" if url.startswith("pipe:") else url.removesuffix(".tar") + suffix
+
+
+def read_bytes(url: str, limits: Limits | None = None) -> bytes:
+    """All of a small source. Raises SourceError."""
+    if is_local(url):
+        try:
+            return local_path(url).read_bytes()
+        except OSError as error:
+            raise _source_error(url, error) from error
+    if url.startswith("pipe:"):
+        raise ValueError("a pipe is copied, not read")
+    return _attempt(url, limits or Limits(), lambda fs, path: fs.cat_file(path))
+
+
+def size(url: str, limits: Limits | None = None) -> int | None:
+    """Bytes of a source; None where a server does not say, and for a pipe. Raises SourceError."""
+    if url.startswith("pipe:"):
+        return None
+    if is_local(url):
+        try:
+            return local_path(url).stat().st_size
+        except OSError as error:
+            raise _source_error(url, error) from error
+    return _attempt(url, limits or Limits(), lambda fs, path: fs.info(path).get("size"))
+
+
+def copy(url: str, target: Path, limits: Limits | None = None) -> None:
+    """Copies a remote source to the file `target`, block by block, going on where a connection was dropped if the
+    server knows ranges. Raises SourceError; then `target` may hold a part."""
+    limits = limits or Limits()
+    target.unlink(missing_ok=True)
+    if url.startswith("pipe:"):
+        _copy_pipe(url, target, limits)
+        return
+    _attempt(url, limits, lambda fs, path: _copy_rest(fs, path, target, limits), deadline=False)
+
+
+def _copy_rest(fs: Any, path: str, target: Path, limits: Limits) -> None:
+    """What of `path` is not in `target` yet."""
+    with target.open("ab") as part:
+        with within(limits.deadline_s, lambda: fs.open(path, "rb", block_size=BLOCK)) as source:
+            if part.tell():
+                try:
+                    source.seek(part.tell())
+                except (OSError, ValueError, NotImplementedError):  # a server without ranges: from the start
+                    part.truncate(0)
+            while block := within(limits.deadline_s, lambda: source.read(BLOCK)):
+                part.write(block)
+            length = getattr(source, "size", None)
+        if length is not None and part.tell() != length:
+            raise OSError(f"{part.tell()} of {length} bytes came")
+
+
+def _copy_pipe(url: str, target: Path, limits: Limits) -> None:
+    command = url.removeprefix("pipe:")
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        stdout: IO[bytes] = process.stdout
+        try:
+            with target.open("wb") as part:
+                while block := within(limits.deadline_s, lambda: stdout.read1(BLOCK)):  # type: ignore[attr-defined]
+                    part.write(block)
+            status = within(limits.deadline_s, process.wait)
+        except (OSError, subprocess.SubprocessError) as error:
+            os.killpg(process.pid, 9)
+            raise SourceError(url, str(error)) from error
+    if status != 0:
+        raise SourceError(url, f"the command ended with status {status}")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises. Raises TimeoutError after `seconds`; the call is then left to itself in its
+    thread, as nothing can interrupt a read whose other end is silent."""
+    answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((True, call()))
+        except BaseException as error:
+            answer.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        good, value = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if good:
+        return value
+    raise value
+
+
+def _attempt(url: str, limits: Limits, call: Callable[[Any, str], T], deadline: bool = True) -> T:
+    """`call(filesystem, path)`, as often as `limits` allow, with pauses of about 0.5, 1, 2, ... s between."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the package for the protocol is not there, or none knows it
+        raise SourceError(url, str(error)) from error
+    for attempt in range(limits.attempts):
+        try:
+            return within(limits.deadline_s, lambda: call(fs, path)) if deadline else call(fs, path)
+        except (FileNotFoundError, PermissionError) as error:
+            raise _source_error(url, error) from error
+        except Exception as error:  # each protocol's library raises its own
+            if attempt == limits.attempts - 1:
+                raise SourceError(
+                    url, f"{type(error).__name__}: {error} (after {limits.attempts} attempts)"
+                ) from error
+            time.sleep(2**attempt * random.uniform(0.25, 0.75))
+    raise AssertionError("attempts is at least 1")
+
+
+def _source_error(url: str, error: OSError) -> SourceError:
+    return SourceError(url, error.strerror or str(error), isinstance(error, FileNotFoundError))
