@@ -9,6 +9,13 @@ from t2i.errors import ConfigError
 JOBS = {
     "make": "an embedded source: t2i data make emoji|shapes",
     "pack": "pictures of your own to shards: t2i data pack FOLDER|TABLE OUT",
+    "download": "a table of URLs to shards: t2i data download TABLE OUT",
+    "filter": "keep what a preset or an expression says: t2i data filter SHARDS|TABLE OUT",
+    "dedup": "find pictures that are nearly the same: t2i data dedup SHARDS OUT",
+    "score": "aesthetic, watermark, NSFW and CLIP columns: t2i data score SHARDS",
+    "encode": "latents and text features ahead of training: t2i data encode stage=ldm data=... OUT",
+    "inspect": "what is in shards, as a table and a contact sheet: t2i data inspect SHARDS",
+    "index": "where each sample lies, for an instant start: t2i data index SHARDS",
 }
 
 
