@@ -1,0 +1,132 @@
+"""`t2i data inspect`: what is in shards, as tables and a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TILE_PX = 192
+
+
+def run(arguments: list[str]) -> None:
+    """Looks at every sample under a progress bar, prints, and writes what was asked for."""
+    options = parser().parse_args(arguments)
+    from rich.progress import Progress
+
+    from t2i.data.sources import expand
+    from t2i.errors import ConfigError
+    from t2i_pipelines.contact_sheet import contact_sheet
+    from t2i_pipelines.inspection import cores, inspect_shards
+
+    if not 1 <= options.samples <= 1000:
+        raise ConfigError(f"--samples is {options.samples}; allowed: 1 to 1000.")
+    urls = expand(options.shards, "SHARDS")
+    num_tiles = options.samples if options.sheet else 0
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("shards", total=len(urls))
+        report = inspect_shards(
+            urls,
+            options.fast,
+            num_tiles,
+            TILE_PX,
+            options.seed,
+            cores(),
+            lambda share: bar.advance(task, share),
+        )
+    facts = report.to_json()
+    for table in tables(facts):
+        console.print(table)
+    for url, why in facts["shards"]["unreadable"].items():
+        console.print(f"Unreadable shard {url}: {why}", markup=False)
+    for cause, each in facts["flaws"].items():
+        console.print(f"Samples, {cause}: {each['samples']:,}, such as {each['first'][0]}", markup=False)
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(facts, indent=1))
+        console.print(f"Wrote {options.json}", markup=False)
+    if options.sheet and report.tiles:
+        Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(report.tiles, TILE_PX).save(options.sheet, format="PNG")
+        console.print(f"Wrote {len(report.tiles)} samples to {options.sheet}", markup=False)
+
+
+def tables(facts: dict[str, Any]) -> list[Table]:
+    """Of `Report.to_json`."""
+    shards, caption, stored = facts["shards"], facts["caption"], facts["shorter_side_px"]["stored"]
+    size = shards["samples"]
+    made = [
+        _table(
+            "Shards",
+            {
+                "shards": f"{shards['read']:,}",
+                "GiB": f"{shards['bytes'] / 2**30:.3f}",
+                "samples": f"{facts['samples']:,}",
+                "samples per shard": f"{size['p0']:,} to {size['p100']:,}, median {size['p50']:,}",
+                "readable pictures": f"{facts['pictures']:,}",
+                "repeated keys": f"{facts['repeated_keys']:,}",
+            },
+        ),
+        _table("Members", _counts(facts["members"])),
+        _table("Picture formats", _counts(facts["formats"])),
+        _percentiles("Shorter side, px", facts["shorter_side_px"]),
+        _table("Width / height", _bars(facts["aspect_ratio"])) if stored["known"] else None,
+        _percentiles("Captions", {name: caption[name] for name in ("characters", "words")}),
+        _percentiles("Texts per JSON list", caption["texts_per_json_list"]),
+    ]
+    return [table for table in made if table is not None]
+
+
+def _table(title: str, rows: dict[str, str]) -> Table | None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return None
+    table = Table(title, "", box=SIMPLE_HEAD)
+    for label, value in rows.items():
+        table.add_row(Text(str(label)), Text(value))  # Text: brackets in names are no markup
+    return table
+
+
+def _percentiles(title: str, columns: dict[str, dict[str, float]]) -> Table | None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    known = {name: values for name, values in columns.items() if values.get("known", 1) and values}
+    if not known:
+        return None
+    table = Table(title, *known, box=SIMPLE_HEAD)
+    for row in next(iter(known.values())):
+        cells = (values[row] for values in known.values())
+        table.add_row(row, *(f"{cell:.1%}" if row.startswith("share") else f"{cell:,}" for cell in cells))
+    return table
+
+
+def _counts(counts: dict[str, int]) -> dict[str, str]:
+    return {name: f"{count:,}" for name, count in counts.items()}
+
+
+def _bars(counts: dict[Any, int]) -> dict[str, str]:
+    most = max(counts.values())
+    return {
+        str(name): f"{'█' * round(30 * count / most):30} {count:,}" for name, count in counts.items() if count
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="t2i data inspect", description="What is in shards.")
+    made.add_argument("shards", nargs="+", help="paths or URLs, braces allowed: data/{00000..00009}.tar")
+    made.add_argument("--sheet", help="PNG with some samples and their captions")
+    made.add_argument("--samples", type=int, default=64, help="on the sheet")
+    made.add_argument("--seed", type=int, default=0, help="which samples are on the sheet")
+    made.add_argument("--json", help="all figures, and the first 100 samples with each flaw, by name")
+    made.add_argument("--fast", action="store_true", help="read the pictures' headers, do not decode them")
+    return made

@@ -1,0 +1,200 @@
+"""What is counted of the samples of shards: sums and histograms that add up, whatever the order."""
+
+from __future__ import annotations
+
+import bisect
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from t2i.data.captions import parse_captions, parse_metadata
+from t2i.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, image_bytes, stored_size
+from t2i.data.index import ShardIndex, original_size
+
+NAMED_PER_CAUSE = 100  # so many samples with a flaw are named; all are counted
+MAX_JSON_FIELDS = 64  # of so many fields that hold lists of texts the lengths are counted
+MAX_SAMPLE_BYTES = 1 << 30  # four times the largest picture that is decoded: no sample of use is larger
+ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)  # width / height between two bars
+CAPTION_KEYS = ("txt", "json:caption")
+CAUSES = {
+    "image": "picture not decodable",
+    "bomb": "too many pixels or bytes",
+    "json": "JSON not readable",
+    "truncated": "cut off at the end of the tar",
+    "damaged": "lost next to damaged tar headers",
+    "duplicate": "a member's name came before",
+}
+
+
+@dataclass
+class Facts:
+    """Of some samples; `add` joins two.
+
+    pictures: samples whose picture can be read
+    members: by extension
+    formats: as the pictures' own headers say, whatever the members are called
+    stored_px, original_px: shorter sides of the pictures in the shard, and of their sources by the JSON
+    aspects: pictures by the number of ASPECT_EDGES up to their width / height
+    characters, words: lengths of each sample's first caption
+    lists: JSON field -> number of texts in it -> samples
+    causes: what is wrong -> samples. A sample counts under each of its flaws.
+    named: what is wrong -> the first samples that have it
+    """
+
+    samples: int = 0
+    pictures: int = 0
+    members: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    stored_px: Counter[int] = field(default_factory=Counter)
+    original_px: Counter[int] = field(default_factory=Counter)
+    aspects: Counter[int] = field(default_factory=Counter)
+    characters: Counter[int] = field(default_factory=Counter)
+    words: Counter[int] = field(default_factory=Counter)
+    lists: dict[str, Counter[int]] = field(default_factory=dict)
+    causes: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+
+    def flaw(self, cause: str, name: str) -> None:
+        self.causes[cause] += 1
+        names = self.named.setdefault(cause, [])
+        if len(names) < NAMED_PER_CAUSE:
+            names.append(name)
+
+    def add(self, other: Facts) -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+        self.samples += other.samples
+        self.pictures += other.pictures
+        for name, counts in other.lists.items():
+            self.count_list(name, counts)
+        for cause, names in other.named.items():
+            known = self.named.setdefault(cause, [])
+            known.extend(names[: NAMED_PER_CAUSE - len(known)])
+
+    def count_list(self, name: str, lengths: Iterable[int] | Counter[int]) -> None:
+        if name in self.lists or len(self.lists) < MAX_JSON_FIELDS:
+            self.lists.setdefault(name, Counter()).update(lengths)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A sample for the contact sheet. picture: RGB, as large as was asked for or smaller; None: `note` says why"""
+
+    picture: Image.Image | None
+    caption: str
+    note: str = ""
+
+
+def look_at(
+    path: Path, shard: str, index: ShardIndex, fast: bool, chosen: Set[int], tile_px: int
+) -> tuple[Facts, dict[int, Tile]]:
+    """The facts of all rows of `index`, and tiles of those that are chosen. Raises OSError.
+
+    path: of the tar file
+    shard: its name in messages
+    fast: believe the pictures' headers instead of decoding every picture
+    """
+    facts, tiles = Facts(), {}
+    with path.open("rb") as file:
+        for row in range(len(index)):
+            tile = _Sample(shard, index, row, facts).look(
+                file.fileno(), fast, tile_px if row in chosen else None
+            )
+            if row in chosen:
+                tiles[row] = tile
+    return facts, tiles
+
+
+class _Sample:
+    def __init__(self, shard: str, index: ShardIndex, row: int, facts: Facts) -> None:
+        self.shard, self.index, self.row, self.facts = shard, index, row, facts
+        self.key = index.keys[row]
+        self.there = [e for e, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
+
+    def flaw(self, cause: str, detail: object = "") -> str:
+        self.facts.flaw(cause, f"{self.shard}: {detail or self.key}")
+        return cause
+
+    def look(self, file: int, fast: bool, tile_px: int | None) -> Tile:
+        note = ""
+        if self.row in self.index.flaws:
+            note = self.flaw(CAUSES[self.index.flaws[self.row]])
+        self.facts.members.update(self.there)
+        if not self.there:  # it stands in for samples that the tar file lost
+            return Tile(None, "", note)
+        self.facts.samples += 1
+        try:
+            members = self._read(file)
+        except BadSample as error:
+            return Tile(None, "", note or self.flaw(CAUSES[error.cause], error))
+        caption = self._caption(members, self._metadata(members))
+        if not any(extension in IMAGE_EXTENSIONS for extension in members):
+            return Tile(None, caption, self.flaw("no picture"))
+        try:
+            picture = self._picture(image_bytes(members, self.key), fast, tile_px)
+        except BadSample as error:
+            return Tile(None, caption, self.flaw(CAUSES[error.cause], error))
+        return Tile(picture, caption)
+
+    def _read(self, file: int) -> dict[str, bytes]:
+        """Its picture, caption and JSON. Raises BadSample, before memory is asked for."""
+        wanted = {*IMAGE_EXTENSIONS, "txt", "json"}.intersection(self.there)
+        columns = [self.index.extensions.index(extension) for extension in wanted]
+        starts, sizes = self.index.offsets[self.row, columns], self.index.sizes[self.row, columns]
+        if columns and (starts + sizes).max() > self.index.file_bytes:
+            raise BadSample("truncated", self.key)
+        if columns and (starts + sizes).max() - starts.min() > MAX_SAMPLE_BYTES:
+            raise BadSample("bomb", self.key, f"more than {MAX_SAMPLE_BYTES} bytes")
+        return self.index.read(file, self.row, tuple(wanted))
+
+    def _metadata(self, members: Mapping[str, bytes]) -> dict[str, Any]:
+        try:
+            metadata = parse_metadata(members, self.key)
+        except BadSample as error:
+            self.flaw(CAUSES[error.cause], error)
+            return {}
+        if source_px := original_size(metadata):
+            self.facts.original_px[min(source_px)] += 1
+        for name, value in metadata.items():
+            if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+                self.facts.count_list(name, (len(value),))
+        return metadata
+
+    def _caption(self, members: Mapping[str, bytes], metadata: Mapping[str, Any]) -> str:
+        try:
+            caption = next(iter(parse_captions(members, metadata, CAPTION_KEYS, self.key)))
+        except BadSample as error:
+            if "txt" not in members and metadata.get("caption") is None:
+                self.flaw("no caption")
+            elif "none under" in str(error):
+                self.flaw("empty caption")
+            else:
+                self.flaw("caption is not text", error)
+            return ""
+        self.facts.characters[len(caption)] += 1
+        self.facts.words[len(caption.split())] += 1
+        return caption
+
+    def _picture(self, data: bytes, fast: bool, tile_px: int | None) -> Image.Image | None:
+        """Counts it; a thumbnail where `tile_px` asks for one. Raises BadSample."""
+        picture = None
+        if fast and tile_px is None:
+            height, width = stored_size(data, self.key)
+        else:
+            small = (tile_px, tile_px) if fast and tile_px else None
+            picture, (height, width) = decode_image(data, self.key, small)
+        with Image.open(io.BytesIO(data)) as header:
+            self.facts.formats[header.format or "unknown"] += 1
+        self.facts.pictures += 1
+        self.facts.stored_px[min(height, width)] += 1
+        self.facts.aspects[bisect.bisect_right(ASPECT_EDGES, width / height)] += 1
+        if picture is None or tile_px is None:
+            return None
+        picture.thumbnail((tile_px, tile_px), Image.Resampling.LANCZOS)
+        return picture
