@@ -162,7 +162,7 @@ class _Sample:
         if source_px := original_size(metadata):
             self.facts.original_px[min(source_px)] += 1
         for name, value in metadata.items():
-            if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+            if isinstance(value, list) and all(isinstance(each, str) for each in value):
                 self.facts.count_list(name, (len(value),))
         return metadata
 
