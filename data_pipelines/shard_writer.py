@@ -1,7 +1,8 @@
 """Captioned pictures to tar shards in the layout of img2dataset and LAION.
 
 A shard `00000.tar` holds `<key>.png` (or jpg, webp), `<key>.txt` and `<key>.json` for each sample; the key is
-the shard's number (5 digits) and the sample's place in it (4 digits).
+the shard's number (5 digits) and the sample's place in it (4 digits). Beside it `00000.parquet` has a row for each
+place, those that failed included.
 """
 
 from __future__ import annotations
@@ -15,16 +16,35 @@ import os
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from t2i.errors import DataError
 
+from .optional import need
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_SAMPLES_PER_SHARD = 10_000  # the key has four digits for the place in the shard
+# Fields of a sample's JSON and columns of the shard's table, named, ordered and typed as img2dataset's.
+LAYOUT = {
+    "caption": "string",
+    "url": "string",
+    "key": "string",
+    "status": "string",
+    "error_message": "string",
+    "width": "int32",
+    "height": "int32",
+    "original_width": "int32",
+    "original_height": "int32",
+    "exif": "string",
+    "sha256": "string",
+}
 
 
 @dataclass(frozen=True)
@@ -32,20 +52,39 @@ class Sample:
     """One captioned picture, encoded.
 
     image: the file's bytes, in the format that `extension` names
+    caption: None where the source has none; the `.txt` is then empty
     width, height: pixels of `image`
     original_width, original_height: pixels of the source picture, before any resizing
     columns: further entries of the sample's JSON
+    exif: the source picture's tags, a JSON object as text; None: not looked at
+    sha256: of the source picture's file; None: of `image`
     """
 
     image: bytes
     extension: Literal["jpg", "png", "webp"]
-    caption: str
+    caption: str | None
     width: int
     height: int
     original_width: int
     original_height: int
     url: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    exif: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What stands in a shard's table, and not in its tar, for a row that gave no sample.
+
+    status: "failed_to_download" or "failed_to_resize" as img2dataset has it, "failed" for other sources
+    error_message: the cause, ": " and what happened
+    """
+
+    status: str
+    error_message: str
+    caption: str | None
+    url: str | None = None
 
 
 def png_sample(picture: Image.Image, caption: str, columns: Mapping[str, Any]) -> Sample:
@@ -87,7 +126,7 @@ def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -
     unfinished = path.with_suffix(".tar.unfinished")
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, sample in samples:
-            _add_sample(tar, f"{shard:05d}{index:04d}", sample)
+            _add_sample(tar, sample_key(shard, index), sample)
     os.replace(unfinished, path)
 
 
@@ -114,25 +153,54 @@ def complete_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
-    description = {
-        "caption": sample.caption,
-        "url": sample.url,
-        "key": key,
+def free_names(names: Iterable[str]) -> dict[str, str]:
+    """What columns of a source are called beside LAYOUT's, which no column may hide: `WIDTH` -> `table_WIDTH`.
+    Case does not count, as it does not in SQL."""
+    return {name: f"table_{name}" if name.lower() in LAYOUT else name for name in names}
+
+
+def write_table(outcomes: Sequence[Sample | Failure], columns: pa.Table, path: Path, shard: int) -> None:
+    """Writes the parquet beside shard number `shard`: the n `columns` of the source and LAYOUT's, a row for each
+    place. It gets its name when it is complete. Raises ConfigError where pyarrow is not installed."""
+    pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
+    rows = [_described(outcome, sample_key(shard, place)) for place, outcome in enumerate(outcomes)]
+    fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in LAYOUT.items()]
+    arrays = [pa.array([row[field.name] for row in rows], field.type) for field in fields]
+    table = pa.Table.from_arrays([*columns.columns, *arrays], schema=pa.schema([*columns.schema, *fields]))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    parquet.write_table(table, unfinished)
+    os.replace(unfinished, path)
+
+
+def sample_key(shard: int, place: int) -> str:
+    return f"{shard:05d}{place:04d}"
+
+
+def _described(outcome: Sample | Failure, key: str) -> dict[str, Any]:
+    """The fields of LAYOUT."""
+    known: dict[str, Any] = dict.fromkeys(LAYOUT)
+    known |= {"caption": outcome.caption, "url": outcome.url, "key": key}
+    if isinstance(outcome, Failure):
+        return known | {"status": outcome.status, "error_message": outcome.error_message}
+    return known | {
         "status": "success",
-        "error_message": None,
-        "width": sample.width,
-        "height": sample.height,
-        "original_width": sample.original_width,
-        "original_height": sample.original_height,
-        "sha256": hashlib.sha256(sample.image).hexdigest(),
+        "width": outcome.width,
+        "height": outcome.height,
+        "original_width": outcome.original_width,
+        "original_height": outcome.original_height,
+        "exif": outcome.exif,
+        "sha256": outcome.sha256 or hashlib.sha256(outcome.image).hexdigest(),
     }
-    if clash := description.keys() & sample.columns.keys():
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
+    if clash := LAYOUT.keys() & sample.columns.keys():
         raise ValueError(f"columns may not replace {sorted(clash)}")
+    description = {**_described(sample, key), **sample.columns}
     members = {
         sample.extension: sample.image,
-        "txt": sample.caption.encode(),
-        "json": json.dumps({**description, **sample.columns}, ensure_ascii=False).encode(),
+        "txt": (sample.caption or "").encode(),
+        "json": json.dumps(description, ensure_ascii=False).encode(),
     }
     for extension, content in members.items():
         info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, owner and group are 0 unless set

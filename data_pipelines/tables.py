@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ JSON_ROWS = PARQUET_ROWS = 4_096  # read at once
 # What a .csv column becomes whose first block looked like something that a later value is not.
 WIDER = {"null": "int64", "int64": "double"}
 CSV_CONVERSION = re.compile(r"In CSV column #(\d+):.*?conversion error to (\w+)")
+BINARY = re.compile(r"\bbinary\b")  # also within lists and structures
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Table:
     files: local, in order
     schema: what each slice has: all columns of all files, null where a file lacks one
     rows: in all files
+    left_out: columns that are never read, as they hold bytes, such as whole pictures
     """
 
     files: tuple[Path, ...]
     schema: pa.Schema
     rows: int
+    left_out: tuple[str, ...] = ()
 
     def slices(self, rows: int) -> Iterator[pa.Table]:
         """The table in its order, `rows` rows at a time; the last slice may have fewer. Raises DataError."""
@@ -97,7 +101,8 @@ def open_table(source: str, copies: Path, text_columns: Collection[str] = ()) ->
         raise DataError(f"The files of {source} disagree on a column: {_line(error)}.") from error
     if rows == 0:
         raise DataError(f"{source} has no rows.")
-    return Table(files, schema, rows)
+    left_out = tuple(field.name for field in schema if BINARY.search(str(field.type)))
+    return Table(files, pa.schema([field for field in schema if field.name not in left_out]), rows, left_out)
 
 
 def _files(url: str, copies: Path) -> list[Path]:
@@ -203,7 +208,9 @@ def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     with _reading(path):
         if path.suffix == ".parquet":
             with need("pyarrow.parquet", "data").ParquetFile(path) as file:
-                yield from (_conformed(batch, schema) for batch in file.iter_batches(PARQUET_ROWS))
+                names = [name for name in schema.names if name in file.schema_arrow.names]
+                for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+                    yield _conformed(batch, schema)
         elif path.suffix == ".jsonl":
             yield from (_conformed(batch, schema) for batch in _json_batches(path))
         else:
@@ -259,3 +266,20 @@ def text_column(table: Table, *names: str) -> str:
     if not kind.equals(pa.null()) and not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
         raise DataError(f"Column {name} of {table.files[0]} is {kind}; allowed: text.")
     return name
+
+
+def json_records(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows in what JSON can hold: numbers that are not finite as None, dates and the like as text."""
+    return [_json_value(record) for record in table.to_pylist()]
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _json_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(each) for each in value]
+    return str(value)

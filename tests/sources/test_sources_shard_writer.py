@@ -42,6 +42,7 @@ def test_layout_is_that_of_img2dataset(tmp_path):
             "height": 3,
             "original_width": 5,
             "original_height": 3,
+            "exif": None,
             "sha256": hashlib.sha256(sample["png"]).hexdigest(),
             "licence": "MIT",
             "attributes": {"number": str(i)},

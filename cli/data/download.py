@@ -1,0 +1,88 @@
+"""`t2i data download`: a table of URLs and captions to shards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..console import console
+
+
+def run(arguments: list[str]) -> None:
+    """Downloads under a progress bar and reports what was left out. Ctrl-C leaves complete shards only."""
+    options = parser().parse_args(arguments)
+    from rich.progress import Progress
+
+    from t2i_pipelines import download as job
+    from t2i_pipelines.fetch import FetchLimits
+    from t2i_pipelines.tables import open_table, text_column
+
+    out = Path(options.out)
+    limits = FetchLimits(options.timeout_s, int(options.max_mib * (1 << 20)), options.retries)
+    chosen = job.DownloadOptions(
+        options.samples_per_shard,
+        options.connections,
+        limits,
+        options.image_size_px,
+        job.default_decoders(),
+    )
+    captions = [options.caption_column] if options.caption_column else ["caption", "text"]
+    table = open_table(
+        options.table, out / job.COPIES, {name.lower() for name in (options.url_column, *captions)}
+    )
+    url_column, caption_column = text_column(table, options.url_column), text_column(table, *captions)
+    for name in table.left_out:
+        console.print(f"Column {name} is left out: it holds bytes", markup=False)
+    report = job.Report()
+    stopped = False
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("pictures", total=table.rows)
+        try:
+            job.download(
+                table, out, chosen, url_column, caption_column, lambda done: bar.advance(task, done), report
+            )
+        except KeyboardInterrupt:
+            stopped = True
+    counts = report.statuses.copy()
+    console.print(
+        f"{counts.pop('success', 0):,} of {report.statuses.total():,} pictures are in {report.shards} shards in {out}"
+        + (f", {report.skipped} of which were there" if report.skipped else ""),
+        markup=False,
+    )
+    for cause, count in sorted(counts.items()):
+        console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)", markup=False)
+    if report.fetched:
+        rate, mib = report.fetched / report.seconds, report.fetched_bytes / (1 << 20)
+        console.print(
+            f"Fetched {report.fetched:,} pictures, {mib:,.0f} MiB, in {report.seconds:,.0f} s: "
+            f"{rate:,.0f} pictures/s, {mib / report.seconds:,.1f} MiB/s"
+        )
+    if stopped:
+        console.print("Stopped: the shards that are there are complete; the same command goes on after them")
+        raise SystemExit(130)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i data download", description="URLs to shards, in the layout of img2dataset."
+    )
+    made.add_argument("table", help=".parquet, .csv, .tsv or .jsonl; several by braces or *; a path or a URL")
+    made.add_argument("out", help="folder for the shards; those that are there already are not fetched again")
+    made.add_argument("--url-column", default="url", help="in any case (default: url)")
+    made.add_argument("--caption-column", help="in any case (default: caption, or else text)")
+    made.add_argument("--samples-per-shard", type=int, default=1000, help="rows, those that fail included")
+    made.add_argument("--connections", type=int, default=256, help="requests at the same time (default: 256)")
+    made.add_argument(
+        "--timeout-s", type=float, default=10, help="for one picture, all retries included (default: 10)"
+    )
+    made.add_argument("--max-mib", type=float, default=20, help="of one picture (default: 20)")
+    made.add_argument(
+        "--retries", type=int, default=2, help="after connection errors, 429 and 5xx (default: 2)"
+    )
+    made.add_argument(
+        "--image-size-px",
+        type=int,
+        metavar="PX",
+        help="reduce pictures whose shorter side is longer to it (default: keep every picture as it comes)",
+    )
+    return made

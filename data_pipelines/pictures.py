@@ -1,0 +1,105 @@
+"""A picture file from somewhere, checked and made ready for a shard: its own bytes wherever they will do."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from PIL import ExifTags, Image
+
+from t2i.data.decode import BadSample, decode_image, resize
+
+Extension: TypeAlias = Literal["jpg", "png", "webp"]
+KEPT: dict[str, Extension] = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+}  # stored byte for byte
+# No others are opened: Pillow knows 40 more, among them EPS, for which it starts Ghostscript.
+FORMATS = (*KEPT, "GIF", "BMP", "TIFF", "AVIF")
+QUALITY = 95  # as img2dataset
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image: the file for the shard; None: the source's own bytes. The rest as in `shard_writer.Sample`."""
+
+    image: bytes | None
+    extension: Extension
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    exif: str | None
+    sha256: str
+
+
+def prepare(data: bytes, key: str, shorter_side_px: int | None = None) -> Picture:
+    """Checks that `data` is a whole picture, and makes of it what a shard stores.
+
+    shorter_side_px: a picture whose shorter side is longer is reduced to it, upright and on white, as a JPEG whose
+        colours are not subsampled: at its final size that would be a loss. None: nothing is reduced.
+    A JPEG, PNG or WebP that is not reduced stays as it is, other formats become PNG (of an animation, the first
+    frame). Nothing is enlarged. Widths and heights count after EXIF orientation, as training sees the picture.
+    Raises BadSample: "bomb" for too many pixels, else "image".
+    """
+    kind, size, exif = _header(data, key)
+    covering = None if shorter_side_px is None or min(size) <= shorter_side_px else shorter_side_px
+    # Without reducing, an eighth of a JPEG's resolution tells whether its data are whole.
+    least_px = covering or (1 if kind in KEPT else None)
+    picture, (height, width) = decode_image(data, key, (least_px, least_px) if least_px else None)
+    digest = hashlib.sha256(data).hexdigest()
+    if covering is None and kind in KEPT:
+        return Picture(None, KEPT[kind], width, height, width, height, exif, digest)
+    buffer = io.BytesIO()
+    if covering is None:
+        picture.save(buffer, "PNG")
+        return Picture(buffer.getvalue(), "png", width, height, width, height, exif, digest)
+    scale = covering / min(height, width)
+    reduced = resize(picture, (round(height * scale), round(width * scale)))
+    reduced.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    return Picture(buffer.getvalue(), "jpg", *reduced.size, width, height, exif, digest)
+
+
+def _header(data: bytes, key: str) -> tuple[str, tuple[int, int], str | None]:
+    """Format, size and EXIF tags."""
+    Image.init()  # all readers, so that each of FORMATS that this Pillow has is known to it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image decides
+            image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise BadSample("bomb", key, str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadSample("image", key, "not a picture in a known format") from error
+    except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim
+        raise BadSample("image", key, f"{type(error).__name__}: {error}") from error
+    return image.format or "", image.size, _exif(image)
+
+
+def _exif(image: Image.Image) -> str | None:
+    """{"Image Model": "...", "EXIF ExposureTime": "...", ...} as text, "{}" for a picture without; None where it
+    cannot be read. Binary values (thumbnails, makers' notes) are left out."""
+    try:
+        tags = image.getexif()
+        groups = {
+            "Image": tags,
+            "EXIF": tags.get_ifd(ExifTags.IFD.Exif),
+            "GPS": tags.get_ifd(ExifTags.IFD.GPSInfo),
+        }
+        named = {
+            f"{group} {(ExifTags.GPSTAGS if group == 'GPS' else ExifTags.TAGS).get(tag, hex(tag))}": str(
+                value
+            ).strip()
+            for group, found in groups.items()
+            for tag, value in found.items()
+            if not isinstance(value, bytes | dict)
+        }
+        return json.dumps(named)
+    except Exception:  # metadata of strangers; the picture may be good all the same
+        return None
