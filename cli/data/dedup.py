@@ -1,0 +1,79 @@
+"""`t2i data dedup`: pictures that are there more than once, and a selection that has each once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from t2i.errors import DataError
+
+from ..console import console
+from .filter import repack_with_bar, selection_path
+
+
+def run(arguments: list[str]) -> None:
+    """Hashes and groups under progress bars, writes the selection and the report, and says what was found."""
+    options = parser().parse_args(arguments)
+    from rich.progress import Progress
+
+    from t2i.data.sources import expand
+    from t2i_pipelines.dedup import available_cores, find, hash_shards, write_kept
+    from t2i_pipelines.dedup_report import contact_sheet, write_report
+
+    written = selection_path(options.out)
+    report = Path(options.report) if options.report else written.with_suffix(".report.json")
+    with Progress(console=console, transient=True) as bar:
+        hashing, grouping = bar.add_task("shards", total=None), bar.add_task("compared", total=None)
+        shards, hashes = hash_shards(
+            expand(options.shards, "SHARDS"),
+            options.hash,
+            written.with_suffix(".hashes"),
+            options.workers or available_cores(),
+            lambda done, total: bar.update(hashing, completed=done, total=total),
+        )
+        found = find(
+            shards,
+            hashes,
+            options.distance,
+            options.tolerance,
+            lambda done, total: bar.update(grouping, completed=done, total=total),
+        )
+    kept = write_kept(found, written)
+    settings = {"hash": options.hash, "distance": options.distance, "tolerance": options.tolerance}
+    write_report(found, settings, report)
+    console.print(
+        f"Of {len(found.keeper):,} samples {found.exact:,} have the same bytes as another, and {found.near:,} more "
+        "are nearly the same as one"
+    )
+    for cause, count in sorted(found.causes().items()):
+        console.print(f"Not compared and kept, {cause}: {count:,} (named in {report})", markup=False)
+    if sheet := contact_sheet(found):
+        sheet.save(report.with_suffix(".png"))
+        console.print(f"{report} names them, {report.with_suffix('.png')} shows them", markup=False)
+    if not kept:
+        raise DataError(f"No sample is left, so {written} is not written.")
+    console.print(f"{kept:,} samples are kept, in {written}", markup=False)
+    if written != Path(options.out):
+        repack_with_bar(written, Path(options.out), options.samples_per_shard, kept)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i data dedup",
+        description="Finds pictures that are there more than once and keeps of each the one with the largest original.",
+    )
+    made.add_argument("shards", nargs="+", help="shards or selections (.arrow); braces")
+    made.add_argument("out", help="a selection kept.arrow, or a folder for shards of their own")
+    made.add_argument("--distance", type=int, default=4, help="bits of 64 in which hashes may differ; 4")
+    made.add_argument(
+        "--tolerance",
+        type=int,
+        default=24,
+        help="of 255, by which values of 8 x 8 thumbnails may differ; 24. 255: the hash alone decides, which sees no "
+        "colours",
+    )
+    made.add_argument("--hash", default="phash", help="phash or dhash, of the package imagehash")
+    made.add_argument("--report", metavar="FILE.json", help="default: beside OUT; a .png lies beside it")
+    made.add_argument("--workers", type=int, help="processes that hash; one for each core")
+    made.add_argument("--samples-per-shard", type=int, default=1000, help="where OUT is a folder")
+    return made

@@ -1,0 +1,117 @@
+"""The metadata of one shard: the `.parquet` beside it and the columns that `t2i data score` added, or, where it was
+packed by hand, the JSON of its samples."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from t2i.data.captions import parse_captions, parse_metadata
+from t2i.data.decode import BadSample
+from t2i.data.index import ShardIndex
+from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes
+from t2i.errors import DataError
+
+from .optional import need
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """The path of a local source; a remote one is copied to a temporary file for the length of the block.
+    Raises SourceError."""
+    if is_local(url):
+        yield local_path(url)
+        return
+    with tempfile.TemporaryDirectory(prefix="t2i-") as folder:
+        path = Path(folder) / "shard.tar"
+        copy(url, path)
+        yield path
+
+
+def scan(path: Path, url: str) -> ShardIndex:
+    """What the tar at `path`, a copy of `url`, holds. Raises DataError where it cannot be read."""
+    try:
+        return ShardIndex.scan(path)
+    except OSError as error:
+        raise DataError(f"Shard {url} cannot be read: {error.strerror or error}.") from error
+
+
+def metadata_of(url: str) -> tuple[Any, bool]:
+    """An Arrow table with a row for each sample, with a column `key`, and whether it stood in a `.parquet`.
+
+    Columns of `00000.scores.parquet` are joined by key; where both have a column, the scores' stands: it is the newer
+    one. Raises DataError where a file cannot be read or has no column `key`.
+    """
+    table = _parquet_beside(url, ".parquet")
+    packed = table is not None
+    if table is None:
+        with local_copy(url) as path:
+            table = _from_members(path, url)
+    scores = _parquet_beside(url, ".scores.parquet")
+    return (table if scores is None else _joined(table, scores)), packed
+
+
+def _parquet_beside(url: str, suffix: str) -> Any | None:
+    pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
+    place = beside(url, suffix)
+    if not place:
+        return None
+    try:
+        table = parquet.read_table(pa.BufferReader(read_bytes(place)))
+    except SourceError as error:
+        if error.missing:
+            return None
+        raise
+    except pa.ArrowException as error:
+        raise DataError(f"{place} is not a parquet file: {error}.") from error
+    if "key" not in table.column_names:
+        raise DataError(f"{place} has no column key; it has {', '.join(table.column_names)}.")
+    return table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.string()))
+
+
+def _joined(table: Any, scores: Any) -> Any:
+    compute = need("pyarrow.compute", "data")
+    rows = compute.index_in(table["key"], value_set=scores["key"].combine_chunks())
+    for name in scores.column_names:
+        if name != "key":
+            same = [each for each in table.column_names if each.lower() == name.lower()]
+            table = table.drop_columns(same).append_column(name, scores[name].take(rows))
+    return table
+
+
+def _from_members(path: Path, url: str) -> Any:
+    """From the members of the tar at `path`. A sample whose JSON or tar member is bad gets a status that says so."""
+    pa = need("pyarrow", "data")
+    index = scan(path, url)
+    rows: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for number, key in enumerate(index.keys):
+            row: dict[str, Any] = {}
+            try:
+                if number in index.flaws:
+                    raise BadSample(index.flaws[number], key)
+                members = index.read(file.fileno(), number, ("json", "txt"))
+                row = parse_metadata(members, key)
+                row.setdefault("status", "success")
+                if "caption" not in row and "txt" in members:
+                    row["caption"] = parse_captions(members, row, ("txt",), key)[0]
+            except BadSample as error:
+                row["status"] = error.cause
+            rows.append({**row, "key": key})
+    names = dict.fromkeys(["key", "status", *(name for row in rows for name in row)])
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> Any:
+    """Lists and objects, and values of several types, as JSON text."""
+    pa = need("pyarrow", "data")
+    if not any(isinstance(value, list | dict) for value in values):
+        with contextlib.suppress(pa.ArrowException):
+            return pa.array(values)
+    return pa.array(
+        [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    )
