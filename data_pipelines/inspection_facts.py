@@ -111,6 +111,22 @@ def look_at(
     return facts, tiles
 
 
+def read_sample(file: int, index: ShardIndex, row: int) -> dict[str, bytes]:
+    """Picture, caption and JSON of one sample. Raises BadSample where the tar file ends before, or for sizes that no
+    sample of use has, before memory is asked for."""
+    there = [column for column in range(len(index.extensions)) if index.offsets[row, column] >= 0]
+    wanted = [column for column in there if index.extensions[column] in (*IMAGE_EXTENSIONS, "txt", "json")]
+    if not wanted:
+        return {}
+    starts = index.offsets[row, wanted]
+    ends = starts + index.sizes[row, wanted]
+    if ends.max() > index.file_bytes:
+        raise BadSample("truncated", index.keys[row])
+    if ends.max() - starts.min() > MAX_SAMPLE_BYTES:
+        raise BadSample("bomb", index.keys[row], f"more than {MAX_SAMPLE_BYTES} bytes")
+    return index.read(file, row, [index.extensions[column] for column in wanted])
+
+
 class _Sample:
     def __init__(self, shard: str, index: ShardIndex, row: int, facts: Facts) -> None:
         self.shard, self.index, self.row, self.facts = shard, index, row, facts
@@ -130,7 +146,7 @@ class _Sample:
             return Tile(None, "", note)
         self.facts.samples += 1
         try:
-            members = self._read(file)
+            members = read_sample(file, self.index, self.row)
         except BadSample as error:
             return Tile(None, "", note or self.flaw(CAUSES[error.cause], error))
         caption = self._caption(members, self._metadata(members))
@@ -141,17 +157,6 @@ class _Sample:
         except BadSample as error:
             return Tile(None, caption, self.flaw(CAUSES[error.cause], error))
         return Tile(picture, caption)
-
-    def _read(self, file: int) -> dict[str, bytes]:
-        """Its picture, caption and JSON. Raises BadSample, before memory is asked for."""
-        wanted = {*IMAGE_EXTENSIONS, "txt", "json"}.intersection(self.there)
-        columns = [self.index.extensions.index(extension) for extension in wanted]
-        starts, sizes = self.index.offsets[self.row, columns], self.index.sizes[self.row, columns]
-        if columns and (starts + sizes).max() > self.index.file_bytes:
-            raise BadSample("truncated", self.key)
-        if columns and (starts + sizes).max() - starts.min() > MAX_SAMPLE_BYTES:
-            raise BadSample("bomb", self.key, f"more than {MAX_SAMPLE_BYTES} bytes")
-        return self.index.read(file, self.row, tuple(wanted))
 
     def _metadata(self, members: Mapping[str, bytes]) -> dict[str, Any]:
         try:

@@ -1,0 +1,100 @@
+"""`t2i data score`: aesthetic, watermark, NSFW and CLIP columns for shards that lack them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..console import console, is_first_process
+
+
+def run(arguments: list[str]) -> None:
+    """Scores this process's part of the shards under a progress bar."""
+    options = parser().parse_args(arguments)
+    if options.batch_size < 1:
+        from t2i.errors import ConfigError
+
+        raise ConfigError(f"--batch-size is {options.batch_size}; allowed: 1 and more.")
+    import torch
+    from rich.progress import Progress
+
+    from t2i.data.sources import expand
+    from t2i_pipelines.inspection import cores
+    from t2i_pipelines.optional import need
+    from t2i_pipelines.score import rank_of, score_shards
+    from t2i_pipelines.scorer import ScorerFiles, load_scorer
+
+    need("pyarrow", "data")  # before anything is loaded
+    urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", rank.local % gpus) if gpus else torch.device("cpu")
+    files = ScorerFiles(
+        options.clip,
+        options.clip_weights,
+        options.aesthetic,
+        options.nsfw,
+        options.watermark,
+        options.similarity,
+    )
+    scorer = load_scorer(files, device)
+    for column, name in scorer.names.items():
+        console.print(f"{column}: {name}", markup=False)
+    mine = len(urls[rank.rank :: rank.world])
+    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("shards", total=mine)
+        report = score_shards(
+            urls,
+            options.out,
+            scorer,
+            options.batch_size,
+            threads,
+            rank,
+            lambda share: bar.advance(task, share),
+        )
+    part = f" (process {rank.rank} of {rank.world})" if rank.world > 1 else ""
+    console.print(
+        f"Scored {report.samples} samples of {report.scored} shards on {device}; {report.skipped} of {mine} shards "
+        f"had their scores{part}"
+    )
+    for cause, count in sorted(report.nulls.items()):
+        _say(f"No score, {cause}: {count}{part}")
+    for url, why in report.unreadable.items():
+        _say(f"Unreadable shard {url}: {why}")
+
+
+def _say(line: str) -> None:
+    """What went wrong is said by every process."""
+    if is_first_process:
+        console.print(line, markup=False)
+    else:
+        print(line, file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i data score",
+        description="Scores from local weights, into 00000.scores.parquet beside each shard.",
+    )
+    made.add_argument("shards", nargs="+", help="paths or URLs, braces allowed: data/{00000..00009}.tar")
+    made.add_argument(
+        "--clip",
+        help="folder of open_clip or transformers, or an architecture of open_clip. LAION's ViT-L/14 heads want "
+        "OpenAI's weights: in open_clip that is ViT-L-14-quickgelu",
+    )
+    made.add_argument("--clip-weights", help="with an architecture: its .safetensors or .pt")
+    made.add_argument(
+        "--aesthetic", type=Path, help="sa_0_4_vit_l_14_linear.pth, sac+logos+ava1-l14-linearMSE.pth"
+    )
+    made.add_argument(
+        "--nsfw",
+        type=Path,
+        help="clip_ViT-L-14_openai_binary_nsfw_head.pth, h14_nsfw.pth (not Keras' folders)",
+    )
+    made.add_argument("--watermark", type=Path, help="watermark_model_v1.pt; needs no --clip")
+    made.add_argument("--similarity", action="store_true", help="of picture and caption, by --clip")
+    made.add_argument("--out", type=Path, help="folder for the scores; without it, beside each shard")
+    made.add_argument("--batch-size", type=int, default=64)
+    return made

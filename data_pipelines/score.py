@@ -1,0 +1,254 @@
+"""Columns that LAION's tables have and one's own data lack: aesthetic, punsafe, pwatermark, similarity."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.data.captions import parse_captions, parse_metadata
+from t2i.data.decode import BadSample, decode_image, image_bytes
+from t2i.data.index import ShardIndex
+from t2i.data.sources import beside, is_local, local_path, size
+from t2i.errors import ConfigError, DataError
+
+from .inspection import on_disk
+from .inspection_facts import CAPTION_KEYS, read_sample
+from .optional import need
+from .scorer import Loaded, Scorer
+
+SUFFIX = ".scores.parquet"
+END_BYTES = 1 << 20
+BATCHES_AHEAD = 2  # decoded while the networks work on another
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process takes the shards i with i % world == rank. local: its number on the machine"""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+def rank_of(environment: Mapping[str, str]) -> Rank:
+    """As torchrun or srun says."""
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
+        if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+            return Rank()  # the script that sbatch runs: one process, whatever number of tasks the job has
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Rank()
+    try:
+        return Rank(*(int(environment.get(name, "0")) for name in names))
+    except ValueError as error:
+        raise ConfigError(f"{', '.join(names)}: {error}; allowed: whole numbers.") from error
+
+
+@dataclass
+class Report:
+    """scored, skipped: shards of this process; samples: rows written
+    nulls: what is wrong -> rows that lack a score, or samples that have no row
+    unreadable: shard -> why"""
+
+    scored: int = 0
+    skipped: int = 0
+    samples: int = 0
+    nulls: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def score_shards(
+    urls: Sequence[str],
+    out: Path | None,
+    scorer: Scorer,
+    batch_size: int,
+    threads: int,
+    rank: Rank,
+    progress: Callable[[float], None],
+) -> Report:
+    """Writes `00000.scores.parquet` beside each shard of this process, or into the folder `out`.
+
+    Columns: key (string), and the scores (float32), null where the picture or the caption cannot be read. Of samples
+    with one key, the first has the row. Columns that a file has from the same weights and the same shard are kept,
+    others are made. progress: called with the part of a shard that was done.
+    Raises ConfigError where scores would have no place, DataError where no shard could be read.
+    """
+    files = _places(urls, out)
+    report = Report()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for url in urls[rank.rank :: rank.world]:
+            with contextlib.ExitStack() as stack:
+                try:
+                    known = _known(files[url], _identity(url))
+                    missing = [c for c in scorer.columns if known is None or not _made_with(known, c, scorer)]
+                    if not missing:
+                        report.skipped += 1
+                        progress(1)
+                        continue
+                    path = stack.enter_context(on_disk(url))
+                    index = ShardIndex.scan(path)
+                except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
+                    report.unreadable[url] = str(error) or type(error).__name__
+                    progress(1)
+                    continue
+                keys, scores = _score(path, index, scorer, missing, batch_size, pool, report, progress)
+                _write(files[url], keys, scores, scorer, _identity(str(path)), known)
+                report.scored += 1
+                report.samples += len(keys)
+    if report.unreadable and not report.scored + report.skipped:
+        first = next(iter(report.unreadable.values()))
+        raise DataError(f"None of {len(report.unreadable)} shards can be read; of the first: {first}")
+    return report
+
+
+def _places(urls: Sequence[str], out: Path | None) -> dict[str, Path]:
+    """Shard -> file of its scores."""
+    files: dict[str, Path] = {}
+    taken: dict[Path, str] = {}
+    for url in urls:
+        if out is None and not is_local(url):
+            raise ConfigError(f"Scores cannot be written beside {url}; name a folder with --out.")
+        place = local_path(beside(url, SUFFIX)) if is_local(url) else Path(beside(url, SUFFIX) or "pipe")
+        if out is not None:
+            place = out / place.name
+        if taken.setdefault(place, url) != url:
+            raise ConfigError(
+                f"{taken[place]} and {url} would both have their scores in {place}; name one at a time."
+            )
+        files[url] = place
+    return files
+
+
+def _score(
+    path: Path,
+    index: ShardIndex,
+    scorer: Scorer,
+    columns: Sequence[str],
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    report: Report,
+    progress: Callable[[float], None],
+) -> tuple[list[str], dict[str, list[float | None]]]:
+    rows: dict[str, int] = {}
+    for row, key in enumerate(index.keys):
+        if not (index.offsets[row] >= 0).any():  # it stands in for samples that the tar file lost
+            report.nulls[index.flaws[row]] += 1
+        elif key in rows:
+            report.nulls["duplicate"] += 1
+        else:
+            rows[key] = row
+    scores: dict[str, list[float | None]] = {column: [] for column in columns}
+    with path.open("rb") as file:
+
+        def load(row: int) -> Loaded:
+            return _load(file.fileno(), index, row, scorer, columns)
+
+        for batch in _batches(pool, load, list(rows.values()), batch_size):
+            report.nulls.update(loaded.cause for loaded in batch if loaded.cause)
+            for column, values in scorer.score(batch, columns).items():
+                scores[column].extend(values)
+            progress(len(batch) / len(rows))
+    if not rows:
+        progress(1)
+    return list(rows), scores
+
+
+def _batches(
+    pool: ThreadPoolExecutor, load: Callable[[int], Loaded], rows: Sequence[int], batch_size: int
+) -> Iterator[list[Loaded]]:
+    waiting: deque[list[Future[Loaded]]] = deque()
+    for start in range(0, len(rows), batch_size):
+        waiting.append([pool.submit(load, row) for row in rows[start : start + batch_size]])
+        if len(waiting) > BATCHES_AHEAD:
+            yield [future.result() for future in waiting.popleft()]
+    while waiting:
+        yield [future.result() for future in waiting.popleft()]
+
+
+def _load(file: int, index: ShardIndex, row: int, scorer: Scorer, columns: Sequence[str]) -> Loaded:
+    key = index.keys[row]
+    try:
+        members = read_sample(file, index, row)
+        picture, _ = decode_image(image_bytes(members, key), key)
+    except BadSample as error:
+        return Loaded(None, None, None, error.cause)
+    except OSError:
+        return Loaded(None, None, None, "unreadable")
+    caption, cause = None, None
+    if "similarity" in columns:
+        try:
+            captions = parse_captions(members, parse_metadata(members, key), CAPTION_KEYS, key)
+            caption = next(iter(captions))
+        except BadSample as error:
+            cause = error.cause
+    return Loaded(*scorer.preprocess(picture, columns), caption, cause)
+
+
+def _identity(url: str) -> str:
+    """Changes with the shard: its size, and of a local one a digest of its ends, as small tar files of different
+    samples are padded to the same size. Raises SourceError, OSError."""
+    length = size(url)
+    if length is None:
+        return ""
+    if not is_local(url):
+        return f"{length} "
+    digest = hashlib.sha256()
+    with local_path(url).open("rb") as file:
+        digest.update(file.read(END_BYTES))
+        file.seek(max(0, length - END_BYTES))
+        digest.update(file.read(END_BYTES))
+    return f"{length} {digest.hexdigest()}"
+
+
+def _known(file: Path, shard: str) -> Any | None:
+    """The table of scores, where it was made of this shard. shard: its identity, or the beginning of it"""
+    pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
+    try:
+        table = parquet.read_table(file, partitioning=None)
+    except (OSError, pa.ArrowException):
+        return None  # none, or not whole
+    then = (table.schema.metadata or {}).get(b"t2i.shard", b"").decode()
+    return table if then.startswith(shard) and "key" in table.column_names else None
+
+
+def _made_with(table: Any, column: str, scorer: Scorer) -> bool:
+    if column not in table.column_names:
+        return False
+    metadata = table.schema.field(column).metadata or {}
+    return metadata.get(b"t2i.weights") == scorer.weights[column].encode()
+
+
+def _write(
+    file: Path,
+    keys: list[str],
+    scores: Mapping[str, list[float | None]],
+    scorer: Scorer,
+    shard: str,
+    known: Any | None,
+) -> None:
+    """Also the columns of `known` that were not made anew. The file gets its name when it is complete."""
+    pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
+    fields, columns = [pa.field("key", pa.string())], [pa.array(keys, pa.string())]
+    if known is not None and known["key"].to_pylist() == keys:
+        for name in known.column_names:
+            if name != "key" and name not in scores:
+                fields.append(known.schema.field(name))
+                columns.append(known[name].combine_chunks())
+    for name, values in scores.items():
+        fields.append(pa.field(name, pa.float32(), metadata={"t2i.weights": scorer.weights[name]}))
+        columns.append(pa.array(values, pa.float32()))
+    schema = pa.schema(fields, metadata={"t2i.shard": shard})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    parquet.write_table(pa.table(columns, schema=schema), unfinished)
+    unfinished.replace(file)
