@@ -1,4 +1,4 @@
-"""Typed configuration: dataclasses, and the one place where a composed mapping becomes one.
+"""Typed configuration of a run.
 
 Units stand in the names (`_px`, `_images`, `_mib`). A value that is not allowed stops here, before any data
 is read, with the key's name, what was given and what is allowed.
@@ -9,148 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
-
-T = TypeVar("T")
-MISSING = "???"  # how a configuration file marks a value that has to be given
-
-
-def check(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raises ConfigError unless `condition`: "data.batch_size is 0; allowed: 1 or more."."""
-    if not condition:
-        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}.")
-
-
-def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """A dataclass from a plain mapping, strictly: unknown keys, missing keys and wrong types raise
-    ConfigError with the full dotted key."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"allowed: {', '.join(sorted(fields))}."
-            raise ConfigError(f"{path}{key} is not a known key; {hint}")
-    kwargs = {}
-    for name, spec in fields.items():
-        if name in values and values[name] != MISSING:
-            kwargs[name] = _convert(hints[name], values[name], path + name)
-        elif name in values or (
-            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        ):
-            raise ConfigError(f"{path}{name} is missing; it needs a value.")
-    return cls(**kwargs)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain mapping that `parse` would turn into `config` again."""
-    return dataclasses.asdict(config)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        rest = [a for a in args if a is not type(None)]
-        if any(dataclasses.is_dataclass(a) for a in rest):
-            return _convert_named(rest, value, key)
-        if len(rest) == 1:
-            return _convert(rest[0], value, key)
-        fitting = [o for o in rest if isinstance(value, typing.get_origin(o) or o)]
-        check(bool(fitting), key, value, " or ".join(map(_described, rest)))
-        return _convert(fitting[0], value, key)
-    if origin is Literal:
-        check(value in args, key, value, ", ".join(str(a) for a in args))
-        return value
-    if origin in (list, tuple):
-        check(isinstance(value, list | tuple), key, value, "a list")
-        items = [_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
-        return items if origin is list else tuple(items)
-    if origin is dict:
-        check(isinstance(value, Mapping), key, value, "a mapping")
-        return {k: _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        check(isinstance(value, Mapping), key, value, "a mapping")
-        return parse(typing.cast(type, hint), value, key + ".")
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any:
-        return value
-    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    check(ok, key, value, _described(hint))
-    return value
-
-
-def _described(hint: Any) -> str:
-    """A type in the words of a configuration file."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
-    return names.get(typing.get_origin(hint) or hint, str(hint))
-
-
-def _convert_named(options: list[Any], value: Any, key: str) -> Any:
-    """One of several dataclasses, told apart by the one value that each allows for its field `name`."""
-    check(isinstance(value, Mapping), key, value, "a mapping")
-    if len(options) == 1:
-        return parse(options[0], value, key + ".")
-    by_name = {typing.get_args(typing.get_type_hints(o)["name"])[0]: o for o in options}
-    check(value.get("name") in by_name, f"{key}.name", value.get("name"), ", ".join(by_name))
-    return parse(by_name[value["name"]], value, key + ".")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where captioned shards come from and how a sample is read.
-
-    source: "emoji" or "shapes", the embedded sources, or None for shards of one's own
-    shards: paths or URLs with brace expansion, of the shards to train on
-    heldout_shards: the same, of samples that no stage may train on (for reconstructions and evaluation)
-    caption_keys: where a caption is looked for, in this order: "txt", or "json:<field>"
-    crop: where the square (or rectangle) is cut from the resized picture
-    horizontal_flip: mirror half of the pictures
-    shuffle_window_shards: how many shards are mixed at a time; reading stays sequential beyond that
-    num_workers: reader processes; 0 reads in the training process
-    cache_mib: decoded pictures are kept in memory, per process, up to this size
-    max_bad_share: above this share of bad samples the run stops
-    """
-
-    source: Literal["emoji", "shapes"] | None
-    shards: str | list[str] | None
-    heldout_shards: str | list[str] | None = None
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
-    crop: Literal["center", "random"] = "center"
-    horizontal_flip: bool = False
-    filter_by_size: bool = True
-    shuffle_window_shards: int = 4
-    num_workers: int = 0
-    cache_mib: int = 0
-    max_bad_share: float = 0.01
-
-    def __post_init__(self) -> None:
-        check(
-            self.source is not None or bool(self.shards),
-            "data.shards",
-            self.shards,
-            "at least one path or URL",
-        )
-        for caption_key in self.caption_keys:
-            ok = caption_key == "txt" or caption_key.startswith("json:")
-            check(ok, "data.caption_keys", caption_key, "txt, or json:<field>")
-        check(
-            self.shuffle_window_shards >= 1,
-            "data.shuffle_window_shards",
-            self.shuffle_window_shards,
-            "1 or more",
-        )
-        check(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        check(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "0 or more")
-        check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0 to 1")
+from t2i.schema import check, parse, to_dict
 
 
 @dataclass(frozen=True)

@@ -2,61 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-
-@dataclass
-class Batch:
-    """One batch of captioned pictures, as the read path gives it to a stage.
-
-    image: (B, 3, H, W) float32 in [-1, 1]
-    caption: B strings; "" where text dropout removed the caption
-    key: B strings, unique within the dataset
-    original_size: (B, 2) int64, height and width in pixels of the source picture
-    crop: (B, 2) int64, top and left of the crop in pixels after resizing
-    metadata: B dictionaries, the sample's JSON
-    bad: how many samples could not be read while this batch was filled, by cause
-    """
-
-    image: Tensor
-    caption: list[str]
-    key: list[str]
-    original_size: Tensor
-    crop: Tensor
-    metadata: list[dict[str, Any]]
-    bad: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.caption)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """A copy with its tensors on `device`."""
-        return Batch(
-            image=self.image.to(device, non_blocking=non_blocking),
-            caption=self.caption,
-            key=self.key,
-            original_size=self.original_size.to(device, non_blocking=non_blocking),
-            crop=self.crop.to(device, non_blocking=non_blocking),
-            metadata=self.metadata,
-            bad=self.bad,
-        )
-
-    def pin_memory(self) -> Batch:
-        """A copy with its tensors in page-locked memory (called by the DataLoader)."""
-        return Batch(
-            image=self.image.pin_memory(),
-            caption=self.caption,
-            key=self.key,
-            original_size=self.original_size.pin_memory(),
-            crop=self.crop.pin_memory(),
-            metadata=self.metadata,
-            bad=self.bad,
-        )
 
 
 @dataclass
@@ -81,6 +32,54 @@ class TextFeatures:
             tokens=self.tokens.to(device, dtype),
             pooled=self.pooled.to(device, dtype),
             mask=self.mask.to(device),
+        )
+
+
+@dataclass
+class Batch:
+    """One batch of captioned pictures, as the read path gives it to a stage.
+
+    image: (B, 3, H, W) float32 in [-1, 1]; (B, 3, 0, 0) where `moments` stand in for it
+    caption: B strings; "" where text dropout removed the caption
+    key: B strings, unique within the dataset
+    original_size: (B, 2) int64, height and width in pixels of the source picture
+    crop: (B, 2) int64, top and left of the crop in pixels after resizing
+    metadata: B dictionaries, the sample's JSON
+    bad: how many samples could not be read while this batch was filled, by cause
+    moments: (B, M, h, w) float32, what the codec's `moments` gives of the pictures, where it was computed before
+    text: the features of the captions, where they were computed before
+    """
+
+    image: Tensor
+    caption: list[str]
+    key: list[str]
+    original_size: Tensor
+    crop: Tensor
+    metadata: list[dict[str, Any]]
+    bad: dict[str, int] = field(default_factory=dict)
+    moments: Tensor | None = None
+    text: TextFeatures | None = None
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """A copy with its tensors on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """A copy with its tensors in page-locked memory (called by the DataLoader)."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        text = self.text
+        return replace(
+            self,
+            image=change(self.image),
+            original_size=change(self.original_size),
+            crop=change(self.crop),
+            moments=None if self.moments is None else change(self.moments),
+            text=text and TextFeatures(change(text.tokens), change(text.pooled), change(text.mask)),
         )
 
 
@@ -114,6 +113,18 @@ class ImageCodec(Protocol):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f) scaled to about unit variance: a sample of the
         posterior, made with `noise` ~ N(0, I) of that shape, or its mode where that is None."""
+        ...
+
+    def moments(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, M, H/f, W/f): all that `latent` needs to know of the picture."""
+        ...
+
+    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`encode` is `latent` of `moments`."""
+        ...
+
+    def encoding_weights(self) -> Mapping[str, Tensor]:
+        """What decides `moments`, by name."""
         ...
 
     def decode(self, latent: Tensor) -> Tensor:

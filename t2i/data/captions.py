@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from t2i.data.decode import BadSample
 
 
@@ -23,29 +25,53 @@ def parse_metadata(members: Mapping[str, bytes], key: str) -> dict[str, Any]:
 
 
 def parse_captions(
-    members: Mapping[str, bytes], metadata: Mapping[str, Any], caption_keys: Sequence[str], key: str
-) -> list[str]:
-    """All captions under the first of `caption_keys` ("txt", or "json:<field>" for a string or a list of
-    strings) that has any; surrounding white space is cut off. Raises BadSample("caption") where there is no
-    caption but an empty one, or where the one found is not text in UTF-8."""
+    members: Mapping[str, bytes],
+    metadata: Mapping[str, Any],
+    caption_keys: Sequence[str] | Mapping[str, float],
+    key: str,
+) -> dict[str, float]:
+    """The captions of a sample with their weights; surrounding white space is cut off.
+
+    caption_keys: "txt", or "json:<field>" for a string or a list of strings. Of a sequence, the first that has any
+        captions; of a mapping to weights, all that have any. The captions of one key share its weight.
+    Raises BadSample("caption") where there is no caption but an empty one, or where one found is not text in UTF-8.
+    """
+    weights = caption_keys if isinstance(caption_keys, Mapping) else None
+    captions: dict[str, float] = {}
     for caption_key in caption_keys:
-        if caption_key == "txt":
-            try:
-                found: Any = members.get("txt", b"").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise BadSample("caption", key, str(error)) from error
-        else:
-            found = metadata.get(caption_key.removeprefix("json:"))
-        options = found if isinstance(found, list) else [found]
-        if not all(option is None or isinstance(option, str) for option in options):
-            raise BadSample("caption", key, f"{caption_key} is neither text nor a list of texts")
-        captions = [text for option in options if (text := (option or "").strip())]
-        if captions:
-            return captions
-    raise BadSample("caption", key, f"none under {', '.join(caption_keys)}")
+        found = _captions_under(caption_key, members, metadata, key)
+        for caption in found:
+            weight = 1.0 if weights is None else weights[caption_key]
+            captions[caption] = captions.get(caption, 0.0) + weight / len(found)
+        if captions and weights is None:
+            break
+    if not captions:
+        raise BadSample("caption", key, f"none under {', '.join(caption_keys)}")
+    return captions
 
 
-def choose_caption(captions: Sequence[str], choice: float, chance: float, dropout: float) -> str:
-    """One of `captions` by `choice`, or "" where `chance` < `dropout`; both numbers uniform in [0, 1), pure
-    in (seed, epoch, sample), so that a run drops the same captions however it is spread or resumed."""
-    return "" if chance < dropout else captions[int(choice * len(captions))]
+def _captions_under(
+    caption_key: str, members: Mapping[str, bytes], metadata: Mapping[str, Any], key: str
+) -> list[str]:
+    if caption_key == "txt":
+        try:
+            found: Any = members.get("txt", b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample("caption", key, str(error)) from error
+    else:
+        found = metadata.get(caption_key.removeprefix("json:"))
+    options = found if isinstance(found, list) else [found]
+    if not all(option is None or isinstance(option, str) for option in options):
+        raise BadSample("caption", key, f"{caption_key} is neither text nor a list of texts")
+    return [text for option in options if (text := (option or "").strip())]
+
+
+def choose_caption(captions: Mapping[str, float], choice: float, chance: float, dropout: float) -> str:
+    """One of `captions` by its weight and `choice`, or "" where `chance` < `dropout`; both numbers uniform in [0, 1),
+    pure in (seed, epoch, sample), so that a run drops the same captions however it is spread or resumed."""
+    if chance < dropout:
+        return ""
+    if len(captions) == 1:
+        return next(iter(captions))
+    upto = np.cumsum(list(captions.values()))
+    return list(captions)[min(int(np.searchsorted(upto, choice * upto[-1], side="right")), len(captions) - 1)]

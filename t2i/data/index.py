@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -122,7 +122,7 @@ class ShardIndex:
         with path.open("rb") as file:
             for row, key in enumerate(self.keys):
                 try:
-                    size = original_size(self.read(file.fileno(), row, ("json",)), key)
+                    size = original_size(parse_metadata(self.read(file.fileno(), row, ("json",)), key))
                     found[row] = size or stored_size(image_bytes(self.read(file.fileno(), row), key), key)
                 except (BadSample, OSError):
                     continue  # counted when it is read
@@ -173,9 +173,8 @@ class ShardIndex:
         return index
 
 
-def original_size(members: Mapping[str, bytes], key: str) -> tuple[int, int] | None:
-    """Height and width of the source picture, where the sample's JSON says so. Raises BadSample("json")."""
-    metadata = parse_metadata(members, key)
+def original_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the source picture, where the sample's JSON says so."""
     height, width = metadata.get("original_height"), metadata.get("original_width")
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
         return height, width

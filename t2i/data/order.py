@@ -1,19 +1,18 @@
 """Which sample stands at which position of the endless stream, and the randomness that goes with it.
 
-Everything here is a pure function of integers. Epochs follow one another without a gap. Batch k of a run takes
-the positions [kG, (k+1)G) of the stream, G = batch_size * world_size, and rank r of R those of them with
-p % R = r. So one integer, images seen, is the whole state of reading, whatever the number of ranks or workers
-before or after, and every rank gets as many batches as any other.
+Everything here is a pure function of integers. Epochs follow one another without a gap. Step k of a run takes the
+positions [kG, (k+1)G) of the stream, G = batch_size * world_size, and rank r of R those p with p % R = r (in buckets,
+where a batch has to be of one shape, every R-th run of batch_size positions). So one integer, images seen, is the whole
+state of reading, whatever the number of ranks or workers before or after, and every rank gets as many batches as any
+other: an epoch that does not divide by G goes on in the same batch with the next.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -54,20 +53,43 @@ def uniform(seed: int, stream: Stream, epoch: int | np.ndarray, sample: int | np
     return (hash64(seed, int(stream), epoch, sample) >> np.uint64(11)) * 2.0**-53
 
 
-class ShardOrder:
-    """The endless stream of epochs over some shards: which sample stands at which position.
+class Order(Protocol):
+    """The endless stream of epochs over one dataset."""
 
-    An epoch permutes the shards and deals them to `lanes` lanes, each shard to the lane that has the fewest
-    samples yet. A lane reads its shards one after the other, the samples of each in a random order; the epoch takes
-    one sample from each lane in turn (position p from lane p % lanes, until the shortest lane ends). So `lanes`
-    shards are open at a time, each is read once from end to end before the next is opened, and where the number of
-    ranks divides `lanes`, rank r of R only ever reads the lanes r, r + R, ... and no shard is fetched twice.
+    def __len__(self) -> int:
+        """Positions in an epoch."""
+        ...
+
+    def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) positions of the stream -> (n,) epochs and (n,) global sample indices, int64."""
+        ...
+
+    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
+        """(epoch, sample index) of what may fill the seat at `position` if its own sample is bad, the best first: read
+        from the shards that this rank reads anyway, and of the same shape. As many as an epoch has at most."""
+        ...
+
+    def following(self, epoch: int, shard: int) -> int | None:
+        """The shard that is opened when `shard` is read to its end; None where the epoch has no more of them."""
+        ...
+
+
+class ShardOrder:
+    """The stream in which whole shards follow one another in a number of lanes.
+
+    An epoch permutes the shards, and the samples within each; that makes one long sequence, which is cut into `lanes`
+    lanes of equal length (to one sample). Position p of the epoch is the next sample of lane p % lanes. So `lanes`
+    shards are open at a time, and where the number of ranks divides `lanes` (and the number of samples), rank r of R
+    only ever reads the lanes r, r + R, ...
 
     Is that shuffled enough? Every batch of G samples has G / lanes from each of `lanes` shards, at random places.
-    Measured on 100 shards of 1,000 samples, lanes=16 (`benchmarks/shuffle.py`): neighbours of a file stand on
-    average 5,330 positions apart and 1.5% of them within 256 of each other; after a full shuffle it would be
-    33,330 and 0.5%. Where samples are sorted by shard, a batch of 256 holds 16 classes of 100, after a full shuffle
-    92: shards that are alike inside want more lanes.
+    Measured on 100 shards of 1,000 samples with lanes=16 (tests/data/test_data_order.py): neighbours of a file stand on
+    average 5,330 positions apart, in a shard that a cut goes through more, and 3.2% of them within 256 of each other;
+    after a full shuffle it is 33,330 and 0.5%. Where samples are sorted by shard, a batch of 256 holds 16 classes of
+    100, after a full shuffle 92: shards that are alike inside want more lanes.
+
+    Is it sequential enough? A shard is asked for whole, and read to its end while `lanes` of them are open, before the
+    next one is opened; only the `lanes` - 1 shards that a cut goes through are read in two parts, by two lanes.
 
     Looking a position up takes the sizes of the shards and permutations of the open shards, never one of the epoch.
 
@@ -78,126 +100,103 @@ class ShardOrder:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed = seed
-        self.lanes = max(1, min(lanes, int((self.sizes > 0).sum())))
-        self._epoch = lru_cache(maxsize=2)(self._deal)  # a batch may straddle two
-        self._samples = lru_cache(maxsize=4 * self.lanes)(self._shuffled)
+        self.lanes = min(lanes, len(self))
+        self._shards = lru_cache(maxsize=2)(self._permuted_shards)  # a batch may straddle two epochs
+        self._samples = lru_cache(maxsize=4 * lanes)(self._permuted_samples)
 
     def __len__(self) -> int:
         """Samples in an epoch."""
         return int(self.starts[-1])
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) positions of the stream -> (n,) epochs and (n,) global sample indices, int64."""
+        """See `Order`."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
+        length, longer = divmod(len(self), self.lanes)
+        rounds, lanes = np.divmod(offsets, self.lanes)
+        places = lanes * length + np.minimum(lanes, longer) + rounds  # in the sequence
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
-            dealt, chosen = self._epoch(epoch), np.flatnonzero(epochs == epoch)
-            shards, ranks = dealt.locate(offsets[chosen])
-            for shard in np.unique(shards).tolist():
-                within = shards == shard
-                samples[chosen[within]] = self.starts[shard] + self._samples(epoch, shard)[ranks[within]]
+            shards, ends = self._shards(epoch)
+            chosen = np.flatnonzero(epochs == epoch)
+            nth = np.searchsorted(ends, places[chosen], side="right")
+            for n in np.unique(nth).tolist():
+                shard, within = int(shards[n]), chosen[nth == n]
+                ranks = places[within] - (ends[n] - self.sizes[shard])
+                samples[within] = self.starts[shard] + self._samples(epoch, shard)[ranks]
         return epochs, samples
 
+    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
+        """What comes next in the same lane, and then, in the next epoch, in another."""
+        stop = position + (len(self) + 1) * self.lanes
+        for first in range(position + self.lanes, stop, 64 * self.lanes):
+            epochs, samples = self.locate(range(first, min(first + 64 * self.lanes, stop), self.lanes))
+            yield from zip(epochs.tolist(), samples.tolist(), strict=True)
+
     def following(self, epoch: int, shard: int) -> int | None:
-        """The shard that is read after `shard` in its lane; None where the epoch has no more of them."""
-        return self._epoch(epoch).following.get(shard)
+        """See `Order`."""
+        shards, _ = self._shards(epoch)
+        after = np.flatnonzero(shards == shard)[0] + 1
+        return int(shards[after]) if after < len(shards) else None
 
-    def _deal(self, epoch: int) -> _Epoch:
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards that are not empty, in the epoch's order, and the running sum of their sizes."""
         bits = hash64(self.seed, int(Stream.SHARDS), epoch, np.arange(len(self.sizes)))
-        lanes: list[list[int]] = [[] for _ in range(self.lanes)]
-        shortest = [(0, lane) for lane in range(self.lanes)]
-        for shard in np.argsort(bits, kind="stable").tolist():
-            if size := int(self.sizes[shard]):
-                length, lane = heapq.heappop(shortest)
-                lanes[lane].append(shard)
-                heapq.heappush(shortest, (length + size, lane))
-        return _Epoch.of(lanes, self.sizes)
+        shards = np.argsort(bits, kind="stable")
+        shards = shards[self.sizes[shards] > 0]
+        return shards, np.cumsum(self.sizes[shards])
 
-    def _shuffled(self, epoch: int, shard: int) -> np.ndarray:
+    def _permuted_samples(self, epoch: int, shard: int) -> np.ndarray:
+        # The bits belong to the sample, so that ties (1 in 2^64) are broken by shard order and nothing else.
         size = int(self.sizes[shard])
         bits = hash64(self.seed, int(Stream.SAMPLES), epoch, int(self.starts[shard]) + np.arange(size))
         return np.argsort(bits, kind="stable")
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The lanes of one epoch, the longest first.
-
-    lanes: of each its shards; ends: of each the running sums of their sizes
-    first, rounds: position and round from which on 1, 2, ... lanes fewer are left; following: see ShardOrder
-    """
-
-    lanes: list[np.ndarray]
-    ends: list[np.ndarray]
-    first: np.ndarray
-    rounds: np.ndarray
-    following: dict[int, int]
-
-    @classmethod
-    def of(cls, lanes: list[list[int]], sizes: np.ndarray) -> _Epoch:
-        lanes = sorted(lanes, key=lambda lane: -int(sizes[lane].sum()))  # a stable sort
-        ends = [np.cumsum(sizes[lane]) for lane in lanes]
-        lengths = np.array([end[-1] for end in ends])[::-1]  # the shortest first
-        rounds = np.concatenate([[0], lengths])
-        alive = np.arange(len(lanes), 0, -1)
-        first = np.concatenate([[0], np.cumsum(np.diff(rounds) * alive)])
-        following = {a: b for lane in lanes for a, b in itertools.pairwise(lane)}
-        return cls([np.array(lane) for lane in lanes], ends, first, rounds, following)
-
-    def locate(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets within the epoch -> shards, and the how-manieth sample read of each."""
-        ended = np.searchsorted(self.first, offsets, side="right") - 1
-        since, alive = offsets - self.first[ended], len(self.lanes) - ended
-        lane_of, round_of = since % alive, self.rounds[ended] + since // alive
-        shards, ranks = np.empty_like(offsets), np.empty_like(offsets)
-        for lane in np.unique(lane_of).tolist():
-            chosen = lane_of == lane
-            place = np.searchsorted(self.ends[lane], round_of[chosen], side="right")
-            shards[chosen] = self.lanes[lane][place]
-            before = np.concatenate([[0], self.ends[lane]])[place]
-            ranks[chosen] = round_of[chosen] - before
-        return shards, ranks
-
-
 class MixtureOrder:
     """Which of several datasets fills each position of the stream, and with which of its own positions.
 
-    Position p belongs to column p % columns. Each column draws datasets by weight, exactly so in every CYCLE of its
-    positions; a dataset's own stream is spread over the columns in the same way, so that each of its positions
-    comes exactly once, and stays with the ranks that read it where their number divides `columns`.
+    Runs of `unit` positions belong together; run u belongs to column u % columns. Each column draws datasets by weight,
+    exactly so in every CYCLE of its runs; a dataset's own stream is spread over the columns in the same way, so that
+    each of its positions comes exactly once, and stays with the ranks that read it where their number divides
+    `columns`.
 
-    weights: of each dataset, positive, of any sum; kept to 1 / CYCLE
+    weights: of each dataset, positive, of any sum; kept to 1 / CYCLE, and at least that
     """
 
     CYCLE = 1000
 
-    def __init__(self, weights: Sequence[float], seed: int, columns: int) -> None:
+    def __init__(self, weights: Sequence[float], seed: int, columns: int, unit: int = 1) -> None:
         shares = np.asarray(weights, dtype=np.float64) / sum(weights) * self.CYCLE
         counts = np.floor(shares).astype(np.int64)
         counts[np.argsort(counts - shares, kind="stable")[: self.CYCLE - counts.sum()]] += 1
-        self.counts, self.seed, self.columns = counts, seed, columns
+        while not counts.all():
+            counts[counts.argmin()] += 1
+            counts[counts.argmax()] -= 1
+        self.counts, self.seed, self.columns, self.unit = counts, seed, columns, unit
         self._labels = np.repeat(np.arange(len(counts)), counts)
         self._cycle = lru_cache(maxsize=2 * columns)(self._drawn)
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) positions -> (n,) datasets and (n,) positions in their own streams, int64."""
-        rounds, column = np.divmod(np.asarray(positions, dtype=np.int64), self.columns)
+        runs, within = np.divmod(np.asarray(positions, dtype=np.int64), self.unit)
+        rounds, column = np.divmod(runs, self.columns)
         cycles, place = np.divmod(rounds, self.CYCLE)
         drawn = [self._cycle(*at) for at in zip(cycles.tolist(), column.tolist(), strict=True)]
         datasets = np.array([labels[i] for (labels, _), i in zip(drawn, place, strict=True)], dtype=np.int64)
         before = np.array([ranks[i] for (_, ranks), i in zip(drawn, place, strict=True)], dtype=np.int64)
-        return datasets, (cycles * self.counts[datasets] + before) * self.columns + column
+        own_runs = (cycles * self.counts[datasets] + before) * self.columns + column
+        return datasets, own_runs * self.unit + within
 
     def seen(self, positions: int) -> np.ndarray:
-        """(D,) int64: how many of the first `positions` each dataset filled."""
-        rounds, extra = divmod(positions, self.columns)
+        """(D,) int64: how many of the first `positions` each dataset filled, in whole runs."""
+        rounds, extra = divmod(positions // self.unit, self.columns)
         cycles, place = divmod(rounds, self.CYCLE)
         seen = cycles * self.columns * self.counts
         for column in range(self.columns):
             labels, _ = self._cycle(cycles, column)
             upto = place + (column < extra)
             seen = seen + np.bincount(labels[:upto], minlength=len(self.counts))
-        return seen
+        return seen * self.unit
 
     def _drawn(self, cycle: int, column: int) -> tuple[np.ndarray, np.ndarray]:
         """(CYCLE,) the datasets of one cycle of a column, and how often each came in it before."""
@@ -215,7 +214,8 @@ class BucketOrder:
     The samples of an epoch go by in the order of `order`, each into its bucket; a bucket that is full is the next
     batch. What is left in a bucket at the end of the epoch is filled up with the bucket's first samples of that
     epoch, which are then seen twice in it; so every epoch has the same number of batches. The order of
-    batches does not depend on ranks or workers, but on the size of a batch.
+    batches does not depend on ranks or workers, but on the size of a batch. Batches are made across all lanes, so
+    that every node reads every shard.
 
     buckets: (N,) the bucket of each sample. Takes a few arrays of N integers, unlike ShardOrder.
     """
@@ -230,7 +230,7 @@ class BucketOrder:
         return self._size
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `ShardOrder.locate`."""
+        """See `Order`."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
@@ -238,7 +238,16 @@ class BucketOrder:
             samples[chosen] = self._batches(epoch)[offsets[chosen]]
         return epochs, samples
 
+    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
+        """What comes next in the same bucket of the same epoch, then what came before."""
+        epoch, offset = divmod(position, len(self))
+        samples = self._batches(epoch)
+        alike = np.flatnonzero(self.buckets[samples] == self.buckets[samples[offset]])
+        for place in np.roll(alike, -int(np.searchsorted(alike, offset, side="right"))).tolist():
+            yield epoch, int(samples[place])
+
     def following(self, epoch: int, shard: int) -> int | None:
+        """See `Order`."""
         return self.order.following(epoch, shard)
 
     def _filled(self, epoch: int) -> np.ndarray:

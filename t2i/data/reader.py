@@ -1,7 +1,8 @@
-"""Samples of shards as pictures of one size, by index."""
+"""Samples of one dataset as pictures, or latents, of the size that training wants."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -12,110 +13,225 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i.config import DataConfig
+from t2i.data import buckets
 from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes, resize_and_crop
-from t2i.data.shards import ShardIndex, open_shards
+from t2i.data.encoded import EncodedShards, Preparation
+from t2i.data.index import original_size
+from t2i.data.shards import Raw, Shards
+from t2i.data.sources import Limits
+from t2i.data.store import ShardStore
+from t2i.data_config import DataConfig
 from t2i.errors import DataError
-from t2i.interfaces import Batch
+from t2i.interfaces import Batch, TextFeatures
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as read: everything of it that does not change from epoch to epoch, unless crops do.
+    """One sample as read.
 
-    picture: (3, H, W) uint8
+    picture: (3, H, W) uint8; of encoded data (3, 0, 0)
+    captions: with their weights
     original_size: height and width of the source picture, from the JSON where that says so
+    crop: top and left after resizing
+    moments: of encoded data the codec's moments (M, h, w), as stored
+    text: of encoded data the tokens, pooled vector and mask of each caption, where text was encoded
     """
 
     picture: Tensor
-    captions: list[str]
+    captions: dict[str, float]
     key: str
     original_size: tuple[int, int]
     crop: tuple[int, int]
     metadata: dict[str, Any]
+    moments: Tensor | None = None
+    text: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sample to read: its index, and where to crop it (None: in the middle), and whether it is mirrored."""
+
+    index: int
+    place: tuple[float, float] | None = None
+    flipped: bool = False
 
 
 class SampleReader:
-    """Reads the samples of some shards by their index in file order, at one size.
+    """Reads the samples of one dataset by their index in the order of its shards.
 
-    shards: their indexes
-    size_px: (H, W)
+    size_px: (H, W) where there are no buckets
     min_original_px: samples whose JSON gives a shorter original side are left out; 0 keeps all
-    cache_mib: pictures kept in memory. Nothing is evicted: every epoch reads every sample once, so that the
-        oldest picture is the next to be wanted and a least-recently-used cache would never be hit.
+    key: the configuration key of the dataset, for errors
+    Pictures are kept in memory up to data.cache_mib. Nothing is evicted: every epoch reads every sample once, so that
+    the oldest picture is the next to be wanted and a least-recently-used cache would never be hit.
+    Raises DataError where no sample is there or is large enough.
     """
 
     def __init__(
         self,
-        shards: Sequence[ShardIndex],
-        caption_keys: Sequence[str],
+        data: DataConfig,
         size_px: tuple[int, int],
         min_original_px: int = 0,
-        cache_mib: int = 0,
+        key: str = "data",
+        shards: str | list[str] | None = None,
+        allow_pipes: bool = False,
     ) -> None:
-        self.shards = list(shards)
-        self.caption_keys = caption_keys
-        self.size_px = size_px
-        rows = [_large_enough(shard, min_original_px) for shard in self.shards]
-        self.shard_sizes = np.array([len(kept) for kept in rows])
-        self._shard = np.repeat(np.arange(len(rows)), self.shard_sizes)
-        self._row = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-        keys = [key for shard in self.shards for key in shard.keys]
-        self._ambiguous_keys = len(set(keys)) < len(keys)
-        self._room = cache_mib * 2**20 // (3 * size_px[0] * size_px[1])
+        self.data, self.size_px = data, size_px
+        store = ShardStore(Limits(data.deadline_s), data.shard_cache_gib, allow_pipes)
+        named = (
+            f"{key}.heldout_shards"
+            if shards is not None and shards == data.heldout_shards
+            else f"{key}.shards"
+        )
+        shards = shards or data.shards
+        if not shards:
+            raise DataError(f"{named} is not set; allowed: at least one path or URL.")
+        self.key = named
+        keep_open = 4 * data.shuffle_window_shards
+        self.shards = Shards(shards, store, named, keep_open, data.max_bad_share)
+        found = int(self.shards.sizes.sum())
+        if not found:
+            raise DataError(f"{named} {shards!r} hold no samples.")
+        if min_original_px > 0:
+            self._leave_out_small(min_original_px, found)
+        self.encoded: EncodedShards | None = None
+        if data.encoded is not None:
+            self.encoded = EncodedShards(data.encoded, store, data.horizontal_flip)
+            self._check_prepared(self.encoded.record.preparation)
+        self.starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
+        self.shapes, self.buckets = [size_px], None
+        if data.bucket_step_px is not None:
+            self.shapes = bucket_shapes_of(data, size_px)
+            sizes = [
+                self.shards.original_px(shard)
+                for shard in range(len(self.shards))
+                if self.shards.sizes[shard]
+            ]
+            self.buckets = buckets.assign(np.concatenate(sizes), self.shapes)
+        self._room = data.cache_mib * 2**20 // (3 * size_px[0] * size_px[1])
         self._cache: dict[int, Sample] = {}
 
     def __len__(self) -> int:
-        return len(self._row)
+        return int(self.starts[-1])
 
-    def key(self, index: int) -> str:
-        """Unique in the dataset: keys that shards have in common get the shard's number in front."""
-        key = self.shards[self._shard[index]].keys[self._row[index]]
-        return f"{self._shard[index]}/{key}" if self._ambiguous_keys else key
+    def shape(self, index: int) -> tuple[int, int]:
+        """(H, W) of sample `index` after cropping."""
+        return self.shapes[0] if self.buckets is None else self.shapes[self.buckets[index]]
 
-    def read(self, index: int, place: tuple[float, float] | None = None) -> Sample:
-        """Sample `index`, cropped at `place` (see `resize_and_crop`); centred ones are kept in memory.
-        Raises BadSample."""
-        if place is None and index in self._cache:
-            return self._cache[index]
-        shard, row, key = self.shards[self._shard[index]], int(self._row[index]), self.key(index)
-        if shard.cut_short(row):
-            raise BadSample("truncated", key, f"{shard.path} ends early")
-        members = shard.read(row)
-        metadata = parse_metadata(members, key)
-        captions = parse_captions(members, metadata, self.caption_keys, key)
-        image, stored_size = decode_image(image_bytes(members, key), key, self.size_px)
-        picture, crop = resize_and_crop(image, stored_size, self.size_px, place)
-        original_size = _original_size(metadata) or stored_size
-        sample = Sample(picture, captions, key, original_size, crop, metadata)
-        if place is None and len(self._cache) < self._room:
-            self._cache[index] = sample
+    def place(self, index: int) -> tuple[int, int]:
+        """The shard of sample `index`, and its place in it."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def read(self, wanted: Sequence[Wanted]) -> list[Sample | BadSample]:
+        """Samples, or what is wrong with them."""
+        kept = [self._kept(each) for each in wanted]
+        places = [self.place(each.index) for each, sample in zip(wanted, kept, strict=True) if sample is None]
+        raw = iter(self.shards.read(places, None if self.encoded is None else ("txt", "json")))
+        return [sample or self._made(each, next(raw)) for each, sample in zip(wanted, kept, strict=True)]
+
+    def _kept(self, wanted: Wanted) -> Sample | None:
+        return self._cache.get(wanted.index) if wanted.place is None else None
+
+    def _made(self, wanted: Wanted, raw: Raw | BadSample) -> Sample | BadSample:
+        if isinstance(raw, BadSample):
+            return raw
+        try:
+            return self._kept(wanted) or self._sample(wanted, raw)  # kept: it stands twice in this batch
+        except BadSample as error:
+            return error
+
+    def _sample(self, wanted: Wanted, raw: Raw) -> Sample:
+        metadata = parse_metadata(raw.members, raw.key)
+        captions = parse_captions(raw.members, metadata, self.data.caption_keys, raw.key)
+        if self.encoded is not None:
+            return self._encoded_sample(self.encoded, wanted, raw, captions, metadata)
+        shape = self.shape(wanted.index)
+        image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
+        picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
+        original = original_size(metadata) or stored_size
+        sample = Sample(picture, captions, raw.key, original, crop, metadata)
+        if wanted.place is None and len(self._cache) < self._room:
+            self._cache[wanted.index] = sample
         return sample
 
+    def _encoded_sample(
+        self,
+        encoded: EncodedShards,
+        wanted: Wanted,
+        raw: Raw,
+        captions: dict[str, float],
+        metadata: dict[str, Any],
+    ) -> Sample:
+        url = self.shards.url(self.place(wanted.index)[0])
+        moments, tensors = encoded.moments(url, raw.key_in_shard, wanted.flipped)
+        text = None
+        if encoded.record.text is not None:
+            text = {caption: encoded.text(caption, tensors, raw.key) for caption in captions}
+        stored = tensors["size"].tolist()  # height and width of the stored picture, top and left of the crop
+        original = original_size(metadata) or (stored[0], stored[1])
+        picture = torch.empty(3, 0, 0, dtype=torch.uint8)
+        return Sample(picture, captions, raw.key, original, (stored[2], stored[3]), metadata, moments, text)
 
-def build_reader(data: DataConfig, size_px: tuple[int, int], min_original_px: int = 0) -> SampleReader:
-    """A reader of `data.shards`. Raises DataError where no sample is there or is large enough."""
-    if not data.shards:
-        raise DataError("data.shards is not set; allowed: at least one path or URL.")
-    shards = open_shards(data.shards)
-    found = sum(map(len, shards))
-    if not found:
-        raise DataError(f"data.shards {data.shards!r} hold no samples.")
-    reader = SampleReader(shards, data.caption_keys, size_px, min_original_px, data.cache_mib)
-    if not len(reader):
-        largest = max(int(_shorter_sides(shard).max(initial=0)) for shard in shards)
+    def _leave_out_small(self, min_original_px: int, found: int) -> None:
+        largest = 0
+
+        def large_enough(sizes: np.ndarray) -> np.ndarray:
+            nonlocal largest
+            shorter = sizes.min(axis=1)
+            largest = max(largest, int(shorter.max(initial=0)))
+            return (shorter >= min_original_px) | (shorter == 0)
+
+        self.shards.keep(large_enough)
+        if not self.shards.sizes.sum():
+            raise DataError(
+                f"{self.key}: all {found} samples are smaller than min_original_px={min_original_px} (the "
+                f"largest has {largest} px); lower min_original_px, or set data.filter_by_size=false."
+            )
+
+    def _check_prepared(self, made: Preparation) -> None:
+        own = preparation(self.data, self.size_px)
+        for name in ("size_px", "bucket_step_px", "max_aspect"):
+            there, here = getattr(made, name), getattr(own, name)
+            if there != here and not (name == "max_aspect" and own.bucket_step_px is None):
+                raise DataError(
+                    f"data.encoded={self.data.encoded} was made with {name}={there}, this run has {name}={here}; "
+                    "encode again with this run's settings."
+                )
+
+
+def preparation(data: DataConfig, size_px: tuple[int, int]) -> Preparation:
+    """How `data` brings pictures to their size."""
+    return Preparation(size_px, data.bucket_step_px, data.max_aspect)
+
+
+def bucket_shapes_of(data: DataConfig, size_px: tuple[int, int]) -> list[tuple[int, int]]:
+    """Raises DataError where the buckets do not fit the size."""
+    step = data.bucket_step_px
+    assert step is not None
+    if size_px[0] != size_px[1] or size_px[0] % step:
         raise DataError(
-            f"data.shards: all {found} samples are smaller than min_original_px={min_original_px} (the "
-            f"largest has {largest} px); lower min_original_px, or set data.filter_by_size=false."
+            f"data.bucket_step_px is {step}; allowed with pictures of {size_px[0]} px: what divides them."
         )
-    return reader
+    return buckets.bucket_shapes(size_px[0], step, data.max_aspect)
 
 
-def collate(samples: Sequence[Sample], captions: list[str], bad: dict[str, int]) -> Batch:
+def collate(
+    samples: Sequence[Sample], captions: list[str], bad: dict[str, int], encoded: EncodedShards | None = None
+) -> Batch:
     """One batch; pixels 0..255 become -1..1."""
+    moments, text = None, None
+    if encoded is not None:
+        moments = torch.stack([sample.moments for sample in samples if sample.moments is not None]).float()
+        if encoded.record.text is not None:
+            texts = [
+                (s.text or {}).get(c) or encoded.empty_text() for s, c in zip(samples, captions, strict=True)
+            ]
+            tokens, pooled, mask = (torch.stack(column) for column in zip(*texts, strict=True))
+            text = TextFeatures(tokens.float(), pooled.float(), mask.bool())
     return Batch(
         image=torch.stack([sample.picture for sample in samples]).float().div_(127.5).sub_(1.0),
         caption=captions,
@@ -124,30 +240,39 @@ def collate(samples: Sequence[Sample], captions: list[str], bad: dict[str, int])
         crop=torch.tensor([sample.crop for sample in samples]),
         metadata=[sample.metadata for sample in samples],
         bad=bad,
+        moments=moments,
+        text=text,
     )
 
 
 def read_all(
-    data: DataConfig, shards: str | list[str], size_px: int | tuple[int, int], limit: int | None = None
+    data: DataConfig,
+    shards: str | list[str] | None,
+    size_px: int | tuple[int, int],
+    limit: int | None = None,
+    allow_pipes: bool = False,
 ) -> Batch:
     """The first `limit` good samples of `shards` in their order, as one batch: centred, not mirrored, the
     first caption of each. Bad samples are counted in `Batch.bad`. Raises DataError where no sample is good.
+
+    allow_pipes: whether `pipe:` sources may run: only where `data` is what a person typed, not what a checkpoint says
     """
-    key = "data.heldout_shards" if shards == data.heldout_shards else "data.shards"
-    reader = SampleReader(open_shards(shards, key), data.caption_keys, as_pair(size_px))
+    plain = dataclasses.replace(data, encoded=None, bucket_step_px=None)
+    reader = SampleReader(plain, as_pair(size_px), shards=shards, allow_pipes=allow_pipes)
     samples: list[Sample] = []
     bad: Counter[str] = Counter()
     for index in range(len(reader)):
         if limit is not None and len(samples) >= limit:
             break
-        try:
-            samples.append(reader.read(index))
-        except BadSample as error:
-            bad[error.cause] += 1
-            log.warning("skipped %s", error)
+        (sample,) = reader.read([Wanted(index)])
+        if isinstance(sample, BadSample):
+            bad[sample.cause] += 1
+            log.warning("skipped %s", sample)
+        else:
+            samples.append(sample)
     if not samples:
-        raise DataError(f"{key}: none of {len(reader)} samples can be read ({causes(bad)}).")
-    return collate(samples, [sample.captions[0] for sample in samples], dict(bad))
+        raise DataError(f"{reader.key}: none of {len(reader)} samples can be read ({causes(bad)}).")
+    return collate(samples, [next(iter(sample.captions)) for sample in samples], dict(bad))
 
 
 def as_pair(size_px: int | tuple[int, int]) -> tuple[int, int]:
@@ -158,30 +283,3 @@ def as_pair(size_px: int | tuple[int, int]) -> tuple[int, int]:
 def causes(bad: Counter[str]) -> str:
     """The table of causes in an error message: "image: 3, json: 1"."""
     return ", ".join(f"{cause}: {count}" for cause, count in bad.most_common()) or "none was there"
-
-
-def _shorter_sides(shard: ShardIndex) -> np.ndarray:
-    """(n,) float: the shorter original side in pixels by each sample's JSON, infinite where it is silent."""
-    sides = np.full(len(shard), np.inf)
-    for row in range(len(shard)):
-        try:
-            size = _original_size(parse_metadata(shard.read(row, ("json",)), shard.keys[row]))
-        except BadSample:
-            continue  # counted when it is read
-        if size is not None:
-            sides[row] = min(size)
-    return sides
-
-
-def _large_enough(shard: ShardIndex, min_original_px: int) -> np.ndarray:
-    """int64 rows of the samples to keep."""
-    if min_original_px <= 0:
-        return np.arange(len(shard))
-    return np.flatnonzero(_shorter_sides(shard) >= min_original_px)
-
-
-def _original_size(metadata: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = metadata.get("original_height"), metadata.get("original_width")
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return height, width
-    return None

@@ -23,9 +23,8 @@ from webdataset.shardlists import expand_urls
 from t2i.errors import DataError
 
 T = TypeVar("T")
-BLOCK = (
-    8 << 20
-)  # bytes asked for at once: large, because object stores charge by the request, in money and time
+# Bytes asked for at once: large, because object stores charge by the request, in money and time.
+BLOCK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,13 @@ def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
     key: the configuration key that DataError names."""
     try:
         expanded = [
-            url for text in ([shards] if isinstance(shards, str) else shards) for url in _expand_one(text)
+            url for text in ([shards] if isinstance(shards, str) else shards) for url in expand_urls(text)
         ]
     except (AssertionError, ValueError) as error:
         raise DataError(f"{key} {shards!r} cannot be expanded: {error}.") from error
     if not expanded:
         raise DataError(f"{key} is {shards!r}; allowed: at least one path or URL.")
     return expanded
-
-
-def _expand_one(text: str) -> list[str]:
-    # A command is one source, whatever colons stand in it; its braces are webdataset's, not the shell's.
-    return expand_urls(text)
 
 
 def is_local(url: str) -> bool:

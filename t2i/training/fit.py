@@ -18,8 +18,10 @@ from rich.console import Console
 from torch import Tensor
 
 from t2i.config import RunConfig, run_to_dict
+from t2i.data.encoded import Record
 from t2i.data.loader import build_loader
 from t2i.data.reader import read_all
+from t2i.data.sources import Limits
 from t2i.errors import CheckpointError
 from t2i.interfaces import Batch
 from t2i.training import run_folder
@@ -97,6 +99,9 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     config = dataclasses.replace(config, init_from=_initial_run(config) if resumed is None else None)
     start = _start(config, resumed)
     stage = stage_class(config, start)
+    for part in config.data.parts().values():
+        if part.encoded is not None:
+            stage.check_encoded(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)))
     preview = preview_batch(config)
     if start is None:
         stage.before_training(_some_images(config))
@@ -179,13 +184,16 @@ class Finish(L.Callback):
 
 def preview_batch(config: RunConfig) -> Batch:
     """The same few pictures for every grid of a run: held-out ones where the data has them."""
-    shards = config.data.heldout_shards or config.data.shards or []
-    return read_all(config.data, shards, size_px=config.resolution.size_px, limit=NUM_PREVIEW_PICTURES)
+    first = next(iter(config.data.parts().values()))
+    shards = config.data.heldout_shards or first.shards
+    return read_all(first, shards, config.resolution.size_px, NUM_PREVIEW_PICTURES, allow_pipes=True)
 
 
 def _some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
-    """Pictures (B, 3, H, W) from the start of the training data, the same in every process."""
-    loader = iter(loader_from(config))
+    """Square pictures (B, 3, H, W) from the start of the training data, the same in every process."""
+    mixture = {name: dataclasses.replace(part, encoded=None) for name, part in config.data.mixture.items()}
+    data = dataclasses.replace(config.data, mixture=mixture, encoded=None, bucket_step_px=None)
+    loader = iter(loader_from(dataclasses.replace(config, data=data)))
     for _ in range(-(-num_images // config.trainer.batch_size)):
         yield next(loader).image
 

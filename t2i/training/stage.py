@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
+from t2i.data.encoded import Record
+from t2i.errors import ConfigError
 from t2i.interfaces import Batch
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
@@ -69,6 +71,10 @@ class BaseStage(L.LightningModule):
     def after_training(self, images: Iterable[Tensor]) -> None:
         """Called once when the run is complete, with training pictures (B, 3, H, W) on the device."""
 
+    def check_encoded(self, folder: str, record: Record) -> None:
+        """Raises DataError or ConfigError unless the features in `folder` are those that this stage would compute."""
+        raise ConfigError(f"data.encoded is {folder!r}; allowed for stage={self.config.stage}: null.")
+
     def checkpoint_extra(self) -> dict[str, Any]:
         """Plain values (numbers, strings, lists, dictionaries) that a checkpoint needs beside the config."""
         return {}
@@ -81,9 +87,10 @@ class BaseStage(L.LightningModule):
         return self.config.trainer.batch_size * self.trainer.world_size
 
     def this_process(self, whole: Tensor) -> Tensor:
-        """The rows of this process, of a tensor whose rows are the batch over all processes. What is drawn for
-        the whole batch and then cut is the same for 1 process with batch 8 and for 2 with batch 4."""
-        return whole.chunk(self.trainer.world_size)[self.global_rank]
+        """The rows of this process, of a tensor whose rows are the batch over all processes: every n-th, as the
+        data has it (see `t2i.data.order`). What is drawn for the whole batch and then cut is the same for 1 process
+        with batch 8 and for 2 with batch 4."""
+        return whole[self.global_rank :: self.trainer.world_size]
 
     def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """(B, *shape) ~ N(0, I): this process's part of what `generator` draws for the whole batch."""

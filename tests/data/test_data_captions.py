@@ -29,7 +29,7 @@ def as_json(**fields) -> bytes:
     ],
 )
 def test_the_first_key_with_a_caption_is_taken(members, keys, found):
-    assert captions(members, keys) == found
+    assert list(captions(members, keys)) == found
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_dropout_and_choice_have_the_rates_they_should():
     samples = np.arange(10_000)
     chances = uniform(0, Stream.DROPOUT, 0, samples)
     choices = uniform(0, Stream.CAPTION, 0, samples)
-    options = ["a", "b", "c"]
+    options = {"a": 1.0, "b": 1.0, "c": 1.0}
     for dropout in (0.0, 0.1, 1.0):
         chosen = [choose_caption(options, u, v, dropout) for u, v in zip(choices, chances, strict=True)]
         bound = 4 * np.sqrt(10_000 * dropout * (1 - dropout))

@@ -18,16 +18,20 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
 # Imports point from a higher floor to a lower one.
 FLOORS = (
-    {"errors", "config", "interfaces", "t2i"},
+    {"errors", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
     {"diffusion"},
     {"training", "data", "text"},
     {"families", "generation", "evaluation", "interop", "launch", "planning"},
     {"cli", "data_pipelines", "conf"},
 )
-# On one floor, only these: config raises errors, training reads batches, the command line makes data,
+# On one floor, only these: what configures raises errors, training reads batches, the command line makes data,
 # planning and interop build whatever networks a family has (through families.load).
 SIDEWAYS = {
+    ("schema", "errors"),
+    ("data_config", "schema"),
+    ("config", "schema"),
+    ("config", "data_config"),
     ("config", "errors"),
     ("training", "data"),
     ("cli", "data_pipelines"),

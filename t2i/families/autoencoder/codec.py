@@ -72,7 +72,22 @@ class Codec(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `t2i.interfaces.ImageCodec`."""
+        return self.latent(self.moments(image), noise)
+
+    def moments(self, image: Tensor) -> Tensor:
+        """See `t2i.interfaces.ImageCodec`; unscaled."""
+        return self.quant_conv(self.encoder(image))
+
+    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `t2i.interfaces.ImageCodec`."""
         raise NotImplementedError
+
+    def encoding_weights(self) -> dict[str, Tensor]:
+        """What decides `moments`, by name."""
+        parts = (("encoder", self.encoder), ("quant_conv", self.quant_conv))
+        return {
+            f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()
+        }
 
     def decode(self, latent: Tensor) -> Tensor:
         """See `t2i.interfaces.ImageCodec`."""
@@ -98,10 +113,10 @@ class KLCodec(Codec):
 
     def posterior(self, image: Tensor) -> DiagonalGaussian:
         """(B, 3, H, W) -> q(z | image), unscaled."""
-        return DiagonalGaussian(self.quant_conv(self.encoder(image)))
+        return DiagonalGaussian(self.moments(image))
 
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.posterior(image).sample_with(noise) * self.latent_scale
+    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return DiagonalGaussian(moments).sample_with(noise) * self.latent_scale
 
     def decode(self, latent: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latent / self.latent_scale))
@@ -131,15 +146,15 @@ class VQCodec(Codec):
             restart_below=vq.restart_below,
         )
 
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.quant_conv(self.encoder(image)) * self.latent_scale
+    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return moments * self.latent_scale
 
     def decode(self, latent: Tensor) -> Tensor:
         quantized = self.codebook(latent / self.latent_scale)
         return self.decoder(self.post_quant_conv(quantized.latent))
 
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        quantized = self.codebook(self.quant_conv(self.encoder(image)))
+        quantized = self.codebook(self.moments(image))
         metrics = {"codebook_usage": quantized.usage, "codebook_perplexity": quantized.perplexity}
         decoded = self.decoder(self.post_quant_conv(quantized.latent))
         return Reconstruction(decoded, quantized.commitment_loss, metrics)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig
-from t2i.errors import CheckpointError
+from t2i.data.encoded import Record, check_same, weights_hash
+from t2i.errors import CheckpointError, ConfigError
 from t2i.families.latent_diffusion.config import Config
 from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.model import LatentDiffusion
@@ -45,17 +46,29 @@ class Stage(BaseStage):
             load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        shape = self.model.codec.latent_shape(*batch.image.shape[2:])
+        with torch.no_grad():
+            moments = self.model.codec.moments(batch.image) if batch.moments is None else batch.moments
+        shape = (self.model.codec.latent_channels, *moments.shape[2:])
         generator = self.step_generator()
         t = self.this_process(self.model.schedule.sample_times(self.images_per_step, generator, self.device))
         eps = self.noise(generator, shape)
-        with torch.no_grad():
-            latent = self.model.codec.encode(batch.image, self.noise(generator, shape))
-        losses = self.model.loss(latent, self.model.text(batch.caption), t, eps)
+        latent = self.model.codec.latent(moments, self.noise(generator, shape))
+        text = self.model.text(batch.caption) if batch.text is None else batch.text
+        losses = self.model.loss(latent, text, t, eps)
         return {"loss": losses.mean()}
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return self.model.denoiser.hidden_matrices()
+
+    def check_encoded(self, folder: str, record: Record) -> None:
+        check_same("autoencoder", record.autoencoder, codec_hash(self.model), folder, record.made_by)
+        if record.text is not None:
+            if self.model.text.trainable:
+                raise ConfigError(
+                    f"data.encoded={folder} holds text features; allowed with text={self.config.model.text.name}, "
+                    "which is trained: latents alone (`t2i data encode --no-text`)."
+                )
+            check_same("text", record.text, text_hash(self.model), folder, record.made_by)
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config}
@@ -69,6 +82,17 @@ class Stage(BaseStage):
         sampling, size = self.config.model.sampling, self.config.resolution.size_px
         request = SampleRequest.by_default(batch.caption, size, sampling)
         return {"samples": self.model.generate(request)}
+
+
+def codec_hash(model: LatentDiffusion) -> str:
+    """Of what decides the moments of a picture."""
+    return weights_hash(model.codec.encoding_weights().items(), type(model.codec).__name__)
+
+
+def text_hash(model: LatentDiffusion) -> str:
+    """Of what decides the features of a caption. The text encoder is frozen."""
+    encoder = model.text.encoder
+    return weights_hash(encoder.state_dict().items(), type(encoder).__name__, encoder.max_tokens)
 
 
 def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion:

@@ -1,0 +1,77 @@
+"""Selections: which samples of which shards, as `t2i data filter` and `dedup` write them.
+
+An Arrow IPC file, mapped into memory and not read: a hundred million keys cost neither time at the start nor memory in
+each process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i.data import sources
+from t2i.data.index import ShardIndex
+from t2i.errors import DataError
+
+SUFFIX = ".arrow"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A shard, and the keys of those of its samples that are wanted (a pyarrow string array); None: all of them."""
+
+    url: str
+    keys: Any = None
+
+    def key(self, place: int) -> str | None:
+        return self.keys[place].as_py() if self.keys is not None and place < len(self.keys) else None
+
+    def rows(self, index: ShardIndex) -> np.ndarray:
+        """int64 rows of `index`, -1 for a key that is not in it."""
+        if self.keys is None:
+            return np.arange(len(index))
+        place = {key: row for row, key in enumerate(index.keys)}
+        return np.array([place.get(key, -1) for key in self.keys.to_pylist()], dtype=np.int64)
+
+
+def listed(urls: Sequence[str]) -> list[Listed]:
+    """Shards as they are, selections as the shards that they name. Raises DataError."""
+    found: list[Listed] = []
+    for url in urls:
+        found += _read(url) if url.endswith(SUFFIX) else [Listed(url)]
+    return found
+
+
+def _read(url: str) -> list[Listed]:
+    """The shards of a selection: columns `shard` (a dictionary; local paths count from the file's folder) and `key`,
+    rows grouped by shard."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise DataError(
+            f"{url} needs the package pyarrow; install it with `pip install 't2i[data]'`."
+        ) from error
+    if not sources.is_local(url):
+        raise DataError(f"{url} is a selection, which has to be local; copy it here first.")
+    path = sources.local_path(url)
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        shards, keys = table.column("shard").combine_chunks(), table.column("key")
+        codes = np.asarray(shards.indices)
+        names = shards.dictionary.to_pylist()
+    except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
+        raise DataError(f"{url} is not a selection as `t2i data filter` writes it: {error}.") from error
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    stops = [*starts[1:].tolist(), len(codes)]
+    return [
+        Listed(_beside(names[codes[start]], path), keys.slice(start, stop - start))
+        for start, stop in zip(starts.tolist(), stops, strict=True)
+    ]
+
+
+def _beside(name: str, path: Path) -> str:
+    return str(path.parent / name) if sources.is_local(name) else name

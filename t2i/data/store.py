@@ -1,0 +1,148 @@
+"""Local files of shards: local ones as they are, remote ones copied into a folder of bounded size."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlparse
+
+from t2i.data import sources
+from t2i.data.sources import Limits, SourceError
+
+POLL_S = 0.05
+
+
+def cache_folder() -> Path:
+    """Where copies of remote shards lie: $XDG_CACHE_HOME/t2i/shards, ~/.cache where that is unset."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i" / "shards"
+
+
+class ShardStore:
+    """Copies shards whole, one large read each, because object stores punish random access; the processes of a node
+    share the copies, and wait for whichever of them copies first.
+
+    max_gib: the least recently opened copies are removed beyond this. Whoever has one open may read on; a copy that
+        is wanted again is made again, so that only time is lost where this is less than what is open at a time
+    allow_pipes: whether `pipe:` sources may run; not where a source comes from a checkpoint's configuration
+    """
+
+    def __init__(self, limits: Limits, max_gib: float = 50.0, allow_pipes: bool = False) -> None:
+        self.limits, self.max_bytes, self.allow_pipes = limits, int(max_gib * 2**30), allow_pipes
+        self._wanted: queue.SimpleQueue[str] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_wanted": None}  # a thread does not travel to another process
+
+    def path(self, url: str) -> Path:
+        """The local file of `url`, copied now if need be. Raises SourceError."""
+        if sources.is_local(url):
+            return sources.local_path(url)
+        copied = self._place(url)
+        if not copied.exists():
+            self._copy(url, copied)
+        with contextlib.suppress(OSError):
+            os.utime(copied)  # what is used stays
+        return copied
+
+    def prefetch(self, url: str) -> None:
+        """Begins to bring `url` closer, in the background; what goes wrong there comes up in `path`."""
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            threading.Thread(target=self._fetch_wanted, args=(self._wanted,), daemon=True).start()
+        self._wanted.put(url)
+
+    def _fetch_wanted(self, wanted: queue.SimpleQueue[str]) -> None:
+        while True:
+            url = wanted.get()
+            with contextlib.suppress(SourceError, OSError):
+                if sources.is_local(url):
+                    with sources.local_path(url).open("rb") as file:
+                        read_ahead(file)
+                elif not (copied := self._place(url)).exists():
+                    with _locked(copied, wait=None) as mine:
+                        if mine:
+                            self._copy_locked(url, copied)
+
+    def _place(self, url: str) -> Path:
+        if url.startswith("pipe:") and not self.allow_pipes:
+            raise SourceError(url, "a command is run only where the command line names it")
+        name = "pipe.tar" if url.startswith("pipe:") else Path(urlparse(url).path).name or "shard.tar"
+        return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name[-80:]}"
+
+    def _copy(self, url: str, copied: Path) -> None:
+        # Whoever copies has deadlines of its own; no growth for longer than these says that it hangs nevertheless.
+        wait_s = self.limits.deadline_s * (self.limits.attempts + 1)
+        with _locked(copied, wait_s) as mine:
+            if copied.exists():
+                return
+            if not mine:
+                raise SourceError(url, f"another process did not get on with it for {wait_s:g} s")
+            self._copy_locked(url, copied)
+
+    def _copy_locked(self, url: str, copied: Path) -> None:
+        if copied.exists():
+            return
+        part = _part(copied)
+        try:
+            sources.copy(url, part, self.limits)
+            part.replace(copied)
+        except OSError as error:  # of this machine's disk
+            raise SourceError(url, f"{copied.parent} takes no copy: {error.strerror or error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+        self._evict(but=copied)
+
+    def _evict(self, but: Path) -> None:
+        found = []
+        for path in cache_folder().glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.max_bytes:
+                return
+            if path != but:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def read_ahead(file: IO[bytes]) -> None:
+    """Asks the kernel to read all of a local file in large pieces, ahead of the small reads to come; on disks and
+    network file systems that makes one sequential read of what is then read sample by sample."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _part(copied: Path) -> Path:
+    return copied.with_name(copied.name + ".part")
+
+
+@contextlib.contextmanager
+def _locked(copied: Path, wait: float | None) -> Iterator[bool]:
+    """True with the lock of `copied`; False without it, at once where `wait` is None, else once `copied` is there or
+    has not grown for `wait` seconds. The system frees the lock of a process that dies."""
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    with copied.with_name(copied.name + ".lock").open("w") as lock:
+        size, since = -1, time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                now_size = _part(copied).stat().st_size if _part(copied).exists() else -1
+                if now_size != size:
+                    size, since = now_size, time.monotonic()
+                if wait is None or copied.exists() or time.monotonic() - since > wait:
+                    yield False
+                    return
+                time.sleep(POLL_S)
+                continue
+            yield True
+            return
