@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from t2i.data.decode import IMAGE_EXTENSIONS, BadSample
+from t2i.errors import ConfigError, DataError
 
-from t2i.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image
-from t2i.errors import DataError
+from .optional import need
+from .pictures import prepare
+from .shard_writer import Failure, Sample, check_samples_per_shard, free_names, write_shard, write_table
+from .tables import json_record, json_records, open_table
 
-from .shard_writer import Sample, check_samples_per_shard, png_sample, write_shard
-
-KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # these formats go into the shard byte for byte
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -33,33 +36,26 @@ class Row:
 
 @dataclass
 class Report:
-    """packed: samples written; skipped: shards that were there already; failed: pictures left out, by cause"""
+    """packed: samples written; skipped: shards that were there already; failed: pictures left out, by cause;
+    tables: whether a .parquet was written beside each shard, for which pyarrow must be installed"""
 
     packed: int = 0
     shards: int = 0
     skipped: int = 0
+    tables: bool = True
     failed: Counter[str] = field(default_factory=Counter)
 
 
 def rows_of(source: Path, path_column: str = "path", caption_column: str = "caption") -> list[Row]:
     """What there is to pack, in a fixed order. Paths in a table count from the table's folder. Raises DataError
-    for a source that is not there, is neither a folder nor a .csv or .jsonl, or lacks a column."""
+    for a source that is not there, is neither a folder nor a .csv, .jsonl or .parquet, or lacks a column."""
     if source.is_dir():
         pictures = (p for p in source.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
         rows = [Row(path, None) for path in sorted(pictures)]
         if not rows:
             raise DataError(f"{source} holds no pictures; allowed: {', '.join(IMAGE_EXTENSIONS)}.")
         return rows
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read: {error}.") from error
-    if source.suffix == ".csv":
-        records: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
-    elif source.suffix == ".jsonl":
-        records = list(_json_lines(source, text))
-    else:
-        raise DataError(f"{source} is not a source; allowed: a folder, or a table .csv or .jsonl.")
+    records = _records(source)
     rows = []
     for number, record in enumerate(records, 1):
         for column in (path_column, caption_column):
@@ -68,25 +64,31 @@ def rows_of(source: Path, path_column: str = "path", caption_column: str = "capt
                     f"Row {number} of {source} has no {column}; it has {', '.join(map(str, record))}."
                 )
         others = {k: v for k, v in record.items() if k not in (path_column, caption_column, None)}
-        rows.append(Row(source.parent / record[path_column], record[caption_column], others))
+        named = {name: others[column] for column, name in free_names(others).items()}
+        rows.append(Row(source.parent / record[path_column], record[caption_column], named))
     if not rows:
         raise DataError(f"{source} has no rows.")
     return rows
 
 
-def _json_lines(source: Path, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"Line {number} of {source} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise DataError(f"Line {number} of {source} is a {type(record).__name__}; allowed: an object.")
-        yield record
+def _records(source: Path) -> list[dict[str, Any]]:
+    if source.suffix == ".parquet":
+        table = open_table(str(source), source.parent)
+        return [record for part in table.slices(4096) for record in json_records(part)]
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read: {error}.") from error
+    if source.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    if source.suffix == ".jsonl":
+        return [json_record(source, number, line) for number, line in enumerate(io.StringIO(text), 1)]
+    raise DataError(f"{source} is not a source; allowed: a folder, or a table .csv, .jsonl or .parquet.")
 
 
 def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Callable[[int], None]) -> Report:
-    """Writes `out`/00000.tar, ... and beside each its `_stats.json`, which names what was left out and why.
+    """Writes `out`/00000.tar, ... and beside each its `_stats.json`, which names what was left out and why, and
+    where pyarrow is installed its `.parquet` with a row for each of `rows`.
 
     Shard i holds rows i * samples_per_shard and on, so that a second call goes on at the first shard that is not
     there. progress is called with the number of rows done with. Raises DataError where a shard that is there was
@@ -94,7 +96,8 @@ def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Calla
     """
     check_samples_per_shard(samples_per_shard)
     out.mkdir(parents=True, exist_ok=True)
-    report = Report()
+    columns = _columns(rows)
+    report = Report(tables=columns is not None)
     for shard, start in enumerate(range(0, len(rows), samples_per_shard)):
         part = rows[start : start + samples_per_shard]
         path, stats_path = out / f"{shard:05d}.tar", out / f"{shard:05d}_stats.json"
@@ -105,8 +108,11 @@ def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Calla
             progress(len(part))
         else:
             failed: list[dict[str, str]] = []
+            outcomes: list[Sample | Failure] = []
             complete = out / f".{shard:05d}.tar"
-            write_shard(_samples(part, failed, progress), complete, shard)
+            write_shard(_samples(part, failed, outcomes, progress), complete, shard)
+            if columns is not None:
+                write_table(outcomes, columns.slice(start, len(part)), path.with_suffix(".parquet"), shard)
             stats = {
                 "count": len(part),
                 "successes": len(part) - len(failed),
@@ -138,14 +144,21 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def _samples(
-    rows: Sequence[Row], failed: list[dict[str, str]], progress: Callable[[int], None]
+    rows: Sequence[Row],
+    failed: list[dict[str, str]],
+    outcomes: list[Sample | Failure],
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[int, Sample]]:
-    """The rows that are good, each with its place in the shard; the others go to `failed`."""
+    """The rows that are good, each with its place in the shard; the others go to `failed`. All go to `outcomes`,
+    without their pictures."""
     for index, row in enumerate(rows):
         try:
-            yield index, _sample(row)
+            sample = _sample(row)
+            outcomes.append(replace(sample, image=b""))
+            yield index, sample
         except BadSample as error:
             failed.append({"path": str(row.path), "cause": error.cause, "error": str(error)})
+            outcomes.append(Failure("failed", str(error).removeprefix(f"sample {row.path}: "), row.caption))
         progress(1)
 
 
@@ -162,10 +175,44 @@ def _sample(row: Row) -> Sample:
         data = row.path.read_bytes()
     except OSError as error:
         raise BadSample("image", name, str(error)) from error
-    picture, (height, width) = decode_image(data, name)
-    with Image.open(io.BytesIO(data)) as opened:
-        extension = KEPT.get(opened.format or "")
-    columns = {"source": row.path.name, **row.columns}
-    if extension is None:
-        return png_sample(picture, caption.strip(), columns)
-    return Sample(data, extension, caption.strip(), width, height, width, height, columns=columns)  # type: ignore[arg-type]
+    picture = prepare(data, name)
+    image = picture.image or data
+    return Sample(
+        image,
+        picture.extension,
+        caption.strip(),
+        picture.width,
+        picture.height,
+        picture.original_width,
+        picture.original_height,
+        columns=_further(row),
+        exif=picture.exif,
+        sha256=hashlib.sha256(image).hexdigest(),
+    )
+
+
+def _further(row: Row) -> dict[str, Any]:
+    """What a sample's JSON has beside the layout's own fields."""
+    return {"source": row.path.name, **row.columns}
+
+
+def _columns(rows: Sequence[Row]) -> pa.Table | None:
+    """`_further` of all rows as columns, so that the tables of all shards have the same types; values of several
+    types as text. None where pyarrow is not installed."""
+    try:
+        pa = need("pyarrow", "data")
+    except ConfigError:
+        return None
+    records = [_further(row) for row in rows]
+    columns = {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(records)):
+        values = [record.get(name) for record in records]
+        try:
+            column = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            texts = [
+                value if value is None or isinstance(value, str) else json.dumps(value) for value in values
+            ]
+            column = pa.array(texts, pa.string())
+        columns[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
+    return pa.table(columns)

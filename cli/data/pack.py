@@ -23,11 +23,15 @@ def run(arguments: list[str]) -> None:
     console.print(f"{report.packed} of {len(rows)} pictures are in {report.shards} shards in {out}")
     for cause, count in sorted(report.failed.items()):
         console.print(f"Left out, {cause}: {count} (named in {out}/*_stats.json)", markup=False)
+    if not report.tables:
+        console.print(
+            "No .parquet beside the shards, as pyarrow is missing: pip install 't2i[data]'", markup=False
+        )
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="t2i data pack", description="Pictures to shards.")
-    made.add_argument("source", help="folder with a .txt beside each picture, or a .csv or .jsonl")
+    made.add_argument("source", help="folder with a .txt beside each picture, or a .csv, .jsonl or .parquet")
     made.add_argument("out", help="folder for the shards; what is there already is not made again")
     made.add_argument("--samples-per-shard", type=int, default=1000)
     made.add_argument("--path-column", default="path", help="of a table; counted from its folder")
