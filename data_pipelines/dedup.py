@@ -1,8 +1,8 @@
 """Pictures that are there more than once, byte for byte or nearly, and a selection that has each once.
 
 Two pictures are near duplicates where their perceptual hashes differ in a few bits and their 8 x 8 thumbnails by
-little. The hash alone sees no colours and few details: of 41 pairs of clip art within 4 bits, a third were other
-flags, signs or skin tones. Pairs are linked into groups, so that two of a group may differ by more than a pair may.
+little. The hash alone sees no colours and few details: of 1,469 drawn people it takes 895 for duplicates, with
+thumbnails 130 are left. Pairs are linked into groups, so that two of a group may differ by more than a pair may.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def find(
             raise ConfigError(f"{name} is {value}; allowed: 0 to {most}.")
     starts = np.cumsum([0, *(len(each.codes) for each in hashes)])
     flaws = {
-        int(start) + row: each.flaws[row].as_py()
+        int(start + row): each.flaws[row].as_py()
         for start, each in zip(starts, hashes, strict=False)
         for row in np.flatnonzero(np.asarray(each.flaws.is_valid()))
     }

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from t2i.data.decode import BadSample, decode_image, image_bytes
 
 from .dedup import Duplicates
-from .shard_metadata import local_copy, scan
+from .shard_metadata import first_rows, local_copy, scan
 
 GROUPS, PICTURES = 24, 8  # on the sheet, the largest groups and the first of each
 TILE_PX, GAP_PX, TEXT_PX = 128, 8, 16
@@ -77,8 +77,8 @@ def _of(found: Duplicates, row: int) -> tuple[int, np.ndarray]:
 
 
 def contact_sheet(found: Duplicates) -> Image.Image | None:
-    """RGB: a line for each of the largest groups, the kept picture first, in a frame; above each its size and, for the
-    others, in how many bits the hash differs. None where there are no duplicates."""
+    """RGB: the largest groups, of each the kept picture first, in a frame; above it how many they are, above the
+    others in how many bits the hash differs. None where there are no duplicates."""
     keepers, sizes = np.unique(found.keeper[~found.kept], return_counts=True)
     if not len(keepers):
         return None
@@ -87,25 +87,36 @@ def contact_sheet(found: Duplicates) -> Image.Image | None:
         [int(keeper), *(r for r in np.flatnonzero(found.keeper == keeper).tolist() if r != keeper)]
         for keeper in largest
     ]
-    pictures = _pictures(found, [row for line in rows for row in line[:PICTURES]])
+    lines = [line[:PICTURES] for line in rows]
+    pictures = _pictures(found, [row for line in lines for row in line])
+    places = _places([len(line) for line in lines])
     step_x, step_y = TILE_PX + GAP_PX, TILE_PX + TEXT_PX + GAP_PX
-    columns = max(min(len(line), PICTURES) for line in rows)
-    sheet = Image.new("RGB", (GAP_PX + columns * step_x, GAP_PX + len(rows) * step_y), "white")
+    width = GAP_PX + max(x + len(line) for (x, _), line in zip(places, lines, strict=True)) * step_x
+    sheet = Image.new("RGB", (int(width), GAP_PX + (places[-1][1] + 1) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, line in enumerate(rows):
-        for j, row in enumerate(line[:PICTURES]):
-            left, top = GAP_PX + j * step_x, GAP_PX + i * step_y
+    for (x, y), line, group in zip(places, lines, rows, strict=True):
+        for i, row in enumerate(line):
+            left, top = GAP_PX + int((x + i) * step_x), GAP_PX + y * step_y
             bits = (_of(found, row)[0] ^ _of(found, line[0])[0]).bit_count()
-            draw.text((left, top), f"kept, of {len(line)}" if j == 0 else f"{bits} bits", fill="black")
+            draw.text((left, top), f"kept, of {len(group)}" if i == 0 else f"{bits} bits", fill="black")
             if picture := pictures.get(row):
                 sheet.paste(picture, (left, top + TEXT_PX))
-            if j == 0:
-                draw.rectangle(
-                    (left - 2, top + TEXT_PX - 2, left + TILE_PX + 1, top + TEXT_PX + TILE_PX + 1),
-                    outline="green",
-                    width=2,
-                )
+            if i == 0:
+                frame = (left - 2, top + TEXT_PX - 2, left + TILE_PX + 1, top + TEXT_PX + TILE_PX + 1)
+                draw.rectangle(frame, outline="green", width=2)
     return sheet
+
+
+def _places(lengths: list[int]) -> list[tuple[float, int]]:
+    """Column and line of each group's first picture, half a picture between groups, PICTURES or fewer in a line."""
+    places: list[tuple[float, int]] = []
+    x, y = 0.0, 0
+    for length in lengths:
+        if x and x + length > PICTURES:
+            x, y = 0.0, y + 1
+        places.append((x, y))
+        x += length + 0.5
+    return places
 
 
 def _pictures(found: Duplicates, rows: list[int]) -> dict[int, Image.Image]:
@@ -118,7 +129,7 @@ def _pictures(found: Duplicates, rows: list[int]) -> dict[int, Image.Image]:
     for url, wanted in by_shard.items():
         with local_copy(url) as path, path.open("rb") as file:
             index = scan(path, url)
-            places = {key: place for place, key in enumerate(index.keys)}
+            places = first_rows(index)
             for row, key in wanted:
                 try:
                     data = image_bytes(index.read(file.fileno(), places[key]), key)

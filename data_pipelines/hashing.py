@@ -18,7 +18,7 @@ from t2i.data.index import original_size
 from t2i.data.sources import size
 
 from .optional import need
-from .shard_metadata import local_copy, scan
+from .shard_metadata import first_rows, local_copy, scan
 
 HASHES = ("phash", "dhash")
 DECODED_PX = (
@@ -96,12 +96,12 @@ def _hashed(url: str, keys: Sequence[str] | None, algorithm: str) -> Any:
     }
     with local_copy(url) as path:
         index = scan(path, url)
-        rows = {key: row for row, key in enumerate(index.keys)}
+        places = first_rows(index)
+        rows = enumerate(index.keys) if keys is None else ((places.get(key), key) for key in keys)
         with path.open("rb") as file:
-            for key in index.keys if keys is None else keys:
+            for row, key in rows:
                 found: tuple[Any, ...] = (0, bytes(16), bytes(THUMBNAIL_BYTES), 0, None)
                 try:
-                    row = rows.get(key)
                     if row is None or row in index.flaws:
                         raise BadSample("missing" if row is None else index.flaws[row], key)
                     found = _features(index.read(file.fileno(), row), key, perceptual)

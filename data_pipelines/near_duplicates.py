@@ -36,8 +36,10 @@ def group(
     coo_array = need("scipy.sparse", "dedup").coo_array
     order = np.argsort(codes, kind="stable")
     distinct, starts = np.unique(codes[order], return_index=True)
-    members = np.split(order, starts[1:])  # rows of each distinct code
     counts = np.diff(starts, append=len(order))
+
+    def members(code: int) -> np.ndarray:
+        return order[starts[code] : starts[code] + counts[code]]
 
     def alike(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """(k,) bool for k pairs of rows"""
@@ -46,17 +48,17 @@ def group(
 
     edges: list[np.ndarray] = [np.empty((2, 0), np.int64)]
     clusters: dict[int, list[np.ndarray]] = {}  # of a code that several pictures have: those that look alike
-    for code in np.flatnonzero(counts > 1):
-        clusters[int(code)] = list(_clusters(members[code], alike))
-        edges += [np.stack([np.full(len(rows), rows[0]), rows]) for rows in clusters[int(code)]]
+    for code in np.flatnonzero(counts > 1).tolist():
+        clusters[code] = list(_clusters(members(code), alike))
+        edges += [np.stack([np.full(len(rows), rows[0]), rows]) for rows in clusters[code]]
     for pairs in _pairs(distinct, distance, progress):
         single = (counts[pairs] == 1).all(axis=0)
         for start in range(0, int(single.sum()), PAIRS):
             rows = order[starts[pairs[:, single][:, start : start + PAIRS]]]
             edges.append(rows[:, alike(*rows)])
         for one, other in pairs[:, ~single].T.tolist():
-            for left in clusters.get(one, [members[one]]):
-                for right in clusters.get(other, [members[other]]):
+            for left in clusters.get(one, [members(one)]):
+                for right in clusters.get(other, [members(other)]):
                     edges += _link(left, right, alike)
     left, right = np.concatenate(edges, axis=1)
     graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(codes), len(codes)))

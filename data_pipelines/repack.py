@@ -23,7 +23,7 @@ from t2i.errors import DataError
 
 from .optional import need
 from .selection import spans
-from .shard_metadata import local_copy, metadata_of, scan
+from .shard_metadata import first_rows, local_copy, metadata_of, scan
 from .shard_writer import check_samples_per_shard, sample_key
 
 
@@ -97,7 +97,7 @@ class _Sources:
         path = self._open.enter_context(local_copy(url))
         self._index = scan(path, url)
         self._file = self._open.enter_context(path.open("rb"))
-        self._rows = {key: row for row, key in enumerate(self._index.keys)}
+        self._rows = first_rows(self._index)
         self.metadata, _ = metadata_of(url)
         self._url = url
 

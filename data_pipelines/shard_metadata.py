@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i.data.captions import parse_captions, parse_metadata
+from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes
@@ -38,6 +38,11 @@ def scan(path: Path, url: str) -> ShardIndex:
         return ShardIndex.scan(path)
     except OSError as error:
         raise DataError(f"Shard {url} cannot be read: {error.strerror or error}.") from error
+
+
+def first_rows(index: ShardIndex) -> dict[str, int]:
+    """key -> its row; where a key comes twice, the first, as the second is the flaw."""
+    return {key: row for row, key in reversed(list(enumerate(index.keys)))}
 
 
 def metadata_of(url: str) -> tuple[Any, bool]:
@@ -98,9 +103,11 @@ def _from_members(path: Path, url: str) -> Any:
                 row = parse_metadata(members, key)
                 row.setdefault("status", "success")
                 if "caption" not in row and "txt" in members:
-                    row["caption"] = parse_captions(members, row, ("txt",), key)[0]
+                    row["caption"] = members["txt"].decode().strip()
             except BadSample as error:
                 row["status"] = error.cause
+            except UnicodeDecodeError:
+                row["status"] = "caption"
             rows.append({**row, "key": key})
     names = dict.fromkeys(["key", "status", *(name for row in rows for name in row)])
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
