@@ -39,15 +39,17 @@ RESOLVERS = 64  # look-ups of names that wait at the same time, each in a thread
 class DownloadOptions:
     """samples_per_shard: rows of the table, those that fail included
     connections: requests under way at the same time
-    shorter_side_px: larger pictures are reduced to it (`pictures.prepare`); None: every picture keeps its bytes, so
-        that a later training at a higher resolution need not download again
+    image_size_px: pictures whose shorter side is longer are reduced to it (`pictures.prepare`); None: every picture
+        keeps its bytes. Unlike img2dataset, which by default brings everything to a square of 256 px, enlarges what
+        is smaller and encodes all anew: training crops for itself, at one resolution after another, and needs no
+        second loss by JPEG.
     decoders: processes that check and reduce pictures; 0: a thread of this one
     """
 
     samples_per_shard: int = 1000
     connections: int = 256
     limits: FetchLimits = field(default_factory=FetchLimits)
-    shorter_side_px: int | None = None
+    image_size_px: int | None = None
     decoders: int = 1
 
     def __post_init__(self) -> None:
@@ -55,9 +57,9 @@ class DownloadOptions:
         for name, value, least in (
             ("connections", self.connections, 1),
             ("timeout_s", self.limits.timeout_s, 0.001),
-            ("max_bytes", self.limits.max_bytes, 1),
+            ("max_mib", self.limits.max_mib, 0.001),
             ("retries", self.limits.retries, 0),
-            ("shorter_side_px", self.shorter_side_px or 1, 1),
+            ("image_size_px", 1 if self.image_size_px is None else self.image_size_px, 1),
         ):
             if not value >= least:
                 raise ConfigError(f"{name} is {value}; allowed: {least} or more.")
@@ -78,7 +80,8 @@ class Report:
 
 def default_decoders() -> int:
     """A process for each core but the one that fetches."""
-    return max(1, min(MAX_DECODERS, len(os.sched_getaffinity(0)) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_DECODERS, cores - 1))
 
 
 def download(
@@ -169,8 +172,8 @@ class _Job:
         ahead = 2 + 32 * options.connections // options.samples_per_shard
         open_shards = asyncio.Semaphore(min(ahead, MAX_OPEN_SHARDS))
 
-        # What is fetched waits here to be checked; when it is full, so are the connections.
-        fetched: asyncio.Queue[_Fetched] = asyncio.Queue(options.connections)
+        # What is fetched waits here to be checked. While it is full, what came keeps its connection's place.
+        fetched: asyncio.Queue[_Fetched] = asyncio.Queue(4 * CHECKED_AT_ONCE * max(1, options.decoders))
 
         async def get(shard: OpenShard, place: int) -> None:
             try:
@@ -192,7 +195,7 @@ class _Job:
                 while len(batch) < CHECKED_AT_ONCE and not fetched.empty():
                     batch.append(fetched.get_nowait())
                 files = [(sample_key(each.shard.number, each.place), each.data) for each in batch]
-                found = await loop.run_in_executor(decoders, _prepared, files, options.shorter_side_px)
+                found = await loop.run_in_executor(decoders, _prepared, files, options.image_size_px)
                 await loop.run_in_executor(disk, _store, batch, found)
                 for each in batch:
                     done(each.shard)
@@ -234,7 +237,7 @@ class _Job:
         number, rows = next(self.slices, (0, None))
         if rows is None:
             return None
-        known = [self.options.shorter_side_px, self.url_column, self.caption_column, json_records(rows)]
+        known = [self.options.image_size_px, self.url_column, self.caption_column, json_records(rows)]
         digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         path = self.out / f"{number:05d}.tar"
         if not path.exists():

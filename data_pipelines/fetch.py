@@ -28,11 +28,11 @@ KEEP_ALIVE_S = 1.0  # with a host for each picture, longer would pile up idle co
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """timeout_s: for one picture, all attempts and the pauses between them included; max_bytes: of one picture;
+    """timeout_s: for one picture, all attempts and the pauses between them included; max_mib: of one picture;
     retries: further attempts after one that failed in a way that may pass"""
 
     timeout_s: float = 10.0
-    max_bytes: int = 20 << 20
+    max_mib: float = 20.0
     retries: int = 2
 
 
@@ -73,7 +73,7 @@ async def fetch(session: aiohttp.ClientSession, url: str | None, limits: FetchLi
         async with asyncio.timeout(limits.timeout_s) as deadline:
             for attempt in range(limits.retries + 1):
                 try:
-                    return await _attempt(session, url, limits.max_bytes)
+                    return await _attempt(session, url, int(limits.max_mib * (1 << 20)))
                 except FetchError as error:
                     pause_s = max(error.after_s or 0.0, 0.5 * 2**attempt * random.uniform(0.5, 1.5))
                     too_late = loop.time() + pause_s >= (deadline.when() or 0.0)
@@ -107,7 +107,11 @@ async def _attempt(session: aiohttp.ClientSession, url: str, max_bytes: int) -> 
             return bytes(body)
     except aiohttp.TooManyRedirects as error:
         raise FetchError("redirects", f"more than {MAX_REDIRECTS}") from error
-    except (aiohttp.InvalidURL, ValueError) as error:  # of the table, or one that it redirects to
+    except (
+        aiohttp.InvalidURL,
+        aiohttp.NonHttpUrlClientError,
+        ValueError,
+    ) as error:  # of the table, or one that it redirects to
         raise FetchError("url", f"not a URL of a picture: {error}") from error
     except aiohttp.ClientSSLError as error:
         raise FetchError("tls", str(error)) from error

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.tables import open_table, text_column
 
     out = Path(options.out)
-    limits = FetchLimits(options.timeout_s, int(options.max_mib * (1 << 20)), options.retries)
+    limits = FetchLimits(options.timeout_s, options.max_mib, options.retries)
     chosen = job.DownloadOptions(
         options.samples_per_shard,
         options.connections,
