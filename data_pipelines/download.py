@@ -120,7 +120,10 @@ def download(
         if isinstance(error, OSError):
             raise DataError(f"{out} cannot be written: {error}.") from group
         if isinstance(error, BrokenExecutor):
-            raise DataError("A process that decodes pictures died, perhaps for want of memory.") from group
+            raise DataError(
+                "A process that decodes pictures died, perhaps for want of memory; the same command goes on "
+                f"after the shards that are complete in {out}."
+            ) from group
         raise error from group
     finally:
         report.seconds = time.monotonic() - start
