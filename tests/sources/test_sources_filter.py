@@ -6,6 +6,9 @@ import io
 import json
 import math
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +23,7 @@ from t2i_cli.data import filter as command
 from t2i_pipelines.filter import filter_shards, filter_table
 from t2i_pipelines.judge import Judge
 from t2i_pipelines.presets import PRESETS, Rule, bound, languages, preset
+from t2i_pipelines.repack import repack
 
 
 def nothing(done: int, total: int) -> None:
@@ -307,6 +311,34 @@ def test_shards_packed_by_hand(tmp_path):
     report = filter_shards([str(path)], tmp_path / "kept.arrow", bound("similarity", 0.3, None), nothing)
     assert kept_keys(tmp_path / "kept.arrow") == {"00000.tar": ["a"]}
     assert (report.tallies[1].removed, report.tallies[1].unknown) == (1, 1)
+
+
+def test_remote_shards(tmp_path):
+    """Over http: metadata alone are read to select, tars to repack; what is not there is named."""
+    img2dataset_shard(tmp_path / "there", 0, 4, similarity=[0.1, 0.4, 0.4, 0.0])
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format, *values):
+            asked.append(self.path)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "there")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/00000.tar"
+        report = filter_shards([url], tmp_path / "kept.arrow", bound("similarity", 0.3, None), nothing)
+        assert report.kept == 2
+        assert "/00000.tar" not in asked
+        (kept,) = listed([str(tmp_path / "kept.arrow")])
+        assert (kept.url, kept.keys.to_pylist()) == (url, ["000000001", "000000002"])
+        assert repack(tmp_path / "kept.arrow", tmp_path / "out", 10, lambda done: None).packed == 2
+        with tarfile.open(tmp_path / "out/00000.tar") as tar:
+            assert json.loads(tar.extractfile("000000001.json").read()) == {"key": "000000002"}
+        with pytest.raises(DataError, match=r"00001\.tar does not exist"):
+            filter_shards([url.replace("00000", "00001")], tmp_path / "x.arrow", [], nothing)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_the_command(tmp_path, capsys):
