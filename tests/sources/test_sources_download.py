@@ -3,132 +3,29 @@ tables by pyarrow, and a shard that img2dataset itself wrote says what they must
 
 from __future__ import annotations
 
-import asyncio
-import gzip
 import hashlib
 import io
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 import tracemalloc
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-import webdataset as wds
+from picture_server import CountingServer, Server, downloaded, encoded, read, rows, table_of
 from PIL import Image
 
-from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.errors import ConfigError, DataError
-from t2i_pipelines.download import DownloadOptions, Report, download
+from t2i_pipelines.download import DownloadOptions
 from t2i_pipelines.fetch import USER_AGENT, FetchLimits, forbids, retry_after_s
-from t2i_pipelines.pictures import prepare
 from t2i_pipelines.shard_writer import LAYOUT
 from t2i_pipelines.tables import open_table
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-web = pytest.importorskip("aiohttp.web")
-
 GOLDEN = Path(__file__).parent / "data" / "img2dataset"
-
-
-def encoded(kind: str = "JPEG", size: tuple[int, int] = (24, 16), seed: int = 0, **options) -> bytes:
-    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(small).resize(size).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-class Server:
-    """What a URL's path says is what happens; `calls` counts the requests, `released` lets /wait/ go on."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.agents: set[str] = set()
-        self.pictures: dict[str, bytes] = {}
-        self.released = threading.Event()
-        self.loop = asyncio.new_event_loop()
-        self.started = threading.Event()
-        self.thread = threading.Thread(target=self.serve, daemon=True)
-        self.thread.start()
-        self.started.wait()
-
-    def serve(self) -> None:
-        app = web.Application()
-        app.router.add_get("/{what}/{rest:.*}", self.answer)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        self.loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.port = runner.addresses[0][1]
-        self.started.set()
-        self.loop.run_forever()
-        self.loop.run_until_complete(runner.cleanup())
-
-    def stop(self) -> None:
-        self.released.set()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{path}"
-
-    async def answer(self, request):
-        self.calls[request.path.lstrip("/")] += 1
-        self.agents.add(request.headers["User-Agent"])
-        what, rest = request.match_info["what"], request.match_info["rest"]
-        count = self.calls[request.path.lstrip("/")]
-        if what == "status":
-            return web.Response(status=int(rest))
-        if what == "later" and count == 1:  # /later/503 fails once
-            return web.Response(status=int(rest), headers={"Retry-After": "0"})
-        if what == "busy":
-            return web.Response(status=429, headers={"Retry-After": "3600"})
-        if what == "loop":
-            raise web.HTTPFound(f"/loop/{int(rest) + 1}")
-        if what == "moved":
-            raise web.HTTPFound("/ok/1" if rest == "here" else rest)
-        if what == "hang":
-            await asyncio.sleep(60)
-        if what == "wait":
-            while not self.released.is_set():
-                await asyncio.sleep(0.01)
-        if what == "endless":
-            response = web.StreamResponse()
-            await response.prepare(request)
-            while True:
-                await response.write(bytes(1 << 16))
-        if what == "zipped":
-            headers = {"Content-Encoding": "gzip"}
-            return web.Response(body=gzip.compress(bytes(50 << 20)), headers=headers)
-        if what == "cut":
-            response = web.StreamResponse(headers={"Content-Length": "10000"})
-            await response.prepare(request)
-            await response.write(encoded()[:200])
-            request.transport.close()
-            return response
-        if what == "half":
-            return web.Response(body=encoded(size=(256, 256))[:-400])
-        if what == "robots":
-            return web.Response(body=encoded(), headers={"X-Robots-Tag": rest})
-        if what == "html":
-            return web.Response(text="<html>gone</html>", content_type="text/html")
-        if what == "large":
-            return web.Response(body=bytes(3 << 20))
-        if what in self.pictures:
-            return web.Response(body=self.pictures[what])
-        kind = {"png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}.get(what, "JPEG")
-        return web.Response(body=encoded(kind, seed=int(rest or 0)))
 
 
 @pytest.fixture
@@ -136,31 +33,6 @@ def server() -> Iterator[Server]:
     running = Server()
     yield running
     running.stop()
-
-
-def table_of(server: Server, folder: Path, paths: list[str | None], **columns: list) -> Path:
-    urls = [path if path is None or re.match(r"\w+:", path) else server.url(path) for path in paths]
-    captions = columns.pop("caption", [f"picture {i}" for i in range(len(paths))])
-    path = folder / "table.parquet"
-    pq.write_table(pa.table({"url": urls, "caption": pa.array(captions, pa.string()), **columns}), path)
-    return path
-
-
-def downloaded(table: Path, out: Path, report: Report | None = None, **options) -> Report:
-    limits = FetchLimits(
-        options.pop("timeout_s", 5.0), options.pop("max_mib", 2.0), options.pop("retries", 1)
-    )
-    chosen = DownloadOptions(**{"decoders": 0, "limits": limits, **options})
-    opened = open_table(str(table), out / ".table")
-    return download(opened, out, chosen, "url", "caption", lambda done: None, report)
-
-
-def read(folder: Path) -> list[dict]:
-    return list(wds.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False))
-
-
-def rows(folder: Path) -> list[dict]:
-    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def test_pictures_with_their_bytes_captions_and_columns(server, tmp_path):
@@ -317,50 +189,6 @@ def test_retry_after():
     assert 95 < (retry_after_s(ahead) or 0) <= 100
 
 
-def test_reduced_to_the_shorter_side_and_never_enlarged(tmp_path):
-    picture = prepare(encoded(size=(300, 200)), "k", 64)
-    image = Image.open(io.BytesIO(picture.image or b""))
-    assert (image.format, image.size) == ("JPEG", (96, 64))
-    assert (picture.width, picture.height, picture.original_width, picture.original_height) == (
-        96,
-        64,
-        300,
-        200,
-    )
-    reference = Image.open(io.BytesIO(encoded(size=(300, 200)))).resize((96, 64), Image.Resampling.LANCZOS)
-    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(reference, dtype=int))
-    assert difference.mean() < 2
-    assert picture.sha256 == hashlib.sha256(encoded(size=(300, 200))).hexdigest()  # of what was downloaded
-    for size in ((300, 64), (10, 20)):
-        small = prepare(encoded("PNG", size), "k", 64)
-        assert (small.image, small.extension, small.width, small.height) == (None, "png", *size)
-
-
-def test_exif_is_told_and_turns_the_picture():
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "Maker"
-    exif.get_ifd(0x8769)[0x829A] = 0.5
-    data = encoded(size=(32, 16), exif=exif)
-    picture = prepare(data, "k")
-    assert (picture.image, picture.width, picture.height) == (None, 16, 32)
-    told = json.loads(picture.exif or "")
-    assert (told["Image Make"], told["Image Orientation"], told["EXIF ExposureTime"]) == ("Maker", "6", "0.5")
-    turned = Image.open(io.BytesIO(prepare(data, "k", 8).image or b""))
-    assert turned.size == (8, 16)
-    assert turned.getexif().get(0x0112) is None
-
-
-def test_pictures_that_are_refused():
-    bomb = encoded("PNG", (8, 8))
-    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + bomb[24:29]
-    large = bomb[:12] + header + zlib.crc32(header).to_bytes(4, "big") + bomb[33:]
-    with pytest.raises(BadSample, match="bomb"):
-        prepare(large, "k")
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    with pytest.raises(BadSample, match="not a picture in a known format"):  # Pillow would start Ghostscript
-        prepare(postscript, "k")
-
-
 def test_columns_named_as_the_layout_s_own_are_kept_under_another_name(server, tmp_path):
     table = table_of(server, tmp_path, ["ok/1"], WIDTH=[1000], key=["mine"])
     downloaded(table, tmp_path / "out")
@@ -420,95 +248,6 @@ def test_a_column_of_bytes_is_left_out(server, tmp_path):
     assert rows(tmp_path / "out")[0].keys() == {"n", *LAYOUT}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Of each shard, without the times in its statistics."""
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    for name in found:
-        if name.endswith(".json"):
-            stats = json.loads(found[name])
-            for key in ("duration", "start_time", "end_time"):
-                del stats[key]
-            found[name] = json.dumps(stats).encode()
-    return found
-
-
-def test_after_a_kill_it_goes_on_to_the_same_bytes(server, tmp_path):
-    paths = [*(f"ok/{i}" for i in range(12)), "status/404", *(f"wait/{i}" for i in range(13, 20))]
-    table, out = table_of(server, tmp_path, paths, n=range(20)), tmp_path / "out"
-    command = [sys.executable, "-m", "t2i_cli.main", "data", "download", str(table), str(out)]
-    options = ["--samples-per-shard", "5", "--timeout-s", "60", "--connections", "8"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (out / "00001.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    children = child_processes(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert sorted(path.name for path in out.glob("[!.]*")) == [
-        f"0000{i}{end}" for i in (0, 1) for end in (".parquet", ".tar", "_stats.json")
-    ]
-    assert len(read(out)) == 10
-    server.released.set()
-    server.calls.clear()
-    report = downloaded(table, out, samples_per_shard=5)
-    assert (report.shards, report.skipped, report.statuses) == (4, 2, {"success": 19, "http_404": 1})
-    assert server.calls.keys() == set(paths[10:])  # nothing again
-    downloaded(table, tmp_path / "whole", samples_per_shard=5)
-    assert files(out) == files(tmp_path / "whole")
-    while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert children
-    assert not any(map(alive, children))  # those that decode end with their parent
-
-
-def child_processes(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_ctrl_c_leaves_complete_shards_and_says_how_to_go_on(server, tmp_path):
-    table = table_of(server, tmp_path, [*(f"ok/{i}" for i in range(4)), "wait/5"])
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "t2i_cli.main", "data", "download", str(table), str(out)]
-    process = subprocess.Popen(
-        [*command, "--samples-per-shard", "2", "--timeout-s", "60"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "00001.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all its processes
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "4 of 4 pictures are in 2 shards" in said
-    assert "the same command goes on after them" in said
-    assert "Traceback" not in said
-    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
-
-
-def test_another_table_or_size_is_refused(server, tmp_path):
-    out = tmp_path / "out"
-    downloaded(table_of(server, tmp_path, ["ok/1", "ok/2"]), out, samples_per_shard=1)
-    before = files(out)
-    words = r"00001\.tar was not downloaded from these rows with these options"
-    with pytest.raises(DataError, match=words):
-        downloaded(table_of(server, tmp_path, ["ok/1", "ok/3"]), out, samples_per_shard=1)
-    with pytest.raises(DataError, match="was not downloaded from these rows"):
-        downloaded(table_of(server, tmp_path, ["ok/1", "ok/2"]), out, samples_per_shard=1, image_size_px=8)
-    with pytest.raises(DataError, match=r"00001\.tar is not of this table, which fills 1 shards"):
-        downloaded(table_of(server, tmp_path, ["ok/1"]), out, samples_per_shard=1)
-    assert files(out) == before
-
-
 def test_options_that_are_not_allowed():
     for options, words in (
         ({"connections": 0}, "connections is 0; allowed: 1 or more"),
@@ -555,18 +294,3 @@ def peak(table: Path, out: Path) -> int:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return most
-
-
-class CountingServer(Server):
-    """Counts how many requests wait at once."""
-
-    def __init__(self) -> None:
-        self.waiting = self.busiest = 0
-        super().__init__()
-
-    async def answer(self, request):
-        self.waiting += 1
-        self.busiest = max(self.busiest, self.waiting)
-        await asyncio.sleep(0.01)
-        self.waiting -= 1
-        return await super().answer(request)
