@@ -8,7 +8,6 @@ import heapq
 import itertools
 import multiprocessing
 import os
-import tempfile
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from t2i.data.index import ShardIndex
-from t2i.data.sources import copy, is_local, local_path
+from t2i.data.sources import is_local
 from t2i.errors import DataError
 
 from .inspection_facts import ASPECT_EDGES, Facts, Tile, look_at
+from .shard_metadata import local_copy
 
 ROWS_PER_TASK = 128
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -132,7 +132,7 @@ def inspect_shards(
         for number, url in enumerate(urls):
             with contextlib.ExitStack() as stack:
                 try:
-                    path = stack.enter_context(on_disk(url))
+                    path = stack.enter_context(local_copy(url))
                     index = ShardIndex.scan(path)
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
                     report.unreadable[url] = str(error) or type(error).__name__
@@ -153,18 +153,6 @@ def inspect_shards(
     report.repeated_keys = len(known) - len(np.unique(known))
     report.tiles = choice.tiles()
     return report
-
-
-@contextlib.contextmanager
-def on_disk(url: str) -> Iterator[Path]:
-    """The shard as a local file; of a remote one a copy, for as long as the block lasts. Raises DataError."""
-    if is_local(url):
-        yield local_path(url)
-        return
-    with tempfile.TemporaryDirectory(prefix="t2i-") as folder:
-        path = Path(folder) / "shard.tar"
-        copy(url, path)
-        yield path
 
 
 class _Choice:

@@ -11,47 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
 from t2i.data.sources import beside, is_local, local_path, size
 from t2i.errors import ConfigError, DataError
 
-from .inspection import on_disk
 from .inspection_facts import CAPTION_KEYS, read_sample
 from .optional import need
+from .ranks import Rank
 from .scorer import Loaded, Scorer
+from .shard_metadata import local_copy
 
 SUFFIX = ".scores.parquet"
 END_BYTES = 1 << 20
 BATCHES_AHEAD = 2  # decoded while the networks work on another
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process takes the shards i with i % world == rank. local: its number on the machine"""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-
-def rank_of(environment: Mapping[str, str]) -> Rank:
-    """As torchrun or srun says."""
-    if {"RANK", "WORLD_SIZE"} <= environment.keys():
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
-        if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
-            return Rank()  # the script that sbatch runs: one process, whatever number of tasks the job has
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    else:
-        return Rank()
-    try:
-        return Rank(*(int(environment.get(name, "0")) for name in names))
-    except ValueError as error:
-        raise ConfigError(f"{', '.join(names)}: {error}; allowed: whole numbers.") from error
 
 
 @dataclass
@@ -85,7 +59,7 @@ def score_shards(
     """
     files = _places(urls, out)
     report = Report()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for url in urls[rank.rank :: rank.world]:
             with contextlib.ExitStack() as stack:
                 try:
@@ -95,7 +69,7 @@ def score_shards(
                         report.skipped += 1
                         progress(1)
                         continue
-                    path = stack.enter_context(on_disk(url))
+                    path = stack.enter_context(local_copy(url))
                     index = ShardIndex.scan(path)
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
                     report.unreadable[url] = str(error) or type(error).__name__

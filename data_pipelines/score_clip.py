@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from t2i.errors import CheckpointError, ConfigError
 
-from .score_heads import sha256
+from .score_heads import reason_of, sha256
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def load_clip(model: str, weights: str | None, device: torch.device, with_text: 
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # whatever the readers of four file formats raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"--clip {model} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"--clip {model} cannot be loaded: {reason_of(error)}") from error
 
 
 def _open_clip(

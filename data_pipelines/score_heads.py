@@ -9,6 +9,7 @@ LAION-AI/LAION-5B-WatermarkDetection (inference.py).
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,13 +131,14 @@ def load_watermark_detector(file: Path) -> nn.Module:
         nn.ReLU(),
         nn.Linear(256, 2),
     )
-    try:
-        model.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise CheckpointError(
-            f"{file} is not LAION's watermark detector (watermark_model_v1.pt): {reason}"
-        ) from error
+    state, wanted = read_weights(file), model.state_dict()
+    for key in sorted(state.keys() | wanted.keys()):
+        found, allowed = (tuple(each[key].shape) if key in each else "absent" for each in (state, wanted))
+        if found != allowed:
+            raise CheckpointError(
+                f"{file} is not LAION's watermark_model_v1.pt: {key} is {found}; allowed: {allowed}."
+            )
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
@@ -150,8 +152,7 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read as weights: {reason}") from error
+        raise CheckpointError(f"{file} cannot be read as weights: {reason_of(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} is a {type(state).__name__}; allowed: a state dict of tensors.")
     return state
@@ -168,3 +169,8 @@ def sha256(*files: Path) -> str:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
+
+
+def reason_of(error: Exception) -> str:
+    """The beginning of what a library says, which may be pages."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")

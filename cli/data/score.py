@@ -23,13 +23,16 @@ def run(arguments: list[str]) -> None:
     from t2i.data.sources import expand
     from t2i_pipelines.inspection import cores
     from t2i_pipelines.optional import need
-    from t2i_pipelines.score import rank_of, score_shards
+    from t2i_pipelines.ranks import rank_of
+    from t2i_pipelines.score import score_shards
     from t2i_pipelines.scorer import ScorerFiles, load_scorer
 
     need("pyarrow", "data")  # before anything is loaded
     urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank.local % gpus) if gpus else torch.device("cpu")
+    if gpus:  # else each thread that prepares pictures would start threads of torch
+        torch.set_num_threads(1)
     files = ScorerFiles(
         options.clip,
         options.clip_weights,
