@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from t2i.config import check, parse, parse_run
-from t2i.errors import ConfigError, UserError
+from t2i.errors import UserError
 from t2i.planning.config import Assumptions, ClusterConfig
+from t2i.schema import MISSING
 
 from .arguments import parse_with_overrides
+from .composition import composed_run
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
@@ -124,45 +125,7 @@ def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig
 
     group = ["+" + each if each.startswith("cluster=") else each for each in overrides]
     values = composed_run(group, config_dir, needed="cluster")
+    if values["data"]["shards"] == MISSING:
+        values["data"]["shards"] = "unread.tar"  # a plan reads no pictures
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
     return parse_run(values, families.load(values["family"], "config").Config), cluster
-
-
-def composed_run(
-    overrides: list[str], config_dir: str | None = None, needed: str | None = None
-) -> dict[str, Any]:
-    """What `t2i train` composes, as plain values. A plan reads no pictures, so data.shards may stay open.
-
-    needed: a group that has to be chosen
-    """
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    from .train import explained, quoted
-
-    folders = [Path(str(resources.files("t2i_conf") / "train.yaml")).parent]
-    if config_dir is not None:
-        check(Path(config_dir).is_dir(), "--config-dir", config_dir, "an existing folder")
-        folders.append(Path(config_dir))
-        overrides = [*overrides, f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
-    # The group is optional, so that Hydra would pass over an experiment that does not exist.
-    experiments = [
-        path.relative_to(folder / "experiment").with_suffix("").as_posix()
-        for folder in folders
-        for path in sorted(folder.glob("experiment/**/*.yaml"))
-    ]
-    for key, _, value in (override.partition("=") for override in overrides):
-        check(key != "experiment" or value in experiments, key, value, ", ".join(experiments))
-    with explained():
-        with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
-            if needed is not None and not any(each.startswith(f"+{needed}=") for each in overrides):
-                choices = GlobalHydra.instance().config_loader().get_group_options(needed)
-                raise ConfigError(
-                    f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
-                )
-            composed = hydra.compose("train", [quoted(override) for override in overrides])
-        if OmegaConf.is_missing(composed.data, "shards"):
-            composed.data.shards = "unread.tar"
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-    return values

@@ -132,6 +132,19 @@ class ImageCodec(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FeatureMakers:
+    """What turns pictures and captions into what a stage trains on, frozen, so that it can be done ahead of training.
+
+    text: None where the stage trains its text encoder
+    made_by: where "autoencoder" and "text encoder" came from, for a person to read
+    """
+
+    codec: ImageCodec
+    text: TextEncoder | None
+    made_by: dict[str, str]
+
+
 class SamplingDefaults(Protocol):
     """What a request takes where a person says nothing."""
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
@@ -29,7 +29,7 @@ from t2i.data.shards import index_beside
 from t2i.data.sources import SourceError
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
-from t2i.interfaces import TextFeatures
+from t2i.interfaces import FeatureMakers, ImageCodec, TextEncoder, TextFeatures
 
 RECORD = "encoded.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
@@ -93,13 +93,29 @@ def weights_hash(parts: Iterable[tuple[str, Tensor]], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def check_same(what: str, recorded: str, own: str, folder: str, made_by: dict[str, str]) -> None:
-    """Raises DataError where the weights that made cached features are not those that training would use."""
-    if recorded != own:
-        raise DataError(
-            f"data.encoded={folder} was made by the {what} {made_by.get(what, 'of another run')} (hash "
-            f"{recorded[:12]}), this run uses one of hash {own[:12]}; encode again, or use that {what}."
-        )
+def codec_hash(codec: ImageCodec) -> str:
+    """Of what decides the moments of a picture: the decoder may differ."""
+    return weights_hash(codec.encoding_weights().items(), type(codec).__name__)
+
+
+def text_hash(encoder: TextEncoder) -> str:
+    """Of what decides the features of a caption. encoder: an `nn.Module`"""
+    assert isinstance(encoder, nn.Module)
+    return weights_hash(encoder.state_dict().items(), type(encoder).__name__, encoder.max_tokens)
+
+
+def check_same(folder: str, record: Record, makers: FeatureMakers) -> None:
+    """Raises DataError unless `makers` would make the features in `folder`."""
+    checks = [("autoencoder", record.autoencoder, codec_hash(makers.codec))]
+    if record.text is not None:
+        checks.append(("text encoder", record.text, "" if makers.text is None else text_hash(makers.text)))
+    for what, recorded, own in checks:
+        if recorded != own:
+            ours = f"uses one with hash {own[:12]}" if own else "trains its own"
+            raise DataError(
+                f"data.encoded={folder} was made by the {what} {record.made_by.get(what, '?')} (hash "
+                f"{recorded[:12]}), and this run {ours}: encode again, or take that {what}."
+            )
 
 
 def shard_name(url: str) -> str:

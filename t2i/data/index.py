@@ -229,7 +229,7 @@ def _tar_members(path: Path) -> Iterator[tarfile.TarInfo | str]:
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if member.isreg():
                 yield member
-        if not found and _has_data(file, 0, length):
+        if not found and length >= tarfile.BLOCKSIZE and _has_data(file, 0, length):
             raise DataError(f"Shard {path} is not an uncompressed tar file.")
         if length < end + tarfile.BLOCKSIZE:
             yield "truncated"

@@ -34,6 +34,7 @@ class Sample:
 
     picture: (3, H, W) uint8; of encoded data (3, 0, 0)
     captions: with their weights
+    key: unique in the dataset; key_in_shard: as the shard has it
     original_size: height and width of the source picture, from the JSON where that says so
     crop: top and left after resizing
     moments: of encoded data the codec's moments (M, h, w), as stored
@@ -43,6 +44,7 @@ class Sample:
     picture: Tensor
     captions: dict[str, float]
     key: str
+    key_in_shard: str
     original_size: tuple[int, int]
     crop: tuple[int, int]
     metadata: dict[str, Any]
@@ -153,7 +155,7 @@ class SampleReader:
         image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
         picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
         original = original_size(metadata) or stored_size
-        sample = Sample(picture, captions, raw.key, original, crop, metadata)
+        sample = Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata)
         if wanted.place is None and len(self._cache) < self._room:
             self._cache[wanted.index] = sample
         return sample
@@ -173,8 +175,8 @@ class SampleReader:
             text = {caption: encoded.text(caption, tensors, raw.key) for caption in captions}
         stored = tensors["size"].tolist()  # height and width of the stored picture, top and left of the crop
         original = original_size(metadata) or (stored[0], stored[1])
-        picture = torch.empty(3, 0, 0, dtype=torch.uint8)
-        return Sample(picture, captions, raw.key, original, (stored[2], stored[3]), metadata, moments, text)
+        picture, crop = torch.empty(3, 0, 0, dtype=torch.uint8), (stored[2], stored[3])
+        return Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata, moments, text)
 
     def _leave_out_small(self, min_original_px: int, found: int) -> None:
         largest = 0

@@ -34,7 +34,7 @@ class Listed:
         """int64 rows of `index`, -1 for a key that is not in it."""
         if self.keys is None:
             return np.arange(len(index))
-        place = {key: row for row, key in enumerate(index.keys)}
+        place = {key: row for row, key in reversed(list(enumerate(index.keys)))}  # the first of a key counts
         return np.array([place.get(key, -1) for key in self.keys.to_pylist()], dtype=np.int64)
 
 

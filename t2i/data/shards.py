@@ -234,14 +234,15 @@ class Shards:
     def _find_sizes(self, max_bad_share: float) -> np.ndarray:
         """(n,) int64 samples per shard."""
         summaries = lru_cache(maxsize=None)(partial(_summary, limits=self.store.limits))
+        limits = self.store.limits
         sizes = np.zeros(len(self.listed), dtype=np.int64)
         unknown = []
         for shard, each in enumerate(self.listed):
             folder, _, name = each.url.rpartition("/")
             if each.keys is not None:
                 sizes[shard] = len(each.keys)
-            elif (entry := summaries(folder).get(name)) is not None:
-                sizes[shard] = entry
+            elif (entry := summaries(folder).get(name)) is not None and _is_current(each.url, entry, limits):
+                sizes[shard] = entry["samples"]
             else:
                 unknown.append(shard)
         failed: list[tuple[int, Exception]] = []
@@ -296,8 +297,7 @@ class Shards:
         index = index_beside(url, self.store)
         if index is None or index.file_bytes != path.stat().st_size:
             index = self._indexes[shard] = ShardIndex.scan(path)
-        lost = index.flaws and _successes(url, self.store)  # what was in the shard before it was cut short
-        return max(len(index), lost or 0)
+        return samples_in(index, url, self.store)
 
 
 _NOTHING = ShardIndex([], (), np.empty((0, 0), np.int64), np.empty((0, 0), np.int64), {}, 0)
@@ -316,6 +316,12 @@ def index_beside(url: str, store: ShardStore) -> ShardIndex | None:
         return None
 
 
+def samples_in(index: ShardIndex, url: str, store: ShardStore) -> int:
+    """Samples of a shard; where the tar file lost some, as many as img2dataset's statistics say that there were."""
+    lost = _successes(url, store) if index.flaws else None
+    return max(len(index), lost or 0)
+
+
 def _successes(url: str, store: ShardStore) -> int | None:
     """Samples in a shard by img2dataset's statistics beside it."""
     place = sources.beside(url, "_stats.json")
@@ -326,17 +332,29 @@ def _successes(url: str, store: ShardStore) -> int | None:
     return found if isinstance(found, int) and found >= 0 else None
 
 
-def _summary(folder: str, limits: sources.Limits) -> dict[str, int]:
-    """Samples by the shard's name, of the folder's index.json; {} where there is none."""
+def _summary(folder: str, limits: sources.Limits) -> dict[str, dict[str, int]]:
+    """What the folder's index.json says of its shards, by name; {} where there is none."""
     place = f"{folder}/{SUMMARY}" if folder else SUMMARY
     if folder.startswith("pipe:"):
         return {}
     try:
-        read = json.loads(sources.read_bytes(place, limits))
-        return {name: int(entry["samples"]) for name, entry in read["shards"].items()}
+        shards = json.loads(sources.read_bytes(place, limits))["shards"]
+        return {
+            name: {key: int(entry[key]) for key in ("samples", "bytes")} for name, entry in shards.items()
+        }
     except SourceError as error:
         if not error.missing:
             log.warning("%s", error)
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}  # somebody else's index.json
+
+
+def _is_current(url: str, entry: dict[str, int], limits: sources.Limits) -> bool:
+    """Whether a shard has the size it was indexed with; of a remote one, or one that is gone, that shows later."""
+    if not sources.is_local(url):
+        return True
+    try:
+        return sources.size(url, limits) == entry["bytes"]
+    except SourceError as error:
+        return error.missing

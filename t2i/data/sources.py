@@ -173,15 +173,24 @@ def _attempt(url: str, limits: Limits, call: Callable[[Any, str], T], deadline: 
     for attempt in range(limits.attempts):
         try:
             return within(limits.deadline_s, lambda: call(fs, path)) if deadline else call(fs, path)
-        except (FileNotFoundError, PermissionError) as error:
+        except PermissionError as error:
             raise _source_error(url, error) from error
         except Exception as error:  # each protocol's library raises its own
+            if isinstance(error, FileNotFoundError) and _status(error) in (404, 410):
+                raise _source_error(url, error) from error
             if attempt == limits.attempts - 1:
                 raise SourceError(
                     url, f"{type(error).__name__}: {error} (after {limits.attempts} attempts)"
                 ) from error
             time.sleep(2**attempt * random.uniform(0.25, 0.75))
     raise AssertionError("attempts is at least 1")
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status behind an error: fsspec turns whatever a server answers to the first request into "not found"."""
+    while error is not None and not isinstance(getattr(error, "status", None), int):
+        error = error.__cause__  # type: ignore[assignment]
+    return 404 if error is None else error.status  # type: ignore[attr-defined]
 
 
 def _source_error(url: str, error: OSError) -> SourceError:

@@ -18,11 +18,11 @@ from rich.console import Console
 from torch import Tensor
 
 from t2i.config import RunConfig, run_to_dict
-from t2i.data.encoded import Record
+from t2i.data.encoded import Record, check_same
 from t2i.data.loader import build_loader
 from t2i.data.reader import read_all
 from t2i.data.sources import Limits
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
 from t2i.training import run_folder
 from t2i.training.callbacks import (
@@ -96,12 +96,13 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if resumed:
         _check_same_run(config, resumed)
     L.seed_everything(config.seed, verbose=False)
-    config = dataclasses.replace(config, init_from=_initial_run(config) if resumed is None else None)
-    start = _start(config, resumed)
+    if resumed is None:
+        config, start = fresh_start(config)
+    else:
+        config = dataclasses.replace(config, init_from=None)
+        start = load(run_folder.checkpoints(resumed)[-1], use_ema=False)
     stage = stage_class(config, start)
-    for part in config.data.parts().values():
-        if part.encoded is not None:
-            stage.check_encoded(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)))
+    _check_encoded(config, stage)
     preview = preview_batch(config)
     if start is None:
         stage.before_training(_some_images(config))
@@ -162,6 +163,18 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if trainer.is_global_zero:
         run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
     return result
+
+
+def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
+    """Raises DataError unless cached features are what this stage would compute."""
+    for key, part in config.data.parts().items():
+        if part.encoded is not None:
+            makers = stage.feature_makers()
+            if makers is None:
+                raise ConfigError(
+                    f"{key}.encoded is {part.encoded!r}; allowed for stage={config.stage}: null."
+                )
+            check_same(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)), makers)
 
 
 class Finish(L.Callback):
@@ -239,11 +252,10 @@ def _initial_run(config: RunConfig) -> str | None:
     return str(lower)
 
 
-def _start(config: RunConfig, resumed: Path | None) -> LoadedCheckpoint | None:
-    """The weights that the stage starts from, if any."""
-    if resumed:
-        return load(run_folder.checkpoints(resumed)[-1], use_ema=False)
-    return load(run_folder.weights_file(config.init_from)) if config.init_from else None
+def fresh_start(config: RunConfig) -> tuple[RunConfig, LoadedCheckpoint | None]:
+    """A new run's configuration, with what its init_from means, and the weights that it starts from, if any."""
+    config = dataclasses.replace(config, init_from=_initial_run(config))
+    return config, load(run_folder.weights_file(config.init_from)) if config.init_from else None
 
 
 def _is_distributed(config: RunConfig) -> bool:

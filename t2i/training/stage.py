@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
-from t2i.data.encoded import Record
-from t2i.errors import ConfigError
-from t2i.interfaces import Batch
+from t2i.interfaces import Batch, FeatureMakers
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
 from t2i.training.optimizer import build_optimizer, learning_rate
@@ -71,9 +69,9 @@ class BaseStage(L.LightningModule):
     def after_training(self, images: Iterable[Tensor]) -> None:
         """Called once when the run is complete, with training pictures (B, 3, H, W) on the device."""
 
-    def check_encoded(self, folder: str, record: Record) -> None:
-        """Raises DataError or ConfigError unless the features in `folder` are those that this stage would compute."""
-        raise ConfigError(f"data.encoded is {folder!r}; allowed for stage={self.config.stage}: null.")
+    def feature_makers(self) -> FeatureMakers | None:
+        """What `t2i data encode` runs for this stage; None where the stage trains on pictures."""
+        return None
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Plain values (numbers, strings, lists, dictionaries) that a checkpoint needs beside the config."""

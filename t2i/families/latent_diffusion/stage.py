@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig
-from t2i.data.encoded import Record, check_same, weights_hash
-from t2i.errors import CheckpointError, ConfigError
+from t2i.errors import CheckpointError
 from t2i.families.latent_diffusion.config import Config
 from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.model import LatentDiffusion
-from t2i.interfaces import Batch, SampleRequest
+from t2i.interfaces import Batch, FeatureMakers, SampleRequest
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
 from t2i.training.stage import BaseStage
@@ -60,15 +59,15 @@ class Stage(BaseStage):
     def hidden_matrices(self) -> list[nn.Parameter]:
         return self.model.denoiser.hidden_matrices()
 
-    def check_encoded(self, folder: str, record: Record) -> None:
-        check_same("autoencoder", record.autoencoder, codec_hash(self.model), folder, record.made_by)
-        if record.text is not None:
-            if self.model.text.trainable:
-                raise ConfigError(
-                    f"data.encoded={folder} holds text features; allowed with text={self.config.model.text.name}, "
-                    "which is trained: latents alone (`t2i data encode --no-text`)."
-                )
-            check_same("text", record.text, text_hash(self.model), folder, record.made_by)
+    def feature_makers(self) -> FeatureMakers:
+        text, config = self.model.text, self.config.model
+        made_by = {
+            "autoencoder": config.autoencoder,
+            "text encoder": " ".join(
+                filter(None, (config.text.name, config.text.model, config.text.weights))
+            ),
+        }
+        return FeatureMakers(self.model.codec, None if text.trainable else text.encoder, made_by)
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config}
@@ -82,17 +81,6 @@ class Stage(BaseStage):
         sampling, size = self.config.model.sampling, self.config.resolution.size_px
         request = SampleRequest.by_default(batch.caption, size, sampling)
         return {"samples": self.model.generate(request)}
-
-
-def codec_hash(model: LatentDiffusion) -> str:
-    """Of what decides the moments of a picture."""
-    return weights_hash(model.codec.encoding_weights().items(), type(model.codec).__name__)
-
-
-def text_hash(model: LatentDiffusion) -> str:
-    """Of what decides the features of a caption. The text encoder is frozen."""
-    encoder = model.text.encoder
-    return weights_hash(encoder.state_dict().items(), type(encoder).__name__, encoder.max_tokens)
 
 
 def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion:

@@ -1,0 +1,77 @@
+"""`t2i data encode`: latents and text features ahead of training, by the overrides of the training command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from ..arguments import parse_with_overrides
+from ..console import console, say_what_is_logged
+
+
+def run(arguments: list[str]) -> None:
+    """Encodes each dataset of the run under a progress bar and says how to train on it."""
+    options, overrides = parse_with_overrides(parser(), arguments)
+    from ..composition import composed_run
+    from ..train import typed_run
+
+    config = typed_run(composed_run(overrides))
+    say_what_is_logged()
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from t2i import families
+    from t2i.data.reader import as_pair
+    from t2i.errors import ConfigError
+    from t2i.training.fit import fresh_start
+    from t2i_pipelines.encode import Encoder, encode
+    from t2i_pipelines.ranks import rank_of
+
+    rank = rank_of(os.environ)
+    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    makers = stage.feature_makers()
+    if makers is None:
+        raise ConfigError(
+            f"stage is {config.stage}; allowed to encode for: a stage that trains on latents, as ldm."
+        )
+    device = torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
+    if options.no_text:
+        makers = dataclasses.replace(makers, text=None)
+    parts = config.data.parts()
+    for key, data in parts.items():
+        out = Path(options.out) / (key.removeprefix("data.mixture.") if len(parts) > 1 else "")
+        encoder = Encoder(makers, device, options.dtype, options.batch_size, data.horizontal_flip)
+        columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("samples", total=None)
+            report = encode(
+                encoder,
+                data,
+                as_pair(config.resolution.size_px),
+                config.resolution.min_original_px,
+                out,
+                rank,
+                lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+            )
+        there = f", {report.skipped} were there" if report.skipped else ""
+        console.print(f"{report.encoded} samples are encoded in {report.shards} shards in {out}{there}")
+        for cause, count in report.bad.most_common():
+            console.print(f"Left out, {cause}: {count}", markup=False)
+        console.print(f"To train on them, add to the training command: {key}.encoded={out}", markup=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i data encode",
+        description="Latents (the posterior's moments) and text features of shards. Give the key=value arguments "
+        "of the training command; under torchrun or srun each process takes its own shards.",
+    )
+    made.add_argument("out", help="folder; shards that are there are not made again")
+    made.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of what is kept")
+    made.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
+    made.add_argument(
+        "--no-text", action="store_true", help="latents alone; captions are encoded while training"
+    )
+    return made

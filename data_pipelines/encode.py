@@ -1,0 +1,242 @@
+"""Latents and text features ahead of training: each shard of pictures gets a shard of what training makes of them.
+
+The posterior's moments are kept, not a sample of it, so that training draws a fresh sample each time it sees a picture,
+as it does online (see `t2i.data.encoded` for the format).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import tarfile
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from t2i.data import encoded
+from t2i.data.decode import BadSample
+from t2i.data.encoded import EMPTY_CAPTION, RECORD, Record
+from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.reader import Sample, SampleReader, Wanted, preparation
+from t2i.data.sources import Limits
+from t2i.data_config import DataConfig
+from t2i.errors import DataError
+from t2i.interfaces import FeatureMakers
+
+from .ranks import Rank
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Report:
+    """encoded: samples; shards: written now; skipped: shards that were there; bad: samples left out, by cause"""
+
+    encoded: int = 0
+    shards: int = 0
+    skipped: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """makers: `nn.Module`s, moved to `device` here; dtype: of what is kept; batch_size: pictures at a time; flip:
+    mirrored pictures too"""
+
+    makers: FeatureMakers
+    device: torch.device
+    dtype: Literal["fp16", "fp32"]
+    batch_size: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        for module in (self.makers.codec, self.makers.text):
+            if isinstance(module, nn.Module):
+                module.to(self.device).eval()
+
+    def record(self, data: DataConfig, size_px: tuple[int, int]) -> Record:
+        return Record(
+            preparation=preparation(data, size_px),
+            autoencoder=encoded.codec_hash(self.makers.codec),
+            text=None if self.makers.text is None else encoded.text_hash(self.makers.text),
+            made_by=self.makers.made_by,
+            flip=self.flip,
+            dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
+        )
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """Pictures of one shape and their captions -> the tensors of each sample by name."""
+        dtype = DTYPES[self.dtype]
+        image = (
+            torch.stack([sample.picture for sample in samples]).to(self.device).float().div_(127.5).sub_(1.0)
+        )
+        moments = {"moments": self.makers.codec.moments(image)}
+        if self.flip:
+            moments["moments_flip"] = self.makers.codec.moments(image.flip(-1))
+        kept = {name: value.to("cpu", dtype) for name, value in moments.items()}
+        if not all(value.isfinite().all() for value in kept.values()):
+            raise DataError(
+                f"Moments of sample {samples[0].key} or after it do not fit {self.dtype}; allowed: fp32."
+            )
+        captions = [list(sample.captions) for sample in samples]
+        texts = self.text([caption for each in captions for caption in each])
+        return [
+            {
+                "size": torch.tensor([*sample.original_size, *sample.crop]),
+                **{name: value[i].contiguous() for name, value in kept.items()},
+                **{name: texts[name] for caption in own for name in self._names(caption) if name in texts},
+            }
+            for i, (sample, own) in enumerate(zip(samples, captions, strict=True))
+        ]
+
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of captions by name; {} where text is not encoded."""
+        if self.makers.text is None:
+            return {}
+        packed: dict[str, Tensor] = {}
+        distinct = list(dict.fromkeys(captions))
+        for some in (distinct[i : i + self.batch_size] for i in range(0, len(distinct), self.batch_size)):
+            packed |= encoded.pack_text(some, self.makers.text(some), DTYPES[self.dtype])
+        return packed
+
+    @staticmethod
+    def _names(caption: str) -> list[str]:
+        return [f"{encoded.caption_hash(caption)}.{part}" for part in ("tokens", "pooled", "mask")]
+
+
+def encode(
+    encoder: Encoder,
+    data: DataConfig,
+    size_px: tuple[int, int],
+    min_original_px: int,
+    out: Path,
+    rank: Rank,
+    progress: Callable[[int, int], None],
+) -> Report:
+    """Writes one encoded shard for each shard of `data`, those that are there already excepted.
+
+    rank: which of the processes this is; each takes its own shards, and none waits for another
+    progress: called with samples done and samples to do, of this process
+    Raises DataError where `out` holds what other weights or settings made.
+    """
+    data = dataclasses.replace(data, encoded=None, crop="center", cache_mib=0)
+    reader = SampleReader(data, size_px, min_original_px if data.filter_by_size else 0, allow_pipes=True)
+    names = [encoded.shard_name(reader.shards.url(shard)) for shard in range(len(reader.shards))]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise DataError(
+            f"Two of the shards end in {twice}; shards that are encoded together must differ in that."
+        )
+    _write_record(encoder, encoder.record(data, size_px), out)
+    own = range(rank.rank, len(names), rank.world)
+    todo = [shard for shard in own if not (out / names[shard]).exists()]
+    report = Report(skipped=len(own) - len(todo))
+    total = int(reader.shards.sizes[todo].sum())
+    done = 0
+    with torch.inference_mode():
+        for shard, reads in itertools.groupby(
+            _read(reader, todo, encoder.batch_size), lambda read: read.shard
+        ):
+            path = out / names[shard]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+                    for read in reads:
+                        features = encoder(read.samples) if read.samples else []
+                        for sample, tensors in zip(read.samples, features, strict=True):
+                            _add(tar, f"{sample.key_in_shard}.safetensors", save(tensors))
+                        report.encoded += len(read.samples)
+                        report.bad.update(read.bad)
+                        done += len(read.samples) + read.bad.total()
+                        progress(done, total)
+                index = ShardIndex.scan(unfinished).to_bytes()
+                path.with_name(path.name.removesuffix(".tar") + SUFFIX).write_bytes(index)
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            report.shards += 1
+    return report
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _write_record(encoder: Encoder, record: Record, out: Path) -> None:
+    """Every process writes the same; the first that comes later than a record checks it."""
+    if (out / RECORD).exists():
+        there = Record.read(str(out), Limits())
+        for one in dataclasses.fields(Record):
+            old, new = getattr(there, one.name), getattr(record, one.name)
+            if old != new and one.name != "made_by":
+                raise DataError(
+                    f"{out} holds features of {one.name}={_shown(old)}, this command makes {one.name}={_shown(new)}; "
+                    "name another folder, or remove it."
+                )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in ((EMPTY_CAPTION, save(encoder.text([""]))), (RECORD, record.to_json().encode())):
+        unfinished = out / f".{name}.{uuid.uuid4().hex}"
+        unfinished.write_bytes(content)
+        unfinished.replace(out / name)
+
+
+def _shown(value: object) -> object:
+    return value[:12] if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Samples of one shard and one shape, and how many could not be read, by cause."""
+
+    shard: int
+    samples: list[Sample]
+    bad: Counter[str]
+
+
+class _Chunks(Dataset):
+    """Decoded samples by (shard, their indices)."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __getitems__(self, chunk: tuple[int, list[int]]) -> _Read:
+        shard, indices = chunk
+        answers = self.reader.read([Wanted(index) for index in indices])
+        bad = Counter(answer.cause for answer in answers if isinstance(answer, BadSample))
+        return _Read(shard, [answer for answer in answers if isinstance(answer, Sample)], bad)
+
+
+def _read(reader: SampleReader, shards: Sequence[int], batch_size: int) -> Iterator[_Read]:
+    """Shard by shard, pictures of one shape together, decoded by data.num_workers processes."""
+    chunks: list[tuple[int, list[int]]] = []
+    for shard in shards:
+        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index in range(int(reader.starts[shard]), int(reader.starts[shard + 1])):
+            by_shape[reader.shape(index)].append(index)
+        for same in by_shape.values():
+            chunks += [(shard, same[i : i + batch_size]) for i in range(0, len(same), batch_size)]
+    loader: Any = DataLoader(
+        _Chunks(reader),
+        batch_sampler=chunks,  # type: ignore[arg-type]
+        num_workers=reader.data.num_workers,
+        collate_fn=_as_is,  # type: ignore[arg-type]
+    )
+    yield from loader
+
+
+def _as_is(read: _Read) -> _Read:
+    return read

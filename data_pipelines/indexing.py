@@ -1,0 +1,121 @@
+"""Indexes of shards: where each sample lies, so that training starts and resumes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from t2i.data import sources
+from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.shards import SUMMARY, samples_in
+from t2i.data.sources import Limits
+from t2i.data.store import ShardStore
+from t2i.errors import DataError, UserError
+
+VERSION = 1
+
+
+@dataclass
+class Report:
+    """shards: indexed now; skipped: whose index was up to date; samples: in all shards that can be read
+    flaws: samples that the tar files lost, by cause; unreadable: shard -> why"""
+
+    shards: int = 0
+    skipped: int = 0
+    samples: int = 0
+    flaws: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def index_shards(
+    urls: Sequence[str], out: Path | None, processes: int, progress: Callable[[int], None]
+) -> Report:
+    """Writes `00000.index.npz` beside each shard and `index.json`, the sizes of all, into each folder; where `out` is
+    given, as it has to be for remote shards, into that folder, from where they are to be uploaded.
+
+    An index that fits its shard's size in bytes is kept. progress: called with the number of shards done with.
+    Raises DataError where there is no place for an index, or no shard can be read.
+    """
+    places = {url: _place(url, out) for url in urls}
+    if len(set(places.values())) < len(places):
+        raise DataError(f"Two of the shards would have one index in {out}; index one folder at a time.")
+    report = Report()
+    sizes: dict[Path, dict[str, dict[str, int]]] = defaultdict(dict)
+    # Spawned, not forked: threads of this process may hold locks.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for url, done in zip(urls, pool.map(_index_one, urls, places.values()), strict=True):
+            if isinstance(done, str):
+                report.unreadable[url] = done
+            else:
+                samples, size_bytes, flaws, skipped = done
+                sizes[places[url].parent][Path(url).name] = {"samples": samples, "bytes": size_bytes}
+                report.shards += not skipped
+                report.skipped += skipped
+                report.samples += samples
+                report.flaws.update(flaws)
+            progress(1)
+    if not sizes:
+        raise DataError(f"None of {len(urls)} shards can be read; of the first: {report.unreadable[urls[0]]}")
+    for folder, shards in sizes.items():
+        _write(
+            folder / SUMMARY,
+            json.dumps({"version": VERSION, "shards": _known(folder) | shards}, indent=1).encode(),
+        )
+    return report
+
+
+def _place(url: str, out: Path | None) -> Path:
+    if out is not None:
+        return out / (Path(url).name.removesuffix(".tar") + SUFFIX)
+    if not sources.is_local(url):
+        raise DataError(
+            f"An index cannot be written beside {url}; name a folder with --out, and upload it from there."
+        )
+    return sources.local_path(sources.beside(url, SUFFIX))
+
+
+def _index_one(url: str, place: Path) -> tuple[int, int, dict[str, int], bool] | str:
+    """Samples, bytes, flaws by cause and whether an index was there; or why there is none."""
+    try:
+        store = ShardStore(Limits(), allow_pipes=True)
+        path = store.path(url)
+        index = _read(place)
+        skipped = (
+            index is not None and index.file_bytes == path.stat().st_size and index.original_px is not None
+        )
+        if index is None or not skipped:
+            index = ShardIndex.scan(path).with_sizes(path)
+            _write(place, index.to_bytes())
+    except (UserError, OSError) as error:
+        return str(error)
+    return samples_in(index, url, store), index.file_bytes, dict(Counter(index.flaws.values())), skipped
+
+
+def _read(place: Path) -> ShardIndex | None:
+    try:
+        return ShardIndex.from_bytes(place.read_bytes(), str(place))
+    except (OSError, DataError):
+        return None
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """Shards of the folder that an earlier call indexed and that are still there."""
+    try:
+        shards: dict[str, Any] = json.loads((folder / SUMMARY).read_bytes())["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: entry for name, entry in shards.items() if (folder / name).is_file()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

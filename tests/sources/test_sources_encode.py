@@ -1,0 +1,200 @@
+"""Training from features that were computed before is training on the pictures themselves."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from safetensors.torch import load
+
+from t2i import families
+from t2i.data.encoded import Record
+from t2i.data.sources import Limits
+from t2i.errors import ConfigError, DataError
+from t2i.training.fit import fresh_start
+from t2i_pipelines.encode import Encoder, Report, encode
+from t2i_pipelines.ranks import Rank
+from t2i_pipelines.shard_writer import png_sample, write_shards
+
+# With v, the loss of the first step depends on the latents even where the network puts out zeros.
+UNET = ["experiment=latent_diffusion/tiny_unet_v", "text=minilm", "text.max_tokens=16"]
+ENOUGH = ["trainer.num_images=16", "trainer.log_every_steps=1", "resolution.text_dropout=0.3"]
+
+
+@pytest.fixture(scope="module")
+def runs_dir(compose_run, train, tmp_path_factory) -> Path:
+    """With a small autoencoder."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}"))
+    return folder
+
+
+@pytest.fixture
+def run_of(compose_run, runs_dir) -> Callable:
+    def run_of(*overrides: str):
+        return compose_run(*UNET, *ENOUGH, f"runs_dir={runs_dir}", *overrides)
+
+    return run_of
+
+
+def encode_for(config, out: Path, dtype="fp32", rank=Rank(), text=True) -> Report:
+    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    makers = stage.feature_makers()
+    if not text:
+        makers = dataclasses.replace(makers, text=None)
+    encoder = Encoder(
+        makers, torch.device("cpu"), dtype, config.trainer.batch_size, config.data.horizontal_flip
+    )
+    size = (config.resolution.size_px,) * 2
+    return encode(encoder, config.data, size, 0, out, rank, lambda done, total: None)
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["data.horizontal_flip=true"], ["data.num_workers=2"]], ids=["plain", "flip", "workers"]
+)
+def test_training_from_the_cache_is_training_online(run_of, train, tmp_path, options):
+    online = run_of("name=online", *options)
+    for dtype in ("fp32", "fp16"):
+        report = encode_for(online, tmp_path / dtype, dtype)
+        assert (report.encoded, report.bad) == (64, {})
+    wanted = losses(train(online).folder)
+    exact = losses(train(run_of("name=fp32", *options, f"data.encoded={tmp_path / 'fp32'}")).folder)
+    half = losses(train(run_of("name=fp16", *options, f"data.encoded={tmp_path / 'fp16'}")).folder)
+    assert exact == wanted  # every step, to the last bit
+    assert half[0] == pytest.approx(wanted[0], rel=1e-3)
+    assert half != wanted
+
+
+def test_latents_alone(run_of, train, tmp_path):
+    encode_for(run_of(), tmp_path / "cache", text=False)
+    assert Record.read(str(tmp_path / "cache"), Limits()).text is None
+    wanted = losses(train(run_of("name=again")).folder)
+    assert losses(train(run_of("name=alone", f"data.encoded={tmp_path / 'cache'}")).folder) == wanted
+
+
+def test_what_lies_in_a_shard_is_what_the_codec_and_the_text_encoder_say(run_of, tmp_path):
+    config = run_of("data.horizontal_flip=true")
+    encode_for(config, tmp_path / "cache")
+    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    makers = stage.feature_makers()
+    (picture, *_) = wds.WebDataset(config.data.shards[0], shardshuffle=False).decode("torchrgb")
+    name = f"{Path(config.data.shards[0]).parent.name}/{Path(config.data.shards[0]).name}"
+    (kept, *_) = wds.WebDataset(str(tmp_path / "cache" / name), shardshuffle=False)
+    assert kept["__key__"] == picture["__key__"]
+    tensors = load(kept["safetensors"])
+    image = (picture["png"] * 2 - 1)[None]
+    with torch.no_grad():
+        for entry, pixels in (("moments", image), ("moments_flip", image.flip(-1))):
+            torch.testing.assert_close(tensors[entry], makers.codec.moments(pixels)[0], rtol=1e-4, atol=1e-5)
+        features = makers.text([picture["txt"]])
+    by_suffix = {name.partition(".")[2]: value for name, value in tensors.items() if "." in name}
+    torch.testing.assert_close(by_suffix["tokens"], features.tokens[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_suffix["pooled"], features.pooled[0], rtol=1e-4, atol=1e-4)
+    assert by_suffix["mask"].bool().tolist() == features.mask[0].tolist()
+
+
+def test_aspect_ratio_buckets(run_of, train, tmp_path):
+    options = ["data.bucket_step_px=8", "data.max_aspect=3"]
+    online = run_of("name=buckets", *options)
+    encode_for(online, tmp_path / "cache")
+    wanted = losses(train(online).folder)
+    assert losses(train(run_of("name=kept", *options, f"data.encoded={tmp_path / 'cache'}")).folder) == wanted
+
+
+def test_processes_share_the_work_and_a_restart_goes_on(run_of, shapes_shards, tmp_path):
+    picture = Image.new("RGB", (32, 32), "green")
+    write_shards((png_sample(picture, f"scene {i}", {}) for i in range(20)), tmp_path / "many", 5)
+    config = run_of(f"data.shards='{tmp_path / 'many'}/{{00000..00003}}.tar'")
+    out = tmp_path / "cache"
+    first = encode_for(config, out, rank=Rank(0, 2))
+    assert (first.encoded, first.shards, first.skipped) == (10, 2, 0)
+    second = encode_for(config, out, rank=Rank(1, 2))
+    assert (second.encoded, second.shards) == (10, 2)
+    before = {path.name: path.read_bytes() for path in out.rglob("*.tar")}
+    (out / "many/00002.tar").unlink()
+    again = encode_for(config, out)
+    assert (again.encoded, again.skipped) == (5, 3)
+    assert {path.name: path.read_bytes() for path in out.rglob("*.tar")} == before
+    assert not [path for path in out.rglob(".*") if path.is_file()]
+
+
+def test_other_weights_are_refused_by_name(run_of, compose_run, train, tmp_path, runs_dir):
+    encode_for(run_of(), tmp_path / "cache")
+    record = json.loads((tmp_path / "cache" / "encoded.json").read_text())
+    made_by = record["made_by"]["autoencoder"]
+    assert made_by.startswith(str(runs_dir / "autoencoder"))
+    other = tmp_path / "other"
+    train(
+        compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", "seed=3", f"runs_dir={other}")
+    )
+    cached = f"data.encoded={tmp_path / 'cache'}"
+    with pytest.raises(DataError, match=f"made by the autoencoder {made_by} .*hash .*encode again"):
+        train(run_of(f"runs_dir={other}", cached))
+    record["text"] = "0" * 64
+    (tmp_path / "cache" / "encoded.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="made by the text encoder minilm .*this run uses one with hash"):
+        train(run_of(cached))
+    with pytest.raises(DataError, match="holds features of text=000000000000"):
+        encode_for(run_of(), tmp_path / "cache")
+
+
+def test_other_settings_are_refused_by_name(run_of, train, tmp_path):
+    encode_for(run_of(), tmp_path / "cache")
+    cached = f"data.encoded={tmp_path / 'cache'}"
+    with pytest.raises(DataError, match=r"was made with size_px=\(32, 32\), this run has size_px=\(64, 64\)"):
+        train(run_of(cached, "resolution.size_px=64"))
+    with pytest.raises(DataError, match="holds no mirrored pictures"):
+        train(run_of(cached, "data.horizontal_flip=true"))
+    with pytest.raises(ConfigError, match=r"data\.crop is 'random'; allowed: center where data\.encoded"):
+        run_of(cached, "data.crop=random")
+    with pytest.raises(DataError, match=r"which `t2i data encode` has not made"):
+        train(run_of(f"data.encoded={tmp_path / 'nothing'}"))
+
+
+def test_a_stage_on_pictures_refuses_them(compose_run, train, run_of, tmp_path):
+    encode_for(run_of(), tmp_path / "cache")
+    config = compose_run(
+        "experiment=autoencoder/tiny_kl", f"data.encoded={tmp_path / 'cache'}", f"runs_dir={tmp_path}"
+    )
+    with pytest.raises(ConfigError, match="allowed for stage=autoencoder: null"):
+        train(config)
+
+
+def test_a_sample_that_was_not_encoded_is_counted(run_of, train, tmp_path):
+    """Captions that changed, or samples that came later, since."""
+    config = run_of()
+    encode_for(config, tmp_path / "cache")
+    folder = tmp_path / "cache" / Path(config.data.shards[0]).parent.name
+    (folder / Path(config.data.shards[0]).name).unlink()
+    (folder / Path(config.data.shards[0]).name.replace(".tar", ".index.npz")).unlink()
+    with pytest.raises(DataError, match="a bad sample cannot be replaced"):
+        train(run_of(f"data.encoded={tmp_path / 'cache'}"))
+
+
+def test_the_command(shapes_overrides, runs_dir, tmp_path):
+    arguments = [*shapes_overrides, *UNET, f"runs_dir={runs_dir}"]
+    command = [sys.executable, "-m", "t2i_cli.main", "data", "encode", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "64 samples are encoded in 1 shards" in done.stdout
+    assert f"data.encoded={tmp_path / 'out'}" in done.stdout
+    done = subprocess.run(
+        [*command, "--dtype", "fp32"], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "holds features of dtype=float16, this command makes dtype=float32" in done.stderr
+    assert "Traceback" not in done.stderr
