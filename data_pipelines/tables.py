@@ -151,7 +151,7 @@ def _look(path: Path, text_columns: Collection[str]) -> tuple[pa.Schema, int]:
     pa = need("pyarrow", "data")
     with _reading(path):
         if path.suffix == ".parquet":
-            with need("pyarrow.parquet", "data").ParquetFile(path) as file:
+            with need("pyarrow.parquet", "data").ParquetFile(path, pre_buffer=False) as file:
                 return _plain(file.schema_arrow), file.metadata.num_rows
         if path.suffix == ".jsonl":
             schema, rows = pa.schema([]), 0
@@ -207,7 +207,7 @@ def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows of one file, with the columns of `schema`."""
     with _reading(path):
         if path.suffix == ".parquet":
-            with need("pyarrow.parquet", "data").ParquetFile(path) as file:
+            with need("pyarrow.parquet", "data").ParquetFile(path, pre_buffer=False) as file:
                 names = [name for name in schema.names if name in file.schema_arrow.names]
                 for batch in file.iter_batches(PARQUET_ROWS, columns=names):
                     yield _conformed(batch, schema)

@@ -54,12 +54,15 @@ class StopAtEnd(Callback):
 
 class Metrics(Callback):
     """Averages each metric over log_every_steps on the device, then over the processes, and sends it to every
-    logger with the step and the images seen. Processes and host wait for one another only then."""
+    logger with the step, the images seen, the epochs of each dataset and the bad samples by cause. Processes and host
+    wait for one another only then. An epoch that had bad samples is said when it is over."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.bad: dict[str, int] = {}
+        self.reported: Counter[str] = Counter()  # of the bad ones, in epochs that are over
+        self.epochs: dict[str, float] = {}
         self.since = (time.perf_counter(), 0)
         self.latest: dict[str, float] = {}
 
@@ -80,8 +83,11 @@ class Metrics(Callback):
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.latest = mean_over_processes(means)
         bad = sum_over_processes(self.bad)
+        epochs = trainer.train_dataloader.epochs(stage.images_seen)  # type: ignore[union-attr]
+        self.report(epochs, Counter(bad))
         values = {
             "images": stage.images_seen,
+            **{f"epoch_{name}" if name else "epoch": count for name, count in epochs.items()},
             **self.latest,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (stage.images_seen - images_then) / (now - then),
@@ -91,6 +97,18 @@ class Metrics(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=stage.steps_done)
         self.sums, self.counts, self.since = {}, {}, (now, stage.images_seen)
+
+    def report(self, epochs: dict[str, float], bad: Counter[str]) -> None:
+        """Says what was bad in the epochs that ended since the last call."""
+        over = [name for name, count in epochs.items() if int(count) > int(self.epochs.get(name, count))]
+        self.epochs = epochs
+        if over and (new := bad - self.reported):
+            ended = ", ".join(f"{int(epochs[name])}{f' of {name}' if name else ''}" for name in over)
+            table = ", ".join(f"{cause}: {count}" for cause, count in new.most_common())
+            log.info(
+                "epoch %s is over; bad samples since the last report: %d (%s)", ended, new.total(), table
+            )
+            self.reported = bad
 
 
 def mean_over_processes(scalars: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -222,3 +222,27 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_metrics_count_epochs_and_bad_samples(compose_run, train, shapes_shards, tmp_path, caplog):
+    """64 pictures, one of them broken: two epochs and a half have it twice or three times."""
+    shard = next((shapes_shards / "train").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"\x89PNG")] = 0
+    broken = tmp_path / "00000.tar"
+    broken.write_bytes(content)
+    config = compose_run(
+        *(KL, "name=trial", f"runs_dir={tmp_path}", f"data.shards={broken}", "data.max_bad_share=0.1"),
+        *("trainer.num_images=160", "trainer.log_every_steps=1", "logger.tensorboard=false"),
+    )
+    with caplog.at_level(logging.INFO, logger="t2i"):
+        folder = train(config).folder
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["epoch"]) for row in rows] == [8 * step / 64 for step in range(1, 21)]
+    bad = [int(float(row["bad_image"] or 0)) for row in rows]
+    assert bad == sorted(bad)
+    assert bad[7] == 1
+    assert bad[15] == 2
+    said = [record.getMessage() for record in caplog.records if "is over" in record.getMessage()]
+    assert said == [f"epoch {n} is over; bad samples since the last report: 1 (image: 1)" for n in (1, 2)]
