@@ -7,7 +7,6 @@ thumbnails 130 are left. Pairs are linked into groups, so that two of a group ma
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -92,10 +91,6 @@ def _each(jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Path]:
         yield from pool.map(hash_shard, *zip(*jobs, strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find(

@@ -24,6 +24,7 @@ from t2i.errors import ConfigError, DataError
 from .fetch import FetchError, FetchLimits, fetch, open_session
 from .open_shard import OpenShard
 from .pictures import Picture, prepare
+from .ranks import cores
 from .shard_writer import check_samples_per_shard, sample_key
 from .tables import Table, json_records
 
@@ -80,8 +81,7 @@ class Report:
 
 def default_decoders() -> int:
     """A process for each core but the one that fetches."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_DECODERS, cores - 1))
+    return max(1, min(MAX_DECODERS, cores() - 1))
 
 
 def download(

@@ -7,7 +7,6 @@ import hashlib
 import heapq
 import itertools
 import multiprocessing
-import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -258,8 +257,3 @@ def _digests(keys: Iterator[str]) -> np.ndarray:
         hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys
     )
     return np.frombuffer(joined, dtype=np.uint64)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

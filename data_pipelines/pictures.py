@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import warnings
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from PIL import ExifTags, Image
 
-from t2i.data.decode import BadSample, decode_image, resize
+from t2i.data.decode import BadSample, decode_image, open_image, resize
 
 Extension: TypeAlias = Literal["jpg", "png", "webp"]
 KEPT: dict[str, Extension] = {
@@ -20,8 +19,6 @@ KEPT: dict[str, Extension] = {
     "PNG": "png",
     "WEBP": "webp",
 }  # stored byte for byte
-# No others are opened: Pillow knows 40 more, among them EPS, for which it starts Ghostscript.
-FORMATS = (*KEPT, "GIF", "BMP", "TIFF", "AVIF")
 QUALITY = 95  # as img2dataset
 
 
@@ -68,11 +65,8 @@ def prepare(data: bytes, key: str, shorter_side_px: int | None = None) -> Pictur
 
 def _header(data: bytes, key: str) -> tuple[str, tuple[int, int], str | None]:
     """Format, size and EXIF tags."""
-    Image.init()  # all readers, so that each of FORMATS that this Pillow has is known to it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image decides
-            image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = open_image(data)
     except Image.DecompressionBombError as error:
         raise BadSample("bomb", key, str(error)) from error
     except Image.UnidentifiedImageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,3 +32,8 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
         return Rank(*(int(environment.get(name, "0")) for name in names))
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)}: {error}; allowed: whole numbers.") from error
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,8 +17,9 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
-    from t2i_pipelines.dedup import available_cores, find, hash_shards, write_kept
+    from t2i_pipelines.dedup import find, hash_shards, write_kept
     from t2i_pipelines.dedup_report import contact_sheet, write_report
+    from t2i_pipelines.ranks import cores
 
     written = selection_path(options.out)
     report = Path(options.report) if options.report else written.with_suffix(".report.json")
@@ -28,7 +29,7 @@ def run(arguments: list[str]) -> None:
             expand(options.shards, "SHARDS"),
             options.hash,
             written.with_suffix(".hashes"),
-            options.workers or available_cores(),
+            options.workers or cores(),
             lambda done, total: bar.update(hashing, completed=done, total=total),
         )
         found = find(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from ..console import console
@@ -16,12 +15,13 @@ def run(arguments: list[str]) -> None:
 
     from t2i.data.sources import expand
     from t2i_pipelines.indexing import index_shards
+    from t2i_pipelines.ranks import cores
 
     urls = expand(options.shards, "SHARDS")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("shards", total=len(urls))
         out = Path(options.out) if options.out else None
-        report = index_shards(urls, out, options.processes, lambda done: bar.advance(task, done))
+        report = index_shards(urls, out, options.processes or cores(), lambda done: bar.advance(task, done))
     there = f", {report.skipped} were up to date" if report.skipped else ""
     console.print(f"{report.samples} samples in {report.shards + report.skipped} shards are indexed{there}")
     for cause, count in report.flaws.most_common():
@@ -36,5 +36,5 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", help="folder for the indexes, where the shards are remote; upload it beside them"
     )
-    made.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    made.add_argument("--processes", type=int, help="default: one per core")
     return made

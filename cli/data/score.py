@@ -21,9 +21,8 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
-    from t2i_pipelines.inspection import cores
     from t2i_pipelines.optional import need
-    from t2i_pipelines.ranks import rank_of
+    from t2i_pipelines.ranks import cores, rank_of
     from t2i_pipelines.score import score_shards
     from t2i_pipelines.scorer import ScorerFiles, load_scorer
 

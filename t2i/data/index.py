@@ -68,6 +68,8 @@ class ShardIndex:
             return {}
         start = min(offset for _, offset, _ in wanted)
         stop = max(offset + size for _, offset, size in wanted)
+        if stop > self.file_bytes:  # a damaged header may say terabytes
+            raise OSError(f"it ends at byte {self.file_bytes}, before sample {self.keys[row]} does")
         data = os.pread(file, stop - start, start)
         if len(data) < stop - start:
             raise OSError(f"it ends at byte {start + len(data)}, before sample {self.keys[row]} does")
