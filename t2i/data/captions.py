@@ -10,9 +10,12 @@ import numpy as np
 
 from t2i.data.decode import BadSample
 
+MAX_NESTING = 50  # deeper JSON says nothing, and cannot be sent from a reader process
+
 
 def parse_metadata(members: Mapping[str, bytes], key: str) -> dict[str, Any]:
-    """The sample's JSON, {} where it has none. Raises BadSample("json") unless it is an object in UTF-8."""
+    """The sample's JSON, {} where it has none. Raises BadSample("json") unless it is an object in UTF-8, nested not
+    deeper than MAX_NESTING."""
     if "json" not in members:
         return {}
     try:
@@ -21,7 +24,20 @@ def parse_metadata(members: Mapping[str, bytes], key: str) -> dict[str, Any]:
         raise BadSample("json", key, str(error)) from error
     if not isinstance(metadata, dict):
         raise BadSample("json", key, f"a {type(metadata).__name__} where an object was expected")
+    if (
+        members["json"].count(b"[") + members["json"].count(b"{") > MAX_NESTING
+        and _depth(metadata) > MAX_NESTING
+    ):
+        raise BadSample("json", key, f"nested deeper than {MAX_NESTING}")
     return metadata
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [each for of in level for each in (of.values() if isinstance(of, dict) else of)]
+    return depth
 
 
 def parse_captions(
@@ -63,7 +79,12 @@ def _captions_under(
     options = found if isinstance(found, list) else [found]
     if not all(option is None or isinstance(option, str) for option in options):
         raise BadSample("caption", key, f"{caption_key} is neither text nor a list of texts")
-    return [text for option in options if (text := (option or "").strip())]
+    found = [text for option in options if (text := (option or "").strip())]
+    try:
+        "".join(found).encode()  # JSON can spell halves of characters, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise BadSample("caption", key, str(error)) from error
+    return found
 
 
 def choose_caption(captions: Mapping[str, float], choice: float, chance: float, dropout: float) -> str:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
-from t2i.data.index import ShardIndex
-from t2i.data.shards import index_beside
-from t2i.data.sources import SourceError
+from t2i.data.opened import Opened, OpenShards, open_indexed
+from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
 from t2i.interfaces import FeatureMakers, ImageCodec, TextEncoder, TextFeatures
@@ -75,12 +73,15 @@ class Record:
                 raise ValueError(f"its version is {values.get('version')}, allowed: {VERSION}")
             how = values.pop("preparation")
             size_px = (int(how["size_px"][0]), int(how["size_px"][1]))
-            return cls(Preparation(size_px, how["bucket_step_px"], how["max_aspect"]), **values)
+            record = cls(Preparation(size_px, how["bucket_step_px"], how["max_aspect"]), **values)
+            if not isinstance(record.autoencoder, str) or not isinstance(record.text, str | None):
+                raise ValueError("its hashes are not text")
+            return record
         except SourceError as error:
             raise DataError(
                 f"data.encoded names {folder}, which `t2i data encode` has not made: {error}"
             ) from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise DataError(f"{place} is not a record of `t2i data encode`: {error}.") from error
 
 
@@ -155,54 +156,107 @@ class EncodedShards:
                 f"data.encoded={folder} holds no mirrored pictures; allowed: data.horizontal_flip=false, or encode "
                 "with data.horizontal_flip=true."
             )
-        self._open: OrderedDict[str, tuple[ShardIndex, dict[str, int], IO[bytes]]] = OrderedDict()
+        self._open = OpenShards[str](self.KEEP_OPEN)
+        self._moments: tuple[int, int] | None = (
+            None  # how many, and the pixels that each stands for along a side
+        )
         self._empty: tuple[Tensor, Tensor, Tensor] | None = None
+        if self.record.text is not None:
+            self._empty = self._read_empty()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
-
-    def moments(self, shard_url: str, key: str, flipped: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """(M, h, w) as stored, and the tensors of the sample's captions. Raises BadSample."""
+    def moments(
+        self, shard_url: str, key: str, shape: tuple[int, int], flipped: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(M, h, w) as stored, of a picture of `shape` (H, W), and all the tensors of the sample; of them "size" is
+        (4,). Raises BadSample."""
         tensors = self._read(shard_url, key)
         name = "moments_flip" if flipped else "moments"
-        if name not in tensors:
-            raise BadSample("missing", key, f"no {name} in {self.folder}/{shard_name(shard_url)}")
-        return tensors[name], tensors
+        where = f"{self.folder}/{shard_name(shard_url)}"
+        if name not in tensors or "size" not in tensors:
+            raise BadSample("missing", key, f"no {name} and size in {where}")
+        moments, size = tensors[name], tensors["size"]
+        if moments.ndim != 3 or not moments.numel() or size.shape != (4,) or size.is_floating_point():
+            raise BadSample("damaged", key, f"moments of {tuple(moments.shape)} in {where}")
+        factor = shape[0] // moments.shape[1]
+        layout = len(moments), factor
+        whole = (factor * moments.shape[1], factor * moments.shape[2]) == shape
+        if not whole or layout != (self._moments or layout) or not _finite(moments):
+            raise BadSample(
+                "damaged", key, f"moments of {tuple(moments.shape)} for {shape} pixels in {where}"
+            )
+        self._moments = layout
+        return moments, tensors
 
     def text(self, caption: str, tensors: dict[str, Tensor], key: str) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (L, D), pooled vector (P,) and mask (L,) of a caption, as stored. Raises BadSample."""
         name = caption_hash(caption)
         try:
-            return tensors[f"{name}.tokens"], tensors[f"{name}.pooled"], tensors[f"{name}.mask"]
+            found = tensors[f"{name}.tokens"], tensors[f"{name}.pooled"], tensors[f"{name}.mask"]
         except KeyError:
             raise BadSample("missing", key, f"its caption {caption[:40]!r} was not encoded") from None
+        if self._empty is not None and [x.shape for x in found] != [x.shape for x in self._empty]:
+            raise BadSample("damaged", key, f"features of another shape for its caption {caption[:40]!r}")
+        if not all(map(_finite, found)):
+            raise BadSample("damaged", key, f"features that are not finite for its caption {caption[:40]!r}")
+        return found
 
     def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of "". Raises DataError."""
-        if self._empty is None:
-            place = f"{self.folder}/{EMPTY_CAPTION}"
-            tensors = safetensors.torch.load(sources.read_bytes(place, self.store.limits))
-            self._empty = self.text("", tensors, place)
+        """The same of "", where text was encoded."""
+        assert self._empty is not None
         return self._empty
+
+    def _read_empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        place = f"{self.folder}/{EMPTY_CAPTION}"
+        try:
+            return self.text("", _load(sources.read_bytes(place, self.store.limits), place), place)
+        except BadSample as error:
+            raise DataError(
+                f"{place} is not what `t2i data encode` writes: {error}; encode again."
+            ) from error
 
     def _read(self, shard_url: str, key: str) -> dict[str, Tensor]:
         name = shard_name(shard_url)
+        opened = self._open.get(name, name, lambda: self._open_now(name))
+        if opened.failure is not None:
+            raise BadSample(opened.failure.cause, key, str(opened.failure))
+        assert isinstance(opened, OpenedByKey)
+        assert opened.file is not None
+        row, descriptor = opened.row_of.get(key), opened.file.fileno()
+        where = f"{self.folder}/{name}"
+        if row is None:
+            raise BadSample("missing", key, f"not in {where}")
+        if flaw := opened.index.flaws.get(row):
+            raise BadSample(flaw, key, where)
         try:
-            if name not in self._open:
-                url = f"{self.folder}/{name}"
-                path = self.store.path(url)
-                file: IO[bytes] = path.open("rb", buffering=0)
-                index = index_beside(url, self.store)
-                if index is None or index.file_bytes != path.stat().st_size:
-                    index = ShardIndex.scan(path)
-                self._open[name] = index, {each: row for row, each in enumerate(index.keys)}, file
-                while len(self._open) > self.KEEP_OPEN:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(name)
-            index, rows, file = self._open[name]
-            if key not in rows:
-                raise BadSample("missing", key, f"not in {self.folder}/{name}")
-            members = index.read(file.fileno(), rows[key])
-            return safetensors.torch.load(members["safetensors"])
-        except (DataError, OSError, KeyError, SafetensorError) as error:
-            raise BadSample("unreadable", key, f"{self.folder}/{name}: {error}") from error
+            members = within(
+                self.store.limits.deadline_s, lambda: opened.index.read(descriptor, row, ("safetensors",))
+            )
+        except TimeoutError as error:
+            self._open.fail(name, name, "unreadable", f"{where}: {error}")
+            raise BadSample("unreadable", key, f"{where}: {error}") from error
+        except OSError as error:
+            raise BadSample("unreadable", key, f"{where}: {error}") from error
+        return _load(members.get("safetensors", b""), key)
+
+    def _open_now(self, name: str) -> OpenedByKey:
+        file, index, _ = open_indexed(f"{self.folder}/{name}", self.store)
+        row_of = {key: row for row, key in enumerate(index.keys)}
+        return OpenedByKey(index, np.arange(len(index)), file, row_of=row_of)
+
+
+@dataclass
+class OpenedByKey(Opened):
+    """row_of: the row of each key"""
+
+    row_of: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def _load(data: bytes, key: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise BadSample("damaged", key, f"not safetensors: {error}") from error
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.float()).all())

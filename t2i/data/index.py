@@ -9,24 +9,26 @@ import io
 import os
 import re
 import tarfile
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, image_bytes, stored_size
+from t2i.data.tar import BLOCK, Gap, members, padded
 from t2i.errors import DataError
 
 META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own bookkeeping, never part of a sample
 SUFFIX = ".index.npz"  # in the place of .tar
 VERSION = 1
-T = TypeVar("T", bound=Mapping[str, object])
+MAX_MEMBER_BYTES = 512 << 20  # more than any picture that is let through has
+MAX_WASTE_BYTES = 64 << 10  # read and thrown away rather than read around
+MAX_SIDE_PX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -56,72 +58,107 @@ class ShardIndex:
 
     def read(self, file: int, row: int, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
         """The members of sample `row` by extension, from the open file descriptor `file`; of those in `extensions`
-        where that is given. One read, as a sample's members lie side by side. Raises OSError."""
-        wanted = [
-            (extension, int(offset), int(size))
+        where that is given. One read, where a sample's members lie side by side. Each member's header is read with
+        it and has to be the one that was indexed. Raises OSError."""
+        wanted = sorted(
+            (int(offset), int(size), extension)
             for extension, offset, size in zip(
                 self.extensions, self.offsets[row], self.sizes[row], strict=True
             )
             if offset >= 0 and (extensions is None or extension in extensions)
-        ]
-        if not wanted:
-            return {}
-        start = min(offset for _, offset, _ in wanted)
-        stop = max(offset + size for _, offset, size in wanted)
-        if stop > self.file_bytes:  # a damaged header may say terabytes
-            raise OSError(f"it ends at byte {self.file_bytes}, before sample {self.keys[row]} does")
-        data = os.pread(file, stop - start, start)
-        if len(data) < stop - start:
-            raise OSError(f"it ends at byte {start + len(data)}, before sample {self.keys[row]} does")
-        return {extension: data[o - start : o - start + size] for extension, o, size in wanted}
+        )
+        found: dict[str, bytes] = {}
+        start, data = 0, b""
+        for i, (offset, size, extension) in enumerate(wanted):
+            if size > MAX_MEMBER_BYTES:
+                raise OSError(f"{self.keys[row]}.{extension} has {size} bytes, allowed: {MAX_MEMBER_BYTES}")
+            if offset + size > start + len(data):
+                start, stop = offset - BLOCK, offset + size
+                for next_offset, next_size, _ in wanted[i + 1 :]:
+                    if next_offset - stop > MAX_WASTE_BYTES or next_size > MAX_MEMBER_BYTES:
+                        break
+                    stop = max(stop, next_offset + next_size)
+                if stop > self.file_bytes:  # a damaged header may say terabytes
+                    raise OSError(f"it ends at byte {self.file_bytes}, before sample {self.keys[row]} does")
+                data = os.pread(file, stop - start, start)
+                if len(data) < stop - start:
+                    raise OSError(f"it ends at byte {start + len(data)}, before sample {self.keys[row]} does")
+            at = offset - start
+            if not _is_header(data[at - BLOCK : at], f"{self.keys[row]}.{extension}", size):
+                raise OSError(
+                    f"{self.keys[row]}.{extension} is not at byte {offset}, where it was when this was indexed"
+                )
+            found[extension] = data[at : at + size]
+        return found
+
+    def fits(self, file: int) -> bool:
+        """Whether the open file `file` is, by its size and the first and last member, the one that was indexed.
+        Raises OSError."""
+        if os.fstat(file).st_size != self.file_bytes:
+            return False
+        with_members = np.flatnonzero((self.offsets >= 0).any(axis=1))
+        for row in {int(with_members[0]), int(with_members[-1])} if len(with_members) else ():
+            column = int(self.offsets[row].argmax())
+            header = os.pread(file, BLOCK, int(self.offsets[row, column]) - BLOCK)
+            if not _is_header(
+                header, f"{self.keys[row]}.{self.extensions[column]}", int(self.sizes[row, column])
+            ):
+                return False
+        return True
 
     @classmethod
-    def scan(cls, path: Path) -> ShardIndex:
-        """Reads the tar headers of `path`. Raises DataError where it is not a tar file, OSError where it cannot
-        be read at all."""
+    def scan(cls, path: Path | str, descriptor: int | None = None) -> ShardIndex:
+        """Reads the tar headers of `path`, or of the open file `descriptor`, of which `path` is but the name. Raises
+        DataError where it is not a tar file, OSError where it cannot be read at all."""
+        name = PurePath(path).name
         rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
         flaws: dict[int, str] = {}
-        gap = False  # since the last member
-        for member in _tar_members(path):
-            if isinstance(member, str):
-                if member == "truncated":
-                    if not rows:
-                        rows.append((path.name, {}))
-                    flaws[len(rows) - 1] = member
-                gap = member == "damaged"
-                continue
-            key, extension = base_plus_ext(member.name)
-            if key is None or META_MEMBER.match(member.name):
-                continue
-            extension = extension.lower()
-            if not rows or rows[-1][0] != key:
-                if gap:  # whole samples may have stood between these two
-                    flaws[len(rows)] = "damaged"
-                    rows.append((f"{path.name} before {key}", {}))
-                rows.append((key, {}))
-            elif extension in rows[-1][1]:
-                flaws[len(rows)] = "duplicate"
-                rows.append((key, {}))
-            gap = False
-            rows[-1][1][extension] = (member.offset_data, member.size)
-        if gap:
-            flaws[len(rows)] = "damaged"
-            rows.append((f"{path.name} at its end", {}))
-        rows, flaws = _without_doubles(rows, flaws)
+        gaps: dict[int, int] = {}  # rows that stand in for what lay in so many bytes
+        gap = 0  # bytes lost since the last member
+        with open(path if descriptor is None else descriptor, "rb", closefd=descriptor is None) as file:
+            for member in members(file, str(path)):
+                if isinstance(member, Gap):
+                    if member.cause == "truncated":
+                        if not rows:
+                            rows.append((name, {}))
+                        flaws[len(rows) - 1] = member.cause
+                    else:
+                        gap += member.size
+                    continue
+                key, extension = base_plus_ext(member.name)
+                if key is None or META_MEMBER.match(member.name):
+                    continue
+                extension = extension.lower()
+                if not rows or rows[-1][0] != key:
+                    if gap:  # whole samples may have stood between these two
+                        flaws[len(rows)], gaps[len(rows)] = "damaged", gap
+                        rows.append((f"{name} before {key}", {}))
+                    rows.append((key, {}))
+                elif extension in rows[-1][1]:
+                    flaws[len(rows)] = "duplicate"
+                    rows.append((key, {}))
+                gap = 0
+                rows[-1][1][extension] = (member.offset_data, member.size)
+            if gap:
+                flaws[len(rows)], gaps[len(rows)] = "damaged", gap
+                rows.append((f"{name} at its end", {}))
+            file_bytes = os.fstat(file.fileno()).st_size
+        rows, flaws = _without_doubles(rows, flaws, gaps)
         extensions = tuple(sorted({extension for _, found in rows for extension in found}))
         places = np.full((len(rows), len(extensions), 2), (-1, 0), dtype=np.int64)
         for row, (_, found) in enumerate(rows):
             for column, extension in enumerate(extensions):
                 places[row, column] = found.get(extension, (-1, 0))
         keys = [key for key, _ in rows]
-        return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy(), flaws, path.stat().st_size)
+        return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy(), flaws, file_bytes)
 
-    def with_sizes(self, path: Path) -> ShardIndex:
-        """The same with `original_px`: by each sample's JSON, or else by the header of its picture."""
+    def with_sizes(self, path: Path | int) -> ShardIndex:
+        """The same with `original_px`: by each sample's JSON, or else by the header of its picture.
+        path: of the shard, or its open file"""
         if self.original_px is not None:
             return self
         found = np.zeros((len(self), 2), dtype=np.int32)
-        with path.open("rb") as file:
+        with open(path, "rb", closefd=not isinstance(path, int)) as file:
             for row, key in enumerate(self.keys):
                 try:
                     size = original_size(parse_metadata(self.read(file.fileno(), row, ("json",)), key))
@@ -167,20 +204,47 @@ class ShardIndex:
                     int(arrays["file_bytes"]),
                     arrays.get("original_px"),
                 )
-            shape = (len(index.keys), len(index.extensions))
-            if index.offsets.shape != shape or index.sizes.shape != shape:
-                raise ValueError(f"offsets of {index.offsets.shape} for {shape} members")
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            index._check()
+        except Exception as error:  # zipfile and numpy raise nearly anything on bytes of strangers
             raise DataError(f"{name} is not an index: {error}; `t2i data index` writes it anew.") from error
         return index
+
+    def _check(self) -> None:
+        """Raises ValueError where the arrays do not belong together."""
+        rows, columns = len(self.keys), len(self.extensions)
+        for name, array, shape in (
+            ("offsets", self.offsets, (rows, columns)),
+            ("sizes", self.sizes, (rows, columns)),
+            ("original_px", self.original_px, (rows, 2)),
+        ):
+            if array is not None and (array.shape != shape or array.dtype.kind != "i"):
+                raise ValueError(f"{name} of {array.dtype} {array.shape}, not integers {shape}")
+        there = self.offsets >= 0
+        if (self.offsets[there] < BLOCK).any() or (self.sizes < 0).any():
+            raise ValueError("members before the first header")
+        if not all(0 <= row < rows for row in self.flaws):
+            raise ValueError(f"flaws of rows {sorted(self.flaws)} among {rows}")
 
 
 def original_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the source picture, where the sample's JSON says so."""
     height, width = metadata.get("original_height"), metadata.get("original_width")
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return height, width
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        return (height, width) if max(height, width) <= MAX_SIDE_PX else None
     return None
+
+
+def _is_header(block: bytes, name: str, size: int) -> bool:
+    """Whether `block` is the tar header of this member: by its size, and by its name where that is sure to stand in the
+    header (all of it, or what follows the prefix). Not by the checksum, which would take as long as reading does."""
+    try:
+        if tarfile.nti(block[124:136]) != size:  # type: ignore[attr-defined]
+            return False
+    except tarfile.TarError:
+        return False
+    found = block[:100].partition(b"\0")[0].lower()
+    sure = len(name) <= 100 and name.isascii()
+    return not sure or (found != b"" and name.lower().encode().endswith(found))
 
 
 def _packed(texts: Sequence[str]) -> np.ndarray:
@@ -193,60 +257,18 @@ def _unpacked(data: np.ndarray) -> list[str]:
 
 
 def _without_doubles(
-    rows: list[tuple[str, T]], flaws: dict[int, str]
-) -> tuple[list[tuple[str, T]], dict[int, str]]:
-    """Without the stand-ins for damage whose neighbours lack a member that most samples have: these count already
-    where that member matters, and nothing else need be missing."""
+    rows: list[tuple[str, dict[str, tuple[int, int]]]], flaws: dict[int, str], gaps: dict[int, int]
+) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], dict[int, str]]:
+    """Without the stand-ins for damage whose neighbours lack a member that most samples have, if the damage has no room
+    for a whole sample: the neighbours count already where that member matters, and nothing else is missing."""
     counts = Counter(extension for _, found in rows for extension in found)
     usual = {extension for extension, count in counts.items() if 2 * count > len(rows)}
+    whole = [found for row, (_, found) in enumerate(rows) if row not in flaws and usual <= found.keys()]
+    room = min((sum(BLOCK + padded(size) for _, size in found.values()) for found in whole), default=0)
 
     def blamed(row: int) -> bool:
         near = [rows[i][1] for i in (row - 1, row + 1) if 0 <= i < len(rows) and rows[i][1]]
-        return flaws.get(row) == "damaged" and any(usual - found.keys() for found in near)
+        return gaps.get(row, room) < room and any(usual - found.keys() for found in near)
 
     kept = [row for row in range(len(rows)) if not blamed(row)]
     return [rows[row] for row in kept], {new: flaws[old] for new, old in enumerate(kept) if old in flaws}
-
-
-def _tar_members(path: Path) -> Iterator[tarfile.TarInfo | str]:
-    """The regular members of an uncompressed tar; between them "damaged" where blocks were skipped that are no
-    headers, and at the end "truncated" where the file was cut short, after the member that the cut went through.
-    tarfile itself, and webdataset with it, takes either for the end of the archive in most cases."""
-    with path.open("rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        end = found = 0
-        # ignore_zeros: goes on behind blocks that are no headers, at the next one that is.
-        archive = tarfile.TarFile(fileobj=file, ignore_zeros=True) if length >= tarfile.BLOCKSIZE else None
-        while archive is not None and end <= length:
-            try:
-                member = archive.next()
-            except tarfile.TarError:  # a header that announces another, which is not there
-                member = None
-            if member is None or member.size < 0:
-                break
-            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every one
-            if _has_data(file, end, member.offset):
-                yield "damaged"
-            found += 1
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if member.isreg():
-                yield member
-        if not found and length >= tarfile.BLOCKSIZE and _has_data(file, 0, length):
-            raise DataError(f"Shard {path} is not an uncompressed tar file.")
-        if length < end + tarfile.BLOCKSIZE:
-            yield "truncated"
-        elif _has_data(
-            file, end, length
-        ):  # the headers of the last members are lost, or the file's end as well
-            file.seek(length - tarfile.BLOCKSIZE)
-            yield "truncated" if any(file.read()) else "damaged"
-
-
-def _has_data(file: IO[bytes], start: int, stop: int) -> bool:
-    """Whether any of these bytes is not zero."""
-    file.seek(start)
-    while start < stop and (block := file.read(min(stop - start, 1 << 20))):
-        if block.strip(b"\0"):
-            return True
-        start += len(block)
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MIN_READS_TO_JUDGE = 100  # before that a share of bad samples says little
 MAX_TRIES = 1000  # samples that are decoded in vain to replace one bad one
+MAX_DEADLINES = 10  # and how long that may take, as a multiple of data.deadline_s
 
 
 class CaptionedImages(Dataset):
@@ -40,7 +42,7 @@ class CaptionedImages(Dataset):
         self._reads = 0
         self._bad: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # a key for each cause
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str, str]] = set()
 
     def __len__(self) -> int:
         """Positions in an epoch of all parts together."""
@@ -126,13 +128,14 @@ class CaptionedImages(Dataset):
 
     def _substitute(self, part: Part, position: int) -> tuple[int, int, Sample]:
         tried: Counter[str] = Counter()
+        last_s = time.monotonic() + MAX_DEADLINES * self.data.deadline_s
         for epoch, index in part.order.substitutes(position):
             (answer,) = part.reader.read([self._wanted(part, epoch, index)])
             if not isinstance(answer, BadSample):
                 return epoch, index, answer
             # Where a whole shard is not there, looking costs nothing, and the good ones may be far away.
             tried[answer.cause] += answer.cause not in ("missing", "unreadable")
-            if tried.total() > MAX_TRIES:
+            if tried.total() > MAX_TRIES or time.monotonic() > last_s:
                 break
         raise DataError(
             f"{part.reader.key}: a bad sample cannot be replaced: none of the samples that follow it can be read "
@@ -150,9 +153,10 @@ class CaptionedImages(Dataset):
     def _count_bad(self, part: Part, error: BadSample) -> None:
         self._bad[error.cause] += 1
         self._first.setdefault(error.cause, error.key)
-        if error.key not in self._logged:
-            self._logged.add(error.key)
-            log.warning("skipped %s", error)
+        known_by = part.name, error.cause, error.key
+        if known_by not in self._logged:
+            self._logged.add(known_by)
+            log.warning("skipped %s%s", f"{part.name}: " if part.name else "", error)
         bad, allowed = self._bad.total(), self.data.max_bad_share
         if self._reads >= MIN_READS_TO_JUDGE and bad > allowed * self._reads:
             raise DataError(

@@ -104,6 +104,9 @@ class ShardOrder:
         self._shards = lru_cache(maxsize=2)(self._permuted_shards)  # a batch may straddle two epochs
         self._samples = lru_cache(maxsize=4 * lanes)(self._permuted_samples)
 
+    def __reduce__(self) -> tuple[type[ShardOrder], tuple[np.ndarray, int, int]]:
+        return ShardOrder, (self.sizes, self.seed, self.lanes)  # the caches do not travel to another process
+
     def __len__(self) -> int:
         """Samples in an epoch."""
         return int(self.starts[-1])
@@ -175,6 +178,10 @@ class MixtureOrder:
         self.counts, self.seed, self.columns, self.unit = counts, seed, columns, unit
         self._labels = np.repeat(np.arange(len(counts)), counts)
         self._cycle = lru_cache(maxsize=2 * columns)(self._drawn)
+        self._made_of = list(weights), seed, columns, unit
+
+    def __reduce__(self) -> tuple[type[MixtureOrder], tuple[list[float], int, int, int]]:
+        return MixtureOrder, self._made_of
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) positions -> (n,) datasets and (n,) positions in their own streams, int64."""
@@ -224,6 +231,9 @@ class BucketOrder:
         self.order, self.buckets, self.batch_size = order, buckets, batch_size
         self._batches = lru_cache(maxsize=2)(self._filled)
         self._size = int((-(-np.bincount(buckets) // batch_size)).sum()) * batch_size
+
+    def __reduce__(self) -> tuple[type[BucketOrder], tuple[ShardOrder, np.ndarray, int]]:
+        return BucketOrder, (self.order, self.buckets, self.batch_size)
 
     def __len__(self) -> int:
         """Positions in an epoch: what fills up included."""

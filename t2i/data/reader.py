@@ -15,7 +15,15 @@ from torch import Tensor
 
 from t2i.data import buckets
 from t2i.data.captions import parse_captions, parse_metadata
-from t2i.data.decode import BadSample, decode_image, image_bytes, resize_and_crop
+from t2i.data.decode import (
+    IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    BadSample,
+    covering_size,
+    decode_image,
+    image_bytes,
+    resize_and_crop,
+)
 from t2i.data.encoded import EncodedShards, Preparation
 from t2i.data.index import original_size
 from t2i.data.shards import Raw, Shards
@@ -26,6 +34,8 @@ from t2i.errors import DataError
 from t2i.interfaces import Batch, TextFeatures
 
 log = logging.getLogger(__name__)
+
+TEXT_EXTENSIONS = ("txt", "json")
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,8 @@ class SampleReader:
         """Samples, or what is wrong with them."""
         kept = [self._kept(each) for each in wanted]
         places = [self.place(each.index) for each, sample in zip(wanted, kept, strict=True) if sample is None]
-        raw = iter(self.shards.read(places, None if self.encoded is None else ("txt", "json")))
+        pictures = IMAGE_EXTENSIONS if self.encoded is None else ()
+        raw = iter(self.shards.read(places, (*pictures, *TEXT_EXTENSIONS)))
         return [sample or self._made(each, next(raw)) for each, sample in zip(wanted, kept, strict=True)]
 
     def _kept(self, wanted: Wanted) -> Sample | None:
@@ -153,6 +164,13 @@ class SampleReader:
             return self._encoded_sample(self.encoded, wanted, raw, captions, metadata)
         shape = self.shape(wanted.index)
         image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
+        height, width = covering_size(stored_size, shape)
+        if (
+            height * width > MAX_PIXELS
+        ):  # a line of a picture: it may have few pixels, but not once it is as wide
+            raise BadSample(
+                "bomb", raw.key, f"{height} x {width} pixels cover {shape}, allowed: {MAX_PIXELS}"
+            )
         picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
         original = original_size(metadata) or stored_size
         sample = Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata)
@@ -169,7 +187,8 @@ class SampleReader:
         metadata: dict[str, Any],
     ) -> Sample:
         url = self.shards.url(self.place(wanted.index)[0])
-        moments, tensors = encoded.moments(url, raw.key_in_shard, wanted.flipped)
+        shape = self.shape(wanted.index)
+        moments, tensors = encoded.moments(url, raw.key_in_shard, shape, wanted.flipped)
         text = None
         if encoded.record.text is not None:
             text = {caption: encoded.text(caption, tensors, raw.key) for caption in captions}

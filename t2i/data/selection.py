@@ -31,9 +31,13 @@ class Listed:
         return self.keys[place].as_py() if self.keys is not None and place < len(self.keys) else None
 
     def rows(self, index: ShardIndex) -> np.ndarray:
-        """int64 rows of `index`, -1 for a key that is not in it."""
+        """int64 rows of `index`, -1 for a key that is not in it. Raises DataError where the keys are not text."""
         if self.keys is None:
             return np.arange(len(index))
+        try:
+            self.keys.validate(full=True)  # here rather than at the start, where it would read the whole file
+        except ValueError as error:
+            raise DataError(f"The selection of {self.url} is damaged: {error}.") from error
         place = {key: row for row, key in reversed(list(enumerate(index.keys)))}  # the first of a key counts
         return np.array([place.get(key, -1) for key in self.keys.to_pylist()], dtype=np.int64)
 
@@ -60,10 +64,23 @@ def _read(url: str) -> list[Listed]:
     path = sources.local_path(url)
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()
         shards, keys = table.column("shard").combine_chunks(), table.column("key")
-        codes = np.asarray(shards.indices)
-        names = shards.dictionary.to_pylist()
-    except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
+        shards.dictionary.validate(full=True)
+        codes, names = np.asarray(shards.indices), shards.dictionary.to_pylist()
+        if keys.type != pa.string():
+            raise ValueError(f"its keys are {keys.type}, not string")
+        if codes.dtype.kind != "i" or ((codes < 0) | (codes >= len(names))).any() or None in names:
+            raise ValueError("its shards are not those of its dictionary")
+    except (
+        OSError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        MemoryError,
+        pa.ArrowException,
+    ) as error:
         raise DataError(f"{url} is not a selection as `t2i data filter` writes it: {error}.") from error
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     stops = [*starts[1:].tolist(), len(codes)]

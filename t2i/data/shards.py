@@ -10,43 +10,28 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
-from typing import IO, Any
 
 import numpy as np
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
-from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.index import ShardIndex
+from t2i.data.opened import Opened, OpenShards, index_beside, open_indexed
 from t2i.data.selection import Listed, listed
 from t2i.data.sources import SourceError, within
-from t2i.data.store import ShardStore, read_ahead
+from t2i.data.store import ShardStore
 from t2i.errors import DataError
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "index.json"
-RETRY_S = 300.0  # a shard that could not be read is tried again after this
 REMOTE_LOOKUPS = 32  # at a time
-
-
-@dataclass
-class Opened:
-    """An open shard. rows: of its index, those that belong to the dataset, in order; -1 where one is not there.
-    file: closed when nobody holds it any more, so that a read that comes too late reads nothing else"""
-
-    index: ShardIndex
-    rows: np.ndarray
-    file: IO[bytes] | None
-    failure: BadSample | None = None
-    since_s: float = 0.0
+MAX_SAMPLES = 10**7  # of a shard; who claims more is not believed
 
 
 @dataclass(frozen=True)
@@ -80,11 +65,12 @@ class Shards:
         keep_open: int = 64,
         max_bad_share: float = 0.0,
     ) -> None:
-        self.store, self.key, self.keep_open = store, key, keep_open
+        self.store, self.key = store, key
         self.listed: list[Listed] = listed(sources.expand(shards, key))
         self._indexes: dict[int, ShardIndex] = {}  # of shards that have none beside them
         self._rows: dict[int, np.ndarray] = {}  # where samples were left out
-        self._open: OrderedDict[int, Opened] = OrderedDict()
+        self._open = OpenShards[int](keep_open)
+        self._prefetched: set[int] = set()  # and not opened since
         self._warned: set[int] = set()
         stems = [PurePosixPath(each.url).stem for each in self.listed]
         self._distinct = len(set(stems)) == len(stems) and len({len(stem) for stem in stems}) == 1
@@ -93,9 +79,6 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.listed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # open files do not travel to another process
 
     def url(self, shard: int) -> str:
         return self.listed[shard].url
@@ -108,25 +91,25 @@ class Shards:
         """
         for shard in range(len(self)):
             if self.sizes[shard]:
+                sizes = self.original_px(shard)
                 opened = self._opened(shard)
                 if opened.failure is None:
-                    keep = wanted(self.original_px(shard)) | self._lost(opened)
-                    self._rows[shard] = opened.rows[keep]
-                    opened.rows = self._rows[shard]
-        self.sizes = np.array([len(self._rows.get(i, range(n))) for i, n in enumerate(self.sizes.tolist())])
+                    keep = wanted(sizes) | self._lost(opened)
+                    self._rows[shard] = opened.rows = opened.rows[keep]
+                    self.sizes[shard] = len(opened.rows)
 
     def original_px(self, shard: int) -> np.ndarray:
         """(n, 2) height and width of the source pictures of a shard's samples, 0 where unknown."""
         opened = self._opened(shard)
-        if opened.failure is not None:
-            return np.zeros((int(self.sizes[shard]), 2), dtype=np.int32)
+        sizes = np.zeros((int(self.sizes[shard]), 2), dtype=np.int32)
+        if opened.file is None:
+            return sizes
         if opened.index.original_px is None:
-            opened.index = opened.index.with_sizes(self.store.path(self.url(shard)))
+            opened.index = opened.index.with_sizes(opened.file.fileno())
             if shard in self._indexes:
                 self._indexes[shard] = opened.index
         assert opened.index.original_px is not None
         there = opened.rows >= 0
-        sizes = np.zeros((len(opened.rows), 2), dtype=np.int32)
         sizes[there] = opened.index.original_px[opened.rows[there]]
         return sizes
 
@@ -134,29 +117,34 @@ class Shards:
         self, places: Sequence[tuple[int, int]], extensions: Sequence[str] | None = None
     ) -> list[Raw | BadSample]:
         """The samples at (shard, place in it), or why they cannot be read; of their members those in `extensions`
-        where that is given. Waits no longer than the deadline for the reads of one call."""
-        opened = {shard: self._opened(shard) for shard, _ in places}
+        where that is given. A shard that is silent for the deadline counts as unreadable."""
+        opened = {shard: self._opened(shard) for shard in dict.fromkeys(shard for shard, _ in places)}
         answers: list[Raw | BadSample] = []
-
-        def read_on() -> None:
-            for shard, place in places[len(answers) :]:
-                answers.append(self._read_one(shard, place, opened[shard], extensions))
-
         while len(answers) < len(places):
+            rest = [(shard, place, opened[shard]) for shard, place in places[len(answers) :]]
+            came: list[Raw | BadSample] = []
+
+            # Holds on to its own lists: where it comes too late, what it adds to them is not looked at any more.
+            def read_on(
+                rest: list[tuple[int, int, Opened]] = rest, came: list[Raw | BadSample] = came
+            ) -> None:
+                for at in rest:
+                    came.append(self._read_one(*at, extensions))
+
             try:
                 within(self.store.limits.deadline_s, read_on)
             except TimeoutError as error:
-                shard = places[len(answers)][0]
-                self._fail(shard, "unreadable", str(error))
-                answers, opened = (
-                    list(answers),
-                    opened | {shard: self._open[shard]},
-                )  # the late reader keeps the old
+                came = came[:]
+                if len(came) < len(rest):
+                    shard = rest[len(came)][0]
+                    opened[shard] = self._open.fail(shard, self._stems[shard], "unreadable", str(error))
+            answers += came
         return answers
 
     def prefetch(self, shard: int) -> None:
-        """Begins to bring a shard closer."""
-        if shard not in self._open:
+        """Begins to bring a shard closer, once until it is opened."""
+        if shard not in self._open and shard not in self._prefetched:
+            self._prefetched.add(shard)
             self.store.prefetch(self.url(shard))
 
     def _read_one(
@@ -165,7 +153,7 @@ class Shards:
         if opened.failure is not None:
             name = f"{self._stems[shard]}[{place}]"
             return BadSample(opened.failure.cause, name, str(opened.failure))
-        row = int(opened.rows[place]) if place < len(opened.rows) else -1
+        row = int(opened.rows[place])
         if row < 0:
             cause = "truncated" if "truncated" in opened.index.flaws.values() else "missing"
             name = self.listed[shard].key(place) or f"{self._stems[shard]}[{place}]"
@@ -191,45 +179,30 @@ class Shards:
         return (opened.rows < 0) | np.isin(opened.rows, list(opened.index.flaws))
 
     def _opened(self, shard: int) -> Opened:
-        found = self._open.get(shard)
-        if found is not None and (found.failure is None or time.monotonic() - found.since_s < RETRY_S):
-            self._open.move_to_end(shard)
-            return found
-        try:
-            self._open[shard] = self._open_now(shard)
-        except FileNotFoundError as error:
-            self._fail(shard, "missing", str(error))
-        except SourceError as error:
-            self._fail(shard, "missing" if error.missing else "unreadable", str(error))
-        except (DataError, OSError) as error:
-            self._fail(shard, "damaged" if isinstance(error, DataError) else "unreadable", str(error))
-        while len(self._open) > self.keep_open:
-            self._open.popitem(last=False)
-        return self._open[shard]
+        return self._open.get(shard, self._stems[shard], lambda: self._open_now(shard))
 
     def _open_now(self, shard: int) -> Opened:
-        url = self.url(shard)
-        path = self.store.path(url)
-        file = within(self.store.limits.deadline_s, lambda: path.open("rb", buffering=0))
-        read_ahead(file)
-        index = self._indexes.get(shard) or index_beside(url, self.store)
-        if index is None or index.file_bytes != os.fstat(file.fileno()).st_size:
-            if index is not None and shard not in self._warned:
-                self._warned.add(shard)
-                log.warning("%s has changed since it was indexed: `t2i data index` again", url)
-            index = ShardIndex.scan(path)
+        self._prefetched.discard(shard)
+        url, size = self.url(shard), int(self.sizes[shard])
+        file, index, outdated = open_indexed(url, self.store, self._indexes.get(shard))
+        if outdated:
+            self._warn_once(shard, f"{url} has changed since it was indexed: `t2i data index` again")
         rows = self._rows.get(shard)
         if rows is None:
             rows = self.listed[shard].rows(index)
-            if len(rows) > self.sizes[shard] and shard not in self._warned:
-                self._warned.add(shard)
-                more = len(rows) - int(self.sizes[shard])
-                log.warning("%s holds %d samples more than it is listed with: they are not read", url, more)
-        return Opened(index, rows, file)
+        if len(rows) > size:
+            more = len(rows) - size
+            self._warn_once(
+                shard, f"{url} holds {more} samples more than it is listed with: they are not read"
+            )
+        lost = np.full(max(0, size - len(rows)), -1, dtype=np.int64)
+        rows = np.concatenate([rows[:size], lost])
+        return Opened(index, np.where(rows < len(index), rows, -1), file)
 
-    def _fail(self, shard: int, cause: str, detail: str) -> None:
-        failure = BadSample(cause, self._stems[shard], detail)
-        self._open[shard] = Opened(_NOTHING, np.empty(0, dtype=np.int64), None, failure, time.monotonic())
+    def _warn_once(self, shard: int, message: str) -> None:
+        if shard not in self._warned:
+            self._warned.add(shard)
+            log.warning("%s", message)
 
     def _find_sizes(self, max_bad_share: float) -> np.ndarray:
         """(n,) int64 samples per shard."""
@@ -238,10 +211,12 @@ class Shards:
         sizes = np.zeros(len(self.listed), dtype=np.int64)
         unknown = []
         for shard, each in enumerate(self.listed):
-            folder, _, name = each.url.rpartition("/")
+            folder, slash, name = each.url.rpartition("/")
+            alone = each.url.startswith("pipe:") or sources.split_query(each.url)[1]  # no folder to look into
+            place = "" if alone else folder + slash + SUMMARY
             if each.keys is not None:
                 sizes[shard] = len(each.keys)
-            elif (entry := summaries(folder).get(name)) is not None and _is_current(each.url, entry, limits):
+            elif (entry := summaries(place).get(name)) is not None and _is_current(each.url, entry, limits):
                 sizes[shard] = entry["samples"]
             else:
                 unknown.append(shard)
@@ -286,34 +261,17 @@ class Shards:
         """By the index or the statistics beside a remote shard; None where there are none."""
         url = self.url(shard)
         index = index_beside(url, self.store)
-        return len(index) if index is not None else _successes(url, self.store)
+        return samples_in(index, url, self.store) if index is not None else _successes(url, self.store)
 
     def _scanned_size(self, shard: int) -> int:
         """Raises SourceError, DataError or OSError."""
         url = self.url(shard)
-        path = self.store.path(url)
-        if not path.is_file():
-            raise SourceError(url, "", missing=True)
         index = index_beside(url, self.store)
-        if index is None or index.file_bytes != path.stat().st_size:
-            index = self._indexes[shard] = ShardIndex.scan(path)
-        return samples_in(index, url, self.store)
-
-
-_NOTHING = ShardIndex([], (), np.empty((0, 0), np.int64), np.empty((0, 0), np.int64), {}, 0)
-
-
-def index_beside(url: str, store: ShardStore) -> ShardIndex | None:
-    """The index that `t2i data index` wrote beside a shard; None where there is none."""
-    place = sources.beside(url, SUFFIX)
-    if not place:
-        return None
-    try:
-        return ShardIndex.from_bytes(sources.read_bytes(place, store.limits), place)
-    except SourceError as error:
-        if not error.missing:
-            log.warning("%s", error)
-        return None
+        file, found, _ = open_indexed(url, self.store, index)
+        file.close()
+        if found is not index:
+            self._indexes[shard] = found
+        return samples_in(found, url, self.store)
 
 
 def samples_in(index: ShardIndex, url: str, store: ShardStore) -> int:
@@ -327,26 +285,28 @@ def _successes(url: str, store: ShardStore) -> int | None:
     place = sources.beside(url, "_stats.json")
     try:
         found = json.loads(sources.read_bytes(place, store.limits))["successes"] if place else None
-    except (SourceError, ValueError, KeyError, TypeError):
+    except (SourceError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, int) and found >= 0 else None
+    known = isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= MAX_SAMPLES
+    return found if known else None
 
 
-def _summary(folder: str, limits: sources.Limits) -> dict[str, dict[str, int]]:
-    """What the folder's index.json says of its shards, by name; {} where there is none."""
-    place = f"{folder}/{SUMMARY}" if folder else SUMMARY
-    if folder.startswith("pipe:"):
+def _summary(place: str, limits: sources.Limits) -> dict[str, dict[str, int]]:
+    """What the index.json at `place` says of its folder's shards, by name; {} where there is none."""
+    if not place:
         return {}
     try:
         shards = json.loads(sources.read_bytes(place, limits))["shards"]
         return {
-            name: {key: int(entry[key]) for key in ("samples", "bytes")} for name, entry in shards.items()
+            name: {key: int(entry[key]) for key in ("samples", "bytes")}
+            for name, entry in shards.items()
+            if 0 <= int(entry["samples"]) <= MAX_SAMPLES
         }
     except SourceError as error:
         if not error.missing:
             log.warning("%s", error)
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}  # somebody else's index.json
 
 

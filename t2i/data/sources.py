@@ -68,16 +68,25 @@ def local_path(url: str) -> Path:
     return Path(url).expanduser()
 
 
+def split_query(url: str) -> tuple[str, str]:
+    """A web address and its query, "?" included; other sources have none."""
+    if not url.startswith(("http://", "https://")):
+        return url, ""
+    address, mark, query = url.partition("?")
+    return address, mark + query
+
+
 def beside(url: str, suffix: str) -> str:
     """`a/00000.tar` -> `a/00000` + suffix; "" for a pipe, which has nothing beside it."""
-    return "" if url.startswith("pipe:") else url.removesuffix(".tar") + suffix
+    address, query = split_query(url)
+    return "" if url.startswith("pipe:") else address.removesuffix(".tar") + suffix + query
 
 
 def read_bytes(url: str, limits: Limits | None = None) -> bytes:
     """All of a small source. Raises SourceError."""
     if is_local(url):
         try:
-            return local_path(url).read_bytes()
+            return within((limits or Limits()).deadline_s, local_path(url).read_bytes)
         except OSError as error:
             raise _source_error(url, error) from error
     if url.startswith("pipe:"):
@@ -91,7 +100,7 @@ def size(url: str, limits: Limits | None = None) -> int | None:
         return None
     if is_local(url):
         try:
-            return local_path(url).stat().st_size
+            return within((limits or Limits()).deadline_s, local_path(url).stat).st_size
         except OSError as error:
             raise _source_error(url, error) from error
     return _attempt(url, limits or Limits(), lambda fs, path: fs.info(path).get("size"))
@@ -176,12 +185,17 @@ def _attempt(url: str, limits: Limits, call: Callable[[Any, str], T], deadline: 
         except PermissionError as error:
             raise _source_error(url, error) from error
         except Exception as error:  # each protocol's library raises its own
-            if isinstance(error, FileNotFoundError) and _status(error) in (404, 410):
+            status = _status(error)
+            if isinstance(error, FileNotFoundError) and status in (404, 410):
                 raise _source_error(url, error) from error
-            if attempt == limits.attempts - 1:
-                raise SourceError(
-                    url, f"{type(error).__name__}: {error} (after {limits.attempts} attempts)"
-                ) from error
+            refused = status in (
+                400,
+                401,
+                403,
+            )  # as of a signed address that is too old: asking again is no use
+            if refused or attempt == limits.attempts - 1:
+                tried = f"status {status}" if refused else f"after {limits.attempts} attempts"
+                raise SourceError(url, f"{type(error).__name__}: {error} ({tried})") from error
             time.sleep(2**attempt * random.uniform(0.25, 0.75))
     raise AssertionError("attempts is at least 1")
 

@@ -15,7 +15,7 @@ from typing import IO
 from urllib.parse import urlparse
 
 from t2i.data import sources
-from t2i.data.sources import Limits, SourceError
+from t2i.data.sources import Limits, SourceError, within
 
 POLL_S = 0.05
 
@@ -52,6 +52,20 @@ class ShardStore:
             os.utime(copied)  # what is used stays
         return copied
 
+    def open(self, url: str) -> IO[bytes]:
+        """The local file of `url`, open and unbuffered. A copy that another process removed for want of room, before it
+        could be opened here, is made again. Raises SourceError or OSError."""
+        for attempt in range(self.limits.attempts + 1):
+            path = self.path(url)
+            try:
+                if not within(self.limits.deadline_s, path.is_file):  # else opening a named pipe would wait
+                    raise FileNotFoundError
+                return within(self.limits.deadline_s, lambda path=path: path.open("rb", buffering=0))  # type: ignore[misc]
+            except FileNotFoundError:
+                if sources.is_local(url) or attempt == self.limits.attempts:
+                    raise SourceError(url, "", missing=sources.is_local(url)) from None
+        raise AssertionError("attempts is at least 0")
+
     def prefetch(self, url: str) -> None:
         """Begins to bring `url` closer, in the background; what goes wrong there comes up in `path`."""
         if self._wanted is None:
@@ -74,8 +88,9 @@ class ShardStore:
     def _place(self, url: str) -> Path:
         if url.startswith("pipe:") and not self.allow_pipes:
             raise SourceError(url, "a command is run only where the command line names it")
-        name = "pipe.tar" if url.startswith("pipe:") else Path(urlparse(url).path).name or "shard.tar"
-        return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name[-80:]}"
+        name = "pipe" if url.startswith("pipe:") else Path(urlparse(url).path).name.removesuffix(".tar")
+        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+        return cache_folder() / f"{digest}-{name[-80:]}.tar"
 
     def _copy(self, url: str, copied: Path) -> None:
         # Whoever copies has deadlines of its own; no growth for longer than these says that it hangs nevertheless.

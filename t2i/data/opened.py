@@ -1,0 +1,108 @@
+"""Shards that are open, and those that could not be opened lately."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any, Generic, TypeVar
+
+import numpy as np
+
+from t2i.data import sources
+from t2i.data.decode import BadSample
+from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.sources import SourceError, within
+from t2i.data.store import ShardStore, read_ahead
+from t2i.errors import DataError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 300.0  # a shard that could not be read is tried again after this
+SCAN_DEADLINES = 10  # a scan is many small reads, and may take this many times the deadline of one
+Key = TypeVar("Key", int, str)
+
+
+@dataclass
+class Opened:
+    """An open shard. rows: of its index, those that belong to the dataset, in order; -1 where one is not there.
+    file: closed when nobody holds it any more, so that a read that comes too late reads nothing else"""
+
+    index: ShardIndex
+    rows: np.ndarray
+    file: IO[bytes] | None
+    failure: BadSample | None = None
+    since_s: float = 0.0
+
+
+class OpenShards(Generic[Key]):
+    """At most `keep` open shards; the one least recently asked for is closed first. What cannot be opened is left
+    alone for RETRY_S."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._open: OrderedDict[Key, Opened] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # open files do not travel to another process
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._open
+
+    def get(self, key: Key, name: str, open_now: Callable[[], Opened]) -> Opened:
+        """The shard, or why it could not be opened. name: for the sample that such a failure is counted as"""
+        found = self._open.get(key)
+        if found is not None and (found.failure is None or time.monotonic() - found.since_s < RETRY_S):
+            self._open.move_to_end(key)
+            return found
+        try:
+            return self._keep(key, open_now())
+        except SourceError as error:
+            return self.fail(key, name, "missing" if error.missing else "unreadable", str(error))
+        except DataError as error:
+            return self.fail(key, name, "damaged", str(error))
+        except OSError as error:
+            return self.fail(key, name, "unreadable", str(error))
+
+    def fail(self, key: Key, name: str, cause: str, detail: str) -> Opened:
+        """From now on for a while the shard counts as one that cannot be opened."""
+        failure = BadSample(cause, name, detail)
+        nothing = np.empty((0, 0), dtype=np.int64)
+        index = ShardIndex([], (), nothing, nothing, {}, 0)
+        return self._keep(key, Opened(index, nothing.ravel(), None, failure, time.monotonic()))
+
+    def _keep(self, key: Key, opened: Opened) -> Opened:
+        self._open.pop(key, None)
+        self._open[key] = opened
+        while len(self._open) > self.keep:
+            self._open.popitem(last=False)
+        return opened
+
+
+def open_indexed(
+    url: str, store: ShardStore, known: ShardIndex | None = None
+) -> tuple[IO[bytes], ShardIndex, bool]:
+    """The open file of a shard, its index, and whether that was read anew because the one that was `known`, or lay
+    beside the shard, is out of date. Raises SourceError, DataError or OSError."""
+    file = store.open(url)
+    read_ahead(file)
+    index = index_beside(url, store) if known is None else known
+    if index is not None and within(store.limits.deadline_s, lambda: index.fits(file.fileno())):
+        return file, index, False
+    scanned = within(SCAN_DEADLINES * store.limits.deadline_s, lambda: ShardIndex.scan(url, file.fileno()))
+    return file, scanned, index is not None
+
+
+def index_beside(url: str, store: ShardStore) -> ShardIndex | None:
+    """The index that `t2i data index` wrote beside a shard; None where there is none that can be read."""
+    place = sources.beside(url, SUFFIX)
+    if not place:
+        return None
+    try:
+        return ShardIndex.from_bytes(sources.read_bytes(place, store.limits), place)
+    except DataError as error:
+        if not (isinstance(error, SourceError) and error.missing):
+            log.warning("%s", error)
+        return None
