@@ -191,6 +191,21 @@ def test_other_ratios_are_close_to_means_over_areas(size):
     )
 
 
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    target=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    places=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 4),
+)
+def test_a_window_is_that_part_of_the_whole(size, target, places):
+    image = Image.fromarray(90 + noise(0, *size) // 4)  # no overshoot
+    top, left = int(places[0] * target[0]), int(places[1] * target[1])
+    height, width = 1 + int(places[2] * (target[0] - top)), 1 + int(places[3] * (target[1] - left))
+    whole = np.asarray(resize(image, target)).astype(int)[top : top + height, left : left + width]
+    window = np.asarray(resize(image, target, (top, left, height, width))).astype(int)
+    assert window.shape == whole.shape
+    assert abs(window - whole).max() <= 2
+
+
 def test_what_the_target_cannot_show_does_not_alias():
     stripes = np.zeros((96, 96, 3), np.uint8)
     stripes[:, ::2] = 255
