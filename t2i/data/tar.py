@@ -72,6 +72,14 @@ def _headers(file: IO[bytes], length: int) -> Iterator[tuple[tarfile.TarInfo, in
     position = 0
     while position + BLOCK <= length:
         file.seek(position)
+        # Global extended headers say something of every member that follows.
+        plain = None if archive.pax_headers else plain_member(file.read(BLOCK), position)
+        if plain is not None:
+            stop = plain.offset_data + padded(plain.size)
+            yield plain, stop
+            position = stop if stop <= length else plain.offset_data
+            continue
+        file.seek(position)
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
             if member.size < 0 or archive.offset <= position:
@@ -84,6 +92,27 @@ def _headers(file: IO[bytes], length: int) -> Iterator[tuple[tarfile.TarInfo, in
         stop = archive.offset
         yield member, stop
         position = stop if stop <= length else padded(member.offset_data)
+
+
+def plain_member(header: bytes, offset: int) -> tarfile.TarInfo | None:
+    """What tarfile makes of the commonest of headers, in a fraction of its time: that of a regular file with a short
+    name and digits for a size. None for any other, which tarfile has to judge.
+
+    header: (BLOCK,) bytes; offset: where they stand in the file
+    """
+    size, checksum = header[124:136].rstrip(b" \0"), header[148:156].rstrip(b" \0")
+    if header[156:157] != tarfile.REGTYPE or not size.isdigit() or not checksum.isdigit() or header[345]:
+        return None
+    try:
+        member = tarfile.TarInfo(header[:100].partition(b"\0")[0].decode("utf-8"))
+        member.size, wanted = int(size, 8), int(checksum, 8)
+    except ValueError:
+        return None
+    # The checksum counts itself as eight spaces.
+    if sum(header.replace(b"\0", b"")) - sum(header[148:156]) + 8 * ord(" ") != wanted:
+        return None
+    member.offset, member.offset_data = offset, offset + BLOCK
+    return member
 
 
 def _has_data(file: IO[bytes], start: int, stop: int) -> bool:

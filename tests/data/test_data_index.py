@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import webdataset
 from data_samples import encode, good_members, noise
+from hypothesis import given
+from hypothesis import strategies as st
 
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
+from t2i.data.tar import plain_member
 from t2i.errors import DataError
 
 
@@ -56,6 +59,34 @@ def test_a_cut_at_any_byte_is_noticed(write_tar, tmp_path):
         assert all(read(index, cut, row) == samples[index.keys[row]] for row in complete)
         assert len(complete) >= sum(end <= length for end in ends[1::2]) - 1
     assert not ShardIndex.scan(whole).flaws
+
+
+@given(
+    st.text(max_size=110),
+    st.integers(0, 8**11 + 5),
+    st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE]),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT]),
+    st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=2),
+    st.booleans(),
+)
+def test_plain_headers_are_read_as_tarfile_reads_them(name, size, kind, format, changes, mended):
+    member = tarfile.TarInfo(name.replace("\0", ""))
+    member.size, member.type = size, kind
+    try:
+        header = bytearray(member.tobuf(format)[-512:])
+    except ValueError:  # too long or too large for ustar
+        return
+    for at, value in changes:
+        header[at] = value
+    if mended:  # a checksum that is right whatever the header says
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256)
+    found = plain_member(bytes(header), 1024)
+    if found is not None:
+        wanted = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
+        assert (found.name, found.size, found.type) == (wanted.name, wanted.size, wanted.type)
+        assert (found.offset, found.offset_data) == (1024, 1536)
+    elif not changes and kind == tarfile.REGTYPE and size < 8**11 and len(member.name.encode()) < 100:
+        raise AssertionError("a plain header was not recognised")
 
 
 def test_an_empty_archive_is_not_a_truncated_one(write_tar):
