@@ -1,0 +1,176 @@
+"""The read path side by side with webdataset, datasets, litdata and mosaicml-streaming: same samples, same work.
+
+    python benchmarks/data.py --peer datasets=PYTHON --peer litdata=PYTHON --peer streaming=PYTHON
+
+PYTHON is an interpreter that has the peer, torch and Pillow (benchmarks/requirements-data-peers.txt); webdataset is in
+t2i's own. Each contender runs alone in a process of its own, in turns (A B C, A B C, ...), so that a busy machine slows
+all alike; what is printed are medians over the turns, and the medians of each turn's ratio to t2i. The files are in the
+page cache for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_shards import write_shards
+
+SCRIPT = Path(__file__).with_name("data_peers.py")
+PARTS = ("decoded", "raw", "resume", "memory")
+POSITIONS = {"1%": 1_024, "50%": 50_016, "99%": 99_008}  # of 100,000, whole batches
+
+
+class Contenders:
+    """Runs tasks of benchmarks/data_peers.py, each in the interpreter of its contender, with files in `work`."""
+
+    def __init__(self, pythons: dict[str, str], work: Path) -> None:
+        self.pythons = pythons
+        folders = {"HF_HOME": str(work / "huggingface"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(work)}
+        self.environment = os.environ | folders
+
+    def __call__(self, name: str, task: str, **options: Any) -> Any:
+        command = [self.pythons[name], str(SCRIPT), name, task, json.dumps(options)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} {task} failed:\n{done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def turns(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each row measures, in turns."""
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(rounds):
+        for name, measure in rows.items():
+            print(f"  turn {turn + 1} of {rounds}: {name}", end="\033[K\r", file=sys.stderr, flush=True)
+            found[name].append(measure())
+    return found
+
+
+def table(title: str, found: dict[str, list[float]], unit: str, own: str = "t2i") -> None:
+    """Medians, the range, and the median over the turns of t2i's rate relative to each row's."""
+    print(f"\n{title}\n\n| | {unit} | lowest to highest | t2i is so many times as fast |\n|---|---|---|---|")
+    for name, values in found.items():
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(found[own], values, strict=True))
+        print(
+            f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.2f} |",
+            flush=True,
+        )
+
+
+def decoded(run: Contenders, photos: Path, rounds: int) -> None:
+    """Pictures of 512 to 1,024 px to 256 px."""
+    options = {"folder": str(photos), "size_px": 256, "warm_up": 96, "count": 288}
+
+    def row(name: str, decode: str, workers: int) -> Callable[[], float]:
+        return lambda: run(name, "decoded", decode=decode, workers=workers, **options)
+
+    rows = {name: row(name, "usual", 1) for name in run.pythons}
+    table("Decoded, each as its documentation does it, 1 worker", turns(rows, rounds), "samples/s")
+    rows = {name: row(name, "ours", 1) for name in run.pythons}
+    table("Decoded, all by t2i's decoder, 1 worker", turns(rows, rounds), "samples/s")
+    rows = {name: row(name, "usual", 2) for name in run.pythons}
+    rows["t2i, 1 worker"] = row("t2i", "usual", 1)
+    table("Decoded, each as its documentation does it, 2 workers", turns(rows, rounds), "samples/s")
+
+
+def raw(run: Contenders, folder: Path, rounds: int) -> None:
+    """The bytes alone, shuffled, in the process that reads."""
+    options = {"folder": str(folder), "warm_up": 1500, "count": 4000}
+    rows = {name: lambda name=name: run(name, "raw", **options) for name in run.pythons}  # type: ignore[misc]
+    table(f"Raw, {folder.name}", turns(rows, rounds), "samples/s")
+
+
+def resume(run: Contenders, epoch: Path, indexed: Path, rounds: int) -> None:
+    """From imports done to the first batch, 1 worker."""
+    options = {"workers": 1, "decode": "ours", "size_px": 64}
+    for name in run.pythons:
+        run(name, "save", folder=str(epoch), positions=list(POSITIONS.values()))
+    print(
+        f"\nFirst batch of a resumed epoch of 100,000, seconds\n\n| | {' | '.join(POSITIONS)} |\n|---|---|---|---|"
+    )
+
+    def row(title: str, name: str, folder: Path, **more: Any) -> None:
+        rows = {
+            position: lambda at=at: run(name, "first", folder=str(folder), position=at, **options, **more)  # type: ignore[misc]
+            for position, at in POSITIONS.items()
+        }
+        medians = [f"{statistics.median(values):.2f}" for values in turns(rows, rounds).values()]
+        print(f"| {title} | {' | '.join(medians)} |", flush=True)
+
+    row("t2i, indexed", "t2i", indexed)
+    row("t2i, indexed, pictures chosen by their size", "t2i", indexed, min_original_px=64)
+    row("t2i, not indexed", "t2i", epoch)
+    for name in run.pythons:
+        if name != "t2i":
+            row(name, name, epoch)
+
+
+def memory(run: Contenders, indexed: Path, folder: Path) -> None:
+    """One epoch of 100,000, 1 worker: RSS of the worker."""
+    print("\nMemory of the worker over an epoch of 100,000\n")
+    print(
+        "| | MiB after 10% | at the end | highest | MiB more per 100,000 after 10% |\n|---|---|---|---|---|"
+    )
+    for name in run.pythons:
+        where = indexed if name == "t2i" else folder
+        found = run(name, "memory", folder=str(where), workers=1, decode="ours", size_px=64, samples=100_000)
+        settled = found[len(found) // 10 :]
+        at, mib = zip(*settled, strict=True)
+        slope = statistics.linear_regression(at, mib).slope * 100_000
+        print(
+            f"| {name} | {mib[0]:.0f} | {mib[-1]:.0f} | {max(m for _, m in found):.0f} | {slope:+.1f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Makes the shards and the peers' copies of them, then prints a table for each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--work", type=Path, help="folder for about 8 GB, kept; default: a temporary one")
+    parser.add_argument("--pictures", type=Path, help="folder of photos; default: synthetic pictures")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        photos, epoch, indexed = work / "photos", work / "epoch", work / "epoch-indexed"
+        write_shards(photos, 6_000, 300, (512, 1024), options.pictures)
+        write_shards(epoch, 100_000, 1_000, (128, 192), options.pictures)
+        if not indexed.exists():
+            indexed.mkdir()
+            for tar in epoch.glob("*.tar"):
+                (indexed / tar.name).symlink_to(tar)
+        t2i = str(Path(sys.executable).with_name("t2i"))
+        for folder in (photos, indexed):
+            subprocess.run(
+                [t2i, "data", "index", *map(str, sorted(folder.glob("*.tar")))], check=True, stdout=sys.stderr
+            )
+        pythons = {"t2i": sys.executable, "webdataset": sys.executable}
+        run = Contenders(pythons | dict(peer.split("=", 1) for peer in options.peer), work)
+        for name in run.pythons:
+            for folder in (photos, epoch):
+                if not folder.with_name(f"{folder.name}-{name}").exists():
+                    run(name, "convert", folder=str(folder))
+        if "decoded" in options.only:
+            decoded(run, photos, options.rounds)
+        if "raw" in options.only:
+            raw(run, photos, options.rounds)
+            raw(run, indexed, options.rounds)
+        if "resume" in options.only:
+            resume(run, epoch, indexed, min(3, options.rounds))
+        if "memory" in options.only:
+            memory(run, indexed, epoch)
+
+
+if __name__ == "__main__":
+    main()
