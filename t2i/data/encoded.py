@@ -122,7 +122,9 @@ def check_same(folder: str, record: Record, makers: FeatureMakers) -> None:
 def shard_name(url: str) -> str:
     """Of a shard of pictures: the name of its encoded shard within the folder, "<its folder>/<its name>"."""
     path = PurePosixPath(
-        url if not url.startswith("pipe:") else hashlib.sha256(url.encode()).hexdigest()[:16]
+        sources.split_query(url)[0]
+        if not url.startswith("pipe:")
+        else hashlib.sha256(url.encode()).hexdigest()[:16]
     )
     name = path.name if path.name.endswith(".tar") else path.name + ".tar"
     return f"{path.parent.name or 'shards'}/{name}"

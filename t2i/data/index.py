@@ -238,7 +238,7 @@ def _is_header(block: bytes, name: str, size: int) -> bool:
     """Whether `block` is the tar header of this member: by its size, and by its name where that is sure to stand in the
     header (all of it, or what follows the prefix). Not by the checksum, which would take as long as reading does."""
     try:
-        if tarfile.nti(block[124:136]) != size:  # type: ignore[attr-defined]
+        if len(block) < BLOCK or tarfile.nti(block[124:136]) != size:  # type: ignore[attr-defined]
             return False
     except tarfile.TarError:
         return False

@@ -82,13 +82,14 @@ class OpenShards(Generic[Key]):
 
 
 def open_indexed(
-    url: str, store: ShardStore, known: ShardIndex | None = None
+    url: str, store: ShardStore, known: ShardIndex | None = None, look: bool = True
 ) -> tuple[IO[bytes], ShardIndex, bool]:
     """The open file of a shard, its index, and whether that was read anew because the one that was `known`, or lay
-    beside the shard, is out of date. Raises SourceError, DataError or OSError."""
+    beside the shard, is out of date. look: for one beside the shard, where none is known
+    Raises SourceError, DataError or OSError."""
     file = store.open(url)
     read_ahead(file)
-    index = index_beside(url, store) if known is None else known
+    index = index_beside(url, store) if known is None and look else known
     if index is not None and within(store.limits.deadline_s, lambda: index.fits(file.fileno())):
         return file, index, False
     scanned = within(SCAN_DEADLINES * store.limits.deadline_s, lambda: ShardIndex.scan(url, file.fileno()))

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "index.json"
 REMOTE_LOOKUPS = 32  # at a time
+OUTDATED = "{} has changed since it was indexed: `t2i data index` again"
 MAX_SAMPLES = 10**7  # of a shard; who claims more is not believed
 
 
@@ -53,7 +54,7 @@ class Shards:
     key: the configuration key that errors name
     keep_open: shards open at a time
     max_bad_share: more shards than this missing or unreadable at the start are an error; up to this share each counts
-        as one bad sample an epoch, if its size cannot be known
+        as the bad samples that its statistics promise, or as one an epoch
     Raises DataError.
     """
 
@@ -71,8 +72,8 @@ class Shards:
         self._rows: dict[int, np.ndarray] = {}  # where samples were left out
         self._open = OpenShards[int](keep_open)
         self._prefetched: set[int] = set()  # and not opened since
-        self._warned: set[int] = set()
-        stems = [PurePosixPath(each.url).stem for each in self.listed]
+        self._said: set[str] = set()
+        stems = [PurePosixPath(sources.split_query(each.url)[0]).stem for each in self.listed]
         self._distinct = len(set(stems)) == len(stems) and len({len(stem) for stem in stems}) == 1
         self._stems = stems
         self.sizes = self._find_sizes(max_bad_share)
@@ -186,23 +187,23 @@ class Shards:
         url, size = self.url(shard), int(self.sizes[shard])
         file, index, outdated = open_indexed(url, self.store, self._indexes.get(shard))
         if outdated:
-            self._warn_once(shard, f"{url} has changed since it was indexed: `t2i data index` again")
+            self._say_once(logging.WARNING, OUTDATED.format(url))
         rows = self._rows.get(shard)
         if rows is None:
             rows = self.listed[shard].rows(index)
         if len(rows) > size:
             more = len(rows) - size
-            self._warn_once(
-                shard, f"{url} holds {more} samples more than it is listed with: they are not read"
+            self._say_once(
+                logging.WARNING, f"{url} holds {more} samples more than it is listed with: they are not read"
             )
         lost = np.full(max(0, size - len(rows)), -1, dtype=np.int64)
         rows = np.concatenate([rows[:size], lost])
         return Opened(index, np.where(rows < len(index), rows, -1), file)
 
-    def _warn_once(self, shard: int, message: str) -> None:
-        if shard not in self._warned:
-            self._warned.add(shard)
-            log.warning("%s", message)
+    def _say_once(self, level: int, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.log(level, "%s", message)
 
     def _find_sizes(self, max_bad_share: float) -> np.ndarray:
         """(n,) int64 samples per shard."""
@@ -220,31 +221,29 @@ class Shards:
                 sizes[shard] = entry["samples"]
             else:
                 unknown.append(shard)
-        failed: list[tuple[int, Exception]] = []
-        with ThreadPoolExecutor(REMOTE_LOOKUPS) as pool:
-            remote = [shard for shard in unknown if not sources.is_local(self.url(shard))]
-            answers = dict(zip(remote, pool.map(self._remote_size, remote), strict=True))
-        to_scan = [shard for shard in unknown if answers.get(shard) is None]
-        said = False
-        for shard in unknown:
+
+        def size_of(shard: int) -> int | DataError | OSError:
             try:
-                size = answers.get(shard)
-                if size is None:
-                    if not said and index_beside(self.url(shard), self.store) is None:
-                        said = True
-                        log.info(
-                            "scanning up to %d shards that have no index; `t2i data index` makes this instant",
-                            len(to_scan),
-                        )
-                    size = self._scanned_size(shard)
-                sizes[shard] = size
+                return self._size(shard)
             except (DataError, OSError) as error:
-                failed.append((shard, error))
-                sizes[shard] = 1
+                return error
+
+        remote = [shard for shard in unknown if not sources.is_local(self.url(shard))]
+        with ThreadPoolExecutor(REMOTE_LOOKUPS) as pool:
+            found = dict(zip(remote, pool.map(size_of, remote), strict=True))
+        failed: list[tuple[int, Exception]] = []
+        for shard in unknown:
+            size = found[shard] if shard in found else size_of(shard)
+            if isinstance(size, Exception):
+                failed.append((shard, size))
+                promised = None if shard in found else _successes(self.url(shard), self.store)
+                sizes[shard] = promised or 1
+            else:
+                sizes[shard] = size
         if failed and len(failed) > max_bad_share * len(self.listed):
             raise self._refusal(failed)
-        for _, failure in failed:
-            log.warning("%s It counts as one bad sample an epoch.", failure)
+        for shard, failure in failed:
+            log.warning("%s Bad samples an epoch for that: %d.", failure, sizes[shard])
         return sizes
 
     def _refusal(self, failed: list[tuple[int, Exception]]) -> DataError:
@@ -257,18 +256,23 @@ class Shards:
             said += f" ({len(failed)} of {len(self.listed)} shards are like that)"
         return DataError(said + ".")
 
-    def _remote_size(self, shard: int) -> int | None:
-        """By the index or the statistics beside a remote shard; None where there are none."""
+    def _size(self, shard: int) -> int:
+        """By the index or else, of a remote shard, by the statistics beside it, and by a scan where there is neither.
+        Raises SourceError, DataError or OSError."""
         url = self.url(shard)
         index = index_beside(url, self.store)
-        return samples_in(index, url, self.store) if index is not None else _successes(url, self.store)
-
-    def _scanned_size(self, shard: int) -> int:
-        """Raises SourceError, DataError or OSError."""
-        url = self.url(shard)
-        index = index_beside(url, self.store)
-        file, found, _ = open_indexed(url, self.store, index)
+        if not sources.is_local(url):
+            size = _successes(url, self.store) if index is None else samples_in(index, url, self.store)
+            if size is not None:
+                return size
+        if index is None:
+            self._say_once(
+                logging.INFO, "scanning shards that have no index; `t2i data index` makes this instant"
+            )
+        file, found, outdated = open_indexed(url, self.store, index, look=False)
         file.close()
+        if outdated:
+            self._say_once(logging.WARNING, OUTDATED.format(url))
         if found is not index:
             self._indexes[shard] = found
         return samples_in(found, url, self.store)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `folder` with ranges. `trouble`: part of a path -> what goes wrong there: "404", "403", "hang" (no
-    answer), "drop" (the connection ends in the middle, each time), "drop_once" (only the first time), "no_ranges"."""
+    answer), "drop" (the connection ends in the middle, each time), "drop_once" (only the first time), "503_twice" (of
+    each path), "no_ranges"."""
 
     folder: Path
     asked: list[str]
@@ -37,6 +38,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if trouble in ("404", "403") or not file.is_file():
             self.send_error(int(trouble or 404))
+            return
+        if trouble == "503_twice" and self.asked.count(f"{self.command} {path}") <= 2:
+            self.send_error(503)
             return
         content = file.read_bytes()
         start, stop = 0, len(content)
