@@ -4,8 +4,9 @@
 
 PYTHON is an interpreter that has the peer, torch and Pillow (benchmarks/requirements-data-peers.txt); webdataset is in
 t2i's own. Each contender runs alone in a process of its own, in turns (A B C, A B C, ...), so that a busy machine slows
-all alike; what is printed are medians over the turns, and the medians of each turn's ratio to t2i. The files are in the
-page cache for all.
+all alike; what is printed are medians over the turns, and the medians of each turn's ratio to t2i. CPU time is that of
+the reader processes and the one they read for; it says more than wall time where other jobs take turns on the cores.
+The files are in the page cache for all. Linux only.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Contenders:
         return json.loads(done.stdout.splitlines()[-1])
 
 
-def turns(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def turns(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
     """What each row measures, in turns."""
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    found: dict[str, list[Any]] = {name: [] for name in rows}
     for turn in range(rounds):
         for name, measure in rows.items():
             print(f"  turn {turn + 1} of {rounds}: {name}", end="\033[K\r", file=sys.stderr, flush=True)
@@ -54,38 +55,39 @@ def turns(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[f
     return found
 
 
-def table(title: str, found: dict[str, list[float]], unit: str, own: str = "t2i") -> None:
-    """Medians, the range, and the median over the turns of t2i's rate relative to each row's."""
-    print(f"\n{title}\n\n| | {unit} | lowest to highest | t2i is so many times as fast |\n|---|---|---|---|")
+def table(title: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """Medians, and the medians over the turns of how much faster t2i is than each row."""
+    print(f"\n{title}\n\n| | samples/s | CPU ms per sample | t2i faster by | with less CPU time by |")
+    print("|---|---|---|---|---|")
     for name, values in found.items():
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(found[own], values, strict=True))
-        print(
-            f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.2f} |",
-            flush=True,
-        )
+        pairs = list(zip(found["t2i"], values, strict=True))
+        faster = statistics.median(own["per_s"] / other["per_s"] for own, other in pairs)
+        less = statistics.median(other["cpu_ms"] / own["cpu_ms"] for own, other in pairs)
+        per_s, cpu_ms = (statistics.median(value[key] for value in values) for key in ("per_s", "cpu_ms"))
+        print(f"| {name} | {per_s:,.0f} | {cpu_ms:.2f} | {faster:.2f}x | {less:.2f}x |", flush=True)
 
 
 def decoded(run: Contenders, photos: Path, rounds: int) -> None:
     """Pictures of 512 to 1,024 px to 256 px."""
     options = {"folder": str(photos), "size_px": 256, "warm_up": 96, "count": 288}
 
-    def row(name: str, decode: str, workers: int) -> Callable[[], float]:
+    def row(name: str, decode: str, workers: int) -> Callable[[], Any]:
         return lambda: run(name, "decoded", decode=decode, workers=workers, **options)
 
     rows = {name: row(name, "usual", 1) for name in run.pythons}
-    table("Decoded, each as its documentation does it, 1 worker", turns(rows, rounds), "samples/s")
+    table("Decoded, each as its documentation does it, 1 worker", turns(rows, rounds))
     rows = {name: row(name, "ours", 1) for name in run.pythons}
-    table("Decoded, all by t2i's decoder, 1 worker", turns(rows, rounds), "samples/s")
+    table("Decoded, all by t2i's decoder, 1 worker", turns(rows, rounds))
     rows = {name: row(name, "usual", 2) for name in run.pythons}
     rows["t2i, 1 worker"] = row("t2i", "usual", 1)
-    table("Decoded, each as its documentation does it, 2 workers", turns(rows, rounds), "samples/s")
+    table("Decoded, each as its documentation does it, 2 workers", turns(rows, rounds))
 
 
 def raw(run: Contenders, folder: Path, rounds: int) -> None:
     """The bytes alone, shuffled, in the process that reads."""
     options = {"folder": str(folder), "warm_up": 1500, "count": 4000}
     rows = {name: lambda name=name: run(name, "raw", **options) for name in run.pythons}  # type: ignore[misc]
-    table(f"Raw, {folder.name}", turns(rows, rounds), "samples/s")
+    table(f"Raw, {folder.name}", turns(rows, rounds))
 
 
 def resume(run: Contenders, epoch: Path, indexed: Path, rounds: int) -> None:

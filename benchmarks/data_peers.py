@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import sys
 import tarfile
 import time
@@ -306,22 +307,35 @@ CONTENDERS = {
 }
 
 
-def rate(items: Iterator[Any], warm_up: int, count: int) -> float:
-    """Items per second after the first `warm_up`."""
-    for _ in itertools.islice(items, warm_up):
+def children() -> list[str]:
+    """Identities of the processes that this one started."""
+    return " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+
+
+def cpu_s() -> float:
+    """CPU seconds that this process and its readers have used."""
+    found = 0
+    for pid in ["self", *children()]:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        found += int(fields[11]) + int(fields[12])
+    return found / os.sysconf("SC_CLK_TCK")
+
+
+def rate(items: Iterator[Any], warm_up: int, count: int, batch: int = 1) -> dict[str, float]:
+    """Samples per second, and CPU milliseconds per sample, of `count` samples after the first `warm_up`."""
+    for _ in itertools.islice(items, warm_up // batch):
         pass
-    began = time.perf_counter()
-    taken = sum(1 for _ in itertools.islice(items, count))
+    began, used = time.perf_counter(), cpu_s()
+    taken = batch * sum(1 for _ in itertools.islice(items, count // batch))
     if taken < count:
         raise SystemExit(f"only {taken} of {count} came")
-    return count / (time.perf_counter() - began)
+    return {"per_s": taken / (time.perf_counter() - began), "cpu_ms": 1000 * (cpu_s() - used) / taken}
 
 
 def resident_mib() -> float:
-    """RSS of the reader processes: the children of this one."""
-    children = Path("/proc/self/task").glob("*/children")
+    """RSS of the readers."""
     found = 0.0
-    for pid in " ".join(path.read_text() for path in children).split():
+    for pid in children():
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         found += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
     return found
@@ -359,7 +373,7 @@ def main() -> None:
             next(batches)
             answer = time.perf_counter() - began
         elif task == "decoded":
-            answer = BATCH * rate(batches, options["warm_up"] // BATCH, options["count"] // BATCH)
+            answer = rate(batches, options["warm_up"], options["count"], BATCH)
         elif task == "memory":
             answer = memory(batches, options["samples"])
     print(json.dumps(answer), flush=True)
