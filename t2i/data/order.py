@@ -16,6 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
+MIN_SUBSTITUTES = (
+    100  # for a bad sample, where an epoch has fewer, so that the good ones of a few are found by chance
+)
+
 
 class Stream(IntEnum):
     """What a random number is for; streams are independent of one another."""
@@ -66,7 +70,7 @@ class Order(Protocol):
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
         """(epoch, sample index) of what may fill the seat at `position` if its own sample is bad, the best first: read
-        from the shards that this rank reads anyway, and of the same shape. As many as an epoch has at most."""
+        from the shards that this rank reads anyway, and of the same shape. Ends after about an epoch."""
         ...
 
     def following(self, epoch: int, shard: int) -> int | None:
@@ -129,8 +133,8 @@ class ShardOrder:
         return epochs, samples
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """What comes next in the same lane, and then, in the next epoch, in another."""
-        stop = position + (len(self) + 1) * self.lanes
+        """What comes next in the same lane, and then, in the next epochs, in another."""
+        stop = position + (max(len(self), MIN_SUBSTITUTES) + 1) * self.lanes
         for first in range(position + self.lanes, stop, 64 * self.lanes):
             epochs, samples = self.locate(range(first, min(first + 64 * self.lanes, stop), self.lanes))
             yield from zip(epochs.tolist(), samples.tolist(), strict=True)

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from t2i.data import buckets
 from t2i.data.captions import parse_captions, parse_metadata
-from t2i.data.decode import (
-    IMAGE_EXTENSIONS,
-    MAX_PIXELS,
-    BadSample,
-    covering_size,
-    decode_image,
-    image_bytes,
-    resize_and_crop,
-)
+from t2i.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, image_bytes, resize_and_crop
 from t2i.data.encoded import EncodedShards, Preparation
 from t2i.data.index import original_size
 from t2i.data.shards import Raw, Shards
@@ -164,13 +156,6 @@ class SampleReader:
             return self._encoded_sample(self.encoded, wanted, raw, captions, metadata)
         shape = self.shape(wanted.index)
         image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
-        height, width = covering_size(stored_size, shape)
-        if (
-            height * width > MAX_PIXELS
-        ):  # a line of a picture: it may have few pixels, but not once it is as wide
-            raise BadSample(
-                "bomb", raw.key, f"{height} x {width} pixels cover {shape}, allowed: {MAX_PIXELS}"
-            )
         picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
         original = original_size(metadata) or stored_size
         sample = Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata)

@@ -158,7 +158,8 @@ class Shards:
         if row < 0:
             cause = "truncated" if "truncated" in opened.index.flaws.values() else "missing"
             name = self.listed[shard].key(place) or f"{self._stems[shard]}[{place}]"
-            return BadSample(cause, name, f"not in {self.url(shard)}")
+            listed = f"which is listed with {self.sizes[shard]} samples"
+            return BadSample(cause, name, f"not in {self.url(shard)}, {listed}")
         key_in_shard = opened.index.keys[row]
         key = self._prefix(shard, key_in_shard) + key_in_shard
         if flaw := opened.index.flaws.get(row):
@@ -279,9 +280,9 @@ class Shards:
 
 
 def samples_in(index: ShardIndex, url: str, store: ShardStore) -> int:
-    """Samples of a shard; where the tar file lost some, as many as img2dataset's statistics say that there were."""
-    lost = _successes(url, store) if index.flaws else None
-    return max(len(index), lost or 0)
+    """Samples of a shard; as many as img2dataset's statistics say that there were, if the tar file has fewer: a tar
+    file that ends too early at the right byte looks whole."""
+    return max(len(index), _successes(url, store) or 0)
 
 
 def _successes(url: str, store: ShardStore) -> int | None:

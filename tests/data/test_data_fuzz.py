@@ -1,0 +1,164 @@
+"""Whatever the bytes: no crash, no hang, and every loss counted.
+
+No checksum is promised: a flipped byte among the pixels, or in a caption, that leaves both readable gives a changed
+sample. img2dataset's JSON has a `sha256`, but of the bytes as they were downloaded, before it resized and encoded them
+again, so that it says nothing about what is in the shard. What a tar file protects are its headers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzz_shards import (
+    END,
+    EXAMPLES,
+    HEADERS,
+    LENGTH,
+    MEMBERS,
+    PER_SHARD,
+    TOTAL,
+    WHOLE,
+    count_bad,
+    delivered,
+    epoch,
+    flip,
+    fuzzing,
+    key_of,
+    lay_out,
+    lost_and_noticed,
+    members_of,
+    overwrite,
+    picture,
+    touched,
+)
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+places = st.integers(0, END - 1) | st.sampled_from(HEADERS) | st.sampled_from(HEADERS).map(lambda h: h + 124)
+blocks = st.integers(0, END // 512 - 1).map(lambda block: 512 * block)
+lengths = st.integers(1, 40) | st.integers(1, 20).map(lambda n: 512 * n)
+
+
+same_length = st.one_of(
+    st.builds(flip, st.just(WHOLE[1]), places, st.integers(0, 7)),
+    st.builds(overwrite, st.just(WHOLE[1]), places, st.binary(min_size=1, max_size=1500)),
+    st.builds(overwrite, st.just(WHOLE[1]), blocks, lengths.map(bytes)),
+).filter(lambda content: len(content) == LENGTH)
+any_damage = st.one_of(
+    same_length,
+    st.builds(lambda at: WHOLE[1][:at], st.integers(0, END)),
+    st.builds(
+        lambda at, by: WHOLE[1][:at] + by + WHOLE[1][at:], places, st.binary(min_size=1, max_size=1500)
+    ),
+    st.builds(lambda at, size: WHOLE[1][:at] + WHOLE[1][at + size :], places, lengths),
+)
+
+
+@pytest.mark.parametrize("beside", ["stats", "index"])
+@fuzzing
+@given(damaged=any_damage)
+def test_where_the_number_of_samples_is_known_every_loss_is_counted(folder, beside, damaged):
+    batches = epoch(lay_out(folder, damaged, beside))
+    assert len(lost_and_noticed(batches, damaged)) <= count_bad(batches)
+
+
+def is_shorter_tar(damaged: bytes) -> bool:
+    """Whether whole samples were cut out: what is left is a shard of fewer, and only statistics tell."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(damaged), ignore_zeros=True) as archive:
+            left = [(member.name, archive.extractfile(member).read()) for member in archive if member.isreg()]
+    except tarfile.TarError:
+        return False
+    whole = [(key_of(n) + "." + e, content) for n in range(6, 12) for e, content in members_of(n).items()]
+    return len(left) % 3 == 0 and set(left) <= set(whole)
+
+
+@fuzzing
+@given(damaged=any_damage)
+def test_where_it_is_not_known_at_least_the_damage_counts(folder, damaged):
+    assume(len(damaged) % 512 or not is_shorter_tar(damaged))
+    batches = epoch(lay_out(folder, damaged, ""))
+    assert min(1, len(lost_and_noticed(batches, damaged))) <= count_bad(batches)
+
+
+@settings(fuzzing, max_examples=2 * EXAMPLES)
+@given(damaged=same_length)
+@example(
+    damaged=overwrite(WHOLE[1], HEADERS[3], bytes(HEADERS[6] - HEADERS[3]))
+)  # the second sample is all zeros
+@example(damaged=overwrite(WHOLE[1], HEADERS[15], bytes(END - HEADERS[15])))  # the last one is
+@example(
+    damaged=overwrite(WHOLE[1], HEADERS[5], b"?" * (HEADERS[9] - HEADERS[5]))
+)  # a JSON and the sample behind it
+def test_damage_of_one_place_loses_no_sample_that_it_does_not_touch(folder, damaged):
+    batches = epoch(lay_out(folder, damaged, ""))
+    assert set(range(TOTAL)) - delivered(batches) <= touched(damaged, True)
+    assert min(1, len(lost_and_noticed(batches, damaged))) <= count_bad(batches)
+
+
+def resigned(header: bytes) -> bytes:
+    """With a checksum that is right: damage that tar does not see."""
+    total = 256 + sum(header[:148]) + sum(header[156:512])
+    return header[:148] + f"{total:06o}\0 ".encode() + header[156:]
+
+
+@fuzzing
+@given(
+    member=st.integers(0, 3 * PER_SHARD - 1),
+    field=st.sampled_from(["name", "size", "type"]),
+    value=st.integers(0, 8**11 - 1) | st.integers(0, 4000),
+    letters=st.text("0123456789.jpngtxso/", min_size=1, max_size=20),
+)
+@example(member=4, field="size", value=0, letters="0")
+@example(member=0, field="size", value=8**11 - 1, letters="0")
+@example(member=0, field="type", value=ord("x"), letters="0")
+@example(member=0, field="type", value=ord("L"), letters="0")
+@example(member=0, field="type", value=ord("S"), letters="0")
+def test_forged_headers_lose_no_sample_uncounted(folder, member, field, value, letters):
+    """Where the number of samples is known. Names that make one sample's member another's change both."""
+    at = HEADERS[member]
+    header = bytearray(WHOLE[1][at : at + 512])
+    if field == "size":
+        header[124:136] = f"{value:011o}\0".encode()
+    elif field == "type":
+        header[156] = value % 256
+    else:
+        header[: len(letters)] = letters.encode()
+    damaged = overwrite(WHOLE[1], at, resigned(bytes(header)))
+    for beside in ("stats", "index"):
+        batches = epoch(lay_out(folder, damaged, beside))
+        lost = set(range(TOTAL)) - delivered(batches)
+        keys = {batch.key[0] for batch in batches}
+        assert lost <= set(range(PER_SHARD, 2 * PER_SHARD))
+        assert len([number for number in lost if key_of(number) not in keys]) <= count_bad(batches)
+
+
+def test_a_swapped_pair_of_members_is_noticed_by_an_index(folder):
+    """Two blocks of the same form change places: every header is right, but not where the index has it."""
+    blocks = {member.name: member.offset for member in MEMBERS}
+    a, b = blocks["000010001.txt"], blocks["000010002.txt"]
+    damaged = overwrite(overwrite(WHOLE[1], a, WHOLE[1][b : b + 1024]), b, WHOLE[1][a : a + 1024])
+    batches = epoch(lay_out(folder, damaged, "index"))
+    assert count_bad(batches) == 2
+    assert delivered(batches) == set(range(TOTAL)) - {PER_SHARD + 1, PER_SHARD + 2}
+
+
+def test_the_shards_of_this_test_are_what_it_takes_them_for(folder):
+    batches = epoch(lay_out(folder, WHOLE[1], ""))
+    assert delivered(batches) == set(range(TOTAL))
+    assert all(batch.bad == {} for batch in batches)
+    assert os.path.getsize(folder / "00001.tar") == LENGTH
+    with Image.open(io.BytesIO(members_of(1)["jpg"])) as image:
+        assert np.abs(np.asarray(image).astype(int) - picture(1)).max() <= 3

@@ -1,0 +1,79 @@
+"""Memory of reading does not grow: not with time, nor with the size of shards."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from data_samples import good_members
+
+MEASURE = """
+import resource, sys
+from t2i.data.loader import build_loader
+from t2i.data_config import DataConfig
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+url, lanes, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+data = DataConfig(source=None, shards=url, shuffle_window_shards=lanes)
+loader = build_loader(
+    data, size_px=8, batch_size=32, text_dropout=0, min_original_px=0, seed=0, num_images=32 * batches
+)
+before, seen = resident_mib(), []
+for batch in loader:
+    seen.append(resident_mib())
+print(before, *seen)
+"""
+
+
+def write(path: Path, count: int, extra: bytes = b"") -> None:
+    members = good_members(0)
+    with tarfile.open(path, "w") as archive:
+        for number in range(count):
+            for extension, content in (members | ({"bin": extra} if extra else {})).items():
+                info = tarfile.TarInfo(f"{number:09d}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def measured(url: str, lanes: int, batches: int) -> tuple[float, list[float]]:
+    """Resident MiB of a process of its own before reading, and after each batch."""
+    command = [sys.executable, "-c", MEASURE, url, str(lanes), str(batches)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    before, *seen = map(float, output.split())
+    return before, seen
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says it there")
+
+
+@needs_proc
+def test_an_epoch_over_many_shards_stays_flat(tmp_path):
+    """64 shards of 200, of which 4 times 4 stay open."""
+    write(tmp_path / "00000.tar", 200)
+    for shard in range(1, 64):
+        shutil.copy(tmp_path / "00000.tar", tmp_path / f"{shard:05d}.tar")
+    _, seen = measured(f"{tmp_path}/{{00000..00063}}.tar", 4, 400)
+    half = len(seen) // 2
+    assert (
+        max(seen[half:]) - max(seen[20:half]) < 3
+    )  # 200 tiny samples are 0.2 MiB, a forgotten shard's index more
+
+
+@needs_proc
+def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path):
+    """Nor with members that nobody asked for."""
+    write(tmp_path / "small.tar", 64)
+    write(tmp_path / "large.tar", 64, extra=bytes(2 << 20))  # 130 MiB
+    rises = []
+    for name in ("small", "large"):
+        before, seen = measured(str(tmp_path / f"{name}.tar"), 1, 4)
+        rises.append(max(seen) - before)
+    assert rises[1] - rises[0] < 16
