@@ -56,7 +56,8 @@ def run(arguments: list[str]) -> None:
                 lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
             )
         there = f", {report.skipped} were there" if report.skipped else ""
-        console.print(f"{report.encoded} samples are encoded in {report.shards} shards in {out}{there}")
+        who = f" by process {rank.rank} of {rank.world}" if rank.world > 1 else ""
+        console.print(f"{report.encoded} samples are encoded{who} in {report.shards} shards in {out}{there}")
         for cause, count in report.bad.most_common():
             console.print(f"Left out, {cause}: {count}", markup=False)
         console.print(f"To train on them, add to the training command: {key}.encoded={out}", markup=False)
