@@ -27,6 +27,17 @@ def write_tar(tmp_path: Path) -> Callable[[str, Mapping[str, Mapping[str, bytes]
 
 
 @pytest.fixture
+def shard(write_tar) -> Callable[..., Path]:
+    """shard(3, samples=4): 00003.tar with the keys 000030000 ... 000030003."""
+
+    def write(number: int, samples: int, first: int = 0) -> Path:
+        content = {f"{number:05d}{i:04d}": good_members(100 * number + i) for i in range(first, samples)}
+        return write_tar(f"{number:05d}.tar", content)
+
+    return write
+
+
+@pytest.fixture
 def make_data(write_tar) -> Callable[..., DataConfig]:
     """make_data([4, 3], num_workers=2) -> shards of 4 and of 3 good samples, numbered throughout."""
 

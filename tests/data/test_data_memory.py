@@ -56,22 +56,20 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="o
 
 @needs_proc
 def test_an_epoch_over_many_shards_stays_flat(tmp_path):
-    """64 shards of 200, of which 4 times 4 stay open."""
-    write(tmp_path / "00000.tar", 200)
+    """64 shards of 100, of which 4 times 4 stay open."""
+    write(tmp_path / "00000.tar", 100)
     for shard in range(1, 64):
         shutil.copy(tmp_path / "00000.tar", tmp_path / f"{shard:05d}.tar")
-    _, seen = measured(f"{tmp_path}/{{00000..00063}}.tar", 4, 400)
+    _, seen = measured(f"{tmp_path}/{{00000..00063}}.tar", 4, 200)
     half = len(seen) // 2
-    assert (
-        max(seen[half:]) - max(seen[20:half]) < 3
-    )  # 200 tiny samples are 0.2 MiB, a forgotten shard's index more
+    assert max(seen[half:]) - max(seen[20:half]) < 3  # a shard has 0.3 MiB
 
 
 @needs_proc
 def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path):
     """Nor with members that nobody asked for."""
     write(tmp_path / "small.tar", 64)
-    write(tmp_path / "large.tar", 64, extra=bytes(2 << 20))  # 130 MiB
+    write(tmp_path / "large.tar", 64, extra=bytes(1 << 20))  # 65 MiB
     rises = []
     for name in ("small", "large"):
         before, seen = measured(str(tmp_path / f"{name}.tar"), 1, 4)

@@ -1,38 +1,22 @@
-"""The shards of a dataset: where their sizes come from, and what is said and counted where they are not as they should
-be."""
+"""The shards of a dataset: where their sizes come from, and what their samples are called."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import pickle
 import tarfile
-import threading
-import time
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from data_samples import encode, good_members, noise
+from open_shards import everything, opened, take
 from servers import web_server
-from torch.utils.data import DataLoader
 
-from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
-from t2i.data.loader import build_loader
-from t2i.data.shards import Raw, Shards
-from t2i.data.sources import Limits
-from t2i.data.store import ShardStore
-from t2i.data_config import DataConfig, MixturePart
-from t2i.errors import DataError
+from t2i.data_config import DataConfig
 from t2i_pipelines import indexing
 from t2i_pipelines.selection import write_selection
-
-QUICK = Limits(deadline_s=2.0, attempts=2)
 
 
 @pytest.fixture(autouse=True)
@@ -45,29 +29,6 @@ def cache(tmp_path, monkeypatch):
 def server(tmp_path):
     with web_server(tmp_path) as served:
         yield served
-
-
-@pytest.fixture
-def shard(write_tar):
-    """shard(3, samples=4): 00003.tar with the keys 000030000 ... 000030003."""
-
-    def write(number: int, samples: int, first: int = 0) -> Path:
-        content = {f"{number:05d}{i:04d}": good_members(100 * number + i) for i in range(first, samples)}
-        return write_tar(f"{number:05d}.tar", content)
-
-    return write
-
-
-def opened(urls, max_bad_share=0.0, limits=QUICK) -> Shards:
-    return Shards([str(url) for url in urls], ShardStore(limits), max_bad_share=max_bad_share)
-
-
-def everything(shards: Shards) -> tuple[list[str], Counter]:
-    """Keys of what can be read, and causes of what cannot."""
-    places = [(shard, i) for shard in range(len(shards)) for i in range(int(shards.sizes[shard]))]
-    found = shards.read(places)
-    bad = Counter(each.cause for each in found if isinstance(each, BadSample))
-    return [each.key for each in found if isinstance(each, Raw)], bad
 
 
 def index(paths, out=None):
@@ -261,136 +222,6 @@ def test_a_selection_of_shards_on_a_server(shard, server, tmp_path):
     assert everything(opened([tmp_path / "kept.arrow"])) == (["000000002"], {})
 
 
-def missing(shard, tmp_path):
-    return tmp_path / "none.tar", "which does not exist", "missing"
-
-
-def a_picture(shard, tmp_path):
-    (tmp_path / "x.tar").write_bytes(encode(noise(0, 40, 40)))
-    return tmp_path / "x.tar", "not an uncompressed tar file", "damaged"
-
-
-def a_folder(shard, tmp_path):
-    (tmp_path / "x.tar").mkdir()
-    return tmp_path / "x.tar", "which does not exist", "missing"
-
-
-def a_pipe(shard, tmp_path):
-    os.mkfifo(tmp_path / "x.tar")
-    return tmp_path / "x.tar", "which does not exist", "missing"
-
-
-@pytest.mark.parametrize("kind", [missing, a_picture, a_folder, a_pipe])
-def test_a_bad_shard_at_the_start_is_refused_or_counts_once_an_epoch(shard, tmp_path, kind, caplog):
-    bad, says, cause = kind(shard, tmp_path)
-    paths = [shard(0, 6), shard(1, 5), bad]
-    with pytest.raises(DataError) as error:
-        opened(paths, max_bad_share=0.3)
-    message = str(error.value)
-    assert message.startswith(f"data.shards names {bad}, which")
-    assert says in message
-    assert message.endswith(".")
-    assert "\n" not in message
-    with pytest.raises(DataError, match=r"\(2 of 3 shards are like that\)"):
-        opened([paths[0], bad, bad], max_bad_share=0.5)
-    caplog.clear()
-    data = DataConfig(source=None, shards=list(map(str, paths)), max_bad_share=0.34)
-    batches = take(data, 6, batch_size=4)  # two epochs of 12
-    assert Counter(cause for batch in batches for cause, n in batch.bad.items() for _ in range(n)) == {
-        cause: 2
-    }
-    assert "Bad samples an epoch for that: 1." in caplog.text
-    assert sum("skipped" in line for line in caplog.messages) == 1
-
-
-def test_an_unreadable_shard_is_named(shard, tmp_path, monkeypatch):
-    """By a permission; the tests may run as root, whom none stops."""
-    path = shard(0, 3)
-    shard(1, 3)
-    opened_by_path = Path.open
-
-    def refused(self, *args, **options):
-        if self == path:
-            raise PermissionError(13, "Permission denied")
-        return opened_by_path(self, *args, **options)
-
-    monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(DataError, match=r"names .*00000\.tar, which cannot be read: .*Permission denied"):
-        opened([path, tmp_path / "00001.tar"])
-    shards = opened([path, tmp_path / "00001.tar"], max_bad_share=0.5)
-    assert shards.sizes.tolist() == [1, 3]
-    assert everything(shards)[1] == {"unreadable": 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "causes"),
-    [
-        (lambda path: path.unlink(), {"missing"}),
-        (lambda path: path.write_bytes(path.read_bytes()[:3000]), {"truncated", "unreadable"}),
-        (lambda path: path.write_bytes(b""), {"truncated", "unreadable"}),
-        (lambda path: path.write_bytes(os.urandom(20_000)), {"damaged", "unreadable"}),
-    ],
-)
-@pytest.mark.parametrize("was_open", [True, False])
-def test_a_shard_that_changes_while_training_is_counted(shard, change, causes, was_open):
-    paths = [shard(0, 6), shard(1, 6)]
-    data = DataConfig(source=None, shards=list(map(str, paths)), max_bad_share=1.0)
-    batches = iter(loader(data, 24, batch_size=12))  # two epochs
-    if was_open:
-        first = next(batches)
-        assert first.bad == {}
-    change(paths[1])
-    for batch in batches:
-        lost = sum(batch.bad.values())
-        delivered = {key for key in batch.key if key.startswith("00001")}
-        assert set(batch.bad) <= causes
-        assert lost + len(delivered) >= 6
-        assert {f"00000{i:04d}" for i in range(6)} <= set(batch.key)
-        if was_open and not paths[1].exists():
-            assert lost == 0  # who has a file open reads on
-
-
-def test_a_shard_that_is_late_is_left_and_what_comes_late_changes_nothing(shard, monkeypatch):
-    """The read of one sample takes longer than the deadline, then comes back."""
-    paths = [shard(0, 4), shard(1, 4)]
-    shards = opened(paths, limits=Limits(deadline_s=0.3, attempts=1))
-    read = ShardIndex.read
-    back = threading.Event()
-
-    def slow(self, file, row, extensions=None):
-        if self.keys[row] == "000000001" and not back.is_set():
-            time.sleep(0.5)
-            back.set()
-        return read(self, file, row, extensions)
-
-    monkeypatch.setattr(ShardIndex, "read", slow)
-    places = [(s, i) for i in range(4) for s in (1, 0)]
-    found = shards.read(places)
-    assert back.wait(5)
-    time.sleep(0.1)
-    assert len(found) == 8
-    for (s, i), each in zip(places, found, strict=True):
-        if s == 1 or i == 0:
-            assert isinstance(each, Raw)
-            assert each.key == f"{s:05d}{i:04d}"
-            assert each.members["txt"] == f"sample {100 * s + i}".encode()
-        else:
-            assert isinstance(each, BadSample)
-            assert each.cause == "unreadable"
-            assert "no answer within 0.3 s" in str(each)
-
-
-def test_a_scan_that_hangs_ends(shard, monkeypatch):
-    path = shard(0, 4)
-    hang = threading.Event()
-    monkeypatch.setattr(ShardIndex, "scan", classmethod(lambda *args: hang.wait(20)))
-    began = time.monotonic()
-    with pytest.raises(DataError, match=r"00000\.tar, which cannot be read: no answer within"):
-        opened([path], limits=Limits(deadline_s=0.05, attempts=1))
-    hang.set()
-    assert time.monotonic() - began < 5
-
-
 def test_keys_are_unique_and_img2datasets_are_kept(shard, write_tar):
     assert everything(opened([shard(0, 2), shard(1, 2)]))[0] == [
         "000000000",
@@ -406,71 +237,3 @@ def test_keys_are_unique_and_img2datasets_are_kept(shard, write_tar):
     assert everything(opened(alike[:2]))[0] == ["x:a", "x:b", "y:a", "y:b"]
     assert len(set(everything(opened(alike))[0])) == 6
     assert len(set(everything(opened([*alike, alike[0]]))[0])) == 8
-
-
-def test_a_prefetch_is_asked_for_once(shard, monkeypatch):
-    paths = [str(shard(number, 8)) for number in range(6)]
-    asked = []
-    monkeypatch.setattr(ShardStore, "prefetch", lambda self, url: asked.append(url))
-    data = DataConfig(source=None, shards=paths, shuffle_window_shards=2)
-    take(data, 12, batch_size=4)
-    assert 1 <= len(asked) <= 6
-    assert len(set(asked)) == len(asked)
-
-
-def loader(data: DataConfig, num_images=None, **options):
-    defaults = {"size_px": (8, 10), "batch_size": 4, "text_dropout": 0.0, "min_original_px": 0, "seed": 5}
-    return build_loader(data, num_images=num_images, **(defaults | options))
-
-
-def take(data: DataConfig, count: int, **options):
-    batch_size = options.get("batch_size", 4)
-    return list(loader(data, count * batch_size, **options))
-
-
-def with_workers(data: DataConfig, context: str, batches: int, **options) -> list:
-    """As `build_loader` makes them, in two worker processes that are started by `context`."""
-    made = loader(data, batches * 4, **options)
-    workers = DataLoader(
-        made.dataset,
-        batch_sampler=made.batch_sampler,
-        num_workers=2,
-        collate_fn=made.collate_fn,
-        multiprocessing_context=context,
-        timeout=120,
-    )
-    return list(workers)
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_may_be_forked_or_spawned(shard, server, tmp_path, context):
-    """Of remote shards, one of them not there; in buckets, mixed: whatever has to travel."""
-    url, _ = server
-    paths = [shard(0, 5), shard(1, 4)]
-    urls = [f"{url}/{path.name}" for path in paths]
-    mixture = {"a": {"shards": urls}, "b": {"shards": [*map(str, paths), f"{url}/none.tar"]}}
-    parts = {name: MixturePart(**part) for name, part in mixture.items()}
-    data = DataConfig(
-        source=None, shards=None, mixture=parts, max_bad_share=1.0, bucket_step_px=4, crop="random"
-    )
-    alone = take(data, 6, size_px=8)
-    found = with_workers(data, context, 6, size_px=8)
-    assert [batch.key for batch in found] == [batch.key for batch in alone]
-    assert all(torch.equal(a.image, b.image) for a, b in zip(alone, found, strict=True))
-    assert [batch.bad for batch in found] == [batch.bad for batch in alone]
-
-
-def test_logs_name_each_bad_sample_of_each_part_once(write_tar, tmp_path, caplog):
-    good = {str(i): good_members(i) for i in range(3)}
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        write_tar(f"{name}/0.tar", good | {"bad": {"txt": b"x"}})
-    parts = {name: MixturePart(shards=str(tmp_path / name / "0.tar")) for name in "ab"}
-    data = DataConfig(source=None, shards=None, mixture=parts, max_bad_share=1.0)
-    with caplog.at_level(logging.WARNING, logger="t2i.data"):
-        take(data, 20)
-    skipped = [line for line in caplog.messages if line.startswith("skipped")]
-    assert sorted(line[: len("skipped a: sample bad: image")] for line in skipped) == [
-        "skipped a: sample bad: image",
-        "skipped b: sample bad: image",
-    ]
