@@ -17,8 +17,8 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
-    from t2i_pipelines.dedup import find, hash_shards, write_kept
-    from t2i_pipelines.dedup_report import contact_sheet, write_report
+    from t2i_pipelines.deduplication.dedup import find, hash_shards, write_kept
+    from t2i_pipelines.deduplication.report import contact_sheet, write_report
     from t2i_pipelines.ranks import cores
 
     written = selection_path(options.out)

@@ -13,8 +13,8 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     from rich.progress import Progress
 
-    from t2i_pipelines import download as job
-    from t2i_pipelines.fetch import FetchLimits
+    from t2i_pipelines.downloading import download as job
+    from t2i_pipelines.downloading.fetch import FetchLimits
     from t2i_pipelines.tables import open_table, text_column
 
     out = Path(options.out)

@@ -11,7 +11,7 @@ from t2i.errors import ConfigError, DataError
 from ..console import console
 
 if TYPE_CHECKING:
-    from t2i_pipelines.filter import Report
+    from t2i_pipelines.filtering.filter import Report
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 
@@ -22,8 +22,8 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
-    from t2i_pipelines.filter import filter_shards, filter_table
-    from t2i_pipelines.presets import QUANTITIES, Rule, bound, languages, preset
+    from t2i_pipelines.filtering.filter import filter_shards, filter_table
+    from t2i_pipelines.filtering.presets import QUANTITIES, Rule, bound, languages, preset
 
     rules = list(preset(options.preset)) if options.preset else []
     for quantity in QUANTITIES:
@@ -65,10 +65,10 @@ def selection_path(out: str) -> Path:
 
 
 def repack_with_bar(selection: Path, out: Path, samples_per_shard: int, total: int) -> None:
-    """`t2i_pipelines.repack.repack` under a progress bar, and what it left out."""
+    """`t2i_pipelines.filtering.repack.repack` under a progress bar, and what it left out."""
     from rich.progress import Progress
 
-    from t2i_pipelines.repack import repack
+    from t2i_pipelines.filtering.repack import repack
 
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("samples", total=total)
@@ -100,7 +100,7 @@ def _print(report: Report) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    from t2i_pipelines.presets import PRESETS, QUANTITIES
+    from t2i_pipelines.filtering.presets import PRESETS, QUANTITIES
 
     made = argparse.ArgumentParser(
         prog="t2i data filter",

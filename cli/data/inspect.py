@@ -22,8 +22,8 @@ def run(arguments: list[str]) -> None:
 
     from t2i.data.sources import expand
     from t2i.errors import ConfigError
-    from t2i_pipelines.contact_sheet import contact_sheet
-    from t2i_pipelines.inspection import inspect_shards
+    from t2i_pipelines.inspecting.contact_sheet import contact_sheet
+    from t2i_pipelines.inspecting.inspection import inspect_shards
     from t2i_pipelines.ranks import cores
 
     if not 1 <= options.samples <= 1000:

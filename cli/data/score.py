@@ -23,8 +23,8 @@ def run(arguments: list[str]) -> None:
     from t2i.data.sources import expand
     from t2i_pipelines.optional import need
     from t2i_pipelines.ranks import cores, rank_of
-    from t2i_pipelines.score import score_shards
-    from t2i_pipelines.scorer import ScorerFiles, load_scorer
+    from t2i_pipelines.scoring.score import score_shards
+    from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 
     need("pyarrow", "data")  # before anything is loaded
     urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)

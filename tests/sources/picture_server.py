@@ -18,8 +18,8 @@ import webdataset as wds
 from aiohttp import web
 from PIL import Image
 
-from t2i_pipelines.download import DownloadOptions, Report, download
-from t2i_pipelines.fetch import FetchLimits
+from t2i_pipelines.downloading.download import DownloadOptions, Report, download
+from t2i_pipelines.downloading.fetch import FetchLimits
 from t2i_pipelines.tables import open_table
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 from t2i_pipelines.ranks import Rank
-from t2i_pipelines.score import score_shards
-from t2i_pipelines.scorer import ScorerFiles, load_scorer
+from t2i_pipelines.scoring.score import score_shards
+from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 
 WIDTH = 24
 TINY = {

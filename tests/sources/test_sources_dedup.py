@@ -19,9 +19,9 @@ from t2i.data.decode import decode_image
 from t2i.data.selection import listed
 from t2i.errors import ConfigError
 from t2i_cli.data import dedup as command
-from t2i_pipelines import hashing
-from t2i_pipelines.dedup import Duplicates, find, hash_shards, write_kept
-from t2i_pipelines.near_duplicates import MAX_DISTANCE, group
+from t2i_pipelines.deduplication import hashing
+from t2i_pipelines.deduplication.dedup import Duplicates, find, hash_shards, write_kept
+from t2i_pipelines.deduplication.near_duplicates import MAX_DISTANCE, group
 
 
 def scene(seed: int, size: int = 256) -> Image.Image:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from t2i.data.index import ShardIndex
 from t2i.errors import ConfigError, DataError
-from t2i_pipelines.download import DownloadOptions
-from t2i_pipelines.fetch import USER_AGENT, FetchLimits, forbids, retry_after_s
+from t2i_pipelines.downloading.download import DownloadOptions
+from t2i_pipelines.downloading.fetch import USER_AGENT, FetchLimits, forbids, retry_after_s
 from t2i_pipelines.shard_writer import LAYOUT
 from t2i_pipelines.tables import open_table
 
@@ -265,7 +265,7 @@ def test_where_nothing_can_be_written(server, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("t2i_pipelines.open_shard.write_shard", full)
+    monkeypatch.setattr("t2i_pipelines.downloading.open_shard.write_shard", full)
     with pytest.raises(DataError, match=r"cannot be written: .*No space left on device"):
         downloaded(table_of(server, tmp_path, ["ok/1", "ok/2"]), tmp_path / "out", samples_per_shard=1)
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from t2i.data.selection import listed
 from t2i.errors import ConfigError, DataError
 from t2i_cli.data import filter as command
-from t2i_pipelines.filter import filter_shards, filter_table
-from t2i_pipelines.judge import Judge
-from t2i_pipelines.presets import PRESETS, Rule, bound, languages, preset
-from t2i_pipelines.repack import repack
+from t2i_pipelines.filtering.filter import filter_shards, filter_table
+from t2i_pipelines.filtering.judge import Judge
+from t2i_pipelines.filtering.presets import PRESETS, Rule, bound, languages, preset
+from t2i_pipelines.filtering.repack import repack
 
 
 def nothing(done: int, total: int) -> None:

@@ -18,11 +18,11 @@ from PIL import Image, ImageFont
 
 from t2i.errors import DataError
 from t2i_cli.data import inspect as verb
-from t2i_pipelines import contact_sheet as sheet_module
-from t2i_pipelines import inspection as module
-from t2i_pipelines.contact_sheet import contact_sheet, wrapped
-from t2i_pipelines.inspection import inspect_shards, percentiles
-from t2i_pipelines.inspection_facts import Tile
+from t2i_pipelines.inspecting import contact_sheet as sheet_module
+from t2i_pipelines.inspecting import inspection as module
+from t2i_pipelines.inspecting.contact_sheet import contact_sheet, wrapped
+from t2i_pipelines.inspecting.facts import Tile
+from t2i_pipelines.inspecting.inspection import inspect_shards, percentiles
 
 
 def encoded(size=(64, 48), form="JPEG", color="red") -> bytes:

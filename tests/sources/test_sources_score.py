@@ -33,10 +33,10 @@ from torch import nn
 
 from t2i.errors import CheckpointError, ConfigError, DataError
 from t2i_cli.data import score as verb
-from t2i_pipelines import score as module
 from t2i_pipelines.ranks import Rank, rank_of
-from t2i_pipelines.score_heads import for_watermark_detector
-from t2i_pipelines.scorer import ScorerFiles, load_scorer
+from t2i_pipelines.scoring import score as module
+from t2i_pipelines.scoring.heads import for_watermark_detector
+from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 
 
 @pytest.fixture(scope="module")

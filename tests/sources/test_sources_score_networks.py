@@ -34,9 +34,9 @@ from torch import nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
-from t2i_pipelines.score_clip import load_clip
-from t2i_pipelines.score_heads import HEADS, for_watermark_detector, load_head
-from t2i_pipelines.scorer import ScorerFiles
+from t2i_pipelines.scoring.clip import load_clip
+from t2i_pipelines.scoring.heads import HEADS, for_watermark_detector, load_head
+from t2i_pipelines.scoring.scorer import ScorerFiles
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from t2i.data.selection import listed
 from t2i.errors import DataError
 from t2i_pipelines import selection as module
-from t2i_pipelines.repack import repack
+from t2i_pipelines.filtering.repack import repack
 from t2i_pipelines.selection import listed_once, spans, write_selection
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from t2i.errors import ConfigError, DataError
 
-from .optional import need
+from ..optional import need
 from .presets import ALIASES, Rule
 
 STATUS = Rule("downloaded (status = success)", "status = 'success'")

@@ -14,12 +14,12 @@ from typing import Any
 
 from t2i.errors import DataError
 
+from ..optional import need
+from ..selection import listed_once, write_selection
+from ..shard_metadata import metadata_of
+from ..tables import open_table
 from .judge import Judge, Tally
-from .optional import need
 from .presets import Rule
-from .selection import listed_once, write_selection
-from .shard_metadata import metadata_of
-from .tables import open_table
 
 ROWS = 131_072  # of a table, read at once
 # Of a .csv: text whatever it looks like. "1e5" is a caption, too, and "nan" a language.

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from t2i.errors import CheckpointError, ConfigError
 
-from .score_heads import reason_of, sha256
+from .heads import reason_of, sha256
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local
 from t2i.errors import DataError
 
-from .inspection_facts import ASPECT_EDGES, Facts, Tile, look_at
-from .shard_metadata import local_copy
+from ..shard_metadata import local_copy
+from .facts import ASPECT_EDGES, Facts, Tile, look_at
 
 ROWS_PER_TASK = 128
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)

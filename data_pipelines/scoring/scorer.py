@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from t2i.errors import ConfigError
 
-from .score_clip import Clip, load_clip
-from .score_heads import for_watermark_detector, load_head, load_watermark_detector, sha256
+from .clip import Clip, load_clip
+from .heads import for_watermark_detector, load_head, load_watermark_detector, sha256
 
 HEAD_COLUMNS = ("aesthetic", "punsafe")
 

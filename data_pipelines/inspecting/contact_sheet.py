@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from .inspection_facts import Tile
+from .facts import Tile
 
 GAP_PX = 12
 FONT_PX = 13

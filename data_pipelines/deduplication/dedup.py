@@ -19,10 +19,10 @@ import numpy as np
 
 from t2i.errors import ConfigError
 
+from ..optional import need
+from ..selection import listed_once, write_selection
 from .hashing import HASHES, THUMBNAIL_PX, Hashes, hash_shard
 from .near_duplicates import MAX_DISTANCE, group
-from .optional import need
-from .selection import listed_once, write_selection
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from pathlib import Path
 from t2i.data.decode import BadSample
 from t2i.errors import ConfigError, DataError
 
+from ..pictures import Picture, prepare
+from ..ranks import cores
+from ..shard_writer import check_samples_per_shard, sample_key
+from ..tables import Table, json_records
 from .fetch import FetchError, FetchLimits, fetch, open_session
 from .open_shard import OpenShard
-from .pictures import Picture, prepare
-from .ranks import cores
-from .shard_writer import check_samples_per_shard, sample_key
-from .tables import Table, json_records
 
 COPIES = ".table"  # folder within `out` for a table that is not on this machine, until the job is done
 MAX_SHARDS = 100_000  # the key has five digits for the shard

@@ -17,11 +17,11 @@ from t2i.data.index import ShardIndex
 from t2i.data.sources import beside, is_local, local_path, size
 from t2i.errors import ConfigError, DataError
 
-from .inspection_facts import CAPTION_KEYS, read_sample
-from .optional import need
-from .ranks import Rank
+from ..inspecting.facts import CAPTION_KEYS, read_sample
+from ..optional import need
+from ..ranks import Rank
+from ..shard_metadata import local_copy
 from .scorer import Loaded, Scorer
-from .shard_metadata import local_copy
 
 SUFFIX = ".scores.parquet"
 END_BYTES = 1 << 20

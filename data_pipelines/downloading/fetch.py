@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from t2i import __version__
 
-from .optional import need
+from ..optional import need
 
 if TYPE_CHECKING:
     import aiohttp

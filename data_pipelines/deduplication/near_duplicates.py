@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .optional import need
+from ..optional import need
 
 BITS = 64
 # Three bands of 21 bits. Codes at a distance of at most d differ in at most d // 3 bits of one of them at least, and

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from t2i.data.decode import BadSample, decode_image, image_bytes
 
+from ..shard_metadata import first_rows, local_copy, scan
 from .dedup import Duplicates
-from .shard_metadata import first_rows, local_copy, scan
 
 GROUPS, PICTURES = 24, 8  # on the sheet, the largest groups and the first of each
 TILE_PX, GAP_PX, TEXT_PX = 128, 8, 16

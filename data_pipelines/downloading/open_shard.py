@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .pictures import Picture
-from .shard_writer import Failure, Sample, free_names, write_shard, write_table
-from .tables import json_records
+from ..pictures import Picture
+from ..shard_writer import Failure, Sample, free_names, write_shard, write_table
+from ..tables import json_records
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,10 +21,10 @@ from typing import Any
 from t2i.data.selection import listed
 from t2i.errors import DataError
 
-from .optional import need
-from .selection import spans
-from .shard_metadata import first_rows, local_copy, metadata_of, scan
-from .shard_writer import check_samples_per_shard, sample_key
+from ..optional import need
+from ..selection import spans
+from ..shard_metadata import first_rows, local_copy, metadata_of, scan
+from ..shard_writer import check_samples_per_shard, sample_key
 
 
 @dataclass

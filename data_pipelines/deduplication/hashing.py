@@ -17,8 +17,8 @@ from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import original_size
 from t2i.data.sources import size
 
-from .optional import need
-from .shard_metadata import first_rows, local_copy, scan
+from ..optional import need
+from ..shard_metadata import first_rows, local_copy, scan
 
 HASHES = ("phash", "dhash")
 DECODED_PX = (
