@@ -177,6 +177,10 @@ class BatchLoader(DataLoader):
                 raise batch
             yield batch
 
+    def fingerprint(self) -> str:
+        """The same where the same samples stand at the same positions."""
+        return self.dataset.stream.fingerprint()
+
     def epochs(self, images: int) -> dict[str, float]:
         """How many epochs of each dataset `images` pictures are, from the beginning of the run."""
         return self.dataset.stream.epochs(images)

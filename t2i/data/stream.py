@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,15 @@ class CaptionedStream:
             here = part == number
             epoch[here], index[here] = self.parts[number].order.locate(own[here])
         return Seats(part, own, epoch, index)
+
+    def fingerprint(self) -> str:
+        """A digest of the sizes of all shards, on which the order depends."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(np.ascontiguousarray(part.reader.shards.sizes, dtype=np.int64).tobytes())
+            if part.reader.buckets is not None:
+                digest.update(part.reader.buckets.tobytes())
+        return digest.hexdigest()
 
     def epochs(self, images: int) -> dict[str, float]:
         """How many epochs of each part the first `images` positions are, by its name."""

@@ -13,16 +13,17 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from torch import Tensor
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.data.encoded import Record, check_same
-from t2i.data.loader import build_loader
+from t2i.data.loader import BatchLoader, build_loader
 from t2i.data.reader import read_all
 from t2i.data.sources import Limits
-from t2i.errors import CheckpointError, ConfigError
+from t2i.errors import CheckpointError, ConfigError, DataError
 from t2i.interfaces import Batch
 from t2i.training import run_folder
 from t2i.training.callbacks import (
@@ -64,13 +65,29 @@ class ShardData(L.LightningDataModule):
         stage = self.trainer.lightning_module
         assert isinstance(stage, BaseStage)
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return loader_from(self.config, rank, world, stage.images_seen)
+        loader = loader_from(self.config, rank, world, stage.images_seen)
+        _check_same_everywhere(loader.fingerprint())
+        return loader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
 
-def loader_from(config: RunConfig, rank: int = 0, world_size: int = 1, start_images: int = 0) -> Any:
+def _check_same_everywhere(fingerprint: str) -> None:
+    """Raises DataError where processes see other shards: each would then follow an order of its own."""
+    if not dist.is_initialized():
+        return
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, fingerprint)
+    if len(set(seen)) > 1:
+        others = [rank for rank, each in enumerate(seen) if each != seen[0]]
+        raise DataError(
+            f"data.shards: processes {', '.join(map(str, others))} see other shards, or other sizes of them, than "
+            "process 0; is a disk not mounted on a node, or was `t2i data index` not finished?"
+        )
+
+
+def loader_from(config: RunConfig, rank: int = 0, world_size: int = 1, start_images: int = 0) -> BatchLoader:
     """The batches of one process from `start_images` (over all processes) on, without end."""
     return build_loader(
         config.data,

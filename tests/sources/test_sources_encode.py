@@ -30,6 +30,9 @@ UNET = ["experiment=latent_diffusion/tiny_unet_v", "text=minilm", "text.max_toke
 ENOUGH = ["trainer.num_images=16", "trainer.log_every_steps=1", "resolution.text_dropout=0.3"]
 
 
+ONE = Rank()
+
+
 @pytest.fixture(scope="module")
 def runs_dir(compose_run, train, tmp_path_factory) -> Path:
     """With a small autoencoder."""
@@ -46,7 +49,7 @@ def run_of(compose_run, runs_dir) -> Callable:
     return run_of
 
 
-def encode_for(config, out: Path, dtype="fp32", rank=Rank(), text=True) -> Report:
+def encode_for(config, out: Path, dtype="fp32", rank=ONE, text=True) -> Report:
     stage = families.load(config.family, "stage").Stage(*fresh_start(config))
     makers = stage.feature_makers()
     if not text:
@@ -146,7 +149,7 @@ def test_other_weights_are_refused_by_name(run_of, compose_run, train, tmp_path,
         train(run_of(f"runs_dir={other}", cached))
     record["text"] = "0" * 64
     (tmp_path / "cache" / "encoded.json").write_text(json.dumps(record))
-    with pytest.raises(DataError, match="made by the text encoder minilm .*this run uses one with hash"):
+    with pytest.raises(DataError, match=r"made by the text encoder minilm .*this run uses one with hash"):
         train(run_of(cached))
     with pytest.raises(DataError, match="holds features of text=000000000000"):
         encode_for(run_of(), tmp_path / "cache")
