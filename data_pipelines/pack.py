@@ -18,7 +18,15 @@ from t2i.errors import ConfigError, DataError
 
 from .optional import need
 from .pictures import prepare
-from .shard_writer import Failure, Sample, check_samples_per_shard, free_names, write_shard, write_table
+from .shard_writer import (
+    Failure,
+    Sample,
+    check_samples_per_shard,
+    free_names,
+    stats_of,
+    write_shard,
+    write_table,
+)
 from .tables import json_record, json_records, open_table
 
 if TYPE_CHECKING:
@@ -103,7 +111,7 @@ def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Calla
         path, stats_path = out / f"{shard:05d}.tar", out / f"{shard:05d}_stats.json"
         digest = _digest(part)
         if path.exists():
-            stats = _stats_of(stats_path, path, digest)
+            stats = stats_of(path, digest, "was not packed from these rows")
             report.skipped += 1
             progress(len(part))
         else:
@@ -125,17 +133,6 @@ def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Calla
         report.packed += stats["successes"]
         report.failed.update(each["cause"] for each in stats["failed"])
     return report
-
-
-def _stats_of(stats_path: Path, shard: Path, digest: str) -> dict[str, Any]:
-    try:
-        stats = json.loads(stats_path.read_text())
-        same = stats["rows"] == digest
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise DataError(f"{shard} was not packed from these rows; remove it, or name another folder.")
-    return stats
 
 
 def _digest(rows: Sequence[Row]) -> str:

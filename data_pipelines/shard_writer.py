@@ -121,6 +121,19 @@ def check_samples_per_shard(samples_per_shard: int) -> None:
         raise DataError(f"samples_per_shard is {samples_per_shard}; allowed: {allowed}.")
 
 
+def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:
+    """The statistics beside a shard that is there. Raises DataError, which says `otherwise`, where its "rows" are not
+    `digest`: where it was made of something else."""
+    try:
+        stats: dict[str, Any] = json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text())
+        same = stats["rows"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DataError(f"{shard} {otherwise}; remove it, or name another folder.")
+    return stats
+
+
 def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -> None:
     """Writes one tar of (place, sample), keyed by `shard` and place. It gets its name when it is complete."""
     unfinished = path.with_suffix(".tar.unfinished")

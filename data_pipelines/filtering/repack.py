@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.selection import listed
-from t2i.errors import DataError
 
 from ..optional import need
 from ..selection import spans
 from ..shard_metadata import first_rows, local_copy, metadata_of, scan
-from ..shard_writer import check_samples_per_shard, sample_key
+from ..shard_writer import check_samples_per_shard, sample_key, stats_of
 
 
 @dataclass
@@ -52,7 +51,7 @@ def repack(selection: Path, out: Path, samples_per_shard: int, progress: Callabl
             digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
             stats_path, path = out / f"{shard:05d}_stats.json", out / f"{shard:05d}.tar"
             if path.exists():
-                stats = _stats_of(stats_path, path, digest)
+                stats = stats_of(path, digest, "holds another selection's samples")
                 report.skipped += 1
             else:
                 stats = _write(sources, wanted, path, shard) | {"rows": digest}
@@ -65,17 +64,6 @@ def repack(selection: Path, out: Path, samples_per_shard: int, progress: Callabl
             report.failed.update(each["cause"] for each in stats["failed"])
             progress(sum(len(keys) for _, keys in wanted))
     return report
-
-
-def _stats_of(stats_path: Path, shard: Path, digest: str) -> dict[str, Any]:
-    try:
-        stats = json.loads(stats_path.read_text())
-        same = stats["rows"] == digest
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise DataError(f"{shard} holds another selection's samples; remove it, or name another folder.")
-    return stats
 
 
 class _Sources:
