@@ -109,7 +109,7 @@ def plain_member(header: bytes, offset: int) -> tarfile.TarInfo | None:
     except ValueError:
         return None
     # The checksum counts itself as eight spaces.
-    if sum(header.replace(b"\0", b"")) - sum(header[148:156]) + 8 * ord(" ") != wanted:
+    if sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" ") != wanted:
         return None
     member.offset, member.offset_data = offset, offset + BLOCK
     return member
