@@ -83,11 +83,14 @@ def decoded(run: Contenders, photos: Path, rounds: int) -> None:
     table("Decoded, each as its documentation does it, 2 workers", turns(rows, rounds))
 
 
-def raw(run: Contenders, folder: Path, rounds: int) -> None:
+def raw(run: Contenders, indexed: Path, folder: Path, rounds: int) -> None:
     """The bytes alone, shuffled, in the process that reads."""
-    options = {"folder": str(folder), "warm_up": 1500, "count": 4000}
-    rows = {name: lambda name=name: run(name, "raw", **options) for name in run.pythons}  # type: ignore[misc]
-    table(f"Raw, {folder.name}", turns(rows, rounds))
+
+    def row(name: str) -> Callable[[], Any]:
+        where = str(indexed if name == "t2i" else folder)
+        return lambda: run(name, "raw", folder=where, warm_up=1500, count=4000)
+
+    table(f"Raw, {folder.name}", turns({name: row(name) for name in run.pythons}, rounds))
 
 
 def resume(run: Contenders, epoch: Path, indexed: Path, rounds: int) -> None:
@@ -166,8 +169,8 @@ def main() -> None:
         if "decoded" in options.only:
             decoded(run, photos, options.rounds)
         if "raw" in options.only:
-            raw(run, photos, options.rounds)
-            raw(run, indexed, options.rounds)
+            raw(run, photos, photos, options.rounds)
+            raw(run, indexed, epoch, options.rounds)
         if "resume" in options.only:
             resume(run, epoch, indexed, min(3, options.rounds))
         if "memory" in options.only:
