@@ -82,7 +82,12 @@ def test_plain_headers_are_read_as_tarfile_reads_them(name, size, kind, format, 
         header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256)
     found = plain_member(bytes(header), 1024)
     if found is not None:
-        wanted = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
+        try:
+            wanted = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:  # of a field that says nothing about the data
+            assert mended
+            assert any(at in (*range(100, 124), *range(136, 148), *range(329, 345)) for at, _ in changes)
+            return
         assert (found.name, found.size, found.type) == (wanted.name, wanted.size, wanted.type)
         assert (found.offset, found.offset_data) == (1024, 1536)
     elif not changes and kind == tarfile.REGTYPE and size < 8**11 and len(member.name.encode()) < 100:
