@@ -107,7 +107,8 @@ def resume(run: Contenders, epoch: Path, indexed: Path, rounds: int) -> None:
             position: lambda at=at: run(name, "first", folder=str(folder), position=at, **options, **more)  # type: ignore[misc]
             for position, at in POSITIONS.items()
         }
-        medians = [f"{statistics.median(values):.2f}" for values in turns(rows, rounds).values()]
+        found = turns(rows, rounds).values()
+        medians = ["none left" if None in values else f"{statistics.median(values):.2f}" for values in found]
         print(f"| {title} | {' | '.join(medians)} |", flush=True)
 
     row("t2i, indexed", "t2i", indexed)
