@@ -167,7 +167,8 @@ class CaptionedImages(Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that raises the DataError a worker hands over in the place of a batch."""
+    """A DataLoader that raises the DataError a worker hands over in the place of a batch. Where batches go on to a GPU
+    they stay in page-locked memory, as uint8, until `Batch.to`."""
 
     dataset: CaptionedImages
 
@@ -175,7 +176,7 @@ class BatchLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            yield batch if self.pin_memory else batch.to("cpu")
 
     def fingerprint(self) -> str:
         """The same where the same samples stand at the same positions."""

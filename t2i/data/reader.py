@@ -228,7 +228,7 @@ def bucket_shapes_of(data: DataConfig, size_px: tuple[int, int]) -> list[tuple[i
 def collate(
     samples: Sequence[Sample], captions: list[str], bad: dict[str, int], encoded: EncodedShards | None = None
 ) -> Batch:
-    """One batch; pixels 0..255 become -1..1."""
+    """One batch, its pixels 0..255 as uint8 (see `Batch.to`)."""
     moments, text = None, None
     if encoded is not None:
         moments = torch.stack([sample.moments for sample in samples if sample.moments is not None]).float()
@@ -239,7 +239,7 @@ def collate(
             tokens, pooled, mask = (torch.stack(column) for column in zip(*texts, strict=True))
             text = TextFeatures(tokens.float(), pooled.float(), mask.bool())
     return Batch(
-        image=torch.stack([sample.picture for sample in samples]).float().div_(127.5).sub_(1.0),
+        image=torch.stack([sample.picture for sample in samples]),
         caption=captions,
         key=[sample.key for sample in samples],
         original_size=torch.tensor([sample.original_size for sample in samples]),
@@ -278,7 +278,7 @@ def read_all(
             samples.append(sample)
     if not samples:
         raise DataError(f"{reader.key}: none of {len(reader)} samples can be read ({causes(bad)}).")
-    return collate(samples, [next(iter(sample.captions)) for sample in samples], dict(bad))
+    return collate(samples, [next(iter(sample.captions)) for sample in samples], dict(bad)).to("cpu")
 
 
 def as_pair(size_px: int | tuple[int, int]) -> tuple[int, int]:

@@ -151,7 +151,9 @@ def _locked(copied: Path, wait: float | None) -> Iterator[bool]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                now_size = _part(copied).stat().st_size if _part(copied).exists() else -1
+                now_size = -1
+                with contextlib.suppress(FileNotFoundError):  # it is done, or has not begun
+                    now_size = _part(copied).stat().st_size
                 if now_size != size:
                     size, since = now_size, time.monotonic()
                 if wait is None or copied.exists() or time.monotonic() - since > wait:

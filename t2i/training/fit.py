@@ -225,7 +225,7 @@ def _some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
     data = dataclasses.replace(config.data, mixture=mixture, encoded=None, bucket_step_px=None)
     loader = iter(loader_from(dataclasses.replace(config, data=data)))
     for _ in range(-(-num_images // config.trainer.batch_size)):
-        yield next(loader).image
+        yield next(loader).to("cpu").image
 
 
 def _resumed_run(config: RunConfig) -> Path | None:
