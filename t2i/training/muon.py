@@ -19,10 +19,11 @@ NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) float -> the same shape in bfloat16, each U V^T of its singular value decomposition
-    but for singular values from about 0.7 to 1.2: Newton-Schulz iterations, which need products only."""
+    """(N, rows, columns) float -> the same shape, bfloat16 (float32 on a CPU), each U V^T of its singular value
+    decomposition but for singular values from about 0.7 to 1.2: Newton-Schulz iterations, which need products only."""
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    # Many CPUs have no units for bfloat16: there the products took seven times as long.
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
