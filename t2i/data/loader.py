@@ -97,11 +97,10 @@ class CaptionedImages(Dataset):
             choose_caption(sample.captions, choice, chance, self.text_dropout)
             for sample, choice, chance in zip(samples, choices, chances, strict=True)
         ]
-        if len(self.stream.parts) > 1:
-            names = [self.stream.parts[number].name for number in parts.tolist()]
         readers = [self.stream.parts[number].reader for number in parts.tolist()]
         batch = collate(samples, captions, bad, readers[0].encoded)
         if len(self.stream.parts) > 1:
+            names = [self.stream.parts[number].name for number in parts.tolist()]
             batch.key = [f"{name}:{key}" for name, key in zip(names, batch.key, strict=True)]
         flipped = [
             each and reader.encoded is None
