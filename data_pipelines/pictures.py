@@ -58,7 +58,8 @@ def prepare(data: bytes, key: str, shorter_side_px: int | None = None) -> Pictur
         picture.save(buffer, "PNG")
         return Picture(buffer.getvalue(), "png", width, height, width, height, exif, digest)
     scale = covering / min(height, width)
-    reduced = resize(picture, (round(height * scale), round(width * scale)))
+    pixels = resize(picture, (round(height * scale), round(width * scale)))
+    reduced = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     reduced.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return Picture(buffer.getvalue(), "jpg", *reduced.size, width, height, exif, digest)
 

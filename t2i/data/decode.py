@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # No others are opened: Pillow knows 40 more, among them EPS, for which it starts Ghostscript.
@@ -117,28 +118,18 @@ def covering_size(original: tuple[int, int], size_px: tuple[int, int]) -> tuple[
     return max(size_px[0], round(original[0] * scale)), max(size_px[1], round(original[1] * scale))
 
 
-def resize(
-    image: Image.Image, size_px: tuple[int, int], window: tuple[int, int, int, int] | None = None
-) -> Image.Image:
-    """Antialiased to (height, width) `size_px`: means over areas for the whole part of the reduction (what
-    scaled JPEG decoding does, too), Lanczos for the rest; at whole ratios exactly the mean over each area.
+def resize(image: Image.Image, size_px: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic: the filter is widened to the area that each target pixel covers. Equals Pillow's BICUBIC to
+    two levels where nothing overshoots; torch's kernels for bytes are several times as fast.
 
-    window: (top, left, height, width) of the part of the result that is wanted, and all that is computed; None: all
-        of it. It may differ from a crop of the whole by 2 levels, as positions are rounded, and at edges that overshoot
-        by more, as Pillow goes through rows or columns first by what is less work, and rounds and clips in between.
+    image: RGB
+    size_px: (H, W)
+    returns (3, H, W) uint8
     """
-    top, left, height, width = window or (0, 0, *size_px)
-    if image.size == (size_px[1], size_px[0]):
-        return image.crop((left, top, left + width, top + height))
-    scale_x, scale_y = image.width / size_px[1], image.height / size_px[0]
-    means = max(1, int(scale_x)), max(1, int(scale_y))
-    if means != (1, 1):
-        image = image.reduce(means)
-        scale_x, scale_y = scale_x / means[0], scale_y / means[1]
-    right = min((left + width) * scale_x, image.width)  # beyond it by rounding at most
-    bottom = min((top + height) * scale_y, image.height)
-    box = (left * scale_x, top * scale_y, right, bottom)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    if pixels.shape[2:] != size_px:
+        pixels = functional.interpolate(pixels, size_px, mode="bicubic", antialias=True)
+    return pixels[0]
 
 
 def resize_and_crop(
@@ -160,5 +151,5 @@ def resize_and_crop(
         top, left = free[0] // 2, free[1] // 2
     else:
         top, left = int(place[0] * (free[0] + 1)), int(place[1] * (free[1] + 1))
-    cropped = resize(image, covering, (top, left, *size_px))
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous(), (top, left)
+    cropped = resize(image, covering)[:, top : top + size_px[0], left : left + size_px[1]]
+    return cropped.contiguous(), (top, left)
