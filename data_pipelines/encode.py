@@ -10,7 +10,6 @@ import dataclasses
 import io
 import itertools
 import tarfile
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from t2i.data.reader import Sample, SampleReader, Wanted, preparation
 from t2i.data.sources import Limits
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
+from t2i.files import written_whole
 from t2i.interfaces import FeatureMakers
 
 from .ranks import Rank
@@ -148,9 +148,7 @@ def encode(
             _read(reader, todo, encoder.batch_size), lambda read: read.shard
         ):
             path = out / names[shard]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
+            with written_whole(path) as unfinished:
                 with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
                     for read in reads:
                         features = encoder(read.samples) if read.samples else []
@@ -162,9 +160,6 @@ def encode(
                         progress(done, total)
                 index = ShardIndex.scan(unfinished).to_bytes()
                 path.with_name(path.name.removesuffix(".tar") + SUFFIX).write_bytes(index)
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
             report.shards += 1
     return report
 
@@ -187,11 +182,9 @@ def _write_record(encoder: Encoder, record: Record, out: Path) -> None:
                     "name another folder, or remove it."
                 )
         return
-    out.mkdir(parents=True, exist_ok=True)
     for name, content in ((EMPTY_CAPTION, save(encoder.text([""]))), (RECORD, record.to_json().encode())):
-        unfinished = out / f".{name}.{uuid.uuid4().hex}"
-        unfinished.write_bytes(content)
-        unfinished.replace(out / name)
+        with written_whole(out / name) as unfinished:
+            unfinished.write_bytes(content)
 
 
 def _shown(value: object) -> object:

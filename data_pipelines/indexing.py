@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from t2i.data.shards import SUMMARY, samples_in
 from t2i.data.sources import Limits
 from t2i.data.store import ShardStore
 from t2i.errors import DataError, UserError
+from t2i.files import written_whole
 
 VERSION = 1
 
@@ -64,10 +64,9 @@ def index_shards(
     if not sizes:
         raise DataError(f"None of {len(urls)} shards can be read; of the first: {report.unreadable[urls[0]]}")
     for folder, shards in sizes.items():
-        _write(
-            folder / SUMMARY,
-            json.dumps({"version": VERSION, "shards": _known(folder) | shards}, indent=1).encode(),
-        )
+        known = {"version": VERSION, "shards": _known(folder) | shards}
+        with written_whole(folder / SUMMARY) as unfinished:
+            unfinished.write_text(json.dumps(known, indent=1))
     return report
 
 
@@ -85,14 +84,14 @@ def _index_one(url: str, place: Path) -> tuple[int, int, dict[str, int], bool] |
     """Samples, bytes, flaws by cause and whether an index was there; or why there is none."""
     try:
         store = ShardStore(Limits(), allow_pipes=True)
-        path = store.path(url)
         index = _read(place)
-        skipped = (
-            index is not None and index.file_bytes == path.stat().st_size and index.original_px is not None
-        )
-        if index is None or not skipped:
-            index = ShardIndex.scan(path).with_sizes(path)
-            _write(place, index.to_bytes())
+        with store.open(url) as file:
+            shard = file.fileno()
+            skipped = index is not None and index.original_px is not None and index.fits(shard)
+            if index is None or not skipped:
+                index = ShardIndex.scan(url, shard).with_sizes(shard)
+                with written_whole(place) as unfinished:
+                    unfinished.write_bytes(index.to_bytes())
     except (UserError, OSError) as error:
         return str(error)
     return samples_in(index, url, store), index.file_bytes, dict(Counter(index.flaws.values())), skipped
@@ -112,10 +111,3 @@ def _known(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {name: entry for name, entry in shards.items() if (folder / name).is_file()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)

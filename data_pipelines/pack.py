@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.data.decode import IMAGE_EXTENSIONS, BadSample
 from t2i.errors import ConfigError, DataError
+from t2i.files import written_whole
 
 from .optional import need
 from .pictures import prepare
@@ -117,18 +118,19 @@ def pack(rows: Sequence[Row], out: Path, samples_per_shard: int, progress: Calla
         else:
             failed: list[dict[str, str]] = []
             outcomes: list[Sample | Failure] = []
-            complete = out / f".{shard:05d}.tar"
-            write_shard(_samples(part, failed, outcomes, progress), complete, shard)
-            if columns is not None:
-                write_table(outcomes, columns.slice(start, len(part)), path.with_suffix(".parquet"), shard)
-            stats = {
-                "count": len(part),
-                "successes": len(part) - len(failed),
-                "failed": failed,
-                "rows": digest,
-            }
-            stats_path.write_text(json.dumps(stats, ensure_ascii=False, indent=1))
-            complete.replace(path)  # last, so that a shard that is there has its statistics
+            with written_whole(path) as complete:  # last, so that a shard that is there has its statistics
+                write_shard(_samples(part, failed, outcomes, progress), complete, shard)
+                if columns is not None:
+                    write_table(
+                        outcomes, columns.slice(start, len(part)), path.with_suffix(".parquet"), shard
+                    )
+                stats = {
+                    "count": len(part),
+                    "successes": len(part) - len(failed),
+                    "failed": failed,
+                    "rows": digest,
+                }
+                stats_path.write_text(json.dumps(stats, ensure_ascii=False, indent=1))
         report.shards += 1
         report.packed += stats["successes"]
         report.failed.update(each["cause"] for each in stats["failed"])

@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import shutil
 import tarfile
 import uuid
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from t2i.errors import DataError
+from t2i.files import written_whole
 
 from .optional import need
 
@@ -136,11 +136,9 @@ def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:
 
 def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -> None:
     """Writes one tar of (place, sample), keyed by `shard` and place. It gets its name when it is complete."""
-    unfinished = path.with_suffix(".tar.unfinished")
-    with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with written_whole(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, sample in samples:
             _add_sample(tar, sample_key(shard, index), sample)
-    os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
@@ -180,9 +178,8 @@ def write_table(outcomes: Sequence[Sample | Failure], columns: pa.Table, path: P
     fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in LAYOUT.items()]
     arrays = [pa.array([row[field.name] for row in rows], field.type) for field in fields]
     table = pa.Table.from_arrays([*columns.columns, *arrays], schema=pa.schema([*columns.schema, *fields]))
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    parquet.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        parquet.write_table(table, unfinished)
 
 
 def sample_key(shard: int, place: int) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.data.sources import copy, expand, is_local, local_path
 from t2i.errors import DataError
+from t2i.files import written_whole
 
 from .optional import need
 
@@ -110,10 +111,8 @@ def _files(url: str, copies: Path) -> list[Path]:
     if not is_local(url):
         name = hashlib.sha256(url.encode()).hexdigest()[:16] + _suffix(Path(url.partition("?")[0]))
         if not (copied := copies / name).exists():
-            copies.mkdir(parents=True, exist_ok=True)
-            part = copies / f"{name}.part"
-            copy(url, part)
-            part.replace(copied)
+            with written_whole(copied) as unfinished:
+                copy(url, unfinished)
         return [copied]
     path = local_path(url)
     found = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]

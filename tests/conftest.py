@@ -24,6 +24,12 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is written to the cache of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shapes_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small set of drawn scenes as shards: 64 to train on, 8 + 4 held out, 32 px."""

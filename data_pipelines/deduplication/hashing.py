@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import original_size
 from t2i.data.sources import size
+from t2i.files import written_whole
 
 from ..optional import need
 from ..shard_metadata import first_rows, local_copy, scan
@@ -79,12 +79,9 @@ def hash_shard(url: str, keys: Sequence[str] | None, algorithm: str, folder: Pat
     encoded = {name.encode(): value.encode() for name, value in made_of.items()}
     if path.exists() and pa.ipc.open_file(str(path)).schema.metadata == encoded:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     batch = _hashed(url, keys, algorithm).replace_schema_metadata(encoded)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with pa.ipc.new_file(str(unfinished), batch.schema) as writer:
+    with written_whole(path) as unfinished, pa.ipc.new_file(str(unfinished), batch.schema) as writer:
         writer.write_batch(batch)
-    unfinished.replace(path)
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from t2i.data.decode import BadSample, decode_image, image_bytes
+from t2i.files import written_whole
 
 from ..shard_metadata import first_rows, local_copy, scan
 from .dedup import Duplicates
@@ -22,8 +23,6 @@ TILE_PX, GAP_PX, TEXT_PX = 128, 8, 16
 def write_report(found: Duplicates, settings: dict[str, Any], path: Path) -> None:
     """JSON: counts, unusable pictures, and for each removed sample the one that is kept in its place, in how many bits
     their hashes differ (more than the distance where others lie between) and whether the bytes are the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     counts = {
         **settings,
         "samples": len(found.keeper),
@@ -33,7 +32,7 @@ def write_report(found: Duplicates, settings: dict[str, Any], path: Path) -> Non
         "groups": len(np.unique(found.keeper[~found.kept])),
         "unusable": dict(found.causes()),
     }
-    with unfinished.open("w", encoding="utf-8") as file:
+    with written_whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps(counts, indent=1)[:-2] + ',\n "unusable_samples": [')
         _write_list(
             file, ({"shard": s, "key": k, "cause": c} for (s, k), c in _named(found, found.flaws.items()))
@@ -41,7 +40,6 @@ def write_report(found: Duplicates, settings: dict[str, Any], path: Path) -> Non
         file.write('],\n "removed": [')
         _write_list(file, _removed(found))
         file.write("]\n}\n")
-    unfinished.replace(path)
 
 
 def _write_list(file: Any, records: Iterator[dict[str, Any]]) -> None:

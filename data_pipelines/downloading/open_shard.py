@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2i.files import written_whole
+
 from ..pictures import Picture
 from ..shard_writer import Failure, Sample, free_names, write_shard, write_table
 from ..tables import json_records
@@ -90,9 +92,8 @@ class OpenShard:
             "status_dict": dict(sorted(self.statuses.items())),
             "rows": self.digest,
         }
-        unfinished = self.out / f".{name}_stats.json.unfinished"
-        unfinished.write_text(json.dumps(stats, indent=4))
-        unfinished.replace(self.out / f"{name}_stats.json")
+        with written_whole(self.out / f"{name}_stats.json") as unfinished:
+            unfinished.write_text(json.dumps(stats, indent=4))
         write_shard(self._samples(), self.out / f"{name}.tar", self.number)
         self.spool.close()
 

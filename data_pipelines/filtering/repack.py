@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.selection import listed
+from t2i.files import written_whole
 
 from ..optional import need
 from ..selection import spans
@@ -54,11 +55,12 @@ def repack(selection: Path, out: Path, samples_per_shard: int, progress: Callabl
                 stats = stats_of(path, digest, "holds another selection's samples")
                 report.skipped += 1
             else:
-                stats = _write(sources, wanted, path, shard) | {"rows": digest}
-                stats_path.write_text(json.dumps(stats, ensure_ascii=False, indent=1))
-                path.with_name(f".{path.name}.unfinished").replace(
+                with written_whole(
                     path
-                )  # last: a shard that is there is whole
+                ) as unfinished:  # last, so that a shard that is there has its statistics
+                    stats = _write(sources, wanted, unfinished, path.with_suffix(".parquet"), shard)
+                    stats |= {"rows": digest}
+                    stats_path.write_text(json.dumps(stats, ensure_ascii=False, indent=1))
             report.shards += 1
             report.packed += stats["successes"]
             report.failed.update(each["cause"] for each in stats["failed"])
@@ -103,14 +105,14 @@ class _Sources:
 
 
 def _write(
-    sources: _Sources, wanted: Sequence[tuple[str, list[str]]], path: Path, shard: int
+    sources: _Sources, wanted: Sequence[tuple[str, list[str]]], tar_path: Path, table_path: Path, shard: int
 ) -> dict[str, Any]:
-    """Writes the table of shard number `shard` at `path`, and its tar under an unfinished name beside."""
+    """Writes the tar of shard number `shard` and its table; returns its statistics."""
     pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
     failed: list[dict[str, str]] = []
     tables: list[Any] = []
     place = count = 0
-    with tarfile.open(path.with_name(f".{path.name}.unfinished"), "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for url, keys in wanted:
             sources.turn_to(url)
             new: dict[str, str] = {}  # key there -> key here
@@ -127,9 +129,8 @@ def _write(
                 place += 1
             count += len(new)
             tables.append(_rows_of(sources.metadata, url, new))
-    unfinished = path.with_name(f".{path.stem}.parquet.unfinished")
-    parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), unfinished)
-    unfinished.replace(path.with_suffix(".parquet"))
+    with written_whole(table_path) as unfinished:
+        parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), unfinished)
     return {"count": place, "successes": count, "failed": failed}
 
 

@@ -16,6 +16,7 @@ from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
 from t2i.data.sources import beside, is_local, local_path, size
 from t2i.errors import ConfigError, DataError
+from t2i.files import written_whole
 
 from ..inspecting.facts import CAPTION_KEYS, read_sample
 from ..optional import need
@@ -222,7 +223,5 @@ def _write(
         fields.append(pa.field(name, pa.float32(), metadata={"t2i.weights": scorer.weights[name]}))
         columns.append(pa.array(values, pa.float32()))
     schema = pa.schema(fields, metadata={"t2i.shard": shard})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    parquet.write_table(pa.table(columns, schema=schema), unfinished)
-    unfinished.replace(file)
+    with written_whole(file) as unfinished:
+        parquet.write_table(pa.table(columns, schema=schema), unfinished)

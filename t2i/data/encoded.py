@@ -241,9 +241,9 @@ class EncodedShards:
         return _load(members.get("safetensors", b""), key)
 
     def _open_now(self, name: str) -> OpenedByKey:
-        file, index, _ = open_indexed(f"{self.folder}/{name}", self.store)
-        row_of = {key: row for row, key in enumerate(index.keys)}
-        return OpenedByKey(index, np.arange(len(index)), file, row_of=row_of)
+        found = open_indexed(f"{self.folder}/{name}", self.store)
+        row_of = {key: row for row, key in enumerate(found.index.keys)}
+        return OpenedByKey(found.index, np.arange(len(found.index)), found.file, row_of=row_of)
 
 
 @dataclass

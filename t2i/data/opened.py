@@ -14,6 +14,7 @@ import numpy as np
 from t2i.data import sources
 from t2i.data.decode import BadSample
 from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.scans import keep_scan, kept_scan
 from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore, read_ahead
 from t2i.errors import DataError
@@ -81,19 +82,36 @@ class OpenShards(Generic[Key]):
         return opened
 
 
-def open_indexed(
-    url: str, store: ShardStore, known: ShardIndex | None = None, look: bool = True
-) -> tuple[IO[bytes], ShardIndex, bool]:
-    """The open file of a shard, its index, and whether that was read anew because the one that was `known`, or lay
-    beside the shard, is out of date. look: for one beside the shard, where none is known
-    Raises SourceError, DataError or OSError."""
+@dataclass
+class Indexed:
+    """An open shard with an index that fits it. outdated: an index was known, or lay beside it, and does not fit
+    scanned: it took a scan, no index and no kept scan was there"""
+
+    file: IO[bytes]
+    index: ShardIndex
+    outdated: bool = False
+    scanned: bool = False
+
+
+def open_indexed(url: str, store: ShardStore, known: ShardIndex | None = None, look: bool = True) -> Indexed:
+    """look: for an index beside the shard, where none is known. Raises SourceError, DataError or OSError."""
     file = store.open(url)
     read_ahead(file)
+    descriptor, deadline_s = file.fileno(), store.limits.deadline_s
     index = index_beside(url, store) if known is None and look else known
-    if index is not None and within(store.limits.deadline_s, lambda: index.fits(file.fileno())):
-        return file, index, False
-    scanned = within(SCAN_DEADLINES * store.limits.deadline_s, lambda: ShardIndex.scan(url, file.fileno()))
-    return file, scanned, index is not None
+    if index is not None and within(deadline_s, lambda: index.fits(descriptor)):
+        return Indexed(file, index)
+    path = (
+        sources.local_path(url) if sources.is_local(url) else None
+    )  # a copy may be gone before the next start
+    if path is not None:
+        kept = within(deadline_s, lambda: kept_scan(path, descriptor))
+        if kept is not None and kept.fits(descriptor):
+            return Indexed(file, kept, outdated=index is not None)
+    scanned = within(SCAN_DEADLINES * deadline_s, lambda: ShardIndex.scan(url, descriptor))
+    if path is not None:
+        keep_scan(path, descriptor, scanned)
+    return Indexed(file, scanned, outdated=index is not None, scanned=True)
 
 
 def index_beside(url: str, store: ShardStore) -> ShardIndex | None:

@@ -2,8 +2,9 @@
 
 Sizes are known at the start, so that the order of samples can be; where the samples lie in a shard is looked up when it
 is opened. Both come from `t2i data index`, if it was run: `index.json` in the folder (all sizes in one read) and
-`00000.index.npz` beside each shard. Else a local shard is scanned; of a remote one, the number of samples is taken from
-img2dataset's `00000_stats.json`, and where that is absent too, the shard is copied and scanned.
+`00000.index.npz` beside each shard. Else a local shard is scanned, once for all starts (see scans.py); of a remote one,
+the number of samples is taken from img2dataset's `00000_stats.json`, and where that is absent too, the shard is copied
+and scanned.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from t2i.data import sources
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.opened import Opened, OpenShards, index_beside, open_indexed
+from t2i.data.scans import forget_unused, keep_scan
 from t2i.data.selection import Listed, listed
 from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "index.json"
 REMOTE_LOOKUPS = 32  # at a time
+SCANNING = (
+    "scanning shards that have no index, which the first start does; `t2i data index` does it for everybody"
+)
 OUTDATED = "{} has changed since it was indexed: `t2i data index` again"
 MAX_SAMPLES = 10**7  # of a shard; who claims more is not believed
 
@@ -107,6 +112,8 @@ class Shards:
             return sizes
         if opened.index.original_px is None:
             opened.index = opened.index.with_sizes(opened.file.fileno())
+            if sources.is_local(self.url(shard)):
+                keep_scan(sources.local_path(self.url(shard)), opened.file.fileno(), opened.index)
             if shard in self._indexes:
                 self._indexes[shard] = opened.index
         assert opened.index.original_px is not None
@@ -186,8 +193,9 @@ class Shards:
     def _open_now(self, shard: int) -> Opened:
         self._prefetched.discard(shard)
         url, size = self.url(shard), int(self.sizes[shard])
-        file, index, outdated = open_indexed(url, self.store, self._indexes.get(shard))
-        if outdated:
+        found = open_indexed(url, self.store, self._indexes.get(shard))
+        index = found.index
+        if found.outdated:
             self._say_once(logging.WARNING, OUTDATED.format(url))
         rows = self._rows.get(shard)
         if rows is None:
@@ -199,7 +207,7 @@ class Shards:
             )
         lost = np.full(max(0, size - len(rows)), -1, dtype=np.int64)
         rows = np.concatenate([rows[:size], lost])
-        return Opened(index, np.where(rows < len(index), rows, -1), file)
+        return Opened(index, np.where(rows < len(index), rows, -1), found.file)
 
     def _say_once(self, level: int, message: str) -> None:
         if message not in self._said:
@@ -241,6 +249,8 @@ class Shards:
                 sizes[shard] = promised or 1
             else:
                 sizes[shard] = size
+        if self._indexes:
+            forget_unused()
         if failed and len(failed) > max_bad_share * len(self.listed):
             raise self._refusal(failed)
         for shard, failure in failed:
@@ -266,17 +276,15 @@ class Shards:
             size = _successes(url, self.store) if index is None else samples_in(index, url, self.store)
             if size is not None:
                 return size
-        if index is None:
-            self._say_once(
-                logging.INFO, "scanning shards that have no index; `t2i data index` makes this instant"
-            )
-        file, found, outdated = open_indexed(url, self.store, index, look=False)
-        file.close()
-        if outdated:
+        found = open_indexed(url, self.store, index, look=False)
+        found.file.close()
+        if found.scanned:
+            self._say_once(logging.INFO, SCANNING)
+        if found.outdated:
             self._say_once(logging.WARNING, OUTDATED.format(url))
-        if found is not index:
-            self._indexes[shard] = found
-        return samples_in(found, url, self.store)
+        if found.index is not index:
+            self._indexes[shard] = found.index
+        return samples_in(found.index, url, self.store)
 
 
 def samples_in(index: ShardIndex, url: str, store: ShardStore) -> int:

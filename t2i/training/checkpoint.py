@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from t2i.config import run_to_dict
 from t2i.errors import CheckpointError
+from t2i.files import written_whole
 
 if TYPE_CHECKING:
     from t2i.training.stage import BaseStage
@@ -65,9 +66,8 @@ def save_final(stage: BaseStage, path: Path) -> None:
     contiguous = {
         name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()
     }
-    temporary = path.with_suffix(".tmp")
-    save_file(contiguous, temporary, metadata={"t2i": json.dumps(header)})
-    temporary.replace(path)
+    with written_whole(path) as unfinished:
+        save_file(contiguous, unfinished, metadata={"t2i": json.dumps(header)})
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import pickle
+import shutil
 import tarfile
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +18,7 @@ from open_shards import everything, opened, take
 from servers import web_server
 
 from t2i.data.index import ShardIndex
+from t2i.data.scans import scans_folder
 from t2i.data_config import DataConfig
 from t2i_pipelines import indexing
 from t2i_pipelines.selection import write_selection
@@ -68,6 +73,73 @@ def test_sizes_come_from_a_scan_from_the_index_of_each_shard_or_from_that_of_all
     (paths[0].parent / "index.json").unlink()
     assert opened(paths).sizes.tolist() == [3, 5]
     assert scans == []
+
+
+def settled(path):
+    """`path`, written to an hour ago."""
+    hour = time.time() - 3600
+    os.utime(path, (hour, hour))
+    return path
+
+
+def test_a_scan_is_kept_for_the_next_start(shard, scans, caplog):
+    caplog.set_level(logging.INFO)
+    paths = [settled(shard(0, 3)), settled(shard(1, 5))]
+    first = everything(opened(paths))
+    assert scans == list(map(str, paths))
+    assert sum("scanning shards" in message for message in caplog.messages) == 1
+    scans.clear()
+    caplog.clear()
+    assert everything(opened(paths)) == first
+    assert (scans, caplog.messages) == ([], [])
+
+
+def test_a_kept_scan_knows_the_sizes_of_source_pictures(shard, monkeypatch):
+    path = settled(shard(0, 3))
+    sizes = opened([path]).original_px(0)
+    monkeypatch.setattr(ShardIndex, "with_sizes", None)
+    np.testing.assert_array_equal(opened([path]).original_px(0), sizes)
+
+
+def test_a_shard_that_changed_is_scanned_again(shard, scans):
+    assert opened([settled(shard(0, 3))]).sizes.tolist() == [3]
+    assert opened([settled(shard(0, 4))]).sizes.tolist() == [4]
+    path = settled(shard(0, 4))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"000000002")] = ord("9")  # the same size
+    path.write_bytes(content)
+    os.utime(path, (time.time() - 1800,) * 2)
+    scans.clear()
+    everything(opened([path]))
+    assert scans == [str(path)]
+
+
+def test_what_was_written_a_moment_ago_is_not_kept(shard, scans):
+    path = shard(0, 3)
+    for _ in range(2):
+        opened([path])
+    assert scans == [str(path)] * 2
+
+
+def test_a_kept_scan_that_is_damaged_or_cannot_be_written_is_done_without(shard, scans):
+    path = settled(shard(0, 3))
+    opened([path])
+    (kept,) = scans_folder().iterdir()
+    kept.write_bytes(b"PK" + kept.read_bytes()[2:100])
+    assert opened([path]).sizes.tolist() == [3]
+    assert scans == [str(path)] * 2
+    shutil.rmtree(scans_folder())
+    scans_folder().write_text("a file where the folder would be")
+    assert opened([path]).sizes.tolist() == [3]
+
+
+def test_kept_scans_that_nobody_used_for_long_are_removed(shard, scans):
+    opened([settled(shard(0, 3))])
+    (old,) = scans_folder().iterdir()
+    os.utime(old, (0, 0))
+    opened([settled(shard(1, 5))])
+    assert not old.exists()
+    assert len(list(scans_folder().iterdir())) == 1
 
 
 def test_what_index_shards_writes_is_what_is_read(shard, scans, tmp_path):

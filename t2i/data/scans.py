@@ -1,0 +1,70 @@
+"""Indexes of local shards that have none beside them, kept in the user's cache, so that only the first start scans."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from t2i.data.index import SUFFIX, ShardIndex
+from t2i.errors import DataError
+from t2i.files import written_whole
+
+log = logging.getLogger(__name__)
+
+KEPT_DAYS = 60  # after its last use
+SETTLED_S = (
+    2  # a file that was written to later than so long ago may change again without a new time of change
+)
+
+
+def scans_folder() -> Path:
+    """$XDG_CACHE_HOME/t2i/indexes, ~/.cache where that is unset."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i" / "indexes"
+
+
+def kept_scan(shard: Path, file: int) -> ShardIndex | None:
+    """The index that `keep_scan` wrote for this file, as it is now; None where there is none that can be read.
+    file: descriptor of the open shard"""
+    place = _place(shard, file)
+    try:
+        index = ShardIndex.from_bytes(place.read_bytes(), str(place))
+        os.utime(place)  # what is used stays
+    except (OSError, DataError):
+        return None
+    return index
+
+
+def keep_scan(shard: Path, file: int, index: ShardIndex) -> None:
+    """Keeps the index of a shard; where the shard is a moment old, or the disk takes none, the next start scans
+    again."""
+    if time.time() - os.fstat(file).st_mtime < SETTLED_S:
+        return
+    place = _place(shard, file)
+    try:
+        with written_whole(place) as unfinished:
+            unfinished.write_bytes(index.to_bytes())
+    except OSError as error:
+        log.debug("%s is not kept: %s", place, error)
+
+
+def forget_unused() -> None:
+    """Removes what no start has used for KEPT_DAYS."""
+    try:
+        for place in scans_folder().iterdir():
+            if time.time() - place.stat().st_mtime > KEPT_DAYS * 24 * 3600:
+                place.unlink(missing_ok=True)
+    except OSError as error:  # another process removes it, too
+        log.debug("%s", error)
+
+
+def _place(shard: Path, file: int) -> Path:
+    """A name for the shard as it is: its path, size and time of its last change."""
+    found = os.fstat(file)
+    known_by = f"{shard.absolute()}\0{found.st_size}\0{found.st_mtime_ns}"
+    return (
+        scans_folder()
+        / f"{hashlib.sha256(known_by.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}{SUFFIX}"
+    )

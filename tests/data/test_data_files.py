@@ -1,0 +1,58 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from t2i.files import LEFT_AFTER_S, written_whole
+
+
+def test_the_name_is_given_when_all_is_written(tmp_path):
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as unfinished:
+        unfinished.write_text("a")
+        assert not path.exists()
+    assert path.read_text() == "a"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_after_an_error_what_was_there_stays_and_nothing_is_left(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half():
+        with written_whole(path) as unfinished:
+            unfinished.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with written_whole(path) as first:
+        first.write_text("first")
+        with written_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    path, killed, alive = (
+        tmp_path / name for name in ("file[1]", ".file[1].0.unfinished", ".file[1].1.unfinished")
+    )
+    for left in (killed, alive):
+        left.touch()
+    past = time.time() - LEFT_AFTER_S - 1
+    os.utime(killed, (past, past))
+    with written_whole(path) as unfinished:
+        unfinished.touch()
+    assert not killed.exists()
+    assert alive.exists()
