@@ -75,12 +75,13 @@ def test_every_batch_gets_its_own_start_pictures():
 
 
 def test_a_start_picture_is_cut_to_fit_and_stays_out_of_the_recipe(tmp_path):
-    picture = Image.new("RGB", (20, 8), "red")
-    picture.paste("blue", (4, 0, 16, 8))  # all that is left after the cut to 12 x 8, resized to 6 x 4
+    picture = Image.new("RGB", (60, 24), "red")
+    picture.paste("blue", (12, 0, 48, 24))  # all that is left after the cut to 36 x 24, resized to 18 x 12
     picture.save(tmp_path / "start.png")
-    image = read_image(tmp_path / "start.png", (4, 6))
-    assert image.shape == (3, 4, 6)
-    assert torch.equal(image, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 4, 6))
+    image = read_image(tmp_path / "start.png", (12, 18))
+    assert image.shape == (3, 12, 18)
+    inner = image[..., 2:-2]  # the filter reaches two pixels into the red
+    assert torch.equal(inner, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(inner.shape))
     asked = request(["a"], image=image[None], strength=0.6)
     (path,) = save(FakeGenerator().generate(asked), asked, tmp_path, {"image": "start.png"})
     assert recipe_of(path)["strength"] == 0.6
