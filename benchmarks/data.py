@@ -28,6 +28,7 @@ from data_shards import write_shards
 
 SCRIPT = Path(__file__).with_name("data_peers.py")
 PARTS = ("decoded", "raw", "resume", "memory")
+TIMEOUT_S = 1800
 POSITIONS = {"1%": 1_024, "50%": 50_016, "99%": 99_008}  # of 100,000, whole batches
 
 
@@ -42,7 +43,12 @@ class Contenders:
 
     def __call__(self, name: str, task: str, **options: Any) -> Any:
         command = [self.pythons[name], str(SCRIPT), name, task, json.dumps(options)]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise SystemExit(f"{name} {task} did not end within {TIMEOUT_S} s.") from error
         if done.returncode:
             raise SystemExit(f"{name} {task} failed:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.splitlines()[-1])
