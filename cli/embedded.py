@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from t2i.files import user_cache
 
 from .console import console
 
@@ -18,8 +19,7 @@ SHAPES_SIZE_PX = 64
 
 def folder_of(source: str, size_px: int = SHAPES_SIZE_PX) -> Path:
     """Where the shards of an embedded source lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "t2i" / (source if source == "emoji" else f"{source}-{size_px}")
+    return user_cache() / (source if source == "emoji" else f"{source}-{size_px}")
 
 
 def make(source: str, size_px: int = SHAPES_SIZE_PX) -> Path:

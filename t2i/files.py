@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and where those of a user's cache lie."""
 
 from __future__ import annotations
 
 import glob
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LEFT_AFTER_S = 24 * 3600  # what nobody wrote to for so long belongs to a process that was killed
+
+
+def user_cache() -> Path:
+    """$XDG_CACHE_HOME/t2i, ~/.cache/t2i where that is unset. Raises OSError for a user who has no home either."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "t2i"
+    except RuntimeError as error:
+        raise FileNotFoundError("There is no home folder; set XDG_CACHE_HOME.") from error
 
 
 @contextmanager

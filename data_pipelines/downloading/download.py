@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from t2i.data.decode import BadSample
@@ -280,7 +281,17 @@ def _decoders(processes: int) -> Executor:
     if processes == 0:
         return ThreadPoolExecutor(1)
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
-    return ProcessPoolExecutor(processes, context, _start_decoder)
+    pool = ProcessPoolExecutor(processes, context, _start_decoder)
+    # Processes start when they are first needed, and Ctrl-C would end one that imports: so they start here, and inherit
+    # that it is blocked. The tracker of their semaphores comes first, as it unblocks Ctrl-C when it starts.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(processes):
+            pool.submit(_prepared, [], None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
 
 
 def _start_decoder() -> None:

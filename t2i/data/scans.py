@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.errors import DataError
-from t2i.files import written_whole
+from t2i.files import user_cache, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +21,14 @@ SETTLED_S = (
 
 
 def scans_folder() -> Path:
-    """$XDG_CACHE_HOME/t2i/indexes, ~/.cache where that is unset."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i" / "indexes"
+    return user_cache() / "indexes"
 
 
 def kept_scan(shard: Path, file: int) -> ShardIndex | None:
     """The index that `keep_scan` wrote for this file, as it is now; None where there is none that can be read.
     file: descriptor of the open shard"""
-    place = _place(shard, file)
     try:
+        place = _place(shard, file)
         index = ShardIndex.from_bytes(place.read_bytes(), str(place))
         os.utime(place)  # what is used stays
     except (OSError, DataError):
@@ -42,12 +41,11 @@ def keep_scan(shard: Path, file: int, index: ShardIndex) -> None:
     again."""
     if time.time() - os.fstat(file).st_mtime < SETTLED_S:
         return
-    place = _place(shard, file)
     try:
-        with written_whole(place) as unfinished:
+        with written_whole(_place(shard, file)) as unfinished:
             unfinished.write_bytes(index.to_bytes())
     except OSError as error:
-        log.debug("%s is not kept: %s", place, error)
+        log.debug("the scan of %s is not kept: %s", shard, error)
 
 
 def forget_unused() -> None:
@@ -64,7 +62,5 @@ def _place(shard: Path, file: int) -> Path:
     """A name for the shard as it is: its path, size and time of its last change."""
     found = os.fstat(file)
     known_by = f"{shard.absolute()}\0{found.st_size}\0{found.st_mtime_ns}"
-    return (
-        scans_folder()
-        / f"{hashlib.sha256(known_by.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}{SUFFIX}"
-    )
+    digest = hashlib.sha256(known_by.encode("utf-8", "surrogateescape")).hexdigest()
+    return scans_folder() / f"{digest[:32]}{SUFFIX}"

@@ -16,13 +16,14 @@ from urllib.parse import urlparse
 
 from t2i.data import sources
 from t2i.data.sources import Limits, SourceError, within
+from t2i.files import user_cache
 
 POLL_S = 0.05
 
 
 def cache_folder() -> Path:
-    """Where copies of remote shards lie: $XDG_CACHE_HOME/t2i/shards, ~/.cache where that is unset."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i" / "shards"
+    """Where copies of remote shards lie."""
+    return user_cache() / "shards"
 
 
 class ShardStore:

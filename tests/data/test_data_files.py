@@ -1,13 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and where those of a user's cache lie."""
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from t2i.files import LEFT_AFTER_S, written_whole
+from t2i.files import LEFT_AFTER_S, user_cache, written_whole
 
 
 def test_the_name_is_given_when_all_is_written(tmp_path):
@@ -56,3 +57,21 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
         unfinished.touch()
     assert not killed.exists()
     assert alive.exists()
+
+
+def test_the_cache_lies_where_the_user_wants_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "t2i"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert user_cache() == Path("/home/somebody/.cache/t2i")
+
+
+def test_who_has_no_home_is_told_so(monkeypatch):
+    def no_home():
+        raise RuntimeError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        user_cache()

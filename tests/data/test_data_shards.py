@@ -133,6 +133,16 @@ def test_a_kept_scan_that_is_damaged_or_cannot_be_written_is_done_without(shard,
     assert opened([path]).sizes.tolist() == [3]
 
 
+def test_without_a_cache_every_start_scans(shard, scans, monkeypatch):
+    monkeypatch.setattr(
+        "t2i.data.scans.user_cache", lambda: (_ for _ in ()).throw(FileNotFoundError("no home"))
+    )
+    path = settled(shard(0, 3))
+    for _ in range(2):
+        assert opened([path]).sizes.tolist() == [3]
+    assert scans == [str(path)] * 2
+
+
 def test_kept_scans_that_nobody_used_for_long_are_removed(shard, scans):
     opened([settled(shard(0, 3))])
     (old,) = scans_folder().iterdir()

@@ -86,6 +86,31 @@ def test_ctrl_c_leaves_complete_shards_and_says_how_to_go_on(server, tmp_path):
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
 
 
+def test_ctrl_c_while_the_decoders_start_is_as_quiet(server, tmp_path):
+    command = [sys.executable, "-m", "t2i_cli.main", "data", "download"]
+    process = subprocess.Popen(
+        [*command, str(table_of(server, tmp_path, ["ok/1", "wait/2"])), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+
+    def decoder_starts():
+        lines = [Path(f"/proc/{child}/cmdline") for child in child_processes(process.pid)]
+        return any(b"spawn_main" in line.read_bytes() for line in lines if line.exists())
+
+    while not decoder_starts() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)  # it imports
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "the same command goes on after them" in said
+
+
 def test_another_table_or_size_is_refused(server, tmp_path):
     out = tmp_path / "out"
     downloaded(table_of(server, tmp_path, ["ok/1", "ok/2"]), out, samples_per_shard=1)
