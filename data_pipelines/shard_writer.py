@@ -135,8 +135,9 @@ def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:
 
 
 def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -> None:
-    """Writes one tar of (place, sample), keyed by `shard` and place. It gets its name when it is complete."""
-    with written_whole(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+    """Writes one tar of (place, sample), keyed by `shard` and place. path: one of `written_whole`, or in a folder of
+    `complete_directory`"""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, sample in samples:
             _add_sample(tar, sample_key(shard, index), sample)
 

@@ -94,7 +94,8 @@ class OpenShard:
         }
         with written_whole(self.out / f"{name}_stats.json") as unfinished:
             unfinished.write_text(json.dumps(stats, indent=4))
-        write_shard(self._samples(), self.out / f"{name}.tar", self.number)
+        with written_whole(self.out / f"{name}.tar") as unfinished:
+            write_shard(self._samples(), unfinished, self.number)
         self.spool.close()
 
     def _samples(self) -> Iterator[tuple[int, Sample]]:

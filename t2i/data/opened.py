@@ -101,16 +101,11 @@ def open_indexed(url: str, store: ShardStore, known: ShardIndex | None = None, l
     index = index_beside(url, store) if known is None and look else known
     if index is not None and within(deadline_s, lambda: index.fits(descriptor)):
         return Indexed(file, index)
-    path = (
-        sources.local_path(url) if sources.is_local(url) else None
-    )  # a copy may be gone before the next start
-    if path is not None:
-        kept = within(deadline_s, lambda: kept_scan(path, descriptor))
-        if kept is not None and kept.fits(descriptor):
-            return Indexed(file, kept, outdated=index is not None)
+    kept = within(deadline_s, lambda: kept_scan(url, descriptor))
+    if kept is not None and kept.fits(descriptor):
+        return Indexed(file, kept, outdated=index is not None)
     scanned = within(SCAN_DEADLINES * deadline_s, lambda: ShardIndex.scan(url, descriptor))
-    if path is not None:
-        keep_scan(path, descriptor, scanned)
+    keep_scan(url, descriptor, scanned)
     return Indexed(file, scanned, outdated=index is not None, scanned=True)
 
 

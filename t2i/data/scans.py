@@ -9,26 +9,27 @@ import time
 from pathlib import Path
 
 from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
 from t2i.files import user_cache, written_whole
 
 log = logging.getLogger(__name__)
 
 KEPT_DAYS = 60  # after its last use
-SETTLED_S = (
-    2  # a file that was written to later than so long ago may change again without a new time of change
-)
+SETTLED_S = 2  # what was written to a moment ago may change again without a new time of change
 
 
 def scans_folder() -> Path:
     return user_cache() / "indexes"
 
 
-def kept_scan(shard: Path, file: int) -> ShardIndex | None:
+def kept_scan(url: str, file: int) -> ShardIndex | None:
     """The index that `keep_scan` wrote for this file, as it is now; None where there is none that can be read.
     file: descriptor of the open shard"""
+    if not is_local(url):
+        return None
     try:
-        place = _place(shard, file)
+        place = _place(url, file)
         index = ShardIndex.from_bytes(place.read_bytes(), str(place))
         os.utime(place)  # what is used stays
     except (OSError, DataError):
@@ -36,16 +37,16 @@ def kept_scan(shard: Path, file: int) -> ShardIndex | None:
     return index
 
 
-def keep_scan(shard: Path, file: int, index: ShardIndex) -> None:
-    """Keeps the index of a shard; where the shard is a moment old, or the disk takes none, the next start scans
-    again."""
-    if time.time() - os.fstat(file).st_mtime < SETTLED_S:
+def keep_scan(url: str, file: int, index: ShardIndex) -> None:
+    """Keeps the index of a shard; where the shard is a moment old or a copy, which may be gone by then, or the disk
+    takes none, the next start scans again."""
+    if not is_local(url) or time.time() - os.fstat(file).st_mtime < SETTLED_S:
         return
     try:
-        with written_whole(_place(shard, file)) as unfinished:
+        with written_whole(_place(url, file)) as unfinished:
             unfinished.write_bytes(index.to_bytes())
     except OSError as error:
-        log.debug("the scan of %s is not kept: %s", shard, error)
+        log.debug("the scan of %s is not kept: %s", url, error)
 
 
 def forget_unused() -> None:
@@ -58,9 +59,9 @@ def forget_unused() -> None:
         log.debug("%s", error)
 
 
-def _place(shard: Path, file: int) -> Path:
+def _place(url: str, file: int) -> Path:
     """A name for the shard as it is: its path, size and time of its last change."""
     found = os.fstat(file)
-    known_by = f"{shard.absolute()}\0{found.st_size}\0{found.st_mtime_ns}"
+    known_by = f"{local_path(url).absolute()}\0{found.st_size}\0{found.st_mtime_ns}"
     digest = hashlib.sha256(known_by.encode("utf-8", "surrogateescape")).hexdigest()
     return scans_folder() / f"{digest[:32]}{SUFFIX}"

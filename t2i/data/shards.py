@@ -33,9 +33,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "index.json"
 REMOTE_LOOKUPS = 32  # at a time
-SCANNING = (
-    "scanning shards that have no index, which the first start does; `t2i data index` does it for everybody"
-)
+SCANNING = "scanning shards that have no index, at their first use; `t2i data index` does it for everybody"
 OUTDATED = "{} has changed since it was indexed: `t2i data index` again"
 MAX_SAMPLES = 10**7  # of a shard; who claims more is not believed
 
@@ -112,8 +110,7 @@ class Shards:
             return sizes
         if opened.index.original_px is None:
             opened.index = opened.index.with_sizes(opened.file.fileno())
-            if sources.is_local(self.url(shard)):
-                keep_scan(sources.local_path(self.url(shard)), opened.file.fileno(), opened.index)
+            keep_scan(self.url(shard), opened.file.fileno(), opened.index)
             if shard in self._indexes:
                 self._indexes[shard] = opened.index
         assert opened.index.original_px is not None

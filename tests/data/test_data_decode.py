@@ -169,9 +169,8 @@ def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
 
 @given(st.tuples(*[st.integers(1, 60)] * 2), st.tuples(*[st.integers(1, 60)] * 2))
 def test_resizes_as_pillows_antialiased_bicubic(size, target):
-    pixels = (
-        90 + noise(0, *size) // 4
-    )  # no overshoot: it is cut off between rows and columns, in either order
+    # No overshoot: it is cut off between rows and columns, in either order.
+    pixels = 90 + noise(0, *size) // 4
     reference = Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC)
     np.testing.assert_allclose(resized(pixels, target).astype(int), np.asarray(reference).astype(int), atol=2)
 
