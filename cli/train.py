@@ -13,13 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i.errors import ConfigError, UserError
 
 from .composition import explained, quoted, sentence
+from .train_help import help_text
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
 
 
 def run(arguments: list[str]) -> None:
-    """Composes and trains; `--cfg job`, `--multirun`, `--config-dir` and `--help` are Hydra's own."""
+    """Composes and trains; `--cfg job`, `--multirun` and `--config-dir` are Hydra's own."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(), end="")
+        return
     typed = sys.argv
     # Hydra reads sys.argv. Lightning starts further processes by running sys.argv again, so that the task
     # puts back what was typed.

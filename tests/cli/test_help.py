@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from t2i_cli.main import VERBS
 
+CONF = Path(__file__).parents[2] / "conf"
 HEAVY = {
     "torch",
     "torchvision",
@@ -44,6 +47,21 @@ def imported(*arguments: str) -> set[str]:
 )
 def test_help_imports_nothing_heavy(arguments):
     assert imported(*arguments) & HEAVY == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["stage=ldm", "-h"]], ids=str)
+def test_help_of_train_names_every_group_and_choice(t2i, arguments):
+    result = t2i("train", *arguments)
+    assert (result.code, result.err) == (0, "")
+    for path in CONF.glob("*/**/*.yaml"):
+        group, *choice = path.relative_to(CONF).with_suffix("").parts
+        if group != "cluster":
+            (line,) = re.findall(rf"^  {group} +(.*(?:\n   +.*)*)", result.out, re.MULTILINE)
+            assert "/".join(choice) in re.split(r",\s+", line)
+
+
+def test_help_of_train_imports_no_torch():
+    assert imported("train", "--help") & (HEAVY - {"hydra", "omegaconf"}) == set()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)

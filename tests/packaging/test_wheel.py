@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -37,6 +38,8 @@ def wheel_files(tmp_path_factory) -> set[str]:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
+    # 20 lines for each folder of conf/ would be the first thing that a newcomer sees.
+    assert "would be ignored" not in built.stdout + built.stderr
     (wheel,) = out.glob("*.whl")
     return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
 
@@ -82,3 +85,12 @@ def test_entry_point_and_licence(wheel_files):
     assert PYPROJECT["project"]["scripts"] == {"t2i": "t2i_cli.main:main"}
     assert any(name.endswith("/entry_points.txt") for name in wheel_files)
     assert any(name.endswith("/licenses/LICENSE") for name in wheel_files)
+
+
+def test_releases_of_lightning_that_were_malicious_are_excluded():
+    """GHSA-w37p-236h-pfx3."""
+    (lightning,) = [Requirement(each) for each in PYPROJECT["project"]["dependencies"] if "lightning" in each]
+    assert "2.6.1" in lightning.specifier
+    assert "2.6.6" in lightning.specifier
+    for malicious in ("2.6.2", "2.6.3"):
+        assert malicious not in lightning.specifier
