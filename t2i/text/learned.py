@@ -32,6 +32,11 @@ def word_rows(word: str) -> tuple[int, tuple[int, ...]]:
     return zlib.crc32(spelt) % WORD_ROWS, tuple(zlib.crc32(trigram) % TRIGRAM_ROWS for trigram in trigrams)
 
 
+def words_of(caption: str) -> list[str]:
+    """Lower-cased; punctuation marks are words."""
+    return WORD.findall(caption.lower())
+
+
 class WordEmbedding(nn.Module):
     """A word's own vector plus the mean of its byte trigrams' vectors (fastText, arXiv:1607.04606), both from
     hashed tables of fixed size: there is no vocabulary to prepare, and no unknown word.
@@ -99,8 +104,8 @@ class LearnedTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def split(self, caption: str) -> list[str]:
-        """The words that fit after the start token; punctuation marks are words."""
-        return WORD.findall(caption.lower())[: self.max_tokens - 1]
+        """The words that fit after the start token."""
+        return words_of(caption)[: self.max_tokens - 1]
 
     def forward(self, captions: Sequence[str]) -> TextFeatures:
         words = [self.split(caption) for caption in captions]

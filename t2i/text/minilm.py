@@ -29,6 +29,10 @@ def model_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+def read_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
+
+
 class MiniLMTextEncoder(FrozenTextEncoder):
     """tokens: (B, L, 384) last hidden states; pooled: (B, 384) their mean over the caption, as the sentence
     model takes it (not normalised). Pooled vectors barely see which word has which attribute ("red cube, blue
@@ -43,7 +47,7 @@ class MiniLMTextEncoder(FrozenTextEncoder):
         weights = load_file(folder / "model.safetensors")
         known = self.bert.state_dict()
         self.bert.load_state_dict({key: value for key, value in weights.items() if key in known})
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = read_tokenizer()
         self.tokenizer.enable_truncation(max_tokens)
         self.tokenizer.enable_padding(length=max_tokens)
         self.freeze()

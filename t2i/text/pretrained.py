@@ -23,27 +23,45 @@ def load_pretrained(
     name: of the encoder, for messages
     Raises ConfigError where `model` is None, CheckpointError where weights are missing or do not fit.
     """
-    if model is None:
-        raise ConfigError(f"text.model is not set; allowed for {name}: a local directory or a hub id.")
-    local = not allow_download or Path(model).is_dir()
-    try:
-        with _quiet():
-            tokenizer = tokenizer_class.from_pretrained(model, local_files_only=local)
-            transformer, report = model_class.from_pretrained(
-                model, local_files_only=local, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
-        raise CheckpointError(
-            f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a {name.upper()} text "
-            "model and its tokenizer, or a hub id with text.allow_download=true."
-        ) from error
+    tokenizer = load_part(model, name, tokenizer_class, allow_download)
+    with _loading(model, name):
+        transformer, report = model_class.from_pretrained(
+            model,
+            local_files_only=_is_local(model, allow_download),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise CheckpointError(
             f"text.model {model!r} is not a {name.upper()} text model: it lacks {missing[0]}."
         )
     return tokenizer, transformer
+
+
+def load_part(model: str | None, name: str, part_class: Any, allow_download: bool) -> Any:
+    """The tokenizer or the configuration alone, with the errors of `load_pretrained`."""
+    with _loading(model, name):
+        return part_class.from_pretrained(model, local_files_only=_is_local(model, allow_download))
+
+
+def _is_local(model: str | None, allow_download: bool) -> bool:
+    return not allow_download or Path(str(model)).is_dir()
+
+
+@contextmanager
+def _loading(model: str | None, name: str) -> Iterator[None]:
+    if model is None:
+        raise ConfigError(f"text.model is not set; allowed for {name}: a local directory or a hub id.")
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
+        raise CheckpointError(
+            f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a {name.upper()} text "
+            "model and its tokenizer, or a hub id with text.allow_download=true."
+        ) from error
 
 
 def check_vocabulary(model: str | None, tokens: int, rows: int, spare: int = 0) -> None:
