@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what only writing can meet
+SHORT_NAME = 50  # letters: with four bytes each, what is added still fits into the 255 bytes of a name
 LEFT_AFTER_S = 24 * 3600  # what nobody wrote to for so long belongs to a process that was killed
 
 
@@ -25,15 +29,36 @@ def user_cache() -> Path:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Another name beside `path`, to write to; what is written there becomes `path` when the block ends without an
-    error, and is removed otherwise. Several processes may do so at once: the last one stays."""
+    error, and is removed otherwise. Several processes may do so at once: the last one stays. The file's mode is the
+    one that the umask gives. A full disk is an OSError that names `path`, whatever the library that met it raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+    begins = path.name[:SHORT_NAME]
+    for left in path.parent.glob(f".{glob.escape(begins)}.*.unfinished"):
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
                 left.unlink()
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    unfinished = path.with_name(f".{begins}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         yield unfinished
+        if unfinished.stat().st_mode != mode:  # safetensors puts a file of mode 0600 in its place
+            unfinished.chmod(mode)
         unfinished.replace(path)
+    except Exception as error:
+        system = system_error(error)
+        if system is None or (system.errno not in NOT_WRITTEN and system.filename != str(unfinished)):
+            raise
+        raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system said, of an error that a library raised in its place: torch raises a RuntimeError while it
+    handles the OSError, safetensors writes the number into its message."""
+    for each in (error, error.__cause__, error.__context__):
+        if isinstance(each, OSError):
+            return each
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import stat
 import time
 from pathlib import Path
 
@@ -75,3 +77,64 @@ def test_who_has_no_home_is_told_so(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
         user_cache()
+
+
+def by_hand(path: Path) -> None:
+    path.write_bytes(bytes(200_000))
+
+
+def by_torch(path: Path) -> None:
+    import torch
+
+    with path.open("wb") as file:
+        torch.save(torch.zeros(50_000), file)
+
+
+def by_safetensors(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(50_000)}, path)
+
+
+WRITERS = [by_hand, by_torch, by_safetensors]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_mode_is_what_the_umask_gives(tmp_path, write, umask):
+    before = os.umask(umask)
+    try:
+        with written_whole(tmp_path / "file") as unfinished:
+            write(unfinished)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, write):
+    """As a limit on the size of files: what is beyond it fails as on a full disk."""
+    path = tmp_path / "file"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised, written_whole(path) as unfinished:
+            write(unfinished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("letter", ["n", "\u732b"])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path, letter):
+    longest = letter * (255 // len(letter.encode()))
+    with written_whole(tmp_path / longest) as unfinished:
+        unfinished.write_text("a")
+    assert [path.name for path in tmp_path.iterdir()] == [longest]
+    too_long = tmp_path / (longest + letter)
+    with pytest.raises(OSError, match="File name too long") as raised, written_whole(too_long):
+        pass
+    assert raised.value.filename == str(too_long)
+    assert [path.name for path in tmp_path.iterdir()] == [longest]
