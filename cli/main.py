@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+STOPPED = 130  # what a shell makes of a command that Ctrl-C ended
 VERBS = {
     "train": "train a stage: t2i train stage=autoencoder|ldm [resolution=64] [data=...] [key=value ...]",
     "sample": "draw pictures: t2i sample --prompt TEXT [--checkpoint RUN|FILE] [--seed N] ...",
@@ -37,15 +38,28 @@ def main() -> None:
     # text.allow_download=true is the way to ask for the network.
     if "text.allow_download=true" not in arguments:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from t2i.errors import UserError
+    from t2i.errors import UserError, system_sentence
 
     try:
         importlib.import_module(f"t2i_cli.{arguments[0]}").run(arguments[1:])
+    except KeyboardInterrupt:
+        _leave(arguments[0], "stopped by Ctrl-C.", STOPPED)
+    except BrokenPipeError:  # as in `t2i plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # SIGPIPE, as the shell has it
     except UserError as error:
-        if os.environ.get("T2I_TRACEBACK"):
-            raise
-        print(f"t2i {arguments[0]}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(arguments[0], str(error), 2)
+    except OSError as error:
+        _leave(arguments[0], system_sentence(error), 2)
+
+
+def _leave(verb: str, sentence: str, code: int) -> None:
+    """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it."""
+    if os.environ.get("T2I_TRACEBACK"):
+        raise
+    if code != STOPPED or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"t2i {verb}: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Errors that are a person's to mend: one sentence each, shown without a traceback."""
 
+from __future__ import annotations
+
+import os
+
 
 class UserError(Exception):
     """Something outside the code is wrong. The message is a sentence that names the key or file, what was
@@ -16,3 +20,13 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or weight file is missing, unsafe, or does not fit the model."""
+
+
+def system_sentence(error: OSError) -> str:
+    """What the system refused, as a sentence with the names of the files: "a/b cannot be used: Not a directory."."""
+    given = (error.filename, error.filename2)
+    names = " to ".join(os.fsdecode(name) for name in given if isinstance(name, str | bytes | os.PathLike))
+    reason = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, FileExistsError):
+        reason = "it is there already" + ("" if os.path.isdir(names) else ", as a file")
+    return f"{names} cannot be used: {reason}." if names else f"{reason}."
