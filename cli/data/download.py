@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> None:
         limits,
         options.image_size_px,
         job.default_decoders(),
+        options.allow_private_addresses,
     )
     captions = [options.caption_column] if options.caption_column else ["caption", "text"]
     table = open_table(
@@ -78,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-mib", type=float, default=20, help="of one picture (default: 20)")
     made.add_argument(
         "--retries", type=int, default=2, help="after connection errors, 429 and 5xx (default: 2)"
+    )
+    made.add_argument(
+        "--allow-private-addresses",
+        action="store_true",
+        help="fetch from this machine and private networks too, wherever a URL, its name or a redirect leads",
     )
     made.add_argument(
         "--image-size-px",

@@ -46,6 +46,7 @@ class DownloadOptions:
         is smaller and encodes all anew: training crops for itself, at one resolution after another, and needs no
         second loss by JPEG.
     decoders: processes that check and reduce pictures; 0: a thread of this one
+    allow_private_addresses: see `fetch.open_session`
     """
 
     samples_per_shard: int = 1000
@@ -53,6 +54,7 @@ class DownloadOptions:
     limits: FetchLimits = field(default_factory=FetchLimits)
     image_size_px: int | None = None
     decoders: int = 1
+    allow_private_addresses: bool = False
 
     def __post_init__(self) -> None:
         check_samples_per_shard(self.samples_per_shard)
@@ -218,7 +220,10 @@ class _Job:
             open_shards.release()
 
         with ThreadPoolExecutor(2) as disk, _decoders(options.decoders) as decoders:
-            async with open_session(options.connections) as session, asyncio.TaskGroup() as jobs:
+            async with (
+                open_session(options.connections, options.allow_private_addresses) as session,
+                asyncio.TaskGroup() as jobs,
+            ):
                 checks = [jobs.create_task(check()) for _ in range(2 * max(1, options.decoders))]
                 async with asyncio.TaskGroup() as requests:
                     while (shard := await loop.run_in_executor(disk, self._next)) is not None:

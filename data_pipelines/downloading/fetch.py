@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from t2i import __version__
 
 from ..optional import need
+from .addresses import PrivateAddress, public_socket
 
 if TYPE_CHECKING:
     import aiohttp
@@ -39,7 +40,8 @@ class FetchLimits:
 class FetchError(Exception):
     """No picture came.
 
-    cause: "url", "timeout", "connection", "tls", "http_404" and other statuses, "redirects", "robots", "too_large"
+    cause: "url", "private_address", "timeout", "connection", "tls", "http_404" and other statuses, "redirects",
+        "robots", "too_large"
     may_pass: another attempt may fare better, not before `after_s` seconds where the server said so
     """
 
@@ -50,11 +52,19 @@ class FetchError(Exception):
         self.after_s = after_s
 
 
-def open_session(connections: int) -> aiohttp.ClientSession:
-    """For `connections` requests at once, each with the deadline that `fetch` sets. Needs a running loop."""
+def open_session(connections: int, allow_private_addresses: bool) -> aiohttp.ClientSession:
+    """For `connections` requests at once, each with the deadline that `fetch` sets. Needs a running loop.
+
+    allow_private_addresses: connect to this machine and to private networks too, where a URL, a name's address or a
+        redirect leads there
+    """
     aiohttp = need("aiohttp", "data")
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=KEEP_ALIVE_S),
+        connector=aiohttp.TCPConnector(
+            limit=connections,
+            keepalive_timeout=KEEP_ALIVE_S,
+            socket_factory=None if allow_private_addresses else public_socket,
+        ),
         timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
         cookie_jar=aiohttp.DummyCookieJar(),
         # Pictures are compressed already; what is compressed again all the same counts by its size when unpacked.
@@ -117,6 +127,8 @@ async def _attempt(session: aiohttp.ClientSession, url: str, max_bytes: int) -> 
         raise FetchError("tls", str(error)) from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
         reason = getattr(error, "os_error", None)
+        if isinstance(reason, PrivateAddress):
+            raise FetchError("private_address", str(error)) from error
         no_such_host = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
         raise FetchError("connection", str(error) or type(error).__name__, not no_such_host) from error
     except aiohttp.ClientError as error:  # an answer that is not HTTP

@@ -28,6 +28,7 @@ def test_after_a_kill_it_goes_on_to_the_same_bytes(server, tmp_path):
     table, out = table_of(server, tmp_path, paths, n=range(20)), tmp_path / "out"
     command = [sys.executable, "-m", "t2i_cli.main", "data", "download", str(table), str(out)]
     options = ["--samples-per-shard", "5", "--timeout-s", "60", "--connections", "8"]
+    options.append("--allow-private-addresses")
     process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(out.glob("[!.]*.tar"))) < 2 and time.monotonic() < deadline:  # in either order
@@ -68,7 +69,7 @@ def test_ctrl_c_leaves_complete_shards_and_says_how_to_go_on(server, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "t2i_cli.main", "data", "download", str(table), str(out)]
     process = subprocess.Popen(
-        [*command, "--samples-per-shard", "2", "--timeout-s", "60"],
+        [*command, "--samples-per-shard", "2", "--timeout-s", "60", "--allow-private-addresses"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,7 +90,12 @@ def test_ctrl_c_leaves_complete_shards_and_says_how_to_go_on(server, tmp_path):
 def test_ctrl_c_while_the_decoders_start_is_as_quiet(server, tmp_path):
     command = [sys.executable, "-m", "t2i_cli.main", "data", "download"]
     process = subprocess.Popen(
-        [*command, str(table_of(server, tmp_path, ["ok/1", "wait/2"])), str(tmp_path / "out")],
+        [
+            *command,
+            str(table_of(server, tmp_path, ["ok/1", "wait/2"])),
+            str(tmp_path / "out"),
+            "--allow-private-addresses",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
