@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError
 from t2i.schema import check
+
+from .train_help import groups
+
+COMMA = r",(?![^{}]*\})"  # outside of braces
 
 
 def composed_run(
@@ -27,55 +30,87 @@ def composed_run(
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    folders = [Path(str(resources.files("t2i_conf") / "train.yaml")).parent]
+    overrides = [quoted(override) for override in overrides]
     if config_dir is not None:
         check(Path(config_dir).is_dir(), "--config-dir", config_dir, "an existing folder")
-        folders.append(Path(config_dir))
-        overrides = [*overrides, f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
-    # The group is optional, so that Hydra would pass over an experiment that does not exist.
-    experiments = [
-        path.relative_to(folder / "experiment").with_suffix("").as_posix()
-        for folder in folders
-        for path in sorted(folder.glob("experiment/**/*.yaml"))
-    ]
-    for key, _, value in (override.partition("=") for override in overrides):
-        check(key != "experiment" or value in experiments, key, value, ", ".join(experiments))
-    with explained():
+        overrides.append(f"hydra.searchpath=[{_as_text(f'file://{Path(config_dir).absolute()}')}]")
+    with explained(config_dir):
         with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
             if needed is not None and not any(each.startswith(f"+{needed}=") for each in overrides):
                 choices = GlobalHydra.instance().config_loader().get_group_options(needed)
                 raise ConfigError(
                     f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
                 )
-            composed = hydra.compose("train", [quoted(override) for override in overrides])
+            composed = hydra.compose("train", overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True)
     return values
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What Hydra and OmegaConf raise within becomes a ConfigError of one sentence."""
+def explained(config_dir: str | None = None) -> Iterator[None]:
+    """What Hydra and OmegaConf raise within becomes a ConfigError of one sentence.
+
+    config_dir: of configuration beside ours
+    """
     try:
         yield
     except OverrideParseException as error:
         raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
     except (HydraException, OmegaConfBaseException) as error:
+        if unknown := re.search(r"Could not find 'experiment/([^']*)'", str(error)):
+            check(False, "experiment", unknown[1], ", ".join(experiments(config_dir)))
         raise ConfigError(sentence(error)) from error
 
 
-def quoted(argument: str) -> str:
+def experiments(config_dir: str | None = None) -> list[str]:
+    """Those of ours, and then those in a folder of the user's own."""
+    own = Path(config_dir) / "experiment" if config_dir is not None else None
+    names = (
+        [path.relative_to(own).with_suffix("").as_posix() for path in sorted(own.rglob("*.yaml"))]
+        if own
+        else []
+    )
+    return [*groups()["experiment"], *names]
+
+
+def quoted(argument: str, sweep: bool = False) -> str:
     """The argument as Hydra's grammar wants it: resolution=64 as resolution='64' (a choice is a name, and an
-    unquoted 64 a number), and data.shards=a/{00000..00004}.tar in quotes (its braces are no mapping)."""
-    key, _, value = argument.partition("=")
+    unquoted 64 a number), and a value that the grammar cannot read, such as data.shards=a/{00000..00004}.tar or a
+    name with an apostrophe, as text.
+
+    sweep: commas may separate values
+    """
+    key, equals, value = argument.partition("=")
+    if key.startswith("-") or not equals:
+        return argument
     if key == "resolution" and re.fullmatch(r"\d+(,\d+)*", value):
         return f"{key}=" + ",".join(f"'{size}'" for size in value.split(","))
-    if (
-        key.endswith(("data.shards", ".heldout_shards", ".shards"))
-        and "{" in value
-        and value[0] not in "'\"["
-    ):
-        return f"{key}='{value}'"
-    return argument
+    if _readable(value, sweep) or not _readable("", key=key):
+        return argument
+    if in_list := re.fullmatch(r"\[([^\[\]]*)\]", value):
+        return f"{key}=[{','.join(map(_as_text, re.split(COMMA, in_list[1])))}]"
+    if value.count("[") != value.count("]"):
+        return argument  # an unfinished list
+    return f"{key}=" + ",".join(map(_as_text, re.split(COMMA, value) if sweep else [value]))
+
+
+def _readable(value: str, sweep: bool = False, key: str = "name") -> bool:
+    """Whether Hydra's grammar takes key=value, as one value unless `sweep`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        return False
+    return sweep or not parsed.is_sweep_override()
+
+
+def _as_text(value: str) -> str:
+    """In quotes, unless the grammar reads it without, in a list too."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    plain = _readable(value) and _readable(f"[{value}]")
+    return value if plain else QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def sentence(error: Exception) -> str:

@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 
+from . import hub
+
 STOPPED = 130  # what a shell makes of a command that Ctrl-C ended
 VERBS = {
     "train": "train a stage: t2i train stage=autoencoder|ldm [resolution=64] [data=...] [key=value ...]",
@@ -24,33 +26,32 @@ def main() -> None:
         print("usage: t2i VERB ...    (t2i VERB --help says more)\n")
         for verb, text in VERBS.items():
             print(f"  {verb:8} {text}")
-        print("\nT2I_TRACEBACK=1 shows where an error came from.")
+        print('\neval "$(t2i -sc install=bash)" completes what is typed by the tab key.')
+        print("T2I_TRACEBACK=1 shows where an error came from.")
         return
     if arguments[0] == "--version":
         from t2i import __version__
 
         print(__version__)
         return
-    if arguments[0] not in VERBS:
+    verb = "completion" if arguments[0] in ("-sc", "--shell-completion") else arguments[0]
+    if verb not in [*VERBS, "completion"]:
         print(f"t2i: {arguments[0]!r} is not a verb; allowed: {', '.join(VERBS)}.", file=sys.stderr)
         raise SystemExit(2)
-    # Without this every file that a hub does not have costs half a minute of retries;
-    # text.allow_download=true is the way to ask for the network.
-    if "text.allow_download=true" not in arguments:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    hub.stay_offline()
     from t2i.errors import UserError, system_sentence
 
     try:
-        importlib.import_module(f"t2i_cli.{arguments[0]}").run(arguments[1:])
+        importlib.import_module(f"t2i_cli.{verb}").run(arguments[1:])
     except KeyboardInterrupt:
-        _leave(arguments[0], "stopped by Ctrl-C.", STOPPED)
+        _leave(verb, "stopped by Ctrl-C.", STOPPED)
     except BrokenPipeError:  # as in `t2i plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # SIGPIPE, as the shell has it
     except UserError as error:
-        _leave(arguments[0], str(error), 2)
+        _leave(verb, str(error), 2)
     except OSError as error:
-        _leave(arguments[0], system_sentence(error), 2)
+        _leave(verb, system_sentence(error), 2)
 
 
 def _leave(verb: str, sentence: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,43 +11,58 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i.errors import ConfigError, UserError
+from t2i.errors import ConfigError
 
+from . import hub
 from .composition import explained, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
 
+COMPLETION = {"-sc", "--shell-completion"}
+
 
 def run(arguments: list[str]) -> None:
-    """Composes and trains; `--cfg job`, `--multirun` and `--config-dir` are Hydra's own."""
+    """Composes and trains; `--cfg job`, `--multirun`, `--config-dir` and `-sc` are Hydra's own."""
     if {"-h", "--help"} & set(arguments):
         print(help_text(), end="")
         return
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config-dir", "-cd", nargs="?")
+    flags.add_argument("--multirun", "-m", action="store_true")
+    own, _ = flags.parse_known_args(arguments)
     typed = sys.argv
+    program = (
+        "t2i" if COMPLETION & set(arguments) else "t2i train"
+    )  # the shell completes one word's arguments
     # Hydra reads sys.argv. Lightning starts further processes by running sys.argv again, so that the task
     # puts back what was typed.
-    sys.argv = ["t2i train", *(quoted(argument) for argument in arguments)]
+    sys.argv = [program, *(quoted(argument, sweep=own.multirun) for argument in arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
-    failed: list[UserError] = []
+    failed: list[Exception] = []
 
     def task(composed: DictConfig) -> None:
         sys.argv = typed
         try:
             train(composed)
-        except UserError as error:  # raised below: Hydra would print its own preamble
-            failed.append(error)
         except OmegaConfBaseException as error:
             failed.append(ConfigError(sentence(error)))
+        except Exception as error:  # raised below, apart from what Hydra itself raises
+            failed.append(error)
 
     try:
-        with explained():
+        with explained(own.config_dir):
             hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
     except ValueError as error:
-        if "Config group override" not in str(error):
-            raise
-        raise ConfigError(f"{' '.join(arguments)}: a choice is a name, not a number.") from error
+        if "Only one of" in str(error):
+            allowed = "one of --run, --multirun, --cfg, --info and --shell-completion"
+            raise ConfigError(f"{' '.join(arguments)}: allowed is {allowed}.") from error
+        if "Config group override" in str(error):
+            raise ConfigError(f"{' '.join(arguments)}: a choice is a name, not a number.") from error
+        raise ConfigError(sentence(error)) from error
+    finally:
+        sys.argv = typed
     if failed:
         raise failed[0]
 
@@ -85,4 +101,6 @@ def typed_run(values: dict[str, Any]) -> RunConfig:
     from .embedded import with_embedded_data
 
     config = parse_run(values, families.load(values["family"], "config").Config)
+    if (text := getattr(config.model, "text", None)) and text.allow_download:
+        hub.allow()
     return with_embedded_data(config)

@@ -64,14 +64,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.caption)
 
-    def to(
-        self, device: torch.device | str, dtype: torch.dtype = torch.float32, non_blocking: bool = True
-    ) -> Batch:
-        """A copy with its tensors on `device`, its pixels in [-1, 1]; the floating ones as `dtype`."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """A copy with its tensors on `device`, its pixels in [-1, 1]."""
         there = self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         if there.image.dtype == torch.uint8:
-            there.image = there.image.to(dtype).div_(127.5).sub_(1.0)
-        return there._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            there.image = there.image.float().div_(127.5).sub_(1.0)
+        return there
 
     def pin_memory(self) -> Batch:
         """A copy with its tensors in page-locked memory (called by the DataLoader)."""
@@ -203,6 +201,5 @@ class Generator(Protocol):
     defaults: SamplingDefaults
 
     def generate(self, request: SampleRequest) -> Tensor:
-        """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture
-        came to numbers that are not finite."""
+        """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]."""
         ...

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from t2i.config import check
 from t2i.diffusion.config import BetaName, ScheduleConfig, Spacing, TimeDistribution
-from t2i.nn.precision import widened
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:
@@ -139,7 +138,7 @@ class DiscreteSchedule(Schedule):
         return torch.randint(self.num_train_steps, (n,), generator=generator, device=source).to(device)
 
     def model_time(self, t: Tensor) -> Tensor:
-        return t if t.is_floating_point() else widened(t)
+        return t if t.is_floating_point() else t.float()
 
     def times(self, steps: int, spacing: Spacing) -> Tensor:
         """The spacings of Lin et al. 2305.08891, table 2; "leading" is offset by 1, as Stable Diffusion 1 has
@@ -178,7 +177,7 @@ class FlowSchedule(Schedule):
         self.time_distribution = time_distribution
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = widened(t)
+        t = t if t.dtype == torch.float64 else t.float()
         return 1 - t, t
 
     def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:

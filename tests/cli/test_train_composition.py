@@ -9,6 +9,7 @@ import yaml
 from hydra import compose, initialize_config_module
 
 from t2i_cli import embedded
+from t2i_cli.composition import composed_run
 from t2i_cli.train import quoted, sentence, validated
 
 
@@ -27,6 +28,9 @@ from t2i_cli.train import quoted, sentence, validated
         ("data.shards='a/{0..3}.tar'", "data.shards='a/{0..3}.tar'"),
         ("data.shards=[a.tar,b.tar]", "data.shards=[a.tar,b.tar]"),
         ("data.shards=a.tar", "data.shards=a.tar"),
+        ("--config-dir=it's", "--config-dir=it's"),
+        ("trainer.batch_size=[1", "trainer.batch_size=[1"),
+        ("~data", "~data"),
     ],
 )
 def test_arguments_that_hydra_would_misread_are_quoted(typed, meant):
@@ -38,6 +42,74 @@ def test_a_pattern_of_shards_composes_as_typed():
     with initialize_config_module("t2i_conf", version_base="1.3"):
         composed = compose("train", ["stage=autoencoder", "data=shards", argument])
     assert composed.data.shards == "../a/{00000..00004}.tar"
+
+
+AS_TYPED = [
+    *(
+        "it's",
+        "'tis",
+        "a=b",
+        "a (1)",
+        "a(1)",
+        "x#1",
+        "a b",
+        "\u00e4/\u732b.tar",
+        "[b] c/x.tar",
+        "{0,3}.tar",
+        "a\\'b",
+    ),
+    *(
+        'say "x"',
+        "s3://b/k?x=1&y=2",
+        "*?|~!;<>`",
+        "Smith, John",
+        "100%",
+        "a: b",
+        "null=",
+        "a\\",
+        "-x",
+        "x@y:z",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", AS_TYPED)
+def test_names_and_paths_compose_as_typed(value):
+    assert composed_run(["stage=ldm", f"name={value}"])["name"] == value
+    if not set("[],\\") & set(value):  # those mean something in a list
+        shards = composed_run(["stage=ldm", "data=shards", f"data.shards=[{value},b.tar]"])["data"]["shards"]
+        assert shards == [value, "b.tar"]
+
+
+@pytest.mark.parametrize("value", AS_TYPED)
+def test_names_and_paths_reach_every_entry_point(t2i, monkeypatch, value):
+    """train, and what plan and data encode call; a folder of configuration may have such a name too."""
+    own = Path("mine", value.replace("/", "_")) / "experiment"
+    own.mkdir(parents=True)
+    (own / "tiny.yaml").write_text("# @package _global_\nseed: 17\n")
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append((composed.name, composed.seed)))
+    typed = ["stage=ldm", "experiment=tiny", f"name={value}"]
+    assert t2i("train", f"--config-dir={own.parent}", *typed).err == ""
+    assert seen == [(value, 17)]
+    composed = composed_run(typed, str(own.parent))
+    assert (composed["name"], composed["seed"]) == (value, 17)
+
+
+def test_what_is_written_for_hydra_is_left_to_hydra():
+    typed = ["name=${stage}", "ema={half_life_images: 5, rampup_ratio: null}", "seed=7", "init_from=null"]
+    composed = composed_run(["stage=ldm", *typed, "data.horizontal_flip=TRUE", "runs_dir='a b'"])
+    assert (composed["name"], composed["seed"], composed["runs_dir"]) == (composed["stage"], 7, "a b")
+    assert composed["ema"]["half_life_images"] == 5
+    assert composed["data"]["horizontal_flip"] is True
+    assert composed["init_from"] is None
+
+
+def test_multirun_takes_each_of_several_names(t2i, monkeypatch):
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.name))
+    assert t2i("train", "stage=ldm", "name=it's,{0,1}.tar,b c", "-m").code == 0
+    assert seen == ["it's", "{0,1}.tar", "b c"]
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])

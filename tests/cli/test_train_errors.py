@@ -64,6 +64,20 @@ CASES = {
         ("stage=autoencoder", *OWN_SHARDS, "init_from=nowhere"),
         ("nowhere", "does not exist"),
     ),
+    "mistyped experiment": (
+        ("stage=ldm", "experiment=sd-v1/521"),
+        ("experiment", "'sd-v1/521'", "sd-v1/512-v1-1", "latent_diffusion/tiny_dit_flow"),
+    ),
+    "a family is no experiment": (("stage=ldm", "experiment=sd-v1"), ("experiment", "'sd-v1'", "sd-v1/256")),
+    "mistyped experiment, printed": (
+        ("stage=ldm", "experiment=sd-v1/521", "--cfg", "job"),
+        ("experiment", "'sd-v1/521'", "sd-v1/256"),
+    ),
+    "two of Hydra's own commands": (
+        ("stage=ldm", "--multirun", "--cfg", "job"),
+        ("--multirun", "--cfg", "one of"),
+    ),
+    "no run to repeat": (("stage=ldm", "--experimental-rerun", "nowhere"), ("nowhere", "does not exist")),
     "not key=value": (("stage=ldm", "trainer"), ("trainer",)),
     "unreadable": (("stage=ldm", "trainer.batch_size=[1"), ("trainer.batch_size=[1", "key=value")),
     "unknown reference": (("stage=ldm", "name=${nobody}"), ("nobody",)),
@@ -78,6 +92,26 @@ def test_one_sentence(t2i, arguments, words):
     for word in words:
         assert word in sentence
     assert list(Path().iterdir()) == []
+
+
+def test_of_several_experiments_each_has_to_exist(t2i, monkeypatch):
+    started = []
+    monkeypatch.setattr("t2i_cli.train.train", started.append)
+    sentence = t2i("train", "stage=ldm", "experiment=sd-v1/256,sd-v1/521", "--multirun").sentence
+    assert "experiment is 'sd-v1/521'; allowed: " in sentence
+    assert started == []
+
+
+@pytest.mark.parametrize("flag", [("--config-dir=mine",), ("--config-dir", "mine"), ("-cd", "mine")])
+def test_experiments_of_ones_own_are_among_the_choices(t2i, flag):
+    own = Path("mine/experiment/trial")
+    own.mkdir(parents=True)
+    (own / "tiny.yaml").write_text("# @package _global_\nseed: 17\n")
+    sentence = t2i("train", *flag, "stage=ldm", "experiment=trial/tinny").sentence
+    assert sentence.startswith("t2i train: experiment is 'trial/tinny'; allowed: ")
+    for word in ("trial/tiny", "sd-v1/256"):
+        assert word in sentence
+    assert [path.name for path in Path().iterdir()] == ["mine"]
 
 
 def test_in_a_real_process(tmp_path):

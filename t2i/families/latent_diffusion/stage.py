@@ -74,7 +74,7 @@ class Stage(BaseStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.model.text.to(self.device, self.weight_dtype)
+        self.model.text.to(self.device)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""
@@ -103,9 +103,7 @@ def _autoencoder(config: RunConfig) -> tuple[LoadedCheckpoint, str]:
     """The autoencoder that config.model.autoencoder means, and its place."""
     place = config.model.autoencoder
     if place == "latest":
-        found, passed_over = run_folder.newest_finished(config.runs_dir, "autoencoder")
-        for run in passed_over:
-            log.info("passes over %s, which did not come to its end", run)
+        found = run_folder.newest_run(config.runs_dir, "autoencoder")
         if found is None:
             raise CheckpointError(
                 f"stage={config.stage} builds on an autoencoder, and {config.runs_dir}/autoencoder holds none: "
