@@ -32,6 +32,7 @@ from t2i.errors import DataError
 from t2i.files import written_whole
 from t2i.interfaces import FeatureMakers
 
+from .places import first_same
 from .ranks import Rank
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -132,10 +133,10 @@ def encode(
     data = dataclasses.replace(data, encoded=None, crop="center", cache_mib=0)
     reader = SampleReader(data, size_px, min_original_px if data.filter_by_size else 0, allow_pipes=True)
     names = [encoded.shard_name(reader.shards.url(shard)) for shard in range(len(reader.shards))]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
+    if same := first_same(names):
+        one, other = (reader.shards.url(shard) for shard in same)
         raise DataError(
-            f"Two of the shards end in {twice}; shards that are encoded together must differ in that."
+            f"{one} and {other} would both be encoded as {names[same[1]]}, by folder and name; encode one at a time."
         )
     _write_record(encoder, encoder.record(data, size_px), out)
     own = range(rank.rank, len(names), rank.world)
@@ -148,8 +149,12 @@ def encode(
             _read(reader, todo, encoder.batch_size), lambda read: read.shard
         ):
             path = out / names[shard]
-            with written_whole(path) as unfinished:
-                with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+            beside = path.with_name(path.name.removesuffix(".tar") + SUFFIX)
+            with (
+                written_whole(path) as unfinished,
+                written_whole(beside) as unfinished_index,
+            ):  # the tar comes last
+                with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
                     for read in reads:
                         features = encoder(read.samples) if read.samples else []
                         for sample, tensors in zip(read.samples, features, strict=True):
@@ -158,8 +163,7 @@ def encode(
                         report.bad.update(read.bad)
                         done += len(read.samples) + read.bad.total()
                         progress(done, total)
-                index = ShardIndex.scan(unfinished).to_bytes()
-                path.with_name(path.name.removesuffix(".tar") + SUFFIX).write_bytes(index)
+                unfinished_index.write_bytes(ShardIndex.scan(unfinished).to_bytes())
             report.shards += 1
     return report
 

@@ -11,13 +11,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from t2i.data import sources
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.shards import SUMMARY, samples_in
 from t2i.data.sources import Limits
 from t2i.data.store import ShardStore
 from t2i.errors import DataError, UserError
 from t2i.files import written_whole
+
+from .places import places
 
 VERSION = 1
 
@@ -41,28 +42,32 @@ def index_shards(
     given, as it has to be for remote shards, into that folder, from where they are to be uploaded.
 
     An index that fits its shard's size in bytes is kept. progress: called with the number of shards done with.
-    Raises DataError where there is no place for an index, or no shard can be read.
+    Raises ConfigError where there is no place for an index, DataError where no shard can be read, OSError where an
+    index cannot be written; those before it stay.
     """
-    places = {url: _place(url, out) for url in urls}
-    if len(set(places.values())) < len(places):
-        raise DataError(f"Two of the shards would have one index in {out}; index one folder at a time.")
+    files = places(urls, SUFFIX, out)
     report = Report()
     sizes: dict[Path, dict[str, dict[str, int]]] = defaultdict(dict)
     # Spawned, not forked: threads of this process may hold locks.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for url, done in zip(urls, pool.map(_index_one, urls, places.values()), strict=True):
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    try:
+        for url, done in zip(files, pool.map(_index_one, files, files.values()), strict=True):
             if isinstance(done, str):
                 report.unreadable[url] = done
             else:
                 samples, size_bytes, flaws, skipped = done
-                sizes[places[url].parent][Path(url).name] = {"samples": samples, "bytes": size_bytes}
+                sizes[files[url].parent][Path(url).name] = {"samples": samples, "bytes": size_bytes}
                 report.shards += not skipped
                 report.skipped += skipped
                 report.samples += samples
                 report.flaws.update(flaws)
             progress(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if not sizes:
-        raise DataError(f"None of {len(urls)} shards can be read; of the first: {report.unreadable[urls[0]]}")
+        raise DataError(
+            f"None of {len(files)} shards can be read; of the first: {next(iter(report.unreadable.values()))}"
+        )
     for folder, shards in sizes.items():
         known = {"version": VERSION, "shards": _known(folder) | shards}
         with written_whole(folder / SUMMARY) as unfinished:
@@ -70,18 +75,9 @@ def index_shards(
     return report
 
 
-def _place(url: str, out: Path | None) -> Path:
-    if out is not None:
-        return out / (Path(url).name.removesuffix(".tar") + SUFFIX)
-    if not sources.is_local(url):
-        raise DataError(
-            f"An index cannot be written beside {url}; name a folder with --out, and upload it from there."
-        )
-    return sources.local_path(sources.beside(url, SUFFIX))
-
-
 def _index_one(url: str, place: Path) -> tuple[int, int, dict[str, int], bool] | str:
-    """Samples, bytes, flaws by cause and whether an index was there; or why there is none."""
+    """Samples, bytes, flaws by cause and whether an index was there; or why the shard cannot be read. Raises OSError
+    where the index cannot be written."""
     try:
         store = ShardStore(Limits(), allow_pipes=True)
         index = _read(place)
@@ -90,11 +86,13 @@ def _index_one(url: str, place: Path) -> tuple[int, int, dict[str, int], bool] |
             skipped = index is not None and index.original_px is not None and index.fits(shard)
             if index is None or not skipped:
                 index = ShardIndex.scan(url, shard).with_sizes(shard)
-                with written_whole(place) as unfinished:
-                    unfinished.write_bytes(index.to_bytes())
+        samples = samples_in(index, url, store)
     except (UserError, OSError) as error:
         return str(error)
-    return samples_in(index, url, store), index.file_bytes, dict(Counter(index.flaws.values())), skipped
+    if not skipped:
+        with written_whole(place) as unfinished:
+            unfinished.write_bytes(index.to_bytes())
+    return samples, index.file_bytes, dict(Counter(index.flaws.values())), skipped
 
 
 def _read(place: Path) -> ShardIndex | None:

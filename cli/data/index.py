@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.indexing import index_shards
     from t2i_pipelines.ranks import cores
 
-    urls = expand(options.shards, "SHARDS")
+    urls = list(dict.fromkeys(expand(options.shards, "SHARDS")))
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("shards", total=len(urls))
         out = Path(options.out) if options.out else None

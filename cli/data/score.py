@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 
     need("pyarrow", "data")  # before anything is loaded
-    urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
+    urls, rank = list(dict.fromkeys(expand(options.shards, "SHARDS"))), rank_of(os.environ)
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank.local % gpus) if gpus else torch.device("cpu")
     if gpus:  # else each thread that prepares pictures would start threads of torch

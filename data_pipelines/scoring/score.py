@@ -14,12 +14,13 @@ from typing import Any
 from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
-from t2i.data.sources import beside, is_local, local_path, size
-from t2i.errors import ConfigError, DataError
+from t2i.data.sources import is_local, local_path, size
+from t2i.errors import DataError
 from t2i.files import written_whole
 
 from ..inspecting.facts import CAPTION_KEYS, read_sample
 from ..optional import need
+from ..places import places
 from ..ranks import Rank
 from ..shard_metadata import local_copy
 from .scorer import Loaded, Scorer
@@ -58,10 +59,10 @@ def score_shards(
     others are made. progress: called with the part of a shard that was done.
     Raises ConfigError where scores would have no place, DataError where no shard could be read.
     """
-    files = _places(urls, out)
+    files = places(urls, SUFFIX, out)
     report = Report()
     with ThreadPoolExecutor(threads) as pool:
-        for url in urls[rank.rank :: rank.world]:
+        for url in list(files)[rank.rank :: rank.world]:
             with contextlib.ExitStack() as stack:
                 try:
                     known = _known(files[url], _identity(url))
@@ -84,24 +85,6 @@ def score_shards(
         first = next(iter(report.unreadable.values()))
         raise DataError(f"None of {len(report.unreadable)} shards can be read; of the first: {first}")
     return report
-
-
-def _places(urls: Sequence[str], out: Path | None) -> dict[str, Path]:
-    """Shard -> file of its scores."""
-    files: dict[str, Path] = {}
-    taken: dict[Path, str] = {}
-    for url in urls:
-        if out is None and not is_local(url):
-            raise ConfigError(f"Scores cannot be written beside {url}; name a folder with --out.")
-        place = local_path(beside(url, SUFFIX)) if is_local(url) else Path(beside(url, SUFFIX) or "pipe")
-        if out is not None:
-            place = out / place.name
-        if taken.setdefault(place, url) != url:
-            raise ConfigError(
-                f"{taken[place]} and {url} would both have their scores in {place}; name one at a time."
-            )
-        files[url] = place
-    return files
 
 
 def _score(

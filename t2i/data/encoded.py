@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -121,13 +123,15 @@ def check_same(folder: str, record: Record, makers: FeatureMakers) -> None:
 
 def shard_name(url: str) -> str:
     """Of a shard of pictures: the name of its encoded shard within the folder, "<its folder>/<its name>"."""
-    path = PurePosixPath(
-        sources.split_query(url)[0]
-        if not url.startswith("pipe:")
-        else hashlib.sha256(url.encode()).hexdigest()[:16]
-    )
+    address = sources.split_query(url)[0]
+    if url.startswith("pipe:"):
+        address = hashlib.sha256(url.encode()).hexdigest()[:16]
+    elif sources.is_local(url) and ".." in PurePosixPath(url).parts:  # which would lead out of the folder
+        address = os.path.abspath(sources.local_path(url))
+    path = PurePosixPath(posixpath.normpath(address))
     name = path.name if path.name.endswith(".tar") else path.name + ".tar"
-    return f"{path.parent.name or 'shards'}/{name}"
+    parent = path.parent.name
+    return f"{'shards' if parent in ('', '..') else parent}/{name}"
 
 
 def caption_hash(caption: str) -> str:

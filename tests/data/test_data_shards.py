@@ -17,10 +17,11 @@ from data_samples import encode, good_members, noise
 from open_shards import everything, opened, take
 from servers import web_server
 
-from t2i.data.index import ShardIndex
+from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.scans import scans_folder
 from t2i.data_config import DataConfig
 from t2i_pipelines import indexing
+from t2i_pipelines.places import places
 from t2i_pipelines.selection import write_selection
 
 
@@ -40,7 +41,9 @@ def index(paths, out=None):
     """What `t2i data index` does, in this process."""
     sizes = {}
     for path in paths:
-        samples, size_bytes, _, _ = indexing._index_one(str(path), indexing._place(str(path), out))
+        samples, size_bytes, _, _ = indexing._index_one(
+            str(path), places([str(path)], SUFFIX, out)[str(path)]
+        )
         sizes[path.name] = {"samples": samples, "bytes": size_bytes}
     folder = out or paths[0].parent
     (folder / "index.json").write_text(json.dumps({"version": 1, "shards": sizes}))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,3 +202,34 @@ def test_the_command(shapes_overrides, runs_dir, tmp_path):
     assert done.returncode == 2
     assert "holds features of dtype=float16, this command makes dtype=float32" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_shard_above_the_working_folder_is_encoded_within_the_named_one(run_of, tmp_path, monkeypatch):
+    """It was once written beside the folder, over the pictures themselves."""
+    config = run_of()
+    monkeypatch.chdir(Path(config.data.shards[0]).parent)
+    before = Path(config.data.shards[0]).read_bytes()
+    (tmp_path / "shards/deep").mkdir(parents=True)
+    (tmp_path / "shards/00000.tar").write_bytes(before)
+    monkeypatch.chdir(tmp_path / "shards/deep")
+    data = dataclasses.replace(config.data, shards=["../00000.tar"])
+    encode_for(dataclasses.replace(config, data=data), tmp_path / "shards/cache")
+    assert (tmp_path / "shards/00000.tar").read_bytes() == before
+    assert {path.name for path in (tmp_path / "shards/cache/shards").iterdir()} == {
+        "00000.tar",
+        "00000.index.npz",
+    }
+
+
+def test_keys_of_any_length_are_encoded(run_of, tmp_path):
+    config = run_of()
+    long = "ä" * 130
+    with tarfile.open(tmp_path / "long.tar", "w") as new, tarfile.open(config.data.shards[0]) as old:
+        for member in old.getmembers()[:3]:
+            content = old.extractfile(member)
+            member.name = f"{long}.{member.name.partition('.')[2]}"
+            member.pax_headers = {}
+            new.addfile(member, content)
+    data = dataclasses.replace(config.data, shards=[str(tmp_path / "long.tar")])
+    report = encode_for(dataclasses.replace(config, data=data), tmp_path / "cache")
+    assert (report.encoded, report.bad) == (1, {})

@@ -218,10 +218,14 @@ def test_places_and_flags_that_are_refused(tmp_path, weights):
     one, two = shard(tmp_path / "a/00000.tar", samples=1), shard(tmp_path / "b/00000.tar", samples=1)
     clip = ("ViT-tiny-quickgelu", str(weights))
     similarity = ScorerFiles(*clip, similarity=True)
-    with pytest.raises(ConfigError, match="would both have their scores in"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a/00000\.tar and .*b/00000\.tar would both have .*out/00000\.scores\.parquet; name one",
+    ):
         scored(similarity, one, two, out=tmp_path / "out")
     with pytest.raises(
-        ConfigError, match=r"cannot be written beside s3://b/0\.tar; name a folder with --out"
+        ConfigError,
+        match=r"What is made of s3://b/0\.tar cannot be written beside it; name a folder with --out",
     ):
         scored(similarity, "s3://b/0.tar")  # type: ignore[arg-type]
     (tmp_path / "no.tar").write_bytes(b"no tar file" * 100)

@@ -1,0 +1,49 @@
+"""Where jobs put what they make of each shard: beside it, or in a folder of their own."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from t2i.data.sources import beside, is_local, local_path, split_query
+from t2i.errors import ConfigError
+
+
+def places(urls: Sequence[str], suffix: str, out: Path | None) -> dict[str, Path]:
+    """Shard -> the file `00000` + `suffix` beside it, or in the folder `out`. Raises ConfigError where there is no such
+    place, or several shards would have one."""
+    found: dict[str, Path] = {}
+    for url in urls:
+        if out is not None:
+            found[url] = out / (_stem(url) + suffix)
+        elif is_local(url):
+            found[url] = local_path(beside(url, suffix))
+        else:
+            raise ConfigError(
+                f"What is made of {url} cannot be written beside it; name a folder with --out, to upload it from there."
+            )
+    names = [place.name if out is not None else str(place) for place in found.values()]
+    if same := first_same(names, fold=out is not None):
+        one, other = (list(found)[at] for at in same)
+        raise ConfigError(f"{one} and {other} would both have {found[other]}; name one at a time.")
+    return found
+
+
+def _stem(url: str) -> str:
+    return (
+        PurePosixPath(split_query(url)[0]).name.removesuffix(".tar")
+        if not url.startswith("pipe:")
+        else "pipe"
+    )
+
+
+def first_same(names: Iterable[str], fold: bool = True) -> tuple[int, int] | None:
+    """The places of the first two names that are one file.
+    fold: also where they differ in case or in how accents are spelt, as on macOS and Windows they then are one"""
+    seen: dict[str, int] = {}
+    for at, name in enumerate(names):
+        known_by = unicodedata.normalize("NFC", name).casefold() if fold else name
+        if (before := seen.setdefault(known_by, at)) != at:
+            return before, at
+    return None
