@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,12 +17,15 @@ if TYPE_CHECKING:
 
 # Lightning starts the further processes of a run with LOCAL_RANK set: only the first one speaks.
 is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
-console = Console(highlight=False, soft_wrap=True, quiet=not is_first_process)
+# Paths, captions and messages are printed as they are: no [brackets] for styles, no :names: for emoji.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not is_first_process)
+if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file that this terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _ToConsole(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False)
+        console.print(self.format(record))
 
 
 def say_what_is_logged() -> None:

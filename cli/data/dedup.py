@@ -47,13 +47,13 @@ def run(arguments: list[str]) -> None:
         "are nearly the same as one"
     )
     for cause, count in sorted(found.causes().items()):
-        console.print(f"Not compared and kept, {cause}: {count:,} (named in {report})", markup=False)
+        console.print(f"Not compared and kept, {cause}: {count:,} (named in {report})")
     if sheet := contact_sheet(found):
         sheet.save(report.with_suffix(".png"))
-        console.print(f"{report} names them, {report.with_suffix('.png')} shows them", markup=False)
+        console.print(f"{report} names them, {report.with_suffix('.png')} shows them")
     if not kept:
         raise DataError(f"No sample is left, so {written} is not written.")
-    console.print(f"{kept:,} samples are kept, in {written}", markup=False)
+    console.print(f"{kept:,} samples are kept, in {written}")
     if written != Path(options.out):
         repack_with_bar(written, Path(options.out), options.samples_per_shard, kept)
 

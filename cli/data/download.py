@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     )
     url_column, caption_column = text_column(table, options.url_column), text_column(table, *captions)
     for name in table.left_out:
-        console.print(f"Column {name} is left out: it holds bytes", markup=False)
+        console.print(f"Column {name} is left out: it holds bytes")
     report = job.Report()
     stopped = False
     with Progress(console=console, transient=True) as bar:
@@ -48,10 +48,9 @@ def run(arguments: list[str]) -> None:
     console.print(
         f"{counts.pop('success', 0):,} of {report.statuses.total():,} pictures are in {report.shards} shards in {out}"
         + (f", {report.skipped} of which were there" if report.skipped else ""),
-        markup=False,
     )
     for cause, count in sorted(counts.items()):
-        console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)", markup=False)
+        console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)")
     if report.fetched:
         rate, mib = report.fetched / report.seconds, report.fetched_bytes / (1 << 20)
         console.print(

@@ -59,8 +59,8 @@ def run(arguments: list[str]) -> None:
         who = f" by process {rank.rank} of {rank.world}" if rank.world > 1 else ""
         console.print(f"{report.encoded} samples are encoded{who} in {report.shards} shards in {out}{there}")
         for cause, count in report.bad.most_common():
-            console.print(f"Left out, {cause}: {count}", markup=False)
-        console.print(f"To train on them, add to the training command: {key}.encoded={out}", markup=False)
+            console.print(f"Left out, {cause}: {count}")
+        console.print(f"To train on them, add to the training command: {key}.encoded={out}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     _print(report)
     if not report.kept:
         raise DataError(f"No sample is left, so {written} is not written.")
-    console.print(f"{report.kept:,} of {report.rows:,} are kept, in {written}", markup=False)
+    console.print(f"{report.kept:,} of {report.rows:,} are kept, in {written}")
     if not is_table[0] and written != Path(options.out):
         repack_with_bar(written, Path(options.out), options.samples_per_shard, report.kept)
 
@@ -74,9 +74,9 @@ def repack_with_bar(selection: Path, out: Path, samples_per_shard: int, total: i
         task = bar.add_task("samples", total=total)
         report = repack(selection, out, samples_per_shard, lambda done: bar.advance(task, done))
     there = f" ({report.skipped} were there)" if report.skipped else ""
-    console.print(f"{report.packed:,} samples are in {report.shards} shards{there} in {out}", markup=False)
+    console.print(f"{report.packed:,} samples are in {report.shards} shards{there} in {out}")
     for cause, count in sorted(report.failed.items()):
-        console.print(f"Left out, {cause}: {count:,} (named in {out}/*_stats.json)", markup=False)
+        console.print(f"Left out, {cause}: {count:,} (named in {out}/*_stats.json)")
 
 
 def _print(report: Report) -> None:
@@ -84,10 +84,9 @@ def _print(report: Report) -> None:
         console.print(
             f"Without a .parquet, so read from the samples' own JSON: {len(report.from_members)} shards, "
             f"{report.from_members[0]} the first",
-            markup=False,
         )
     if report.left_out:
-        console.print(f"Columns of bytes, not written: {', '.join(report.left_out)}", markup=False)
+        console.print(f"Columns of bytes, not written: {', '.join(report.left_out)}")
     if report.absent:
         console.print(f"In the selection, but not in the metadata: {report.absent:,}")
     left = report.rows
@@ -96,7 +95,7 @@ def _print(report: Report) -> None:
             continue  # no table of downloads, or none that failed
         unknown = f", {tally.unknown:,} more as it is unknown" if tally.unknown else ""
         left -= tally.removed + tally.unknown
-        console.print(f"{tally.name}: removes {tally.removed:,}{unknown}; {left:,} left", markup=False)
+        console.print(f"{tally.name}: removes {tally.removed:,}{unknown}; {left:,} left")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     for cause, count in report.flaws.most_common():
         console.print(f"Lost by the tar files, {cause}: {count}")
     for url, why in report.unreadable.items():
-        console.print(f"Not indexed, {url}: {why}", markup=False)
+        console.print(f"Not indexed, {url}: {why}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -45,17 +45,17 @@ def run(arguments: list[str]) -> None:
     for table in tables(facts):
         console.print(table)
     for url, why in facts["shards"]["unreadable"].items():
-        console.print(f"Unreadable shard {url}: {why}", markup=False)
+        console.print(f"Unreadable shard {url}: {why}")
     for cause, each in facts["flaws"].items():
-        console.print(f"Samples, {cause}: {each['samples']:,}, such as {each['first'][0]}", markup=False)
+        console.print(f"Samples, {cause}: {each['samples']:,}, such as {each['first'][0]}")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(facts, indent=1))
-        console.print(f"Wrote {options.json}", markup=False)
+        console.print(f"Wrote {options.json}")
     if options.sheet and report.tiles:
         Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(report.tiles, TILE_PX).save(options.sheet, format="PNG")
-        console.print(f"Wrote {len(report.tiles)} samples to {options.sheet}", markup=False)
+        console.print(f"Wrote {len(report.tiles)} samples to {options.sheet}")
 
 
 def tables(facts: dict[str, Any]) -> list[Table]:
@@ -87,13 +87,12 @@ def tables(facts: dict[str, Any]) -> list[Table]:
 def _table(title: str, rows: dict[str, str]) -> Table | None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     if not rows:
         return None
     table = Table(title, "", box=SIMPLE_HEAD)
     for label, value in rows.items():
-        table.add_row(Text(str(label)), Text(value))  # Text: brackets in names are no markup
+        table.add_row(str(label), value)
     return table
 
 

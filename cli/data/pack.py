@@ -22,11 +22,9 @@ def run(arguments: list[str]) -> None:
         report = pack(rows, out, options.samples_per_shard, lambda done: bar.advance(task, done))
     console.print(f"{report.packed} of {len(rows)} pictures are in {report.shards} shards in {out}")
     for cause, count in sorted(report.failed.items()):
-        console.print(f"Left out, {cause}: {count} (named in {out}/*_stats.json)", markup=False)
+        console.print(f"Left out, {cause}: {count} (named in {out}/*_stats.json)")
     if not report.tables:
-        console.print(
-            "No .parquet beside the shards, as pyarrow is missing: pip install 't2i[data]'", markup=False
-        )
+        console.print("No .parquet beside the shards, as pyarrow is missing: pip install 't2i[data]'")
 
 
 def parser() -> argparse.ArgumentParser:

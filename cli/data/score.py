@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     )
     scorer = load_scorer(files, device)
     for column, name in scorer.names.items():
-        console.print(f"{column}: {name}", markup=False)
+        console.print(f"{column}: {name}")
     mine = len(urls[rank.rank :: rank.world])
     threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with Progress(console=console, transient=True) as bar:
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
 def _say(line: str) -> None:
     """What went wrong is said by every process."""
     if is_first_process:
-        console.print(line, markup=False)
+        console.print(line)
     else:
         print(line, file=sys.stderr)
 

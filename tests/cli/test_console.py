@@ -1,0 +1,66 @@
+"""What is printed is what was said: names and captions hold no markup."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.table import Table
+
+from t2i_cli.console import console, say_what_is_logged
+
+TEXTS = ["a[/b].tar", "[red]a[/red]", "[bold]", "x[/]", "[link=http://a]b[/link]", ":cat: :100:", "[0-9]{2}"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_printed_as_they_are(text, capsys):
+    console.print(f"{text} is in {Path(text)}")
+    table = Table(text)
+    table.add_row(text)
+    console.print(table)
+    say_what_is_logged()
+    logging.getLogger("t2i.data").warning("%s is gone", text)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{text} is in {Path(text)}"
+    assert sum(text in line for line in said[1:-1]) == 2
+    assert said[-1] == f"{text} is gone"
+
+
+def test_every_job_names_a_folder_in_brackets(tmp_path, capsys):
+    from t2i_cli.data.index import run as index
+    from t2i_cli.data.inspect import run as inspect
+    from t2i_cli.data.pack import run as pack
+
+    source, out = tmp_path / "in[red]", tmp_path / "out[/bold] :cat:"
+    source.mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text("[/i] a caption")
+    pack([str(source), str(out)])
+    index([f"{out}/00000.tar"])
+    inspect([f"{out}/00000.tar", "--json", f"{out}/[b].json"])
+    said = capsys.readouterr().out
+    assert f"2 of 2 pictures are in 1 shards in {out}" in said
+    assert f"Wrote {out}/[b].json" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_a_terminal_cannot_show_are_spelt(encoding):
+    """A file's name need not be UTF-8, and a terminal's encoding may be narrow."""
+    code = "from t2i_cli.console import console; console.print('a' + chr(0xDC80 + 0x69) + ' █')"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": encoding, "PATH": ""}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(b"a\\udce9 ")
+
+
+def test_output_that_is_no_file_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    console.print("[x]")
+    assert sys.stdout.getvalue() == "[x]\n"
