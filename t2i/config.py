@@ -137,7 +137,7 @@ class TrainerConfig:
 
     num_images: the run ends when this many pictures were seen, over all processes
     batch_size: pictures per process and step
-    precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed"
+    precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
     keep_checkpoints: older ones are removed
@@ -145,7 +145,7 @@ class TrainerConfig:
 
     num_images: int
     batch_size: int
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1

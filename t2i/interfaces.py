@@ -64,12 +64,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.caption)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """A copy with its tensors on `device`, its pixels in [-1, 1]."""
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, non_blocking: bool = True
+    ) -> Batch:
+        """A copy with its tensors on `device`, its pixels in [-1, 1]; the floating ones as `dtype`."""
         there = self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         if there.image.dtype == torch.uint8:
-            there.image = there.image.float().div_(127.5).sub_(1.0)
-        return there
+            there.image = there.image.to(dtype).div_(127.5).sub_(1.0)
+        return there._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def pin_memory(self) -> Batch:
         """A copy with its tensors in page-locked memory (called by the DataLoader)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from t2i.config import check
 from t2i.diffusion.config import BetaName, ScheduleConfig, Spacing, TimeDistribution
+from t2i.nn.precision import widened
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:
@@ -138,7 +139,7 @@ class DiscreteSchedule(Schedule):
         return torch.randint(self.num_train_steps, (n,), generator=generator, device=source).to(device)
 
     def model_time(self, t: Tensor) -> Tensor:
-        return t if t.is_floating_point() else t.float()
+        return t if t.is_floating_point() else widened(t)
 
     def times(self, steps: int, spacing: Spacing) -> Tensor:
         """The spacings of Lin et al. 2305.08891, table 2; "leading" is offset by 1, as Stable Diffusion 1 has
@@ -177,7 +178,7 @@ class FlowSchedule(Schedule):
         self.time_distribution = time_distribution
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t if t.dtype == torch.float64 else t.float()
+        t = widened(t)
         return 1 - t, t
 
     def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:

@@ -7,16 +7,20 @@ import math
 import torch
 from torch import Tensor
 
+from t2i.nn.precision import widened
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """t: (B,) times, whole or fractional; dim: even -> (B, dim) float32, cosines first, then sines, of
-    frequencies from 1 down to about 1 / max_period (arXiv:2006.11239, in the order of Stable Diffusion).
+    """t: (B,) times, whole or fractional; dim: even -> (B, dim), float64 where t is, else float32: cosines first,
+    then sines, of frequencies from 1 down to about 1 / max_period (arXiv:2006.11239, in the order of Stable
+    Diffusion, whose float32 values these are to the last bit).
     Raises ValueError where `dim` is odd."""
     if dim % 2:
         raise ValueError(f"timestep_embedding needs an even dim, got {dim}")
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    t = widened(t)
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angle = t[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

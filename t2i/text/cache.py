@@ -62,10 +62,10 @@ class CachedTextEncoder:
             mask=torch.stack([row.mask for row in rows]),
         )
 
-    def to(self, device: torch.device | str) -> CachedTextEncoder:
-        """Moves the encoder and what is kept."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> CachedTextEncoder:
+        """Moves the encoder and what is kept; their floating tensors become `dtype`."""
         if isinstance(self.encoder, nn.Module):
-            self.encoder.to(device)
+            self.encoder.to(device=device, dtype=dtype)
         for caption, features in self._kept.items():
-            self._kept[caption] = features.to(device)
+            self._kept[caption] = features.to(device, dtype)
         return self

@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from t2i.interfaces import Batch
+from t2i.nn.precision import widened
 from t2i.training.pictures import grid, save_png, to_uint8
 from t2i.training.run_folder import checkpoints
 from t2i.training.stage import BaseStage
@@ -113,7 +114,7 @@ class Metrics(Callback):
 
 def mean_over_processes(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """Device scalars, the same names in every process -> their means, on the host."""
-    means = torch.stack([value.float() for value in scalars.values()])
+    means = torch.stack([widened(value) for value in scalars.values()])
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
@@ -240,8 +241,9 @@ class Pictures(Callback):
         first writes."""
         was_training = stage.training
         stage.eval()
-        with torch.no_grad(), stage.averaged_weights():
-            drawn = stage.draw(self.batch.to(stage.device))
+        batch = self.batch.to(stage.device, stage.weight_dtype)
+        with torch.no_grad(), stage.averaged_weights(), trainer.precision_plugin.forward_context():
+            drawn = stage.draw(batch)
         stage.train(was_training)
         if not trainer.is_global_zero:
             return

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import EMAConfig
+from t2i.nn.precision import widened
 
 
 class EMA:
     """Averages the given parameters and nothing else, so that frozen encoders and discriminators are neither
-    copied nor stored. Kept in float32 whatever the parameters' precision.
+    copied nor stored. Kept in float32 at least, whatever the parameters' precision.
 
     After a step that saw B pictures, N in all: ema <- beta * ema + (1 - beta) * weights with
     beta = 2^(-B / h) and h = min(half_life_images, rampup_ratio * N) (EDM, 2206.00364, table 7 and code).
@@ -22,7 +23,7 @@ class EMA:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: EMAConfig) -> None:
         self.config = config
         self.parameters = dict(parameters)
-        self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        self.average = {n: widened(p.detach()).clone() for n, p in self.parameters.items()}
 
     def beta(self, batch_images: int, images_seen: int) -> float:
         """The share that the old average keeps after a step of `batch_images`, the last of `images_seen`."""
@@ -36,7 +37,7 @@ class EMA:
         """Takes the present weights into the average."""
         share = 1 - self.beta(batch_images, images_seen)
         averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [p.detach().float() for p in self.parameters.values()], share)
+        torch._foreach_lerp_(averages, [widened(p.detach()) for p in self.parameters.values()], share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -70,7 +70,10 @@ class ShardData(L.LightningDataModule):
         return loader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
+        assert self.trainer is not None
+        stage = self.trainer.lightning_module
+        assert isinstance(stage, BaseStage)
+        return batch.to(device, stage.weight_dtype)
 
 
 def _check_same_everywhere(fingerprint: str) -> None:
@@ -119,10 +122,12 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         config = dataclasses.replace(config, init_from=None)
         start = load(run_folder.checkpoints(resumed)[-1], use_ema=False)
     stage = stage_class(config, start)
+    if config.trainer.precision == "64-true":
+        stage.double()  # before a checkpoint is loaded: Lightning's turn comes after it
     _check_encoded(config, stage)
     preview = preview_batch(config)
     if start is None:
-        stage.before_training(_some_images(config))
+        stage.before_training(image.to(stage.weight_dtype) for image in _some_images(config))
 
     folder = (
         run_folder.enter(resumed)
@@ -205,7 +210,9 @@ class Finish(L.Callback):
     def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
         if not self.stop.stopped:
             with torch.no_grad():
-                stage.after_training(image.to(stage.device) for image in _some_images(self.config))
+                stage.after_training(
+                    image.to(stage.device, stage.weight_dtype) for image in _some_images(self.config)
+                )
             self.pictures.draw(trainer, stage)
         self.saver.save(trainer, stage)
         if trainer.is_global_zero and not self.stop.stopped:

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i.nn.precision import widened
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values towards 1
 NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) float -> the same shape, bfloat16 (float32 on a CPU), each U V^T of its singular value
-    decomposition but for singular values from about 0.7 to 1.2: Newton-Schulz iterations, which need products only."""
+    """(N, rows, columns) float -> the same shape, bfloat16 (on a CPU and in float64 as it is), each U V^T of its
+    singular value decomposition but for singular values from about 0.7 to 1.2: Newton-Schulz iterations, which need
+    products only."""
     a, b, c = COEFFICIENTS
     # Many CPUs have no units for bfloat16: there the products took seven times as long.
-    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    exact = matrices.device.type == "cpu" or matrices.dtype == torch.float64
+    x = widened(matrices) if exact else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

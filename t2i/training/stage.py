@@ -80,6 +80,11 @@ class BaseStage(L.LightningModule):
     # What all share.
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """float32, or float64 with trainer.precision=64-true."""
+        return next(self.parameters()).dtype
+
+    @property
     def images_per_step(self) -> int:
         """The batch over all processes."""
         return self.config.trainer.batch_size * self.trainer.world_size
@@ -93,7 +98,12 @@ class BaseStage(L.LightningModule):
     def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """(B, *shape) ~ N(0, I): this process's part of what `generator` draws for the whole batch."""
         return self.this_process(
-            torch.randn((self.images_per_step, *shape), generator=generator, device=self.device)
+            torch.randn(
+                (self.images_per_step, *shape),
+                generator=generator,
+                device=self.device,
+                dtype=self.weight_dtype,
+            )
         )
 
     def step_generator(self) -> torch.Generator:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.nn.precision import widened
+
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """Scalar: half the mean hinge of both sides (Lim & Ye, 1705.02894; the half is VQGAN's)."""
@@ -55,7 +57,7 @@ def adaptive_weight(
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(grads)
         grads = grads / dist.get_world_size()
-    rec_norm, gan_norm = grads.float().flatten(1).norm(dim=1)
+    rec_norm, gan_norm = widened(grads).flatten(1).norm(dim=1)
     return (rec_norm / (gan_norm + 1e-4)).clamp(max=max_weight).detach()
 
 

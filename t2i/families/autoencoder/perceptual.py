@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
 from t2i.nn.efficientnet import EfficientNetLite0, read_weights
+from t2i.nn.precision import widened
 
 PerceptualName = Literal["lpips_vgg", "efficientnet_lite0", "none"]
 
@@ -53,7 +54,7 @@ def _installed_heads() -> Path:
 
 
 def _unit(features: Tensor) -> Tensor:
-    features = features.float()  # 1e-10 is 0 in half precision
+    features = widened(features)  # 1e-10 is 0 in half precision
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
@@ -91,7 +92,7 @@ class LPIPS(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         a, b = (image - self.mean) / self.std, (target - self.mean) / self.std
-        distance = torch.zeros(len(image), device=image.device)
+        distance = torch.zeros(len(image), device=image.device, dtype=image.dtype)
         heads = iter(self.heads)
         for i, layer in enumerate(self.features):
             a, b = layer(a), layer(b)

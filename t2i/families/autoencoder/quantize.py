@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.nn.precision import widened
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -67,10 +69,10 @@ class Codebook(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, latent: Tensor) -> Quantized:
-        """latent: (B, D, h, w) float. Distances and averages are computed in float32, autocast or not."""
+        """latent: (B, D, h, w) float. Distances and averages are computed in float32 at least, autocast or not."""
         batch, dim, height, width = latent.shape
         with torch.autocast(latent.device.type, enabled=False):
-            z = latent.float()
+            z = widened(latent)
             vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
             dead = self._restart(vectors) if self.training else None
             flat_indices = self._nearest(vectors)
@@ -86,7 +88,7 @@ class Codebook(nn.Module):
                 latent=z + (quantized - z).detach(),
                 indices=indices,
                 commitment_loss=self.commitment_weight * F.mse_loss(z, quantized),
-                usage=(counts > 0).float().mean(),
+                usage=(counts > 0).to(z).mean(),
                 perplexity=torch.special.entr(use).sum().exp(),
             )
 

@@ -118,7 +118,7 @@ class Stage(BaseStage):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         for network in self.perceptual:
-            network.to(self.device)
+            network.to(self.device, self.weight_dtype)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """Rows of eight pictures, the last one filled up with white, each above the row of their

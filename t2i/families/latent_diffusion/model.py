@@ -19,6 +19,7 @@ from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import SampleRequest, TextFeatures
+from t2i.nn.precision import widened
 from t2i.text import build_text_encoder
 from t2i.text.cache import CachedTextEncoder
 
@@ -59,9 +60,10 @@ class LatentDiffusion(nn.Module):
     def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule."""
         mask = text.mask if self.config.mask_padding else None
+        time = self.schedule.model_time(t).to(widened(x).dtype)
         if isinstance(self.denoiser, DiT):
-            return self.denoiser(x, self.schedule.model_time(t), text.tokens, text.pooled, mask)
-        return self.denoiser(x, self.schedule.model_time(t), text.tokens, mask)
+            return self.denoiser(x, time, text.tokens, text.pooled, mask)
+        return self.denoiser(x, time, text.tokens, mask)
 
     def loss(self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> Tensor:
         """(B,) weighted squared errors of the prediction (DDPM, algorithm 1; flow matching, 2210.02747).
@@ -71,7 +73,7 @@ class LatentDiffusion(nn.Module):
         prediction = self.config.objective.prediction
         alpha, sigma = self.schedule.alpha_sigma(t)
         x_t = self.schedule.add_noise(latent, eps, t)
-        error = self.denoise(x_t, t, text).float() - target(prediction, latent, eps, alpha, sigma)
+        error = widened(self.denoise(x_t, t, text)) - target(prediction, latent, eps, alpha, sigma)
         weight = loss_weight(prediction, self.schedule.snr(t), self.config.objective.min_snr_gamma)
         return weight * error.square().flatten(1).mean(1)
 

@@ -74,7 +74,7 @@ class Stage(BaseStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.model.text.to(self.device)
+        self.model.text.to(self.device, self.weight_dtype)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""
