@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,31 +14,37 @@ from t2i.errors import ConfigError, UserError
 from . import hub
 from .arguments import parse_with_overrides
 
+MAX_PX = 16_384
+MAX_NUMBER = 1_000_000  # of pictures per prompt, and of steps
+MAX_SEED = 2**64 - 1  # of torch.Generator
+
 
 def run(arguments: list[str]) -> None:
     """Parses, loads, draws, writes PNGs and says where."""
     options, overrides = parse_with_overrides(parser(), arguments)
-    for flag in ("steps", "num_images", "batch_size", "height", "width"):
-        value = getattr(options, flag)
-        check(value is None or value >= 1, "--" + flag.replace("_", "-"), value, "1 or more")
-    strength = options.strength
-    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
     image_is_there = options.image is None or Path(options.image).is_file()
     check(image_is_there, "--image", options.image, "a picture file that exists")
-    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
+    check_numbers(options)
+    for flag, texts in {"--prompt": options.prompt, "--negative-prompt": [options.negative_prompt]}.items():
+        for text in texts:
+            check(is_unicode(text), flag, text, "text in UTF-8")
     # Heavy imports only now: a wrong flag is reported at once.
     import torch
 
     from t2i import families
-    from t2i.generation.text_to_image import read_image, save
+    from t2i.config import TextConfig
+    from t2i.generation.text_to_image import check_folder, read_image
     from t2i.interfaces import SampleRequest
+    from t2i.schema import parse
+    from t2i.text.tokens import token_counter
     from t2i.training import checkpoint
 
-    from .console import console, draw_with_bar
+    from .console import console, draw_files_with_bar
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     check(options.device in (None, *devices), "--device", options.device, " or ".join(devices))
     path = weights_path(options.checkpoint, options.runs_dir)
+    check_folder(Path(options.out))
     loaded = checkpoint.load(path)
     loaded.config = with_overrides(loaded.config, overrides)
     if (loaded.config.get("text") or {}).get("allow_download") is True:
@@ -71,12 +78,51 @@ def run(arguments: list[str]) -> None:
         else options.guidance_scale,
         negative_prompt=options.negative_prompt,
         image=image,
-        strength=0.8 if strength is None else strength,
+        strength=0.8 if options.strength is None else options.strength,
     )
-    console.print(f"Drawing with {path}")
-    images = draw_with_bar(generator, request, options.batch_size)
-    for written in save(images, request, Path(options.out), recipe):
-        console.print(str(written))
+    counter = token_counter(parse(TextConfig, loaded.config["text"], "text."))
+    for flag, text in [
+        *(("--prompt", prompt) for prompt in options.prompt),
+        ("--negative-prompt", options.negative_prompt),
+    ]:
+        if cut := counter.cut(text):
+            console.print(
+                f"{flag} has {counter.count(text)} tokens, of which the text encoder takes {counter.max_tokens}: "
+                f"{cut!r} is left out.",
+                markup=False,
+            )
+    console.print(f"Drawing with {path}", markup=False)
+    draw_files_with_bar(generator, request, options.batch_size, Path(options.out), recipe)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError that names the first flag whose number is not to be had."""
+    most = {"steps": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
+    for name, limit in (most | {"height": MAX_PX, "width": MAX_PX}).items():
+        value = getattr(options, name)
+        ok = value is None or 1 <= value <= limit
+        check(
+            ok,
+            "--" + name.replace("_", "-"),
+            value,
+            f"1 to {limit:,}" if value and value > limit else "1 or more",
+        )
+    last = MAX_SEED - options.num_images + 1
+    check(0 <= options.seed <= last, "--seed", options.seed, f"0 to {last}")
+    scale = options.guidance_scale
+    check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
+    strength = options.strength
+    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
+    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
+
+
+def is_unicode(text: str) -> bool:
+    """False for what was typed in another encoding: Python then has surrogates in the place of its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,11 +155,18 @@ def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
     """The weights to draw with."""
     from t2i.training import run_folder
 
+    from .console import console
+
     if checkpoint is not None:
         return run_folder.weights_file(checkpoint)
-    newest = run_folder.newest_run(runs_dir, "ldm")
+    newest, passed_over = run_folder.newest_finished(runs_dir, "ldm")
     if newest is None:
         raise UserError(f"{runs_dir}/ldm holds no trained run: train one, or give --checkpoint RUN or FILE.")
+    for run in passed_over:
+        console.print(
+            f"Passed over {run}, which did not come to its end: --checkpoint {run} draws with it.",
+            markup=False,
+        )
     return run_folder.weights_file(newest)
 
 

@@ -203,5 +203,6 @@ class Generator(Protocol):
     defaults: SamplingDefaults
 
     def generate(self, request: SampleRequest) -> Tensor:
-        """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]."""
+        """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture
+        came to numbers that are not finite."""
         ...

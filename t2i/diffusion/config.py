@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -49,7 +50,7 @@ class ScheduleConfig:
             self.beta_end,
             f"schedule.beta_start ({self.beta_start}) or more, below 1",
         )
-        check(self.shift > 0, "schedule.shift", self.shift, "above 0")
+        check(0 < self.shift < math.inf, "schedule.shift", self.shift, "above 0")
         distributions = get_args(TimeDistribution)
         ok = self.time_distribution in distributions
         check(ok, "schedule.time_distribution", self.time_distribution, ", ".join(distributions))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +22,125 @@ from t2i.training.pictures import grid, save_png
 RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
 
 
-def draw(
-    generator: Generator, request: SampleRequest, batch_size: int, progress: Callable[[int], None]
-) -> Tensor:
-    """All pictures of `request`, (N, 3, H, W) in [-1, 1], drawn in batches; progress is called with the
-    number of pictures that each batch brought."""
-    parts = []
+def batches(request: SampleRequest, batch_size: int) -> Iterator[SampleRequest]:
+    """The request in parts of at most `batch_size` pictures."""
     for start in range(0, len(request.prompts), batch_size):
         end = start + batch_size
-        part = dataclasses.replace(
+        yield dataclasses.replace(
             request,
             prompts=request.prompts[start:end],
             seeds=request.seeds[start:end],
             image=None if request.image is None else request.image[start:end],
         )
+
+
+def draw(
+    generator: Generator, request: SampleRequest, batch_size: int, progress: Callable[[int], None]
+) -> Tensor:
+    """All pictures of `request`, (N, 3, H, W) in [-1, 1], drawn in batches; progress is called with the
+    number of pictures that each batch brought. Raises UserError where one is not finite."""
+    parts = []
+    for part in batches(request, batch_size):
         parts.append(generator.generate(part))
         progress(len(part.prompts))
-    return torch.cat(parts)
+    images = torch.cat(parts)
+    check_all_finite(request, finite_pictures(images).tolist())
+    return images
+
+
+def draw_files(
+    generator: Generator,
+    request: SampleRequest,
+    batch_size: int,
+    folder: Path,
+    recipe: dict[str, Any],
+    progress: Callable[[int], None],
+) -> Iterator[Path]:
+    """Draws as `draw` does and writes as `save` does, batch by batch, so that what is finished stays if a later one
+    fails; then grid.png. Pictures that are not finite are not written: UserError then names them at the end."""
+    check_folder(folder)
+    finite: list[bool] = []
+    drawn = []
+    for part in batches(request, batch_size):
+        images = generator.generate(part)
+        good = finite_pictures(images).tolist()
+        drawn.append(images[good])
+        yield from save(images[good], _chosen(part, good), folder, recipe)
+        finite += good
+        progress(len(part.prompts))
+    if sum(finite) > 1:
+        yield save_grid(torch.cat(drawn), _chosen(request, finite), folder, recipe)
+    check_all_finite(request, finite)
+
+
+def finite_pictures(images: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N,) bool: which hold neither NaN nor infinity."""
+    return images.isfinite().flatten(1).all(1)
+
+
+def check_all_finite(request: SampleRequest, finite: list[bool]) -> None:
+    """Raises UserError that names the pictures which are not."""
+    bad = [i for i, good in enumerate(finite) if not good]
+    if bad:
+        named = [f"{request.prompts[i]!r} seed {request.seeds[i]}" for i in bad[:3]] + ["..."] * (
+            len(bad) > 3
+        )
+        raise UserError(
+            f"{len(bad)} of {len(finite)} pictures came out with numbers that are not finite and were not written "
+            f"({', '.join(named)}); guidance_scale is {request.guidance_scale:g}, the sampler {request.sampler} with "
+            f"{request.steps} steps: with smaller guidance or another sampler they may be finite."
+        )
+
+
+def _chosen(request: SampleRequest, good: list[bool]) -> SampleRequest:
+    """The request for some of its pictures."""
+    places = [i for i, each in enumerate(good) if each]
+    return dataclasses.replace(
+        request,
+        prompts=[request.prompts[i] for i in places],
+        seeds=[request.seeds[i] for i in places],
+        image=None if request.image is None else request.image[places],
+    )
 
 
 def save(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> list[Path]:
-    """Writes one PNG per picture, named by prompt and seed, and grid.png where there are several. Each holds
-    its recipe: `recipe` and what the request says of that picture. Earlier files are never written over."""
-    own = {"prompts", "seeds", "image"} | ({"strength"} if request.image is None else set())
-    names = [field.name for field in dataclasses.fields(request) if field.name not in own]
-    shared = recipe | {name: getattr(request, name) for name in names}
+    """Writes one PNG per picture, named by prompt and seed. Each holds its recipe: `recipe` and what the request
+    says of that picture. Earlier files are never written over."""
     paths = []
     for image, prompt, seed in zip(images, request.prompts, request.seeds, strict=True):
         path = unused(folder / f"{slug(prompt)}_{seed}.png")
-        save_png(image, path, **{RECIPE_KEY: json.dumps(shared | {"prompt": prompt, "seed": seed})})
-        paths.append(path)
-    if len(images) > 1:
-        path = unused(folder / "grid.png")
-        columns = min(len(images), 8)
-        everything = shared | {"prompts": list(request.prompts), "seeds": list(request.seeds)}
-        save_png(grid(images, columns), path, **{RECIPE_KEY: json.dumps(everything)})
+        made_by = shared_recipe(request, recipe) | {"prompt": prompt, "seed": seed}
+        save_png(image, path, **{RECIPE_KEY: json.dumps(made_by)})
         paths.append(path)
     return paths
+
+
+def save_grid(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> Path:
+    """Writes all pictures as one, grid.png, with the recipe of all."""
+    path = unused(folder / "grid.png")
+    everything = {"prompts": list(request.prompts), "seeds": list(request.seeds)}
+    made_by = shared_recipe(request, recipe) | everything
+    save_png(grid(images, min(len(images), 8)), path, **{RECIPE_KEY: json.dumps(made_by)})
+    return path
+
+
+def shared_recipe(request: SampleRequest, recipe: dict[str, Any]) -> dict[str, Any]:
+    """`recipe` and what the request says of all its pictures."""
+    own = {"prompts", "seeds", "image"} | ({"strength"} if request.image is None else set())
+    names = [field.name for field in dataclasses.fields(request) if field.name not in own]
+    return recipe | {name: getattr(request, name) for name in names}
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where no file can be written into `folder`, which need not be there yet: better before the
+    pictures are drawn than after."""
+    there = next(
+        place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink()
+    )
+    if not there.is_dir():
+        raise UserError(f"The folder {folder} cannot be made: {there} is not a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {folder} cannot be written to: {there} is read-only.")
 
 
 def read_image(path: Path, size_px: tuple[int, int]) -> Tensor:
@@ -72,8 +156,13 @@ def read_image(path: Path, size_px: tuple[int, int]) -> Tensor:
 
 
 def slug(prompt: str, length: int = 60) -> str:
-    """The prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "empty"
+    """The prompt as part of a file name: in lower case, as some systems take A and a for the same. One that is too
+    long ends in a digest of the whole prompt, so that prompts with the same beginning have names of their own."""
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if len(name) > length:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+        name = f"{name[: length - 9].strip('-')}-{digest}"
+    return name or "empty"
 
 
 def unused(path: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i.config import check
-from t2i.interop.parts import bounded
+from t2i.interop.parts import bounded, scale
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -187,13 +187,11 @@ def read_codec(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], f
         check(dim in (None, latent), f"{place}: vq_embed_dim", dim, f"null or latent_channels ({latent})")
         num_codes = bounded(values.get("num_vq_embeddings", 256), f"{place}: num_vq_embeddings", 2**24)
         codec = {"name": "vq", "num_codes": num_codes}
-    scale = values.get("scaling_factor", 0.18215)
-    ok = type(scale) in (int, float) and 0 < scale < 1e6
-    check(ok, f"{place}: scaling_factor", scale, "a number above 0")
+    latent_scale = scale(values.get("scaling_factor", 0.18215), f"{place}: scaling_factor")
     return {
         "codec": codec,
         "backbone": backbone(base, mult, _blocks(values, place, 1), latent, attends),
-    }, scale
+    }, latent_scale
 
 
 def backbone(

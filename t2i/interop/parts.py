@@ -81,6 +81,13 @@ def bounded(value: Any, key: str, most: int) -> int:
     return value
 
 
+def scale(value: Any, key: str) -> float:
+    """What latents are multiplied by, as a file says it."""
+    ok = type(value) in (int, float) and 0 < value < 1e6
+    check(ok, key, value, "a number above 0")
+    return value
+
+
 def autoencoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's part of an autoencoder run's configuration, the losses left out."""
     return {

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import safe_globals
 
 from t2i.errors import CheckpointError
-from t2i.interop.weights import Weight, Weights, in_memory, stored
+from t2i.interop.weights import Weight, Weights, checked, in_memory, stored
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -71,7 +71,8 @@ def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
                 f"{name} in {path} is stored as {entry['dtype']}; allowed: {', '.join(SAFETENSORS_DTYPES)}."
             )
         start = 8 + length + entry["data_offsets"][0]
-        weights[name] = stored(path, start, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
+        weight = stored(path, start, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
+        weights[name] = checked(name, path, weight)
     return weights, metadata
 
 
@@ -114,11 +115,11 @@ def only_weights(mapping: dict[str, Any]) -> Weights:
     return {name: value for name, value in mapping.items() if isinstance(value, Weight)}
 
 
-def _described(value: Any, path: Path) -> Any:
+def _described(value: Any, path: Path, name: str = "") -> Any:
     if isinstance(value, Tensor):
-        return _weight(value, path)
+        return checked(name, path, _weight(value, path))
     if isinstance(value, dict):
-        return {str(key): _described(entry, path) for key, entry in value.items()}
+        return {str(key): _described(entry, path, str(key)) for key, entry in value.items()}
     return value
 
 

@@ -16,7 +16,15 @@ from t2i.interop.compvis_in import open_clip_text
 from t2i.interop.diffusers_in import read_tokenizer, without_prefix
 from t2i.interop.folder import component_weights, read_json
 from t2i.interop.ldm_bert import LDMBertConfig, LDMBertText
-from t2i.interop.parts import OWN_BUFFERS, CodecPart, DenoiserPart, Parts, codec_shapes, denoiser_shapes
+from t2i.interop.parts import (
+    OWN_BUFFERS,
+    CodecPart,
+    DenoiserPart,
+    Parts,
+    codec_shapes,
+    denoiser_shapes,
+    scale,
+)
 from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
 from t2i.interop.weights import Weights, fit, under
 from t2i.training import run_folder
@@ -106,13 +114,13 @@ def _check_portable(model: Mapping[str, Any]) -> None:
 def _codec(model: Mapping[str, Any], weights: Weights, path: Path) -> CodecPart:
     name = model["backbone"]["name"]
     check(name == "ldm", "backbone.name", name, "ldm (other kinds have no foreign form)")
-    scale = weights.get("latent_scale")
-    if scale is None or scale.shape:
+    saved = weights.get("latent_scale")
+    if saved is None or saved.shape:
         raise CheckpointError(f"{path} lacks the codec's latent_scale.")
     config = {"codec": model["codec"], "backbone": model["backbone"]}
     published = {name: weight for name, weight in weights.items() if name not in OWN_BUFFERS}
     # The shortest decimal of the stored float32: 0.18215, and not 0.1821500062942505.
-    latent_scale = float(str(scale.read().numpy()))
+    latent_scale = scale(float(str(saved.read().float().numpy())), f"latent_scale in {path}")
     return CodecPart(config, fit(published, codec_shapes(config), path, "autoencoder"), latent_scale)
 
 

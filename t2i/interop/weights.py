@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from t2i.errors import CheckpointError
+from t2i.weight_file import check_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is still in its file: `read` gets it, on the CPU."""
+    """A tensor that is still in its file: `read` gets it, on the CPU.
+
+    `read` raises CheckpointError where the file was cut short, or where a number is NaN or infinite.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -49,6 +53,17 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     first = weights[0]
     rows = sum(weight.shape[0] for weight in weights)
     return Weight((rows, *first.shape[1:]), first.dtype, lambda: torch.cat([w.read() for w in weights]))
+
+
+def checked(name: str, path: Path, weight: Weight) -> Weight:
+    """The same, which as a part of the file `path` has to be finite wherever it goes."""
+
+    def read() -> Tensor:
+        tensor = weight.read()
+        check_finite({name: tensor}, path)
+        return tensor
+
+    return Weight(weight.shape, weight.dtype, read)
 
 
 def stored(

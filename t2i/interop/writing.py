@@ -64,11 +64,13 @@ def write_safetensors(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another dtype, contiguous; no finite number may become infinite."""
+    """The tensor in another dtype, contiguous; no number may become infinite."""
     changed = tensor.to(dtype).contiguous()
-    if changed.dtype != tensor.dtype and tensor.isfinite().all() and not changed.isfinite().all():
+    if changed.dtype != tensor.dtype and not changed.isfinite().all():
+        largest = tensor.abs().max().item()
+        fitting = [each for each, kind in DTYPES.items() if largest <= torch.finfo(kind).max]
         raise CheckpointError(
-            f"{name} has numbers up to {tensor.abs().max().item():.3g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; allowed: --dtype fp32 or bf16."
+            f"{name} has numbers up to {largest:.3g}, too large for {str(dtype).removeprefix('torch.')}; "
+            + (f"allowed: --dtype {' or '.join(fitting)}." if fitting else "no --dtype holds them.")
         )
     return changed

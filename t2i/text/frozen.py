@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from t2i.errors import ConfigError
 from t2i.interfaces import TextFeatures
+from t2i.weight_file import check_finite
 
 
 class FrozenTextEncoder(nn.Module):
@@ -24,7 +25,9 @@ class FrozenTextEncoder(nn.Module):
         self.max_tokens = max_tokens
 
     def freeze(self) -> None:
+        """Raises CheckpointError where the weights that were read are not finite."""
         self.requires_grad_(False).train(False)
+        check_finite(dict(self.named_parameters()), "the text encoder")
 
     def train(self, mode: bool = True) -> FrozenTextEncoder:
         return super().train(False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t2i.config import run_to_dict
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
+from t2i.weight_file import check_finite
 
 if TYPE_CHECKING:
     from t2i.training.stage import BaseStage
@@ -72,7 +73,7 @@ def save_final(stage: BaseStage, path: Path) -> None:
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:
     """Copies the weights whose names begin with `prefix` (which is taken off) into `module`. All names and
-    shapes must fit; the error names the first that do not."""
+    shapes must fit, and all numbers be finite; the error names the first that do not."""
     chosen = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - chosen.keys()), sorted(chosen.keys() - own.keys())
@@ -87,6 +88,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, pr
                 f"{source} does not fit the model: {name} has shape {tuple(value.shape)}, "
                 f"the model wants {tuple(own[name].shape)}."
             )
+    check_finite(chosen, source)
     module.load_state_dict(chosen)
 
 

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from t2i.files import written_whole
+
 
 def to_uint8(image: Tensor) -> Tensor:
     """(..., 3, H, W) float in [-1, 1] -> the same shape, uint8, rounded and clamped."""
@@ -34,11 +36,11 @@ def grid(images: Tensor, columns: int, gap_px: int = 2) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path, **text: str) -> None:
-    """Writes (3, H, W) in [-1, 1] as PNG, with `text` as its text chunks."""
+    """Writes (3, H, W) in [-1, 1] as PNG, with `text` as its text chunks; there is all of the file or none."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path, pnginfo=info)
+    with written_whole(path) as unfinished:
+        to_pil(image).save(unfinished, format="PNG", pnginfo=info)

@@ -122,6 +122,21 @@ def newest_run(runs_dir: str | Path, stage: str, below_px: int | None = None) ->
     return found[-1] if found else None
 
 
+def newest_finished(runs_dir: str | Path, stage: str) -> tuple[Path | None, list[Path]]:
+    """The run of `stage` with the newest final weights, of training or of `t2i convert`, or else the newest with a
+    checkpoint; and the unfinished ones that are newer, newest first."""
+    parent = Path(runs_dir) / stage
+    if not parent.is_dir():
+        return None, []
+    folders = [p for p in parent.iterdir() if not p.is_symlink() and (p / "config.yaml").is_file()]
+    weights = {p: weights_file(p) for p in folders if checkpoints(p) or (p / FINAL_WEIGHTS).is_file()}
+    newest_first = sorted(weights, key=lambda p: weights[p].stat().st_mtime, reverse=True)
+    for i, folder in enumerate(newest_first):
+        if weights[folder].name == FINAL_WEIGHTS:
+            return folder, newest_first[:i]
+    return (newest_first[0], []) if newest_first else (None, [])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, in the order of their steps."""
     return sorted((folder / "checkpoints").glob("step_*.ckpt"))

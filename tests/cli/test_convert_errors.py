@@ -139,6 +139,21 @@ def test_nothing_is_left_of_a_conversion_that_fails_half_way(t2i, vqgan):
     assert sorted(path.name for path in Path().iterdir()) == ["large.ckpt", "vqgan.ckpt"]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(t2i, vqgan, bad, dtype):
+    vqgan["decoder.conv_in.weight"][0, 1, 2, 0] = bad
+    torch.save({"state_dict": vqgan}, "bad.ckpt")
+    before = sorted(Path().iterdir())
+    for out in ("run", "out.safetensors"):
+        sentence = t2i(
+            "convert", "bad.ckpt", out, "--dtype", dtype, "--to", {"run": "t2i"}.get(out, "compvis")
+        ).sentence
+        assert "decoder.conv_in.weight in bad.ckpt has 1 numbers of" in sentence
+        assert "not finite" in sentence
+        assert sorted(Path().iterdir()) == before
+
+
 def test_an_outcome_that_cannot_be_written(t2i, vqgan):
     Path("file").write_text("")
     assert "file/run cannot be written" in t2i("convert", "vqgan.ckpt", "file/run").sentence

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 PROMPT = ("sample", "--prompt", "a red circle")
 
@@ -30,6 +34,16 @@ PROMPT = ("sample", "--prompt", "a red circle")
         (("--image", "absent.png"), ("--image", "absent.png", "exists")),
         (("--strength", "0.5"), ("--strength", "0.5", "only with --image")),
         (("--image", "absent.png", "--strength", "0"), ("--image",)),
+        (("--guidance-scale", "nan"), ("--guidance-scale", "nan", "0 or more, finite")),
+        (("--guidance-scale", "inf"), ("--guidance-scale", "inf")),
+        (("--guidance-scale", "-1"), ("--guidance-scale", "-1")),
+        (("--seed", "-1"), ("--seed", "-1", "0 to 18446744073709551612")),
+        (("--seed", str(2**64)), ("--seed", "0 to 18446744073709551612")),
+        (("--seed", str(2**64 - 1), "--num-images", "2"), ("--seed", "0 to 18446744073709551614")),
+        (("--steps", str(10**30)), ("--steps", "1 to 1,000,000")),
+        (("--num-images", str(10**9)), ("--num-images", "1 to 1,000,000")),
+        (("--width", str(10**9)), ("--width", "1 to 16,384")),
+        (("--negative-prompt", os.fsdecode(b"caf\xe9")), ("--negative-prompt", "UTF-8")),
     ],
     ids=str,
 )
@@ -185,6 +199,144 @@ def test_pictures_are_written(t2i, ldm_file):
     assert names == ["a-red-circle_0.png", "a-red-circle_1.png", "grid.png"]
     for name in names:
         assert f"samples/{name}" in result.out
+
+
+def test_a_prompt_that_is_not_utf_8(t2i, ldm_file):
+    prompt = ("--prompt", os.fsdecode(b"caf\xe9"), "--num-images", "1")
+    assert (
+        "--prompt is 'caf\\udce9'; allowed: text in UTF-8"
+        in t2i("sample", *prompt, "--checkpoint", ldm_file).sentence
+    )
+    assert list(Path().iterdir()) == []
+
+
+def test_the_largest_seed_draws(t2i, ldm_file):
+    arguments = ("--checkpoint", ldm_file, "--num-images", "1", "--seed", str(2**64 - 1))
+    assert t2i(*PROMPT, *arguments).code == 0
+    assert [path.name for path in Path("samples").iterdir()] == ["a-red-circle_18446744073709551615.png"]
+
+
+def changed(source: str, target: Path, **weights: float) -> str:
+    """A copy of a weights file with one number of each of `weights` in its place."""
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    for name, value in weights.items():
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors, target, metadata=metadata)
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.denoiser.out.weight", "model.text.start", "model.codec.latent_scale"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(t2i, ldm_file, tmp_path, name, bad):
+    assert name in load_file(ldm_file)
+    path = changed(ldm_file, tmp_path / "bad.safetensors", **{name: bad})
+    sentence = t2i(*PROMPT, "--checkpoint", path).sentence
+    assert f"{name.removeprefix('model.')} in {path} has 1 numbers of" in sentence
+    assert list(Path().iterdir()) == []
+
+
+def test_pictures_that_are_not_finite(t2i, ldm_file, tmp_path):
+    """The weights are finite, what comes of them is not."""
+    path = changed(ldm_file, tmp_path / "large.safetensors", **{"model.codec.latent_scale": 1e-38})
+    sentence = t2i(*PROMPT, "--checkpoint", path, "--num-images", "2").sentence
+    assert "2 of 2 pictures came out with numbers that are not finite" in sentence
+    assert "'a red circle' seed 0" in sentence
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt"])
+def test_what_the_text_encoder_does_not_take_is_said(t2i, ldm_file, flag):
+    """text=learned takes a start token and max_tokens - 1 words."""
+    text = " ".join(f"word{i}" for i in range(40))
+    result = t2i(
+        *PROMPT,
+        flag,
+        text,
+        "--checkpoint",
+        ldm_file,
+        "--num-images",
+        "1",
+    )
+    assert result.code == 0
+    assert f"{flag} has 41 tokens, of which the text encoder takes 24: 'word23 word24" in result.out
+    assert "word39' is left out." in result.out
+    short = t2i(*PROMPT, "--checkpoint", ldm_file, "--num-images", "1")
+    assert "left out" not in short.out
+
+
+def run_folder_of(ldm_file: str, name: str, step: int | None = None, age_s: int = 0) -> Path:
+    """runs/ldm/NAME with final weights, as training and `t2i convert` leave it, or with a checkpoint of `step`."""
+    folder = Path("runs/ldm") / name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}\n")
+    path = folder / "model.safetensors"
+    if step is None:
+        shutil.copy(ldm_file, path)
+    else:
+        with safe_open(ldm_file, "pt") as file:
+            header = json.loads(file.metadata()["t2i"])
+        path = folder / f"checkpoints/step_{step:06}.ckpt"
+        torch.save({"state_dict": load_file(ldm_file), "t2i": header}, path)
+    os.utime(path, (10**9 - age_s,) * 2)
+    return folder
+
+
+def test_a_converted_run_is_found_and_an_interrupted_one_is_passed_over_with_a_word(t2i, ldm_file):
+    few = (*PROMPT, "--num-images", "1", "--steps", "1")
+    run_folder_of(ldm_file, "interrupted", step=3, age_s=10)
+    assert "Drawing with runs/ldm/interrupted/checkpoints/step_000003.ckpt" in t2i(*few).out
+    run_folder_of(ldm_file, "older", age_s=200)
+    shutil.rmtree(run_folder_of(ldm_file, "converted", age_s=100) / "checkpoints")
+    out = t2i(*few).out
+    assert "Drawing with runs/ldm/converted/model.safetensors" in out
+    assert (
+        "Passed over runs/ldm/interrupted, which did not come to its end: --checkpoint runs/ldm/interrupted"
+        in out
+    )
+    assert "Passed over runs/ldm/older" not in out
+    run_folder_of(ldm_file, "newest [a]")
+    out = t2i(*few).out
+    assert "Drawing with runs/ldm/newest [a]/model.safetensors" in out
+    assert "Passed over" not in out
+
+
+@pytest.mark.parametrize("out", ["file", "file/samples"])
+def test_a_folder_that_cannot_be(t2i, ldm_file, out):
+    Path("file").write_text("")
+    assert (
+        f"The folder {out} cannot be made: " in t2i(*PROMPT, "--checkpoint", ldm_file, "--out", out).sentence
+    )
+
+
+def test_ctrl_c_while_drawing(t2i, ldm_file, monkeypatch):
+    from t2i.families.latent_diffusion.generator import Generator
+
+    drawn = []
+
+    def generate(self, request, progress=None):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(request)
+        return torch.zeros(1, 3, 8, 8)
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    result = t2i(*PROMPT, "--checkpoint", ldm_file, "--batch-size", "1")
+    assert (result.code, result.err) == (130, "t2i sample: stopped by Ctrl-C.\n")
+    assert [path.name for path in Path("samples").iterdir()] == ["a-red-circle_0.png"]
+
+
+def test_a_full_disk(t2i, ldm_file, monkeypatch):
+    def full(self, file, format, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    sentence = t2i(*PROMPT, "--checkpoint", ldm_file, "--num-images", "1").sentence
+    assert "samples/a-red-circle_0.png cannot be used: No space left on device" in sentence
+    assert list(Path("samples").iterdir()) == []
 
 
 def test_a_report_without_runs(t2i):

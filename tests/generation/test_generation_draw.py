@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.generation.text_to_image import RECIPE_KEY, draw, read_image, save, slug, unused
+from t2i.generation.text_to_image import (
+    RECIPE_KEY,
+    check_folder,
+    draw,
+    draw_files,
+    read_image,
+    save,
+    save_grid,
+    slug,
+    unused,
+)
 from t2i.interfaces import SampleRequest
 
 
@@ -131,7 +141,7 @@ def test_a_recipe_draws_its_picture_again(tmp_path):
 
 def test_several_pictures_get_a_grid(tmp_path):
     asked = request(PROMPTS * 2)
-    paths = save(FakeGenerator().generate(asked), asked, tmp_path, {"checkpoint": "c"})
+    paths = list(draw_files(FakeGenerator(), asked, 3, tmp_path, {"checkpoint": "c"}, lambda done: None))
     assert len(paths) == len(set(paths)) == 11
     assert paths[-1].name == "grid.png"
     recipe = recipe_of(paths[-1])
@@ -142,8 +152,58 @@ def test_several_pictures_get_a_grid(tmp_path):
 
 
 def test_one_picture_gets_no_grid(tmp_path):
-    asked = request(["a"])
-    assert [path.name for path in save(FakeGenerator().generate(asked), asked, tmp_path, {})] == ["a_7.png"]
+    paths = draw_files(FakeGenerator(), request(["a"]), 3, tmp_path, {}, lambda done: None)
+    assert [path.name for path in paths] == ["a_7.png"]
+
+
+class Failing(FakeGenerator):
+    """Comes to NaN for "bb" and to infinity for "dddd", and is stopped at "eeeee"."""
+
+    def generate(self, request):
+        if "eeeee" in request.prompts:
+            raise KeyboardInterrupt
+        images = super().generate(request)
+        for image, prompt in zip(images, request.prompts, strict=True):
+            image[1, 2, 3] = {"bb": torch.nan, "dddd": torch.inf}.get(prompt, 0.0)
+        return images
+
+
+def test_pictures_that_are_not_finite_are_named_and_the_others_are_written(tmp_path):
+    asked = request(PROMPTS[:4])
+    with pytest.raises(UserError, match=r"2 of 4 .* not finite .*'bb' seed 8, 'dddd' seed 10.*is 2\.5"):
+        list(draw_files(Failing(), asked, 3, tmp_path, {}, lambda done: None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_7.png", "ccc_9.png", "grid.png"]
+    assert recipe_of(tmp_path / "grid.png")["seeds"] == [7, 9]
+    with pytest.raises(UserError, match="2 of 4 pictures"):
+        draw(Failing(), asked, 3, lambda done: None)
+
+
+def test_what_was_finished_before_ctrl_c_stays(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        list(draw_files(Failing(), request(["a", "ccc", "eeeee"]), 1, tmp_path, {}, lambda done: None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_7.png", "ccc_8.png"]
+
+
+def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, file, format, **options):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(torch.zeros(1, 3, 4, 6), request(["a"]), tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_known_before_anything_is_drawn(tmp_path):
+    (tmp_path / "file").write_text("")
+    generator = FakeGenerator()
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(UserError, match=r"file is not a folder"):
+            list(draw_files(generator, request(["a"]), 1, folder, {}, lambda done: None))
+    assert generator.requests == []
+    check_folder(tmp_path / "new" / "one")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_pixels_are_those_that_were_drawn(tmp_path):
@@ -156,9 +216,11 @@ def test_pixels_are_those_that_were_drawn(tmp_path):
 
 def test_no_file_is_written_over(tmp_path):
     asked = request(["a b", "a-b"], seeds=[1, 1])  # the same name
-    first = save(FakeGenerator().generate(asked), asked, tmp_path, {})
+    first = [*save(FakeGenerator().generate(asked), asked, tmp_path, {})]
+    first.append(save_grid(FakeGenerator().generate(asked), asked, tmp_path, {}))
     before = {path: path.read_bytes() for path in first}
-    second = save(torch.zeros(2, 3, 4, 6), asked, tmp_path, {})
+    second = [*save(torch.zeros(2, 3, 4, 6), asked, tmp_path, {})]
+    second.append(save_grid(torch.zeros(2, 3, 4, 6), asked, tmp_path, {}))
     assert not set(first) & set(second)
     assert {path: path.read_bytes() for path in first} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -184,11 +246,18 @@ def test_numbers_must_agree(tmp_path):
         ("  --x--  ", "x"),
         ("", "empty"),
         ("日本", "empty"),
-        ("a" * 59 + " b", "a" * 59),
+        ("a" * 58 + " b", "a" * 58 + "-b"),
     ],
 )
 def test_slug(prompt, name):
     assert slug(prompt) == name
+
+
+def test_long_prompts_with_the_same_beginning_have_names_of_their_own():
+    names = {slug(f"{'a photo of a red fox ' * 5}{end}") for end in ("at dawn", "at dusk", "At dusk")}
+    assert len(names) == 3
+    assert all(len(name) == 60 and name == name.lower() for name in names)
+    assert slug("b " * 100) == slug("b " * 100)
 
 
 def test_unused(tmp_path):

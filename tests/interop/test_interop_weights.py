@@ -122,7 +122,7 @@ def test_rows_stacks_and_shapes():
         (torch.float16, [1.0, 70_000.0], "w has numbers up to 7e+04, too large for float16"),
         (torch.float16, [1.0, -70_000.0], "too large for float16"),
         (torch.bfloat16, [1.0, 3e38], None),
-        (torch.float16, [1.0, float("inf")], None),  # it was infinite before
+        (torch.bfloat16, [1.0, 3.4e38], "too large for bfloat16; allowed: --dtype fp32."),
     ],
 )
 def test_no_number_becomes_infinite(tmp_path, dtype, values, words):
@@ -171,3 +171,26 @@ def test_stored_reads_with_a_stride(tmp_path):
     path.write_bytes(torch.arange(12, dtype=torch.float32).numpy().tobytes())
     weight = stored(path, 4, torch.float32, (2, 3), (1, 2))
     assert torch.equal(weight.read(), torch.tensor([[1.0, 3, 5], [2, 4, 6]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".old.ckpt"])
+def test_numbers_that_are_not_finite_are_named_when_they_are_read(tmp_path, dtype, bad, suffix):
+    path = tmp_path / f"x{suffix}"
+    tensors = {"a": torch.zeros(3, 2, dtype=dtype), "b": torch.zeros(3, 2, dtype=dtype)}
+    tensors["b"][1, 1] = bad
+    if suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=suffix == ".ckpt")
+    read = read_weights(path)
+    assert torch.equal(read["a"].read(), tensors["a"])
+    for weight in (read["b"], read["b"].rows(1, 2), read["b"].reshaped(6)):
+        with pytest.raises(CheckpointError, match=r"b in .*x.* has 1 numbers of 6 that are not finite"):
+            weight.read()
+
+
+def test_whole_numbers_are_finite(tmp_path):
+    save_file({"n": torch.arange(3)}, tmp_path / "x.safetensors")
+    assert torch.equal(read_weights(tmp_path / "x.safetensors")["n"].read(), torch.arange(3))

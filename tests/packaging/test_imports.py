@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
 # Imports point from a higher floor to a lower one.
 FLOORS = (
-    {"errors", "files", "schema", "data_config", "config", "interfaces", "t2i"},
+    {"errors", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
     {"diffusion"},
     {"training", "data", "text"},
@@ -29,6 +29,7 @@ FLOORS = (
 # planning and interop build whatever networks a family has (through families.load).
 SIDEWAYS = {
     ("schema", "errors"),
+    ("weight_file", "errors"),
     ("data_config", "schema"),
     ("config", "schema"),
     ("config", "data_config"),

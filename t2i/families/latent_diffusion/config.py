@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,7 @@ class PixArtConfig:
         ok = self.width % self.heads == 0 and self.width % 4 == 0
         allowed = f"a multiple of heads ({self.heads}) and, for the position embedding, of 4"
         check(ok, "denoiser.width", self.width, allowed)
-        ok = self.interpolation_scale > 0
+        ok = 0 < self.interpolation_scale < math.inf
         check(ok, "denoiser.interpolation_scale", self.interpolation_scale, "more than 0")
 
 
@@ -84,7 +85,7 @@ class ObjectiveConfig:
     min_snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
-        ok = self.min_snr_gamma is None or self.min_snr_gamma > 0
+        ok = self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf
         check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
 
 
@@ -98,7 +99,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
-        check(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, "0 or more")
+        ok = 0 <= self.guidance_scale < math.inf
+        check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")
 
 
 @dataclass(frozen=True)

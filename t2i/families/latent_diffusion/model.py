@@ -79,7 +79,8 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def generate(self, request: SampleRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """-> (N, 3, height_px, width_px) in [-1, 1] on the model's device; see `t2i.interfaces.Generator`."""
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
+        device; see `t2i.interfaces.Generator`."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
         text = self.text(list(request.prompts))
         negative = self.text([request.negative_prompt] * len(request.prompts))
@@ -106,7 +107,8 @@ class LatentDiffusion(nn.Module):
             init=init,
             strength=request.strength,
         )
-        return self.codec.decode(latent).clamp(-1, 1)
+        image = self.codec.decode(latent)
+        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

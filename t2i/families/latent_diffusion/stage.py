@@ -103,7 +103,9 @@ def _autoencoder(config: RunConfig) -> tuple[LoadedCheckpoint, str]:
     """The autoencoder that config.model.autoencoder means, and its place."""
     place = config.model.autoencoder
     if place == "latest":
-        found = run_folder.newest_run(config.runs_dir, "autoencoder")
+        found, passed_over = run_folder.newest_finished(config.runs_dir, "autoencoder")
+        for run in passed_over:
+            log.info("passes over %s, which did not come to its end", run)
         if found is None:
             raise CheckpointError(
                 f"stage={config.stage} builds on an autoencoder, and {config.runs_dir}/autoencoder holds none: "

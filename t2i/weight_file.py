@@ -1,0 +1,79 @@
+"""What a file of weights is, told by its content and not by its name, and whether its numbers are numbers."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from t2i.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What people find under the name of a model, by its first bytes; text is looked at in lower case, without the
+# spaces before it.
+NOT_WEIGHTS = {
+    b"version https://git-lfs": "a git-LFS pointer, which only names the file; fetch the file with `git lfs pull`",
+    b"<!doctype html": "an HTML page, which a download got in place of the file",
+    b"<html": "an HTML page, which a download got in place of the file",
+    b"<?xml": "an XML page, which a download got in place of the file",
+    b"{": "JSON text",
+    b"[": "JSON text",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"rar!": "a RAR archive; unpack it first",
+    b"\xfd7zxz": "an xz archive; unpack it first",
+    b"gguf": "a GGUF file, whose quantised weights are not read",
+    b"\x89hdf": "an HDF5 file of Keras, which is not read",
+    b"\x93numpy": "a NumPy array",
+    b"\x89png": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+
+
+def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
+    """How the weights in a file are stored. Raises CheckpointError, which says what the file is, where it holds
+    none. That they can be read is not yet said."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if not size:
+        raise CheckpointError(f"{path} is empty; allowed: a file of weights.")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for first, what in NOT_WEIGHTS.items():
+        if text.startswith(first):
+            raise CheckpointError(
+                f"{path} is {what}; allowed: a file of weights (.safetensors, .ckpt, .bin, .pt)."
+            )
+    if start.startswith(b"PK\x03\x04") and not _saved_by_torch(path):
+        raise CheckpointError(
+            f"{path} is a zip archive without a checkpoint of torch in it; unpack it, and give what is inside."
+        )
+    return "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
+
+
+def _saved_by_torch(path: Path) -> bool:
+    """Whether a zip archive is one of torch.save's; one that is cut short may have been."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return True
+
+
+def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Raises CheckpointError that names the first of `weights` with a number that is NaN or infinite."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            bad = value.numel() - int(value.isfinite().sum())
+            raise CheckpointError(
+                f"{name} in {source} has {bad:,} numbers of {value.numel():,} that are not finite (NaN or infinite); "
+                "allowed: finite weights."
+            )
