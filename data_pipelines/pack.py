@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.data.decode import IMAGE_EXTENSIONS, BadSample
+from t2i.data.decode import BadSample
+from t2i.data.members import PICTURE_ENDINGS
 from t2i.errors import ConfigError, DataError
 from t2i.files import written_whole
 
@@ -59,10 +60,10 @@ def rows_of(source: Path, path_column: str = "path", caption_column: str = "capt
     """What there is to pack, in a fixed order. Paths in a table count from the table's folder. Raises DataError
     for a source that is not there, is neither a folder nor a .csv, .jsonl or .parquet, or lacks a column."""
     if source.is_dir():
-        pictures = (p for p in source.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        pictures = (p for p in source.rglob("*") if p.suffix.lower().lstrip(".") in PICTURE_ENDINGS)
         rows = [Row(path, None) for path in sorted(pictures)]
         if not rows:
-            raise DataError(f"{source} holds no pictures; allowed: {', '.join(IMAGE_EXTENSIONS)}.")
+            raise DataError(f"{source} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
         return rows
     records = _records(source)
     rows = []

@@ -13,6 +13,7 @@ from typing import Any
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
+from t2i.data.members import member
 from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes
 from t2i.errors import DataError
 
@@ -102,8 +103,9 @@ def _from_members(path: Path, url: str) -> Any:
                 members = index.read(file.fileno(), number, ("json", "txt"))
                 row = parse_metadata(members, key)
                 row.setdefault("status", "success")
-                if "caption" not in row and "txt" in members:
-                    row["caption"] = members["txt"].decode().strip()
+                text = member(members, ("txt",))
+                if "caption" not in row and text is not None:
+                    row["caption"] = members[text].decode("utf-8-sig").strip()
             except BadSample as error:
                 row["status"] = error.cause
             except UnicodeDecodeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from t2i.data.captions import parse_captions, parse_metadata
-from t2i.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, image_bytes, stored_size
+from t2i.data.decode import BadSample, decode_image, image_bytes, open_image, stored_size
 from t2i.data.index import ShardIndex, original_size
+from t2i.data.members import PICTURE_ENDINGS, SAMPLE_ENDINGS, UNREAD_ENDINGS, among, member
 
 NAMED_PER_CAUSE = 100  # so many samples with a flaw are named; all are counted
 MAX_JSON_FIELDS = 64  # of so many fields that hold lists of texts the lengths are counted
@@ -23,6 +23,7 @@ ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)  # width 
 CAPTION_KEYS = ("txt", "json:caption")
 CAUSES = {
     "image": "picture not decodable",
+    "format": "picture of a kind that is not read",
     "bomb": "too many pixels or bytes",
     "json": "JSON not readable",
     "truncated": "cut off at the end of the tar",
@@ -115,7 +116,8 @@ def read_sample(file: int, index: ShardIndex, row: int) -> dict[str, bytes]:
     """Picture, caption and JSON of one sample. Raises BadSample where the tar file ends before, or for sizes that no
     sample of use has, before memory is asked for."""
     there = [column for column in range(len(index.extensions)) if index.offsets[row, column] >= 0]
-    wanted = [column for column in there if index.extensions[column] in (*IMAGE_EXTENSIONS, "txt", "json")]
+    meant = among(tuple(index.extensions[column] for column in there), SAMPLE_ENDINGS)
+    wanted = [column for column in there if index.extensions[column] in meant]
     if not wanted:
         return {}
     starts = index.offsets[row, wanted]
@@ -124,7 +126,7 @@ def read_sample(file: int, index: ShardIndex, row: int) -> dict[str, bytes]:
         raise BadSample("truncated", index.keys[row])
     if ends.max() - starts.min() > MAX_SAMPLE_BYTES:
         raise BadSample("bomb", index.keys[row], f"more than {MAX_SAMPLE_BYTES} bytes")
-    return index.read(file, row, [index.extensions[column] for column in wanted])
+    return index.read(file, row, SAMPLE_ENDINGS)
 
 
 class _Sample:
@@ -150,7 +152,7 @@ class _Sample:
         except BadSample as error:
             return Tile(None, "", note or self.flaw(CAUSES[error.cause], error))
         caption = self._caption(members, self._metadata(members))
-        if not any(extension in IMAGE_EXTENSIONS for extension in members):
+        if not among(tuple(members), (*PICTURE_ENDINGS, *UNREAD_ENDINGS)):
             return Tile(None, caption, self.flaw("no picture"))
         try:
             picture = self._picture(image_bytes(members, self.key), fast, tile_px)
@@ -175,7 +177,7 @@ class _Sample:
         try:
             caption = next(iter(parse_captions(members, metadata, CAPTION_KEYS, self.key)))
         except BadSample as error:
-            if "txt" not in members and metadata.get("caption") is None:
+            if member(members, ("txt",)) is None and metadata.get("caption") is None:
                 self.flaw("no caption")
             elif "none under" in str(error):
                 self.flaw("empty caption")
@@ -194,8 +196,7 @@ class _Sample:
         else:
             small = (tile_px, tile_px) if fast and tile_px else None
             picture, (height, width) = decode_image(data, self.key, small)
-        with Image.open(io.BytesIO(data)) as header:
-            self.facts.formats[header.format or "unknown"] += 1
+        self.facts.formats[open_image(data).format or "unknown"] += 1
         self.facts.pictures += 1
         self.facts.stored_px[min(height, width)] += 1
         self.facts.aspects[bisect.bisect_right(ASPECT_EDGES, width / height)] += 1

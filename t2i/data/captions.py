@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 
 from t2i.data.decode import BadSample
+from t2i.data.members import member
 
 MAX_NESTING = 50  # deeper JSON says nothing, and cannot be sent from a reader process
 
 
 def parse_metadata(members: Mapping[str, bytes], key: str) -> dict[str, Any]:
-    """The sample's JSON, {} where it has none. Raises BadSample("json") unless it is an object in UTF-8, nested not
-    deeper than MAX_NESTING."""
-    if "json" not in members:
+    """The sample's JSON, {} where it has none (see `t2i.data.members.member`). Raises BadSample("json") unless it is an
+    object in UTF-8, nested not deeper than MAX_NESTING."""
+    found = member(members, ("json",))
+    if found is None:
         return {}
+    text = members[found]
     try:
-        metadata = json.loads(members["json"].decode("utf-8"))
+        metadata = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadSample("json", key, str(error)) from error
     if not isinstance(metadata, dict):
         raise BadSample("json", key, f"a {type(metadata).__name__} where an object was expected")
-    if (
-        members["json"].count(b"[") + members["json"].count(b"{") > MAX_NESTING
-        and _depth(metadata) > MAX_NESTING
-    ):
+    if text.count(b"[") + text.count(b"{") > MAX_NESTING and _depth(metadata) > MAX_NESTING:
         raise BadSample("json", key, f"nested deeper than {MAX_NESTING}")
     return metadata
 
@@ -70,8 +70,9 @@ def _captions_under(
     caption_key: str, members: Mapping[str, bytes], metadata: Mapping[str, Any], key: str
 ) -> list[str]:
     if caption_key == "txt":
+        named = member(members, ("txt",))
         try:
-            found: Any = members.get("txt", b"").decode("utf-8")
+            found: Any = "" if named is None else members[named].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSample("caption", key, str(error)) from error
     else:
@@ -79,7 +80,8 @@ def _captions_under(
     options = found if isinstance(found, list) else [found]
     if not all(option is None or isinstance(option, str) for option in options):
         raise BadSample("caption", key, f"{caption_key} is neither text nor a list of texts")
-    found = [text for option in options if (text := (option or "").strip())]
+    # A byte order mark also comes from tables that were joined or saved with one.
+    found = [text for option in options if (text := (option or "").strip().strip("\ufeff").strip())]
     try:
         "".join(found).encode()  # JSON can spell halves of characters, which no tokenizer takes
     except UnicodeEncodeError as error:

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-# No others are opened: Pillow knows 40 more, among them EPS, for which it starts Ghostscript.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, UNREAD_ENDINGS, member
+
+TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be anything
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
 EXIF_ORIENTATION = 0x0112
 TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
@@ -24,7 +24,8 @@ TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 class BadSample(Exception):
     """A sample that cannot be used.
 
-    cause: "image" (missing or not decodable), "bomb" (too many pixels), "caption", "json"; of the tar file
+    cause: "image" (missing or not decodable), "format" (a kind of picture that is not read), "bomb" (too many
+        pixels), "caption", "json"; of the tar file
         "truncated", "damaged" or "duplicate"; "missing" (not in the shard, or the shard is not there) or "unreadable"
         (the shard, or what it is read from)
     key: the sample's key
@@ -37,21 +38,28 @@ class BadSample(Exception):
 
 
 def image_bytes(members: Mapping[str, bytes], key: str) -> bytes:
-    """The member that is the picture. Raises BadSample("image") where there is none."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
-    raise BadSample("image", key, f"no picture among {sorted(members)}")
+    """The member that is the picture. Raises BadSample: "format" where there is one only of a kind that is not read,
+    "image" where there is none, or several of which none is meant (see `t2i.data.members.member`)."""
+    found = member(members, PICTURE_ENDINGS)
+    if found is not None:
+        return members[found]
+    unread = member(members, UNREAD_ENDINGS)
+    if unread is not None:
+        raise BadSample("format", key, f"{unread} is not read; allowed: {', '.join(PICTURE_ENDINGS)}")
+    raise BadSample("image", key, f"no picture among {sorted(members)}, or none that is meant")
 
 
-Image.init()  # all of Pillow's readers, so that it knows each of FORMATS that it has
+Image.init()  # all of Pillow's readers, so that it knows each of PICTURE_FORMATS that it has
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The picture, its header read, its pixels not; of FORMATS alone. Raises whatever Pillow raises."""
+    """The picture, its header read, its pixels not; of PICTURE_FORMATS alone. Raises whatever Pillow raises."""
+    formats = [name for name in PICTURE_FORMATS if name in Image.OPEN]
+    if not data.endswith(TGA_SIGNATURE):
+        formats.remove("TGA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS stands in its place
-        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(io.BytesIO(data), formats=formats)
 
 
 def decode_image(

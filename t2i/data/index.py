@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext
 
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, image_bytes, stored_size
+from t2i.data.members import among
 from t2i.data.tar import BLOCK, Gap, members, padded
 from t2i.errors import DataError
 
@@ -56,17 +57,20 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, file: int, row: int, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
-        """The members of sample `row` by extension, from the open file descriptor `file`; of those in `extensions`
-        where that is given. One read, where a sample's members lie side by side. Each member's header is read with
-        it and has to be the one that was indexed. Raises OSError."""
+    def read(self, file: int, row: int, endings: Sequence[str] | None = None) -> dict[str, bytes]:
+        """The members of sample `row` by extension, from the open file descriptor `file`; of those meant by `endings`
+        (see `members.among`) where that is given. One read, where a sample's members lie side by side. Each member's
+        header is read with it and has to be the one that was indexed. Raises OSError."""
         wanted = sorted(
             (int(offset), int(size), extension)
             for extension, offset, size in zip(
                 self.extensions, self.offsets[row], self.sizes[row], strict=True
             )
-            if offset >= 0 and (extensions is None or extension in extensions)
+            if offset >= 0
         )
+        if endings is not None:
+            meant = among(tuple(extension for _, _, extension in wanted), tuple(endings))
+            wanted = [each for each in wanted if each[2] in meant]
         found: dict[str, bytes] = {}
         start, data = 0, b""
         for i, (offset, size, extension) in enumerate(wanted):

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from t2i.data import buckets
 from t2i.data.captions import parse_captions, parse_metadata
-from t2i.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, image_bytes, resize_and_crop
+from t2i.data.decode import BadSample, decode_image, image_bytes, resize_and_crop
 from t2i.data.encoded import EncodedShards, Preparation
 from t2i.data.index import original_size
+from t2i.data.members import SAMPLE_ENDINGS
 from t2i.data.shards import Raw, Shards
 from t2i.data.sources import Limits
 from t2i.data.store import ShardStore
@@ -27,7 +28,7 @@ from t2i.interfaces import Batch, TextFeatures
 
 log = logging.getLogger(__name__)
 
-TEXT_EXTENSIONS = ("txt", "json")
+TEXT_ENDINGS = ("txt", "json")
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,7 @@ class SampleReader:
         """Samples, or what is wrong with them."""
         kept = [self._kept(each) for each in wanted]
         places = [self.place(each.index) for each, sample in zip(wanted, kept, strict=True) if sample is None]
-        pictures = IMAGE_EXTENSIONS if self.encoded is None else ()
-        raw = iter(self.shards.read(places, (*pictures, *TEXT_EXTENSIONS)))
+        raw = iter(self.shards.read(places, SAMPLE_ENDINGS if self.encoded is None else TEXT_ENDINGS))
         return [sample or self._made(each, next(raw)) for each, sample in zip(wanted, kept, strict=True)]
 
     def _kept(self, wanted: Wanted) -> Sample | None:

@@ -119,10 +119,10 @@ class Shards:
         return sizes
 
     def read(
-        self, places: Sequence[tuple[int, int]], extensions: Sequence[str] | None = None
+        self, places: Sequence[tuple[int, int]], endings: Sequence[str] | None = None
     ) -> list[Raw | BadSample]:
-        """The samples at (shard, place in it), or why they cannot be read; of their members those in `extensions`
-        where that is given. A shard that is silent for the deadline counts as unreadable."""
+        """The samples at (shard, place in it), or why they cannot be read; of their members those meant by
+        `endings` where that is given. A shard that is silent for the deadline counts as unreadable."""
         opened = {shard: self._opened(shard) for shard in dict.fromkeys(shard for shard, _ in places)}
         answers: list[Raw | BadSample] = []
         while len(answers) < len(places):
@@ -134,7 +134,7 @@ class Shards:
                 rest: list[tuple[int, int, Opened]] = rest, came: list[Raw | BadSample] = came
             ) -> None:
                 for at in rest:
-                    came.append(self._read_one(*at, extensions))
+                    came.append(self._read_one(*at, endings))
 
             try:
                 within(self.store.limits.deadline_s, read_on)
@@ -153,7 +153,7 @@ class Shards:
             self.store.prefetch(self.url(shard))
 
     def _read_one(
-        self, shard: int, place: int, opened: Opened, extensions: Sequence[str] | None
+        self, shard: int, place: int, opened: Opened, endings: Sequence[str] | None
     ) -> Raw | BadSample:
         if opened.failure is not None:
             name = f"{self._stems[shard]}[{place}]"
@@ -170,7 +170,7 @@ class Shards:
             return BadSample(flaw, key, self.url(shard))
         try:
             assert opened.file is not None
-            return Raw(key, key_in_shard, opened.index.read(opened.file.fileno(), row, extensions))
+            return Raw(key, key_in_shard, opened.index.read(opened.file.fileno(), row, endings))
         except OSError as error:
             return BadSample("unreadable", key, f"{self.url(shard)}: {error}")
 

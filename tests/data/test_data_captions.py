@@ -26,6 +26,9 @@ def as_json(**fields) -> bytes:
         ({"txt": b"a", "json": as_json(caption=None)}, ("json:caption", "txt"), ["a"]),
         ({"json": as_json(caption=["b", "", " c "])}, ("txt", "json:caption"), ["b", "c"]),
         ({"txt": "köter 🐕".encode()}, ("txt",), ["köter 🐕"]),
+        ({"txt": "a dog\n".encode("utf-8-sig")}, ("txt",), ["a dog"]),
+        ({"json": b"\xef\xbb\xbf" + as_json(caption="b")}, ("json:caption",), ["b"]),
+        ({"json": as_json(caption=["\ufeff b", "\ufeff"])}, ("json:caption",), ["b"]),
     ],
 )
 def test_the_first_key_with_a_caption_is_taken(members, keys, found):
