@@ -26,7 +26,7 @@ DECODED_PX = (
 )
 THUMBNAIL_PX = 8
 THUMBNAIL_BYTES = THUMBNAIL_PX * THUMBNAIL_PX * 3
-VERSION = "1"
+VERSION = "2"  # 2: colours of ICC profiles in sRGB
 
 
 @dataclass(frozen=True)

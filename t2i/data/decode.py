@@ -13,10 +13,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from t2i.data.colour import to_srgb
 from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, UNREAD_ENDINGS, member
 
 TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be anything
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
+GREY_MODES = ("1", "L", "LA", "La")
 EXIF_ORIENTATION = 0x0112
 TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -65,7 +67,8 @@ def open_image(data: bytes) -> Image.Image:
 def decode_image(
     data: bytes, key: str, size_px: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An upright RGB picture on white and its (height, width) as stored, after EXIF orientation.
+    """An upright picture in sRGB (see `t2i.data.colour`), on white, and its (height, width) as stored, after EXIF
+    orientation.
 
     size_px: (H, W) that the picture will be resized to cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of
         its size, in the domain of its cosine transform, as long as the result still covers (H, W).
@@ -108,16 +111,23 @@ def _reading(key: str) -> Iterator[None]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """In sRGB, without a profile."""
     image.load()
+    profile = image.info.get("icc_profile")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
         grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        plain = rgba.getchannel("R") if image.mode in GREY_MODES else rgba.convert("RGB")
+        opaque = to_srgb(plain, profile)
+        opaque.putalpha(rgba.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), opaque).convert("RGB")
+    found = to_srgb(image, profile)
+    found.info.pop("icc_profile", None)  # else who saves it again would have its colours moved twice
+    return found
 
 
 def covering_size(original: tuple[int, int], size_px: tuple[int, int]) -> tuple[int, int]:

@@ -33,7 +33,9 @@ from t2i.interfaces import FeatureMakers, ImageCodec, TextEncoder, TextFeatures
 
 RECORD = "encoded.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
-VERSION = 2  # 2: pictures resized with the bicubic filter; 1: with Lanczos
+VERSION = (
+    3  # 3: colours of ICC profiles in sRGB; 2: pictures resized with the bicubic filter; 1: with Lanczos
+)
 
 
 @dataclass(frozen=True)
