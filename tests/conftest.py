@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,15 @@ def shapes_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "shards"
     shapes.build(folder, num_train=64, num_heldout_one=8, num_heldout_two=4, size_px=32)
     return folder
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Weights and inputs are made in float64. What float32 rounds differs from processor to processor (vector length,
+    number of threads, the library's choice of kernel): no tolerance fitted on one holds on all."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from torch import Tensor
 from t2i.diffusion.guidance import classifier_free, guided
 from t2i.interfaces import TextFeatures
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def features(seed: int) -> TextFeatures:
     g = torch.Generator().manual_seed(seed)

@@ -11,6 +11,8 @@ from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 deterministic = settings(derandomize=True, deadline=None)
 
 PAIRS = [(o, s) for s in ("linear", "scaled_linear", "cosine") for o in ("eps", "x0", "v")]

@@ -24,6 +24,8 @@ from t2i.diffusion.objectives import Prediction, to_x0_eps
 from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
 from t2i.diffusion.schedules import build_schedule
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 DIFFUSERS_OBJECTIVE = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 

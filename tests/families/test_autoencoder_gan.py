@@ -15,6 +15,8 @@ from t2i.families.autoencoder.losses import (
     vanilla_discriminator_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -10,6 +10,8 @@ from t2i.errors import ConfigError
 from t2i.families.autoencoder.model import Decoder, Encoder
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def to_compvis(key: str, num_levels: int) -> str:
     """A key of diffusers' Encoder or Decoder -> CompVis' name of the same tensor."""
@@ -65,7 +67,7 @@ def test_equals_diffusers(mult, attention):
         pairs = [(encoder(image), oracle.encoder(image)), (decoder(latent), oracle.decoder(latent))]
         for ours, theirs in pairs:
             assert ours.shape == theirs.shape
-            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+            assert (ours - theirs).abs().max() < 1e-9 * theirs.abs().max()
 
 
 def test_parameter_count_of_the_published_f8_autoencoder():

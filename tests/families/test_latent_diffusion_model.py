@@ -25,6 +25,8 @@ from t2i.families.latent_diffusion.config import (
 from t2i.families.latent_diffusion.model import LatentDiffusion
 from t2i.interfaces import SampleRequest
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 DIT = DiTConfig("dit", width=32, depth=1, heads=2)
 UNET = UNetDenoiserConfig(
     model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=2
@@ -166,7 +168,7 @@ def test_a_picture_is_the_same_in_every_batch(objective, denoiser, sampler):
     assert together.abs().max() <= 1
     for i, seed in enumerate([5, 6, 5]):
         alone = model.generate(request(CAPTIONS[i : i + 1], [seed], sampler=sampler))
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-9)
     assert (together[0] - together[1]).abs().max() > 0.1  # not all saturated
 
 
@@ -203,7 +205,7 @@ def test_guidance_of_one_is_the_unguided_model():
 def test_guidance_of_zero_ignores_the_prompt():
     model = build("flow")
     images = model.generate(request(CAPTIONS, [5, 5, 5], scale=0.0, sampler="euler"))
-    torch.testing.assert_close(images, images[:1].expand_as(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, images[:1].expand_as(images), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("denoiser", [DIT, UNET], ids=["dit", "unet"])

@@ -12,6 +12,8 @@ from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.config import PixArtConfig
 from t2i.families.latent_diffusion.pixart import PixArt
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CONFIG = PixArtConfig("pixart", width=48, depth=3, heads=4, base_size=8)
 CHANNELS, CONTEXT, LENGTH = 4, 24, 7
 
@@ -48,15 +50,15 @@ def inputs(height: int = 16, width: int = 16) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "x": torch.randn(2, CHANNELS, height, width, generator=generator),
-        "t": torch.tensor([17.0, 803.0]),
+        "t": torch.tensor([17.0, 803.0], dtype=torch.float32),  # as diffusers embeds it
         "context": torch.randn(2, LENGTH, CONTEXT, generator=generator),
         "context_mask": torch.arange(LENGTH) < torch.tensor([[3], [LENGTH]]),
     }
 
 
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """To 1e-5 of the largest value."""
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+def assert_close(ours: Tensor, theirs: Tensor, share: float = 1e-9) -> None:
+    """To this share of the largest value."""
+    assert (ours - theirs).abs().max() <= share * theirs.abs().max()
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -75,7 +77,8 @@ def test_agrees_with_diffusers(changes, height, width, masked):
         timestep=given["t"],
         encoder_attention_mask=given["context_mask"],
     ).sample
-    assert_close(ours(**given), wanted)
+    # Positions on other grids than the square one diffusers works out in float32 by another route.
+    assert_close(ours(**given), wanted, 1e-9 if height == width else 1e-5)
 
 
 @torch.no_grad()

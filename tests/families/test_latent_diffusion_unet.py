@@ -15,6 +15,8 @@ from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SD1 = UNetConfig()
 SD2 = dataclasses.replace(
     SD1, num_heads=None, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True
@@ -52,7 +54,7 @@ def inputs(config: UNetConfig, height: int = 8, width: int = 8) -> tuple[Tensor,
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, config.in_channels, height, width, generator=generator)
     context = torch.randn(2, 7, config.context_dim, generator=generator)
-    return x, torch.tensor([17.0, 803.5]), context
+    return x, torch.tensor([17.0, 803.5], dtype=torch.float32), context  # the times as diffusers embeds them
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -172,7 +174,7 @@ def test_equals_diffusers(config: UNetConfig, height: int, width: int, masked: b
     actual = unet(x, t, context, mask)
     expected = theirs(x, t, context, encoder_attention_mask=mask).sample
     assert actual.shape == (2, config.out_channels, height, width)
-    assert relative_error(actual, expected) < 1e-5
+    assert relative_error(actual, expected) < 1e-9
 
 
 @SMALL
@@ -210,7 +212,7 @@ def test_channels_last_changes_the_layout_only(config: UNetConfig) -> None:
             )
     actual = unet(x.to(memory_format=torch.channels_last), t, context)
     assert strays == []
-    assert relative_error(actual, expected) < 1e-5
+    assert relative_error(actual, expected) < 1e-9
 
 
 @torch.no_grad()
@@ -221,7 +223,7 @@ def test_a_caption_that_is_masked_out_whole_gives_finite_values() -> None:
     out = unet(x, t, context, mask)
     assert torch.isfinite(out).all()
     assert torch.equal(out[0], unet(x, t, torch.randn_like(context), mask)[0])
-    assert relative_error(out[1], unet(x, t, context)[1]) < 1e-5
+    assert relative_error(out[1], unet(x, t, context)[1]) < 1e-9
 
 
 @SMALL

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from t2i.nn.attention import Attention
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def by_hand(attention: Attention, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention as its equation reads, one head at a time."""
@@ -39,7 +41,7 @@ def test_equals_the_softmax_written_out(context_dim: int | None, qk_norm: bool, 
     x = torch.randn(2, 7, 24)
     context = None if context_dim is None else torch.randn(2, 5, context_dim)
     expected = by_hand(attention, x, x if context is None else context)
-    torch.testing.assert_close(attention(x, context), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(x, context), expected, rtol=1e-9, atol=1e-9)
     assert (attention.to_q.bias is not None) == qkv_bias
 
 
@@ -49,9 +51,9 @@ def test_masked_keys_are_as_if_absent() -> None:
     x, context = torch.randn(2, 6, 16), torch.randn(2, 5, 12)
     mask = torch.tensor([[True, True, False, False, False], [True, False, True, True, False]])
     out = attention(x, context, mask)
-    torch.testing.assert_close(out, by_hand(attention, x, context, mask), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out[:1], attention(x[:1], context[:1, :2]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out[1:], attention(x[1:], context[1:, [0, 2, 3]]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, by_hand(attention, x, context, mask), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out[:1], attention(x[:1], context[:1, :2]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out[1:], attention(x[1:], context[1:, [0, 2, 3]]), rtol=1e-9, atol=1e-9)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -95,8 +97,8 @@ def test_qk_norm_makes_the_result_blind_to_the_scale_of_queries_and_keys() -> No
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_bfloat16_is_close_as_autocast_and_as_weights(qk_norm: bool) -> None:
     torch.manual_seed(0)
-    attention = Attention(16, 12, heads=2, head_dim=8, qk_norm=qk_norm)
-    x, context = torch.randn(2, 6, 16), torch.randn(2, 5, 12)
+    attention = Attention(16, 12, heads=2, head_dim=8, qk_norm=qk_norm).float()
+    x, context = torch.randn(2, 6, 16).float(), torch.randn(2, 5, 12).float()
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])
     expected = attention(x, context, mask)
     with torch.autocast("cpu", torch.bfloat16):

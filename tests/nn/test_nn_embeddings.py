@@ -10,6 +10,8 @@ from diffusers.models.embeddings import (
 
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.mark.parametrize("t", [torch.tensor([0, 1, 500, 999]), torch.tensor([0.0, 0.25, 731.4, 999.9])])
 @pytest.mark.parametrize("max_period", [10_000, 100])

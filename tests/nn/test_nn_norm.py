@@ -7,6 +7,8 @@ import torch
 
 from t2i.nn.norm import RMSNorm, group_norm
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.mark.parametrize(("channels", "groups"), [(320, 32), (32, 32), (48, 16), (24, 8), (7, 1)])
 def test_group_norm_takes_at_most_32_groups(channels: int, groups: int) -> None:

@@ -9,6 +9,8 @@ from torch import nn
 
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 OURS_TO_DIFFUSERS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -39,7 +41,7 @@ def test_residual_block_equals_diffusers(time_dim: int | None, out_channels: int
     theirs.load_state_dict(weights)
     x = torch.randn(2, 32, 6, 5)
     time = None if time_dim is None else torch.randn(2, time_dim)
-    torch.testing.assert_close(ours(x, time), theirs(x, time), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x, time), theirs(x, time), rtol=1e-9, atol=1e-9)
 
 
 def test_residual_block_starts_as_the_identity_where_asked() -> None:

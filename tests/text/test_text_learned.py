@@ -9,6 +9,8 @@ from t2i.config import TextConfig
 from t2i.text import build_text_encoder
 from t2i.text.learned import TRIGRAM_ROWS, WORD_ROWS, LearnedTextEncoder, word_rows
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.fixture
 def encoder() -> LearnedTextEncoder:
@@ -77,9 +79,9 @@ def test_a_caption_sees_neither_its_neighbours_nor_the_length_of_the_padding(enc
     longer.load_state_dict(weights)
     for i, caption in enumerate(captions):
         alone = encoder([caption])
-        torch.testing.assert_close(alone.tokens[0], together.tokens[i], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone.tokens[0], together.tokens[i], rtol=1e-9, atol=1e-9)
         if i != 2:  # which is cut at 8 tokens
-            torch.testing.assert_close(longer([caption]).tokens[0, :8], alone.tokens[0], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(longer([caption]).tokens[0, :8], alone.tokens[0], rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_reach_every_parameter_and_only_the_rows_in_use(encoder):
