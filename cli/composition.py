@@ -43,7 +43,37 @@ def composed_run(
                 )
             composed = hydra.compose("train", overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True)
+    check_pipes(values, overrides)
     return values
+
+
+def check_pipes(values: dict[str, Any], overrides: list[str]) -> None:
+    """Raises ConfigError where a `pipe:` command among the shards does not stand in the overrides, which are what the
+    command line itself says, but in a file of configuration."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from t2i.data.sources import expand
+
+    typed = {
+        text for each in OverridesParser.create().parse_overrides(overrides) for text in _texts(each.value())
+    }
+    for text in _texts(values.get("data")):
+        if "pipe:" in text and text not in typed:
+            commands = [url for url in expand(text, "data") if url.startswith("pipe:")]
+            check(
+                not commands, "data", commands[0] if commands else "", "commands that the command line names"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All the text in lists and mappings."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+    elif hasattr(value, "text"):  # Hydra's quoted string
+        yield value.text
+    elif isinstance(value, str):
+        yield value
 
 
 @contextmanager

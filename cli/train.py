@@ -8,13 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError
 
 from . import hub
-from .composition import explained, quoted, sentence
+from .composition import check_pipes, explained, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def run(arguments: list[str]) -> None:
     def task(composed: DictConfig) -> None:
         sys.argv = typed
         try:
+            overrides = list(HydraConfig.get().overrides.task)
+            check_pipes(OmegaConf.to_container(composed, resolve=True), overrides)  # type: ignore[arg-type]
             train(composed)
         except OmegaConfBaseException as error:
             failed.append(ConfigError(sentence(error)))

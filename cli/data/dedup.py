@@ -23,10 +23,11 @@ def run(arguments: list[str]) -> None:
 
     written = selection_path(options.out)
     report = Path(options.report) if options.report else written.with_suffix(".report.json")
+    sources = expand(options.shards, "SHARDS")
     with Progress(console=console, transient=True) as bar:
         hashing, grouping = bar.add_task("shards", total=None), bar.add_task("compared", total=None)
         shards, hashes = hash_shards(
-            expand(options.shards, "SHARDS"),
+            sources,
             options.hash,
             written.with_suffix(".hashes"),
             options.workers or cores(),
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> None:
         raise DataError(f"No sample is left, so {written} is not written.")
     console.print(f"{kept:,} samples are kept, in {written}")
     if written != Path(options.out):
-        repack_with_bar(written, Path(options.out), options.samples_per_shard, kept)
+        repack_with_bar(written, Path(options.out), options.samples_per_shard, kept, sources)
 
 
 def parser() -> argparse.ArgumentParser:

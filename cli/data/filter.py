@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,14 @@ def run(arguments: list[str]) -> None:
             report = filter_table("::".join(options.source), written, rules, progress)
         else:
             written = selection_path(options.out)
-            report = filter_shards(expand(options.source, "SOURCE"), written, rules, progress)
+            sources = expand(options.source, "SOURCE")
+            report = filter_shards(sources, written, rules, progress)
     _print(report)
     if not report.kept:
         raise DataError(f"No sample is left, so {written} is not written.")
     console.print(f"{report.kept:,} of {report.rows:,} are kept, in {written}")
     if not is_table[0] and written != Path(options.out):
-        repack_with_bar(written, Path(options.out), options.samples_per_shard, report.kept)
+        repack_with_bar(written, Path(options.out), options.samples_per_shard, report.kept, sources)
 
 
 def selection_path(out: str) -> Path:
@@ -64,15 +66,20 @@ def selection_path(out: str) -> Path:
     return path if path.suffix == ".arrow" else path / "selection.arrow"
 
 
-def repack_with_bar(selection: Path, out: Path, samples_per_shard: int, total: int) -> None:
-    """`t2i_pipelines.filtering.repack.repack` under a progress bar, and what it left out."""
+def repack_with_bar(
+    selection: Path, out: Path, samples_per_shard: int, total: int, sources: Sequence[str]
+) -> None:
+    """`t2i_pipelines.filtering.repack.repack` under a progress bar, and what it left out.
+    sources: what the command line names"""
     from rich.progress import Progress
 
     from t2i_pipelines.filtering.repack import repack
 
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("samples", total=total)
-        report = repack(selection, out, samples_per_shard, lambda done: bar.advance(task, done))
+        report = repack(
+            selection, out, samples_per_shard, lambda done: bar.advance(task, done), pipes=sources
+        )
     there = f" ({report.skipped} were there)" if report.skipped else ""
     console.print(f"{report.packed:,} samples are in {report.shards} shards{there} in {out}")
     for cause, count in sorted(report.failed.items()):

@@ -13,7 +13,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,24 @@ class Report:
     failed: Counter[str] = field(default_factory=Counter)
 
 
-def repack(selection: Path, out: Path, samples_per_shard: int, progress: Callable[[int], None]) -> Report:
+def repack(
+    selection: Path,
+    out: Path,
+    samples_per_shard: int,
+    progress: Callable[[int], None],
+    pipes: Collection[str] = (),
+) -> Report:
     """Writes `out`/00000.tar, ... with the table and `_stats.json` of each, which names what was left out and why.
 
     A second call goes on at the first shard that is not there. progress is called with the number of samples done
-    with. Raises DataError where a shard that is there holds another selection's samples, or a source cannot be read.
+    with. pipes: commands that the selection may name (see `selection.listed`). Raises DataError where a shard that is
+    there holds another selection's samples, or a source cannot be read.
     """
     check_samples_per_shard(samples_per_shard)
     out.mkdir(parents=True, exist_ok=True)
     report = Report()
     with _Sources() as sources:
-        for shard, run in enumerate(spans(listed([str(selection)]), samples_per_shard)):
+        for shard, run in enumerate(spans(listed([str(selection)], pipes), samples_per_shard)):
             wanted = [(each.url, each.keys[start:stop].to_pylist()) for each, start, stop in run]
             digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
             stats_path, path = out / f"{shard:05d}_stats.json", out / f"{shard:05d}.tar"

@@ -6,7 +6,7 @@ each process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,19 @@ class Listed:
         return np.array([place.get(key, -1) for key in self.keys.to_pylist()], dtype=np.int64)
 
 
-def listed(urls: Sequence[str]) -> list[Listed]:
-    """Shards as they are, selections as the shards that they name. Raises DataError."""
+def listed(urls: Sequence[str], pipes: Collection[str] = ()) -> list[Listed]:
+    """Shards as they are, selections as the shards that they name. Raises DataError.
+
+    pipes: commands that a selection may name beside those in `urls`; all others would be run out of a file
+    """
+    typed = {*pipes, *(url for url in urls if url.startswith("pipe:"))}
     found: list[Listed] = []
     for url in urls:
-        found += _read(url) if url.endswith(SUFFIX) else [Listed(url)]
+        found += _read(url, typed) if url.endswith(SUFFIX) and url not in typed else [Listed(url)]
     return found
 
 
-def _read(url: str) -> list[Listed]:
+def _read(url: str, pipes: Collection[str]) -> list[Listed]:
     """The shards of a selection: columns `shard` (a dictionary; local paths count from the file's folder) and `key`,
     rows grouped by shard."""
     try:
@@ -82,6 +86,12 @@ def _read(url: str) -> list[Listed]:
         pa.ArrowException,
     ) as error:
         raise DataError(f"{url} is not a selection as `t2i data filter` writes it: {error}.") from error
+    for name in names:
+        if name.startswith("pipe:") and name not in pipes:
+            raise DataError(
+                f"{url} names the shard {name}, and a command is run only where the command line itself names it; "
+                "allowed in a selection: paths and URLs."
+            )
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     stops = [*starts[1:].tolist(), len(codes)]
     return [
