@@ -43,7 +43,7 @@ def prepare(data: bytes, key: str, shorter_side_px: int | None = None) -> Pictur
         colours are not subsampled: at its final size that would be a loss. None: nothing is reduced.
     A JPEG, PNG or WebP that is not reduced stays as it is, other formats become PNG (of an animation, the first
     frame). Nothing is enlarged. Widths and heights count after EXIF orientation, as training sees the picture.
-    Raises BadSample: "bomb" for too many pixels, else "image".
+    Raises BadSample: "bomb" for too many pixels, "aspect" for a strip, else "image".
     """
     kind, size, exif = _header(data, key)
     covering = None if shorter_side_px is None or min(size) <= shorter_side_px else shorter_side_px

@@ -25,6 +25,7 @@ CAUSES = {
     "image": "picture not decodable",
     "format": "picture of a kind that is not read",
     "bomb": "too many pixels or bytes",
+    "aspect": "strip, far longer than wide",
     "json": "JSON not readable",
     "truncated": "cut off at the end of the tar",
     "damaged": "lost next to damaged tar headers",

@@ -19,6 +19,10 @@ from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, UNREAD_ENDINGS, m
 TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be anything
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
 GREY_MODES = ("1", "L", "LA", "La")
+MAX_ASPECT = 100  # longer side to shorter one: a crop shows next to nothing of a picture beyond
+MAX_SURPLUS = (
+    8  # so many times the pixels of a crop are resized at once and cut; of longer pictures, the crop alone
+)
 EXIF_ORIENTATION = 0x0112
 TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -27,7 +31,7 @@ class BadSample(Exception):
     """A sample that cannot be used.
 
     cause: "image" (missing or not decodable), "format" (a kind of picture that is not read), "bomb" (too many
-        pixels), "caption", "json"; of the tar file
+        pixels), "aspect" (a strip, longer than MAX_ASPECT times its width), "caption", "json"; of the tar file
         "truncated", "damaged" or "duplicate"; "missing" (not in the shard, or the shard is not there) or "unreadable"
         (the shard, or what it is read from)
     key: the sample's key
@@ -72,11 +76,11 @@ def decode_image(
 
     size_px: (H, W) that the picture will be resized to cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of
         its size, in the domain of its cosine transform, as long as the result still covers (H, W).
-    Of an animation, the first frame. Raises BadSample("bomb") for more than `max_pixels`, else
-    BadSample("image") for whatever is wrong with the bytes.
+    Of an animation, the first frame. Raises BadSample: "bomb" for more than `max_pixels`, "aspect" for a strip, else
+    "image" for whatever is wrong with the bytes.
     """
     with _reading(key):
-        image, transposed = _opened(data, max_pixels)
+        image, transposed = _opened(data, key, max_pixels)
         original = (image.width, image.height) if transposed else (image.height, image.width)
         if size_px is not None:
             height, width = covering_size(original, size_px)
@@ -88,15 +92,17 @@ def decode_image(
 def stored_size(data: bytes, key: str) -> tuple[int, int]:
     """(height, width) of a picture by its header, after EXIF orientation. Raises BadSample as `decode_image`."""
     with _reading(key):
-        image, transposed = _opened(data, MAX_PIXELS)
+        image, transposed = _opened(data, key, MAX_PIXELS)
         return (image.width, image.height) if transposed else (image.height, image.width)
 
 
-def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
+def _opened(data: bytes, key: str, max_pixels: int) -> tuple[Image.Image, bool]:
     """The picture, not decoded yet, and whether it lies on its side."""
     image = open_image(data)
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, allowed: {max_pixels}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadSample("aspect", key, f"{image.width} x {image.height} pixels, allowed: 1 to {MAX_ASPECT}")
     return image, image.getexif().get(EXIF_ORIENTATION) in TRANSPOSING_ORIENTATIONS
 
 
@@ -104,6 +110,8 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
 def _reading(key: str) -> Iterator[None]:
     try:
         yield
+    except BadSample:
+        raise
     except Image.DecompressionBombError as error:
         raise BadSample("bomb", key, str(error)) from error
     except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim
@@ -169,5 +177,21 @@ def resize_and_crop(
         top, left = free[0] // 2, free[1] // 2
     else:
         top, left = int(place[0] * (free[0] + 1)), int(place[1] * (free[1] + 1))
-    cropped = resize(image, covering)[:, top : top + size_px[0], left : left + size_px[1]]
-    return cropped.contiguous(), (top, left)
+    if covering[0] * covering[1] <= MAX_SURPLUS * size_px[0] * size_px[1]:
+        cropped = resize(image, covering)[:, top : top + size_px[0], left : left + size_px[1]].contiguous()
+    else:  # a long picture that is enlarged would take as much memory as it is long
+        cropped = _resized_part(image, covering, (top, left), size_px)
+    return cropped, (top, left)
+
+
+def _resized_part(
+    image: Image.Image, covering: tuple[int, int], corner: tuple[int, int], size_px: tuple[int, int]
+) -> Tensor:
+    """What `resize` to `covering` makes of the `size_px` pixels from `corner` (top, left) on, to two levels."""
+    steps = image.height / covering[0], image.width / covering[1]
+    upper, left = corner[0] * steps[0], corner[1] * steps[1]
+    lower = min((corner[0] + size_px[0]) * steps[0], image.height)
+    right = min((corner[1] + size_px[1]) * steps[1], image.width)
+    # Pillow's filter reaches over the edges of the box, as of a whole picture that was cut afterwards.
+    part = image.resize(size_px[::-1], Image.Resampling.BICUBIC, (left, upper, right, lower))
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()

@@ -185,7 +185,7 @@ def test_an_encoded_shard_may_be_anything(folder, data, what):
         ("txt", b"\0" * 300, None),
         ("txt", b"a" * 3_000_000, None),
         ("caption", b'{"caption": "\\ud800 half"}', "caption"),
-        ("png", encode(np.zeros((1, 8_000_000), np.uint8)), None),
+        ("png", encode(np.zeros((1, 8_000_000), np.uint8)), "aspect"),
         ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image"),
     ],
 )
