@@ -14,19 +14,24 @@ WORDS = ["photo", "of", "the", "red", "old", "small", "wooden", "house", "by", "
 
 
 def write_shards(
-    folder: Path, samples: int, per_shard: int, sides_px: tuple[int, int], pictures: Path | None
+    folder: Path,
+    samples: int,
+    per_shard: int,
+    sides_px: tuple[int, int],
+    pictures: Path | None,
+    different: int = 400,
 ) -> None:
     """Shards of `samples` samples, unless `folder` is there already.
 
     sides_px: shortest and longest side; each side of each picture is drawn between
     pictures: folder of photos to cut the pictures from; None: synthetic ones
-    Of the pictures at most 400 are different: the bytes are all on disk, and making them takes no hours.
+    different: so many of the pictures at most: the bytes are all on disk, and making them takes no hours
     """
     if folder.exists():
         return
     random = np.random.default_rng(0)
     sources = sorted(path for path in pictures.rglob("*") if path.is_file()) if pictures else []
-    made = [_jpeg(random, sides_px, sources) for _ in range(min(samples, 400))]
+    made = [_jpeg(random, sides_px, sources) for _ in range(min(samples, different))]
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     for shard in range(samples // per_shard):

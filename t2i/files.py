@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what only writing can meet
@@ -32,12 +32,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     error, and is removed otherwise. Several processes may do so at once: the last one stays. The file's mode is the
     one that the umask gives. A full disk is an OSError that names `path`, whatever the library that met it raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    begins = path.name[:SHORT_NAME]
-    for left in path.parent.glob(f".{glob.escape(begins)}.*.unfinished"):
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
-                left.unlink()
-    unfinished = path.with_name(f".{begins}.{uuid.uuid4().hex[:8]}.unfinished")
+    _remove_left(path.parent)
+    unfinished = path.with_name(f".{path.name[:SHORT_NAME]}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode
@@ -52,6 +48,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1000)  # once in a process: a folder may hold hundreds of thousands of files
+def _remove_left(folder: Path) -> None:
+    for left in folder.glob(".*.unfinished"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                left.unlink()
 
 
 def system_error(error: BaseException) -> OSError | None:

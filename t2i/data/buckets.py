@@ -22,8 +22,16 @@ def bucket_shapes(size_px: int, step_px: int, max_aspect: float) -> list[tuple[i
 def assign(original_px: np.ndarray, shapes: list[tuple[int, int]]) -> np.ndarray:
     """(n, 2) heights and widths -> (n,) int16, the bucket whose aspect ratio is nearest in its logarithm, so that a
     picture and its transpose are treated alike; the square for sizes that are unknown (0)."""
-    aspects = np.log([height / width for height, width in shapes])
+    aspects, bucket_of = np.unique(
+        np.log([height / width for height, width in shapes]), return_index=True
+    )  # in order, so that the nearest is one of two
     known = (original_px > 0).all(axis=1)
     wanted = np.zeros(len(original_px))
     wanted[known] = np.log(original_px[known, 0] / original_px[known, 1])
-    return np.abs(wanted[:, None] - aspects[None]).argmin(axis=1).astype(np.int16)
+    above = np.searchsorted(aspects, wanted).clip(max=len(aspects) - 1)
+    below = (above - 1).clip(min=0)
+    to_below, to_above = wanted - aspects[below], aspects[above] - wanted
+    nearest = np.where(np.abs(to_below) < np.abs(to_above), bucket_of[below], bucket_of[above])
+    equal = np.abs(to_below) == np.abs(to_above)
+    nearest[equal] = np.minimum(bucket_of[below], bucket_of[above])[equal]
+    return nearest.astype(np.int16)

@@ -67,6 +67,10 @@ class OpenShards(Generic[Key]):
         except OSError as error:
             return self.fail(key, name, "unreadable", str(error))
 
+    def close(self) -> None:
+        """Closes what is open; what could not be opened is still left alone."""
+        self._open = OrderedDict((key, each) for key, each in self._open.items() if each.failure is not None)
+
     def fail(self, key: Key, name: str, cause: str, detail: str) -> Opened:
         """From now on for a while the shard counts as one that cannot be opened."""
         failure = BadSample(cause, name, detail)

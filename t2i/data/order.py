@@ -9,6 +9,7 @@ other: an epoch that does not divide by G goes on in the same batch with the nex
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
@@ -19,6 +20,7 @@ import numpy as np
 MIN_SUBSTITUTES = (
     100  # for a bad sample, where an epoch has fewer, so that the good ones of a few are found by chance
 )
+LOCATED = 2**20  # positions at a time, where all of an epoch are looked up
 
 
 class Stream(IntEnum):
@@ -106,7 +108,7 @@ class ShardOrder:
         self.seed = seed
         self.lanes = min(lanes, len(self))
         self._shards = lru_cache(maxsize=2)(self._permuted_shards)  # a batch may straddle two epochs
-        self._samples = lru_cache(maxsize=4 * lanes)(self._permuted_samples)
+        self._samples: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()  # by epoch and shard
 
     def __reduce__(self) -> tuple[type[ShardOrder], tuple[np.ndarray, int, int]]:
         return ShardOrder, (self.sizes, self.seed, self.lanes)  # the caches do not travel to another process
@@ -125,11 +127,12 @@ class ShardOrder:
         for epoch in np.unique(epochs).tolist():
             shards, ends = self._shards(epoch)
             chosen = np.flatnonzero(epochs == epoch)
-            nth = np.searchsorted(ends, places[chosen], side="right")
-            for n in np.unique(nth).tolist():
-                shard, within = int(shards[n]), chosen[nth == n]
-                ranks = places[within] - (ends[n] - self.sizes[shard])
-                samples[within] = self.starts[shard] + self._samples(epoch, shard)[ranks]
+            nth, asked = np.unique(np.searchsorted(ends, places[chosen], side="right"), return_inverse=True)
+            here = shards[nth]
+            permuted = np.concatenate(self._permuted_samples(epoch, here.tolist()))
+            begins = np.cumsum(self.sizes[here]) - self.sizes[here]  # in `permuted`
+            ranks = places[chosen] - (ends[nth] - self.sizes[here])[asked]
+            samples[chosen] = self.starts[here][asked] + permuted[begins[asked] + ranks]
         return epochs, samples
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
@@ -152,11 +155,25 @@ class ShardOrder:
         shards = shards[self.sizes[shards] > 0]
         return shards, np.cumsum(self.sizes[shards])
 
-    def _permuted_samples(self, epoch: int, shard: int) -> np.ndarray:
+    def _permuted_samples(self, epoch: int, shards: Sequence[int]) -> list[np.ndarray]:
+        """The order of the samples within each of these shards."""
+        missing = [shard for shard in shards if (epoch, shard) not in self._samples]
+        sizes = self.sizes[missing]
+        begins = np.cumsum(sizes) - sizes
+        of = np.repeat(np.arange(len(missing)), sizes)
+        within = np.arange(len(of)) - begins[of]
         # The bits belong to the sample, so that ties (1 in 2^64) are broken by shard order and nothing else.
-        size = int(self.sizes[shard])
-        bits = hash64(self.seed, int(Stream.SAMPLES), epoch, int(self.starts[shard]) + np.arange(size))
-        return np.argsort(bits, kind="stable")
+        bits = hash64(self.seed, int(Stream.SAMPLES), epoch, self.starts[missing][of] + within)
+        permuted = within[np.lexsort((bits, of))]
+        made = dict(zip(missing, np.split(permuted, begins[1:]), strict=True)) if missing else {}
+        found = [made[shard] if shard in made else self._samples[epoch, shard] for shard in shards]
+        for shard, order in list(zip(shards, found, strict=True))[-4 * self.lanes :]:
+            # Copied: a piece would hold on to all that was made with it.
+            self._samples[epoch, shard] = order if shard not in made else order.copy()
+            self._samples.move_to_end((epoch, shard))
+        while len(self._samples) > 4 * self.lanes:
+            self._samples.popitem(last=False)
+        return found
 
 
 class MixtureOrder:
@@ -267,7 +284,12 @@ class BucketOrder:
     def _filled(self, epoch: int) -> np.ndarray:
         """(len(self),) global sample indices."""
         size = len(self.order)
-        samples = self.order.locate(np.arange(epoch * size, (epoch + 1) * size))[1]
+        samples = np.concatenate(
+            [
+                self.order.locate(np.arange(start, min(start + LOCATED, (epoch + 1) * size)))[1]
+                for start in range(epoch * size, (epoch + 1) * size, LOCATED)
+            ]
+        )
         batches, full_at = [], []
         for bucket in np.unique(self.buckets).tolist():
             places = np.flatnonzero(self.buckets[samples] == bucket)

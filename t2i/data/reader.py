@@ -110,12 +110,8 @@ class SampleReader:
         self.shapes, self.buckets = [size_px], None
         if data.bucket_step_px is not None:
             self.shapes = bucket_shapes_of(data, size_px)
-            sizes = [
-                self.shards.original_px(shard)
-                for shard in range(len(self.shards))
-                if self.shards.sizes[shard]
-            ]
-            self.buckets = buckets.assign(np.concatenate(sizes), self.shapes)
+            assigned = [buckets.assign(sizes, self.shapes) for sizes in self.shards.original_px()]
+            self.buckets = np.concatenate(assigned)
         self._room = data.cache_mib * 2**20 // (3 * size_px[0] * size_px[1])
         self._cache: dict[int, Sample] = {}
 
@@ -183,15 +179,7 @@ class SampleReader:
         return Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata, moments, text)
 
     def _leave_out_small(self, min_original_px: int, found: int) -> None:
-        largest = 0
-
-        def large_enough(sizes: np.ndarray) -> np.ndarray:
-            nonlocal largest
-            shorter = sizes.min(axis=1)
-            largest = max(largest, int(shorter.max(initial=0)))
-            return (shorter >= min_original_px) | (shorter == 0)
-
-        self.shards.keep(large_enough)
+        largest = self.shards.keep(min_original_px)
         if not self.shards.sizes.sum():
             raise DataError(
                 f"{self.key}: all {found} samples are smaller than min_original_px={min_original_px} (the "

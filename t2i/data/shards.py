@@ -1,28 +1,29 @@
 """The shards of one dataset: how many samples each has to give, and their bytes.
 
 Sizes are known at the start, so that the order of samples can be; where the samples lie in a shard is looked up when it
-is opened. Both come from `t2i data index`, if it was run: `index.json` in the folder (all sizes in one read) and
-`00000.index.npz` beside each shard. Else a local shard is scanned, once for all starts (see scans.py); of a remote one,
-the number of samples is taken from img2dataset's `00000_stats.json`, and where that is absent too, the shard is copied
-and scanned.
+is opened. Both come from `t2i data index`, if it was run: `index.json` in the folder (of all shards in one read, see
+folder_index.py) and `00000.index.npz` beside each shard. Else a local shard is scanned, once for all starts (see
+scans.py); of a remote one, the number of samples is taken from img2dataset's `00000_stats.json`, and where that is
+absent too, the shard is copied and scanned.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import PurePosixPath
+from typing import IO
 
 import numpy as np
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
+from t2i.data.folder_index import MAX_SAMPLES, SUMMARY, FolderIndex, as_stored, open_sizes, read_folder_index
 from t2i.data.index import ShardIndex
-from t2i.data.opened import Opened, OpenShards, index_beside, open_indexed
+from t2i.data.opened import SCAN_DEADLINES, Opened, OpenShards, index_beside, open_indexed
 from t2i.data.scans import forget_unused, keep_scan
 from t2i.data.selection import Listed, listed
 from t2i.data.sources import SourceError, within
@@ -31,11 +32,11 @@ from t2i.errors import DataError
 
 log = logging.getLogger(__name__)
 
-SUMMARY = "index.json"
 REMOTE_LOOKUPS = 32  # at a time
+SAMPLES_LOOKED_AT = 2**20  # at a time
 SCANNING = "scanning shards that have no index, at their first use; `t2i data index` does it for everybody"
 OUTDATED = "{} has changed since it was indexed: `t2i data index` again"
-MAX_SAMPLES = 10**7  # of a shard; who claims more is not believed
+NO_SIZES = "{} does not have the sizes of pictures: `t2i data index` again, and the start is quick"
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,19 @@ class Shards:
         self.store, self.key = store, key
         self.listed: list[Listed] = listed(sources.expand(shards, key))
         self._indexes: dict[int, ShardIndex] = {}  # of shards that have none beside them
-        self._rows: dict[int, np.ndarray] = {}  # where samples were left out
+        self._min_original_px = 0  # samples whose picture is known to be smaller are left out
         self._open = OpenShards[int](keep_open)
         self._prefetched: set[int] = set()  # and not opened since
         self._said: set[str] = set()
-        stems = [PurePosixPath(sources.split_query(each.url)[0]).stem for each in self.listed]
-        self._distinct = len(set(stems)) == len(stems) and len({len(stem) for stem in stems}) == 1
-        self._stems = stems
+        stems = {_stem(each.url) for each in self.listed}
+        self._distinct = len(stems) == len(self.listed) and len(set(map(len, stems))) == 1
+        self._folders: list[FolderIndex] = []
+        self._folder = np.full(
+            len(self.listed), -1
+        )  # of each shard, of those that know the sizes of its pictures
+        self._row = np.full(len(self.listed), -1)  # of it, the shard's row
         self.sizes = self._find_sizes(max_bad_share)
+        self._listed_sizes = self.sizes.copy()  # before any are left out
 
     def __len__(self) -> int:
         return len(self.listed)
@@ -87,36 +93,86 @@ class Shards:
     def url(self, shard: int) -> str:
         return self.listed[shard].url
 
-    def keep(self, wanted: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Leaves out samples by the size of their source picture.
+    def keep(self, min_original_px: int) -> int:
+        """Leaves out samples whose source picture is known to have a shorter side than that; what the tar file itself
+        lost is kept, to be counted. Returns the longest shorter side of all.
 
-        wanted: (n, 2) heights and widths in pixels, 0 where unknown -> (n,) bool. What the tar file itself lost is
-            kept, to be counted. Looks into every shard that has no sizes in its index.
+        Looks into every shard of which neither the folder's index nor its own knows the sizes.
         """
-        for shard in range(len(self)):
-            if self.sizes[shard]:
-                sizes = self.original_px(shard)
-                opened = self._opened(shard)
-                if opened.failure is None:
-                    keep = wanted(sizes) | self._lost(opened)
-                    self._rows[shard] = opened.rows = opened.rows[keep]
-                    self.sizes[shard] = len(opened.rows)
+        largest = 0
+        for first, stop, sizes, lost in self._looked_at():
+            largest = max(largest, int(sizes.min(axis=1).max(initial=0)))
+            kept = np.cumsum(np.append(0, _large_enough(sizes, min_original_px) | lost))
+            edges = np.cumsum(np.append(0, self._listed_sizes[first:stop]))
+            self.sizes[first:stop] = np.diff(kept[edges])
+        self._min_original_px = min_original_px
+        self._open.close()  # they are opened again without what is left out
+        return largest
 
-    def original_px(self, shard: int) -> np.ndarray:
-        """(n, 2) height and width of the source pictures of a shard's samples, 0 where unknown."""
-        opened = self._opened(shard)
-        sizes = np.zeros((int(self.sizes[shard]), 2), dtype=np.int32)
-        if opened.file is None:
-            return sizes
-        if opened.index.original_px is None:
-            opened.index = opened.index.with_sizes(opened.file.fileno())
-            keep_scan(self.url(shard), opened.file.fileno(), opened.index)
-            if shard in self._indexes:
-                self._indexes[shard] = opened.index
-        assert opened.index.original_px is not None
-        there = opened.rows >= 0
-        sizes[there] = opened.index.original_px[opened.rows[there]]
-        return sizes
+    def original_px(self) -> Iterator[np.ndarray]:
+        """(n, 2) uint16 height and width of the source pictures of all samples, 0 where unknown; in pieces, in the
+        order of the samples."""
+        for _, _, sizes, lost in self._looked_at():
+            yield sizes[_large_enough(sizes, self._min_original_px) | lost]
+
+    def _looked_at(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """From which shard up to which, (n, 2) the sizes of all their pictures, and (n,) which samples the tar file
+        lost."""
+        for each in self._folders:
+            if len(each.samples) and not each.sizes:
+                self._say_once(logging.WARNING, NO_SIZES.format(each.place))
+        files = [open_sizes(each, self.store) if each.sizes else None for each in self._folders]
+        known = self._folder >= 0
+        if not all(files):
+            known &= np.isin(self._folder, [i for i, file in enumerate(files) if file is not None])
+        group = np.where(known, self._folder, -1)
+        piece = (np.cumsum(self._listed_sizes) - self._listed_sizes) // SAMPLES_LOOKED_AT
+        piece[~known] = np.flatnonzero(~known) // (2 * REMOTE_LOOKUPS)
+        starts = (np.diff(group, prepend=-2) != 0) | (np.diff(piece, prepend=-1) != 0)
+        edges = [*np.flatnonzero(starts).tolist(), len(self)]
+        for first, stop in itertools.pairwise(edges):
+            number = int(group[first])
+            file = files[number] if number >= 0 else None
+            if file is None:
+                yield from self._asked(first, stop)
+                continue
+            folder, rows = self._folders[number], self._row[first:stop]
+            sizes = file.read(folder.first[rows], folder.samples[rows])
+            lost = np.zeros(len(sizes), dtype=bool)
+            if folder.flawed:
+                begins = np.cumsum(self._listed_sizes[first:stop]) - self._listed_sizes[first:stop]
+                for row, begin, size in zip(
+                    rows.tolist(), begins, self._listed_sizes[first:stop], strict=True
+                ):
+                    lost[[begin + place for place in folder.flawed.get(row, ()) if 0 <= place < size]] = True
+            yield first, stop, sizes, lost
+
+    def _asked(self, first: int, stop: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """The same, shard by shard, of those that no folder's index knows."""
+        shards = [shard for shard in range(first, stop) if self._listed_sizes[shard]]
+        remote = [shard for shard in shards if not sources.is_local(self.url(shard))]
+        with ThreadPoolExecutor(REMOTE_LOOKUPS) as pool:
+            beside = pool.map(lambda shard: index_beside(self.url(shard), self.store), remote)
+            indexes = dict(zip(remote, beside, strict=True)) | self._indexes
+        for shard in shards:
+            index = indexes.get(shard)
+            if index is None or index.original_px is None:
+                opened = self._opened(shard)
+                if opened.file is None:
+                    size = int(self._listed_sizes[shard])
+                    yield shard, shard + 1, np.zeros((size, 2), np.uint16), np.ones(size, dtype=bool)
+                    continue
+                index = self._with_sizes(shard, opened.index, opened.file)
+            yield shard, shard + 1, *_sizes_of(index, self._listed_rows(shard, index))
+
+    def _with_sizes(self, shard: int, index: ShardIndex, file: IO[bytes]) -> ShardIndex:
+        """The index with the sizes of its pictures, looked up now where nobody did."""
+        if index.original_px is None:
+            descriptor, deadline_s = file.fileno(), SCAN_DEADLINES * self.store.limits.deadline_s
+            index = within(deadline_s, lambda: index.with_sizes(descriptor))
+            keep_scan(self.url(shard), descriptor, index)
+            self._indexes[shard] = index
+        return index
 
     def read(
         self, places: Sequence[tuple[int, int]], endings: Sequence[str] | None = None
@@ -142,7 +198,7 @@ class Shards:
                 came = came[:]
                 if len(came) < len(rest):
                     shard = rest[len(came)][0]
-                    opened[shard] = self._open.fail(shard, self._stems[shard], "unreadable", str(error))
+                    opened[shard] = self._open.fail(shard, _stem(self.url(shard)), "unreadable", str(error))
             answers += came
         return answers
 
@@ -156,12 +212,12 @@ class Shards:
         self, shard: int, place: int, opened: Opened, endings: Sequence[str] | None
     ) -> Raw | BadSample:
         if opened.failure is not None:
-            name = f"{self._stems[shard]}[{place}]"
+            name = f"{_stem(self.url(shard))}[{place}]"
             return BadSample(opened.failure.cause, name, str(opened.failure))
         row = int(opened.rows[place])
         if row < 0:
             cause = "truncated" if "truncated" in opened.index.flaws.values() else "missing"
-            name = self.listed[shard].key(place) or f"{self._stems[shard]}[{place}]"
+            name = self.listed[shard].key(place) or f"{_stem(self.url(shard))}[{place}]"
             listed = f"which is listed with {self.sizes[shard]} samples"
             return BadSample(cause, name, f"not in {self.url(shard)}, {listed}")
         key_in_shard = opened.index.keys[row]
@@ -177,15 +233,12 @@ class Shards:
     def _prefix(self, shard: int, key_in_shard: str) -> str:
         """What makes a key unique where another shard may have the same: nothing for img2dataset's, which start with
         the shard's number."""
-        if len(self) == 1 or (self._distinct and key_in_shard.startswith(self._stems[shard])):
+        if len(self) == 1 or (self._distinct and key_in_shard.startswith(_stem(self.url(shard)))):
             return ""
-        return f"{self._stems[shard] if self._distinct else shard}:"
-
-    def _lost(self, opened: Opened) -> np.ndarray:
-        return (opened.rows < 0) | np.isin(opened.rows, list(opened.index.flaws))
+        return f"{_stem(self.url(shard)) if self._distinct else shard}:"
 
     def _opened(self, shard: int) -> Opened:
-        return self._open.get(shard, self._stems[shard], lambda: self._open_now(shard))
+        return self._open.get(shard, _stem(self.url(shard)), lambda: self._open_now(shard))
 
     def _open_now(self, shard: int) -> Opened:
         self._prefetched.discard(shard)
@@ -194,17 +247,25 @@ class Shards:
         index = found.index
         if found.outdated:
             self._say_once(logging.WARNING, OUTDATED.format(url))
-        rows = self._rows.get(shard)
-        if rows is None:
-            rows = self.listed[shard].rows(index)
+        rows = self._listed_rows(shard, index)
+        if self._min_original_px:
+            index = self._with_sizes(shard, index, found.file)
+            sizes, lost = _sizes_of(index, rows)
+            rows = self._of_length(shard, rows[_large_enough(sizes, self._min_original_px) | lost], size)
+        return Opened(index, rows, found.file)
+
+    def _listed_rows(self, shard: int, index: ShardIndex) -> np.ndarray:
+        """(n,) int64: the rows of the index that the shard is listed with, large or small; -1 for what is not there."""
+        return self._of_length(shard, self.listed[shard].rows(index), int(self._listed_sizes[shard]))
+
+    def _of_length(self, shard: int, rows: np.ndarray, size: int) -> np.ndarray:
         if len(rows) > size:
             more = len(rows) - size
             self._say_once(
-                logging.WARNING, f"{url} holds {more} samples more than it is listed with: they are not read"
+                logging.WARNING,
+                f"{self.url(shard)} holds {more} samples more than it is listed with: they are not read",
             )
-        lost = np.full(max(0, size - len(rows)), -1, dtype=np.int64)
-        rows = np.concatenate([rows[:size], lost])
-        return Opened(index, np.where(rows < len(index), rows, -1), found.file)
+        return np.concatenate([rows[:size], np.full(max(0, size - len(rows)), -1, dtype=np.int64)])
 
     def _say_once(self, level: int, message: str) -> None:
         if message not in self._said:
@@ -213,20 +274,8 @@ class Shards:
 
     def _find_sizes(self, max_bad_share: float) -> np.ndarray:
         """(n,) int64 samples per shard."""
-        summaries = lru_cache(maxsize=None)(partial(_summary, limits=self.store.limits))
-        limits = self.store.limits
         sizes = np.zeros(len(self.listed), dtype=np.int64)
-        unknown = []
-        for shard, each in enumerate(self.listed):
-            folder, slash, name = each.url.rpartition("/")
-            alone = each.url.startswith("pipe:") or sources.split_query(each.url)[1]  # no folder to look into
-            place = "" if alone else folder + slash + SUMMARY
-            if each.keys is not None:
-                sizes[shard] = len(each.keys)
-            elif (entry := summaries(place).get(name)) is not None and _is_current(each.url, entry, limits):
-                sizes[shard] = entry["samples"]
-            else:
-                unknown.append(shard)
+        unknown = self._find_indexed(sizes)
 
         def size_of(shard: int) -> int | DataError | OSError:
             try:
@@ -253,6 +302,37 @@ class Shards:
         for shard, failure in failed:
             log.warning("%s Bad samples an epoch for that: %d.", failure, sizes[shard])
         return sizes
+
+    def _find_indexed(self, sizes: np.ndarray) -> list[int]:
+        """Fills in what selections and the indexes of folders say. Returns the other shards."""
+        number_of: dict[str, int] = {}
+        for shard, each in enumerate(self.listed):
+            if each.keys is not None:
+                sizes[shard] = len(each.keys)
+                continue
+            folder, slash, name = each.url.rpartition("/")
+            alone = each.url.startswith("pipe:") or sources.split_query(each.url)[1]  # no folder to look into
+            place = "" if alone else folder + slash + SUMMARY
+            if place not in number_of:
+                number_of[place] = len(self._folders)
+                self._folders.append(read_folder_index(place, self.store.limits))
+            self._folder[shard] = number_of[place]
+            self._row[shard] = self._folders[number_of[place]].row_of.get(name, -1)
+        for number, found in enumerate(self._folders):
+            here = np.flatnonzero((self._folder == number) & (self._row >= 0))
+            rows = self._row[here]
+            if len(here) and sources.is_local(self.url(int(here[0]))):
+                # Of a shard on a server, or one that is gone, it shows later.
+                there = sources.sizes([self.url(shard) for shard in here.tolist()], self.store.limits)
+                current = (there == found.bytes[rows]) | (there == sources.MISSING)
+                self._row[here[~current]] = -1
+                here, rows = here[current], rows[current]
+            sizes[here] = found.samples[rows]
+            self._folder[here[found.first[rows] < 0]] = -1
+            found.row_of.clear()
+        known = (self._row >= 0) | np.array([each.keys is not None for each in self.listed], dtype=bool)
+        self._folder[self._row < 0] = -1
+        return np.flatnonzero(~known).tolist()
 
     def _refusal(self, failed: list[tuple[int, Exception]]) -> DataError:
         shard, error = failed[0]
@@ -301,30 +381,21 @@ def _successes(url: str, store: ShardStore) -> int | None:
     return found if known else None
 
 
-def _summary(place: str, limits: sources.Limits) -> dict[str, dict[str, int]]:
-    """What the index.json at `place` says of its folder's shards, by name; {} where there is none."""
-    if not place:
-        return {}
-    try:
-        shards = json.loads(sources.read_bytes(place, limits))["shards"]
-        return {
-            name: {key: int(entry[key]) for key in ("samples", "bytes")}
-            for name, entry in shards.items()
-            if 0 <= int(entry["samples"]) <= MAX_SAMPLES
-        }
-    except SourceError as error:
-        if not error.missing:
-            log.warning("%s", error)
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return {}  # somebody else's index.json
+def _stem(url: str) -> str:
+    name = sources.split_query(url)[0].rpartition("/")[2]
+    return name.rpartition(".")[0] or name
 
 
-def _is_current(url: str, entry: dict[str, int], limits: sources.Limits) -> bool:
-    """Whether a shard has the size it was indexed with; of a remote one, or one that is gone, that shows later."""
-    if not sources.is_local(url):
-        return True
-    try:
-        return sources.size(url, limits) == entry["bytes"]
-    except SourceError as error:
-        return error.missing
+def _sizes_of(index: ShardIndex, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 2) uint16 sizes of the source pictures of these rows, and (n,) which of them the tar file lost. The index
+    knows the sizes."""
+    assert index.original_px is not None
+    sizes = np.zeros((len(rows), 2), dtype=np.uint16)
+    sizes[rows >= 0] = as_stored(index.original_px[rows[rows >= 0]])
+    return sizes, (rows < 0) | np.isin(rows, list(index.flaws))
+
+
+def _large_enough(sizes: np.ndarray, min_original_px: int) -> np.ndarray:
+    """(n, 2) heights and widths -> (n,) bool; what is not known is large enough."""
+    shorter = sizes.min(axis=1)
+    return (shorter >= min_original_px) | (shorter == 0)

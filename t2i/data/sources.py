@@ -12,12 +12,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import numpy as np
 from webdataset.shardlists import expand_urls
 
 from t2i.errors import DataError
@@ -25,6 +27,8 @@ from t2i.errors import DataError
 T = TypeVar("T")
 # Bytes asked for at once: large, because object stores charge by the request, in money and time.
 BLOCK = 8 << 20
+LOOKUPS = 32  # of local sources at a time; a network file system answers each after a while
+MISSING, UNREADABLE = -1, -2
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,39 @@ def size(url: str, limits: Limits | None = None) -> int | None:
         except OSError as error:
             raise _source_error(url, error) from error
     return _attempt(url, limits or Limits(), lambda fs, path: fs.info(path).get("size"))
+
+
+def sizes(urls: Sequence[str], limits: Limits | None = None) -> np.ndarray:
+    """(n,) int64 bytes of local sources, for many at once; MISSING or UNREADABLE where there is none to say."""
+    deadline_s = (limits or Limits()).deadline_s
+
+    def some(urls: Sequence[str]) -> list[int]:
+        found: list[int] = []
+        while len(found) < len(urls):
+            rest, came = urls[len(found) :], list[int]()
+
+            # Holds on to its own list: where it comes too late, what it adds to that is not looked at any more.
+            def look(rest: Sequence[str] = rest, came: list[int] = came) -> None:
+                for url in rest:
+                    came.append(_size_now(url))
+
+            try:
+                within(deadline_s, look)
+            except TimeoutError:
+                came = [*came[: len(rest) - 1], UNREADABLE]
+            found += came
+        return found
+
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        answers = pool.map(some, [urls[start : start + 256] for start in range(0, len(urls), 256)])
+        return np.array([size for answer in answers for size in answer], dtype=np.int64)
+
+
+def _size_now(url: str) -> int:
+    try:
+        return os.stat(local_path(url)).st_size
+    except OSError as error:
+        return MISSING if isinstance(error, FileNotFoundError) else UNREADABLE
 
 
 def copy(url: str, target: Path, limits: Limits | None = None) -> None:

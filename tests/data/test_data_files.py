@@ -61,6 +61,17 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
     assert alive.exists()
 
 
+def test_a_folder_of_many_files_is_not_listed_for_each(tmp_path, monkeypatch):
+    """`t2i data index` writes one file for each of hundreds of thousands of shards."""
+    listed = []
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, *of: listed.append(self) or glob(self, *of))
+    for number in range(5):
+        with written_whole(tmp_path / f"{number}.npz") as unfinished:
+            unfinished.touch()
+    assert listed == [tmp_path]
+
+
 def test_the_cache_lies_where_the_user_wants_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "t2i"

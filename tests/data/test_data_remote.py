@@ -46,8 +46,7 @@ def folder(write_tar, tmp_path) -> Path:
 def write_index(folder: Path, of: int = len(SIZES)) -> None:
     entries = {}
     for path in sorted(folder.glob("*.tar"))[:of]:
-        samples, size_bytes, _, _ = indexing._index_one(str(path), indexing._place(str(path), None))
-        entries[path.name] = {"samples": samples, "bytes": size_bytes}
+        entries[path.name] = indexing._index_one(str(path), path.with_suffix(".index.npz")).entry
     (folder / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
 
 

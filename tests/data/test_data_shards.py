@@ -41,10 +41,8 @@ def index(paths, out=None):
     """What `t2i data index` does, in this process."""
     sizes = {}
     for path in paths:
-        samples, size_bytes, _, _ = indexing._index_one(
-            str(path), places([str(path)], SUFFIX, out)[str(path)]
-        )
-        sizes[path.name] = {"samples": samples, "bytes": size_bytes}
+        place = places([str(path)], SUFFIX, out)[str(path)]
+        sizes[path.name] = indexing._index_one(str(path), place).entry
     folder = out or paths[0].parent
     (folder / "index.json").write_text(json.dumps({"version": 1, "shards": sizes}))
 
@@ -99,9 +97,10 @@ def test_a_scan_is_kept_for_the_next_start(shard, scans, caplog):
 
 def test_a_kept_scan_knows_the_sizes_of_source_pictures(shard, monkeypatch):
     path = settled(shard(0, 3))
-    sizes = opened([path]).original_px(0)
+    (sizes,) = opened([path]).original_px()
     monkeypatch.setattr(ShardIndex, "with_sizes", None)
-    np.testing.assert_array_equal(opened([path]).original_px(0), sizes)
+    (again,) = opened([path]).original_px()
+    np.testing.assert_array_equal(again, sizes)
 
 
 def test_a_shard_that_changed_is_scanned_again(shard, scans):
@@ -245,7 +244,7 @@ def test_keep_leaves_out_what_is_known_and_not_wanted_and_loses_no_count(shard, 
     shards = opened([path, tmp_path / "99999.tar"], max_bad_share=1.0)
     assert shards.sizes.tolist() == [8, 1]
     before = everything(shards)[1]
-    shards.keep(lambda sizes: (sizes.min(axis=1) >= 120) | (sizes.min(axis=1) == 0))
+    assert shards.keep(120) == 130  # the last is cut off
     keys, bad = everything(shards)
     assert bad == before
     assert bad["missing"] >= 1
@@ -268,17 +267,19 @@ def test_sizes_stay_with_their_samples_where_a_shard_has_more_or_fewer_than_list
     (paths[0].parent / "index.json").write_text(json.dumps(entry))
     shards = opened(paths)
     assert shards.sizes.tolist() == [4, 4, 4]
-    sizes = np.concatenate([shards.original_px(shard) for shard in range(3)])
+    sizes = np.concatenate(list(shards.original_px()))
     assert sizes[:, 1].tolist() == [100] * 2 + [0] * 2 + [110] * 4 + [120] * 4
 
 
-def test_a_shard_that_shrinks_after_samples_were_left_out_does_not_crash(shard):
-    path = shard(0, 9)
+def test_a_shard_that_shrinks_after_samples_were_left_out_does_not_crash(write_tar):
+    samples = {f"00000{i:04d}": good_members(i, 10 + i % 2) for i in range(9)}
+    path = write_tar("00000.tar", samples)
     shards = opened([path])
-    shards.keep(lambda sizes: np.arange(len(sizes)) % 2 == 0)
-    shard(0, 3)
+    shards.keep(110)
+    assert shards.sizes.tolist() == [4]
+    write_tar("00000.tar", dict(list(samples.items())[:3]))
     keys, bad = everything(pickle.loads(pickle.dumps(shards)))  # as another process gets them
-    assert keys == ["000000000", "000000002"]
+    assert keys == ["000000001"]
     assert bad == {"missing": 3}
 
 
