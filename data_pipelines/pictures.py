@@ -36,32 +36,45 @@ class Picture:
     sha256: str
 
 
-def prepare(data: bytes, key: str, shorter_side_px: int | None = None) -> Picture:
+def prepare(
+    data: bytes, key: str, shorter_side_px: int | None = None, extension: Extension | None = None
+) -> Picture:
     """Checks that `data` is a whole picture, and makes of it what a shard stores.
 
     shorter_side_px: a picture whose shorter side is longer is reduced to it, upright and on white, as a JPEG whose
         colours are not subsampled: at its final size that would be a loss. None: nothing is reduced.
-    A JPEG, PNG or WebP that is not reduced stays as it is, other formats become PNG (of an animation, the first
-    frame). Nothing is enlarged. Widths and heights count after EXIF orientation, as training sees the picture.
+    extension: of all pictures; those of other formats are encoded anew, upright, on white and in sRGB: png and webp
+        without loss, jpg as above. None: a JPEG, PNG or WebP that is not reduced stays as it is, others become PNG.
+    Of an animation in another format, the first frame counts. Nothing is enlarged. Widths and heights count after EXIF
+    orientation, as training sees the picture.
     Raises BadSample: "bomb" for too many pixels, "aspect" for a strip, else "image".
     """
     kind, size, exif = _header(data, key)
     covering = None if shorter_side_px is None or min(size) <= shorter_side_px else shorter_side_px
+    kept = covering is None and kind in KEPT and extension in (None, KEPT[kind])
     # Without reducing, an eighth of a JPEG's resolution tells whether its data are whole.
-    least_px = covering or (1 if kind in KEPT else None)
+    least_px = covering or (1 if kept else None)
     picture, (height, width) = decode_image(data, key, (least_px, least_px) if least_px else None)
     digest = hashlib.sha256(data).hexdigest()
-    if covering is None and kind in KEPT:
+    if kept:
         return Picture(None, KEPT[kind], width, height, width, height, exif, digest)
+    if covering is not None:
+        scale = covering / min(height, width)
+        pixels = resize(picture, (round(height * scale), round(width * scale)))
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    made = extension or ("png" if covering is None else "jpg")
+    return Picture(_encoded(picture, made), made, *picture.size, width, height, exif, digest)
+
+
+def _encoded(picture: Image.Image, extension: Extension) -> bytes:
     buffer = io.BytesIO()
-    if covering is None:
+    if extension == "jpg":
+        picture.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    elif extension == "webp":
+        picture.save(buffer, "WEBP", lossless=True)
+    else:
         picture.save(buffer, "PNG")
-        return Picture(buffer.getvalue(), "png", width, height, width, height, exif, digest)
-    scale = covering / min(height, width)
-    pixels = resize(picture, (round(height * scale), round(width * scale)))
-    reduced = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    reduced.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
-    return Picture(buffer.getvalue(), "jpg", *reduced.size, width, height, exif, digest)
+    return buffer.getvalue()
 
 
 def _header(data: bytes, key: str) -> tuple[str, tuple[int, int], str | None]:

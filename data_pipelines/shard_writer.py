@@ -135,11 +135,22 @@ def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:
 
 
 def write_shard(samples: Iterable[tuple[int, Sample]], path: Path, shard: int) -> None:
-    """Writes one tar of (place, sample), keyed by `shard` and place. path: one of `written_whole`, or in a folder of
+    """Writes one tar of (place, sample), keyed by `shard` and place. path: one of `whole_shard`, or in a folder of
     `complete_directory`"""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, sample in samples:
             _add_sample(tar, sample_key(shard, index), sample)
+
+
+@contextlib.contextmanager
+def whole_shard(path: Path, with_table: bool = True) -> Iterator[tuple[Path, Path, Path]]:
+    """Other names for the tar `path`, its `_stats.json` and its `.parquet`, which get their own when the block ends
+    without an error, the tar last: a shard that is there is complete. Otherwise none of them stays."""
+    with contextlib.ExitStack() as stack:
+        tar = stack.enter_context(written_whole(path))
+        stats = stack.enter_context(written_whole(path.with_name(f"{path.stem}_stats.json")))
+        table = path.with_suffix(".parquet")
+        yield tar, stats, stack.enter_context(written_whole(table)) if with_table else table
 
 
 @contextlib.contextmanager
@@ -173,14 +184,18 @@ def free_names(names: Iterable[str]) -> dict[str, str]:
 
 def write_table(outcomes: Sequence[Sample | Failure], columns: pa.Table, path: Path, shard: int) -> None:
     """Writes the parquet beside shard number `shard`: the n `columns` of the source and LAYOUT's, a row for each
-    place. It gets its name when it is complete. Raises ConfigError where pyarrow is not installed."""
+    place. path: as in `write_shard`. Raises ConfigError where pyarrow is not installed."""
     pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
     rows = [_described(outcome, sample_key(shard, place)) for place, outcome in enumerate(outcomes)]
     fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in LAYOUT.items()]
     arrays = [pa.array([row[field.name] for row in rows], field.type) for field in fields]
     table = pa.Table.from_arrays([*columns.columns, *arrays], schema=pa.schema([*columns.schema, *fields]))
-    with written_whole(path) as unfinished:
-        parquet.write_table(table, unfinished)
+    parquet.write_table(table, path)
+
+
+def printable(text: str) -> str:
+    """With ? for what UTF-8 does not have, as in names of files."""
+    return text.encode(errors="replace").decode()
 
 
 def sample_key(shard: int, place: int) -> str:

@@ -49,6 +49,8 @@ def run(arguments: list[str]) -> None:
         f"{counts.pop('success', 0):,} of {report.statuses.total():,} pictures are in {report.shards} shards in {out}"
         + (f", {report.skipped} of which were there" if report.skipped else ""),
     )
+    for cause, count in sorted(table.unusable.items()):
+        console.print(f"Of the table, not read: {count:,} {cause}")
     for cause, count in sorted(counts.items()):
         console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)")
     if report.fetched:

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
         rules += bound(quantity, getattr(options, f"min_{name}"), getattr(options, f"max_{name}"))
     rules += [languages(options.language)] if options.language else []
     rules += [Rule(expression, expression) for expression in options.where]
-    is_table = [source.endswith(TABLES) for source in options.source]
+    is_table = [source.lower().endswith(TABLES) for source in options.source]
     if any(is_table) != all(is_table):
         raise ConfigError("SOURCE names tables and shards; allowed: one kind.")
     with Progress(console=console, transient=True) as bar:
@@ -94,6 +94,8 @@ def _print(report: Report) -> None:
         )
     if report.left_out:
         console.print(f"Columns of bytes, not written: {', '.join(report.left_out)}")
+    for cause, count in sorted(report.unusable.items()):
+        console.print(f"Of the table, not read: {count:,} {cause}")
     if report.absent:
         console.print(f"In the selection, but not in the metadata: {report.absent:,}")
     left = report.rows

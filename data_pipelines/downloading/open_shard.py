@@ -12,10 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i.files import written_whole
-
 from ..pictures import Picture
-from ..shard_writer import Failure, Sample, free_names, write_shard, write_table
+from ..shard_writer import Failure, Sample, free_names, printable, whole_shard, write_shard, write_table
 from ..tables import json_records
 
 if TYPE_CHECKING:
@@ -68,34 +66,31 @@ class OpenShard:
             self.statuses["success"] += 1
 
     def fail(self, place: int, status: str, cause: str, message: str) -> None:
-        printable = message.encode(errors="replace").decode()
-        failure = Failure(status, printable, self.captions[place], self.urls[place])
+        failure = Failure(status, printable(message), self.captions[place], self.urls[place])
         with self.changing:
             self.outcomes[place] = failure
             self.statuses[cause] += 1
 
     def finish(self) -> None:
-        """Writes the table, the statistics and then the tar."""
-        name = f"{self.number:05d}"
+        """Writes the table, the statistics and the tar, all or none of them."""
         outcomes = [self.outcomes[place] for place in range(len(self.urls))]
-        write_table(outcomes, self.columns, self.out / f"{name}.parquet", self.number)
         failed = Counter(outcome.status for outcome in outcomes if isinstance(outcome, Failure))
-        end_s = time.time()
-        stats = {
-            "count": len(outcomes),
-            "successes": len(self.spooled),
-            "failed_to_download": failed["failed_to_download"],
-            "failed_to_resize": failed["failed_to_resize"],
-            "duration": end_s - self.start_s,
-            "start_time": self.start_s,
-            "end_time": end_s,
-            "status_dict": dict(sorted(self.statuses.items())),
-            "rows": self.digest,
-        }
-        with written_whole(self.out / f"{name}_stats.json") as unfinished:
-            unfinished.write_text(json.dumps(stats, indent=4))
-        with written_whole(self.out / f"{name}.tar") as unfinished:
-            write_shard(self._samples(), unfinished, self.number)
+        with whole_shard(self.out / f"{self.number:05d}.tar") as (tar, stats, table):
+            write_table(outcomes, self.columns, table, self.number)
+            write_shard(self._samples(), tar, self.number)
+            end_s = time.time()
+            known = {
+                "count": len(outcomes),
+                "successes": len(self.spooled),
+                "failed_to_download": failed["failed_to_download"],
+                "failed_to_resize": failed["failed_to_resize"],
+                "duration": end_s - self.start_s,
+                "start_time": self.start_s,
+                "end_time": end_s,
+                "status_dict": dict(sorted(self.statuses.items())),
+                "rows": self.digest,
+            }
+            stats.write_text(json.dumps(known, indent=4))
         self.spool.close()
 
     def _samples(self) -> Iterator[tuple[int, Sample]]:

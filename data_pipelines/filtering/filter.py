@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Report:
     absent: samples of a selection that the metadata of their shard do not have
     from_members: shards without a .parquet, whose metadata come from the JSON of their samples
     left_out: columns of a table that are not written, as they hold bytes
+    unusable: what of a table cannot be read, by cause (`tables.Table.unusable`)
     """
 
     rows: int = 0
@@ -40,6 +42,7 @@ class Report:
     absent: int = 0
     from_members: list[str] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
+    unusable: Counter[str] = field(default_factory=Counter)
 
 
 def filter_table(
@@ -56,7 +59,7 @@ def filter_table(
         stack.callback(unfinished.unlink, missing_ok=True)
         table = open_table(source, Path(copies), TEXT_COLUMNS)
         report.left_out = table.left_out
-        if any(file.exists() and out.exists() and file.samefile(out) for file in table.files):
+        if any(out.exists() and file.path.samefile(out) for file in table.files):
             raise DataError(f"{out} is also the source; allowed: another name.")
         with parquet.ParquetWriter(unfinished, table.schema, compression="zstd") as writer:
             for part in table.slices(ROWS):
@@ -65,6 +68,7 @@ def filter_table(
                 report.rows += part.num_rows
                 report.kept += kept.num_rows
                 progress(report.rows, table.rows)
+        report.unusable = table.unusable
         if report.kept:
             unfinished.replace(out)
     return report

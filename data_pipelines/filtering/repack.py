@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.selection import listed
-from t2i.files import written_whole
 
 from ..optional import need
 from ..selection import spans
 from ..shard_metadata import first_rows, local_copy, metadata_of, scan
-from ..shard_writer import check_samples_per_shard, sample_key, stats_of
+from ..shard_writer import check_samples_per_shard, sample_key, stats_of, whole_shard
 
 
 @dataclass
@@ -57,16 +56,13 @@ def repack(
         for shard, run in enumerate(spans(listed([str(selection)], pipes), samples_per_shard)):
             wanted = [(each.url, each.keys[start:stop].to_pylist()) for each, start, stop in run]
             digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-            stats_path, path = out / f"{shard:05d}_stats.json", out / f"{shard:05d}.tar"
+            path = out / f"{shard:05d}.tar"
             if path.exists():
                 stats = stats_of(path, digest, "holds another selection's samples")
                 report.skipped += 1
             else:
-                with written_whole(
-                    path
-                ) as unfinished:  # last, so that a shard that is there has its statistics
-                    stats = _write(sources, wanted, unfinished, path.with_suffix(".parquet"), shard)
-                    stats |= {"rows": digest}
+                with whole_shard(path) as (tar_path, stats_path, table_path):
+                    stats = _write(sources, wanted, tar_path, table_path, shard) | {"rows": digest}
                     stats_path.write_text(json.dumps(stats, ensure_ascii=False, indent=1))
             report.shards += 1
             report.packed += stats["successes"]
@@ -119,7 +115,7 @@ def _write(
     failed: list[dict[str, str]] = []
     tables: list[Any] = []
     place = count = 0
-    with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(tar_path, "w", format=tarfile.PAX_FORMAT) as tar:
         for url, keys in wanted:
             sources.turn_to(url)
             new: dict[str, str] = {}  # key there -> key here
@@ -136,8 +132,7 @@ def _write(
                 place += 1
             count += len(new)
             tables.append(_rows_of(sources.metadata, url, new))
-    with written_whole(table_path) as unfinished:
-        parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), unfinished)
+    parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), table_path)
     return {"count": place, "successes": count, "failed": failed}
 
 

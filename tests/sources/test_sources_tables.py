@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2i.errors import DataError
-from t2i_pipelines import tables
+from t2i_pipelines import table_files, tables
 from t2i_pipelines.tables import Table, open_table, text_column
 
 pa = pytest.importorskip("pyarrow")
@@ -86,8 +86,8 @@ def test_files_by_braces_and_with_different_columns(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_type_is_that_of_all_rows_not_of_the_first(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", 256)
-    monkeypatch.setattr(tables, "JSON_ROWS", 10)
+    monkeypatch.setattr(table_files, "CSV_BLOCK_BYTES", 256)
+    monkeypatch.setattr(table_files, "JSON_ROWS", 10)
     values = [*[1] * 50, 2.5, *[3] * 50]
     path = write(tmp_path / f"t{suffix}", [{"v": v, "w": "007" if v == 1 else "a"} for v in values])
     table = opened(path, tmp_path)
@@ -142,11 +142,9 @@ def test_a_table_elsewhere_is_copied_once(tmp_path):
         ("t.parquet", "x", "t.parquet cannot be read"),
         ("t.csv", "", "t.csv cannot be read: Empty CSV file"),
         ("t.csv", "url\n", "has no rows"),
-        ("t.csv", "a,b\n1,2\n3\n", "Expected 2 columns, got 1"),
+        ("t.csv", "a,b\n1\n3\n", "has no rows that can be read: 2 rows with another number of columns"),
         ("t.csv", "a,a\n1,2\n", "two columns of one name: a, a"),
-        ("t.jsonl", '{"a": 1}\n{"a"\n', "Line 2 of .* is not JSON"),
-        ("t.jsonl", "[1]\n", "Line 1 of .* is a list; allowed: an object"),
-        ("t.jsonl", '{"a": 1}\n{"a": "x"}\n', "Lines 1 to 2 of .* hold values of two types under a"),
+        ("t.jsonl", '[1]\n{"a"\n', "has no rows that can be read: 2 lines that are no JSON objects"),
     ],
 )
 def test_what_is_no_table(tmp_path, name, content, words):
@@ -162,7 +160,7 @@ def test_what_is_not_there_or_does_not_fit(tmp_path, monkeypatch):
     write(tmp_path / "1.parquet", [{"a": "x"}])
     with pytest.raises(DataError, match="disagree on a column"):
         opened(tmp_path / "*.parquet", tmp_path)
-    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(table_files, "CSV_BLOCK_BYTES", 1 << 20)
     (tmp_path / "open.csv").write_text('a,b\n1,"' + "x,\n" * (1 << 20))
     with pytest.raises(DataError, match="a row is longer than 1 MiB, as after a quote that is never closed"):
         opened(tmp_path / "open.csv", tmp_path)
