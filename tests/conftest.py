@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from t2i.training.fit import FitResult
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("without_clock", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("without_clock")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
