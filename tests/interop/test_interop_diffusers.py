@@ -24,26 +24,30 @@ def test_every_part_equals_diffusers(pipeline_folder, convert):
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(pipeline_folder)
-    ours = generator_of(convert(pipeline_folder, "run")).model
-    image, latent = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 8, 12)
-    scale = theirs.vae.config.scaling_factor
+    for part in (theirs.vae, theirs.unet, theirs.text_encoder):
+        part.double()
+    ours = generator_of(convert(pipeline_folder, "run")).model.double()
+    ours.text.to("cpu", torch.float64)
+    image, latent = (torch.randn(shape).double() for shape in ((2, 3, 32, 48), (2, 4, 8, 12)))
+    scale = ours.codec.latent_scale.item()  # in float32
+    assert scale == pytest.approx(theirs.vae.config.scaling_factor, rel=1e-6)
     expected = theirs.vae.encode(image).latent_dist
     noise = torch.randn_like(expected.mean)
-    assert relative_error(ours.codec.encode(image), expected.mean * scale) < 1e-5
+    assert relative_error(ours.codec.encode(image), expected.mean * scale) < 1e-9
     assert (
-        relative_error(ours.codec.encode(image, noise), (expected.mean + expected.std * noise) * scale) < 1e-5
+        relative_error(ours.codec.encode(image, noise), (expected.mean + expected.std * noise) * scale) < 1e-9
     )
-    assert relative_error(ours.codec.decode(latent), theirs.vae.decode(latent / scale).sample) < 1e-5
+    assert relative_error(ours.codec.decode(latent), theirs.vae.decode(latent / scale).sample) < 1e-9
 
     ids = theirs.tokenizer(
         CAPTIONS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     tokens = theirs.text_encoder(ids).last_hidden_state
-    assert relative_error(ours.text(CAPTIONS).tokens, tokens) < 1e-5
+    assert relative_error(ours.text(CAPTIONS).tokens, tokens) < 1e-9
 
     t = torch.tensor([17.0, 803.0])
     expected = theirs.unet(latent, t, tokens[:2]).sample
-    assert relative_error(ours.denoiser(latent, t, tokens[:2]), expected) < 1e-5
+    assert relative_error(ours.denoiser(latent, t, tokens[:2]), expected) < 1e-9
 
 
 def test_a_round_trip_is_exact(pipeline_folder, convert):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -58,16 +59,21 @@ def ldm_folder(pipeline, tmp_path_factory) -> Path:
 def test_every_part_equals_diffusers(pipeline, ldm_folder, convert):
     run = convert(ldm_folder, "run")
     loaded = checkpoint.load(run_folder.weights_file(run))
-    ours = families.load("latent_diffusion", "generator").Generator(loaded, device="cpu").model
+    ours = families.load("latent_diffusion", "generator").Generator(loaded, device="cpu").model.double()
+    pipeline = copy.deepcopy(pipeline)
+    for part in (pipeline.vqvae, pipeline.bert, pipeline.unet):
+        part.double()
     assert Path(loaded.config["text"]["model"]) == run / "tokenizer"
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
     tokens = pipeline.bert.model(ids).last_hidden_state
-    assert relative_error(ours.text(PROMPTS).tokens, tokens) < 1e-5
-    latent, t = torch.randn(2, 4, 8, 8), torch.tensor([17.0, 803.0])
+    assert relative_error(ours.text(PROMPTS).tokens, tokens) < 1e-9
+    latent, t = torch.randn(2, 4, 8, 8).double(), torch.tensor([17.0, 803.0])
     expected = pipeline.unet(latent, t, tokens).sample
-    assert relative_error(ours.denoiser(latent, t, tokens), expected) < 1e-5
-    expected = pipeline.vqvae.decode(latent / pipeline.vqvae.config.scaling_factor).sample
-    assert relative_error(ours.codec.decode(latent), expected) < 1e-5
+    assert relative_error(ours.denoiser(latent, t, tokens), expected) < 1e-9
+    scale = ours.codec.latent_scale.item()  # in float32
+    assert scale == pytest.approx(pipeline.vqvae.config.scaling_factor, rel=1e-6)
+    expected = pipeline.vqvae.decode(latent / scale).sample
+    assert relative_error(ours.codec.decode(latent), expected) < 1e-9
 
 
 def test_a_single_file_round_trip_is_exact(ldm_folder, convert, tmp_path):

@@ -92,8 +92,8 @@ def test_states_are_the_encoders(t5_folder, open_clip_weights):
         {"name": "t5", "model": str(t5_folder), "max_tokens": 6},
         {"name": "open_clip", "model": open_clip_weights[0], "weights": str(open_clip_weights[1])},
     ):
-        encoder = build_text_encoder(TextConfig(**config))
-        network = build_architecture(TextConfig(**config)).network.eval()
+        encoder = build_text_encoder(TextConfig(**config)).double()
+        network = build_architecture(TextConfig(**config)).network.double().eval()
         network.load_state_dict(dict(zip(network.state_dict(), encoder.state_dict().values(), strict=True)))
         ids = encoder.tokenizer(["a photo of a cat"])
         ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids.input_ids)

