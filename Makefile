@@ -5,11 +5,13 @@ CONSTRAINTS := constraints/python3.11-linux.txt
 # The tested versions, on the Python they were tested with; elsewhere pyproject.toml's ranges decide.
 CONSTRAIN := $(shell $(PYTHON) -c 'import sys; print("-c $(CONSTRAINTS)" if sys.version_info[:2] == (3, 11) and sys.platform == "linux" else "")')
 DATA ?= emoji
+# Where numbers are compared that a processor rounds.
+NUMERIC := $(addprefix tests/,nn diffusion families text training distributed evaluation generation interop planning)
 
-.PHONY: help setup setup-dev demo test test-slow test-gpu check format bench clean
+.PHONY: help setup setup-dev demo test test-slow test-gpu test-portable check format bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: .venv/.installed ## install t2i into .venv and make the embedded data
 
@@ -42,6 +44,12 @@ test-slow: setup-dev ## the tests that take minutes
 
 test-gpu: setup-dev ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
+
+test-portable: setup-dev ## the numeric tests as other processors, libraries and thread counts would compute them
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist loadfile $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 --dist loadfile $(NUMERIC)
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/pytest -n 2 --dist loadfile $(NUMERIC)
+	OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=2 $(BIN)/pytest $(NUMERIC)
 
 check: setup-dev ## lint, format and types
 	$(BIN)/ruff check .

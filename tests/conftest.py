@@ -19,12 +19,20 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
     from t2i.training.fit import FitResult
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("without_clock", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("without_clock")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
 
 
 @pytest.fixture(scope="session", autouse=True)

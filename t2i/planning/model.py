@@ -63,6 +63,8 @@ def build_model(config: RunConfig, codec_values: Mapping[str, Any], device: str 
     Raises ConfigError where the family is not planned for, or the size does not fit the model.
     """
     check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
+    precision = config.trainer.precision
+    check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
     size = config.resolution.size_px
     network = families.load(config.family, "model")
     with torch.device("meta"):
