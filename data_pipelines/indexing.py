@@ -21,8 +21,8 @@ from t2i.data import sources
 from t2i.data.folder_index import SAMPLE_BYTES, SUMMARY, as_stored, read_folder_index, sizes_name
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.scans import SETTLED_S
-from t2i.data.shards import samples_in
 from t2i.data.sources import Limits
+from t2i.data.statistics import samples_in
 from t2i.data.store import ShardStore
 from t2i.errors import DataError, UserError
 from t2i.files import written_whole

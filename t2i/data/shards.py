@@ -10,7 +10,6 @@ absent too, the shard is copied and scanned.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,13 @@ import numpy as np
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
-from t2i.data.folder_index import MAX_SAMPLES, SUMMARY, FolderIndex, as_stored, open_sizes, read_folder_index
+from t2i.data.folder_index import SUMMARY, FolderIndex, as_stored, open_sizes, read_folder_index
 from t2i.data.index import ShardIndex
 from t2i.data.opened import SCAN_DEADLINES, Opened, OpenShards, index_beside, open_indexed
 from t2i.data.scans import forget_unused, keep_scan
 from t2i.data.selection import Listed, listed
 from t2i.data.sources import SourceError, within
+from t2i.data.statistics import samples_in, successes
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
 
@@ -291,7 +291,7 @@ class Shards:
             size = found[shard] if shard in found else size_of(shard)
             if isinstance(size, Exception):
                 failed.append((shard, size))
-                promised = None if shard in found else _successes(self.url(shard), self.store)
+                promised = None if shard in found else successes(self.url(shard), self.store)
                 sizes[shard] = promised or 1
             else:
                 sizes[shard] = size
@@ -350,7 +350,7 @@ class Shards:
         url = self.url(shard)
         index = index_beside(url, self.store)
         if not sources.is_local(url):
-            size = _successes(url, self.store) if index is None else samples_in(index, url, self.store)
+            size = successes(url, self.store) if index is None else samples_in(index, url, self.store)
             if size is not None:
                 return size
         found = open_indexed(url, self.store, index, look=False)
@@ -362,23 +362,6 @@ class Shards:
         if found.index is not index:
             self._indexes[shard] = found.index
         return samples_in(found.index, url, self.store)
-
-
-def samples_in(index: ShardIndex, url: str, store: ShardStore) -> int:
-    """Samples of a shard; as many as img2dataset's statistics say that there were, if the tar file has fewer: a tar
-    file that ends too early at the right byte looks whole."""
-    return max(len(index), _successes(url, store) or 0)
-
-
-def _successes(url: str, store: ShardStore) -> int | None:
-    """Samples in a shard by img2dataset's statistics beside it."""
-    place = sources.beside(url, "_stats.json")
-    try:
-        found = json.loads(sources.read_bytes(place, store.limits))["successes"] if place else None
-    except (SourceError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    known = isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= MAX_SAMPLES
-    return found if known else None
 
 
 def _stem(url: str) -> str:
