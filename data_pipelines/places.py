@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -47,3 +50,12 @@ def first_same(names: Iterable[str], fold: bool = True) -> tuple[int, int] | Non
         if (before := seen.setdefault(known_by, at)) != at:
             return before, at
     return None
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where nothing can be written at `path`: before the work is done rather than after."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass

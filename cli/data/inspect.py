@@ -12,23 +12,32 @@ from ..console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from t2i.config import TextConfig
+
 TILE_PX = 192
 
 
 def run(arguments: list[str]) -> None:
     """Looks at every sample under a progress bar, prints, and writes what was asked for."""
-    options = parser().parse_args(arguments)
+    settings = [argument for argument in arguments if argument.startswith("text.") and "=" in argument]
+    options = parser().parse_args([argument for argument in arguments if argument not in settings])
     from rich.progress import Progress
 
     from t2i.data.sources import expand
     from t2i.errors import ConfigError
+    from t2i.files import written_whole
     from t2i_pipelines.inspecting.contact_sheet import contact_sheet
     from t2i_pipelines.inspecting.inspection import inspect_shards
+    from t2i_pipelines.places import check_writable
     from t2i_pipelines.ranks import cores
 
     if not 1 <= options.samples <= 1000:
         raise ConfigError(f"--samples is {options.samples}; allowed: 1 to 1000.")
     urls = expand(options.shards, "SHARDS")
+    text = text_encoder(options.text, settings)
+    for place in (options.json, options.sheet):
+        if place:
+            check_writable(Path(place))
     num_tiles = options.samples if options.sheet else 0
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("shards", total=len(urls))
@@ -40,6 +49,7 @@ def run(arguments: list[str]) -> None:
             options.seed,
             cores(),
             lambda share: bar.advance(task, share),
+            text,
         )
     facts = report.to_json()
     for table in tables(facts):
@@ -49,13 +59,35 @@ def run(arguments: list[str]) -> None:
     for cause, each in facts["flaws"].items():
         console.print(f"Samples, {cause}: {each['samples']:,}, such as {each['first'][0]}")
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(facts, indent=1))
+        with written_whole(Path(options.json)) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=1))
         console.print(f"Wrote {options.json}")
     if options.sheet and report.tiles:
-        Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(report.tiles, TILE_PX).save(options.sheet, format="PNG")
+        with written_whole(Path(options.sheet)) as unfinished:
+            contact_sheet(report.tiles, TILE_PX).save(unfinished, format="PNG")
         console.print(f"Wrote {len(report.tiles)} samples to {options.sheet}")
+
+
+def text_encoder(name: str | None, settings: list[str]) -> TextConfig | None:
+    """What `text=NAME text.key=value` says in a training command. Raises ConfigError or CheckpointError, also where the
+    encoder's tokenizer is not there."""
+    from t2i.config import TextConfig
+    from t2i.errors import ConfigError
+    from t2i.schema import parse
+    from t2i.text.tokens import token_counter
+
+    from .. import hub
+    from ..composition import composed_run
+
+    if name is None:
+        if settings:
+            raise ConfigError(f"{settings[0]} is given without --text; allowed: --text NAME text.key=value.")
+        return None
+    config = parse(TextConfig, composed_run(["stage=ldm", f"text={name}", *settings])["text"], "text.")
+    if config.allow_download:
+        hub.allow()
+    token_counter(config)
+    return config
 
 
 def tables(facts: dict[str, Any]) -> list[Table]:
@@ -78,7 +110,7 @@ def tables(facts: dict[str, Any]) -> list[Table]:
         _table("Picture formats", _counts(facts["formats"])),
         _percentiles("Shorter side, px", facts["shorter_side_px"]),
         _table("Width / height", _bars(facts["aspect_ratio"])) if stored["known"] else None,
-        _percentiles("Captions", {name: caption[name] for name in ("characters", "words")}),
+        _percentiles("Captions", {name: caption[name] for name in ("characters", "words", "tokens")}),
         _percentiles("Texts per JSON list", caption["texts_per_json_list"]),
     ]
     return [table for table in made if table is not None]
@@ -127,6 +159,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sheet", help="PNG with some samples and their captions")
     made.add_argument("--samples", type=int, default=64, help="on the sheet")
     made.add_argument("--seed", type=int, default=0, help="which samples are on the sheet")
+    made.add_argument(
+        "--text",
+        metavar="NAME",
+        help="count the tokens of captions for this text encoder, and the captions that it would cut: minilm, clip, "
+        "open_clip, t5, learned, ldm_bert, with text.key=value as in the training command",
+    )
     made.add_argument("--json", help="all figures, and the first 100 samples with each flaw, by name")
     made.add_argument("--fast", action="store_true", help="read the pictures' headers, do not decode them")
     return made

@@ -6,21 +6,25 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from t2i.config import TextConfig
 from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes, open_image, stored_size
 from t2i.data.index import ShardIndex, original_size
 from t2i.data.members import PICTURE_ENDINGS, SAMPLE_ENDINGS, UNREAD_ENDINGS, among, member
+from t2i.text.tokens import TokenCounter, token_counter
 
 NAMED_PER_CAUSE = 100  # so many samples with a flaw are named; all are counted
 MAX_JSON_FIELDS = 64  # of so many fields that hold lists of texts the lengths are counted
 MAX_SAMPLE_BYTES = 1 << 30  # four times the largest picture that is decoded: no sample of use is larger
 ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)  # width / height between two bars
 CAPTION_KEYS = ("txt", "json:caption")
+CUT = "caption of more tokens than the text encoder takes"
 CAUSES = {
     "image": "picture not decodable",
     "format": "picture of a kind that is not read",
@@ -42,7 +46,7 @@ class Facts:
     formats: as the pictures' own headers say, whatever the members are called
     stored_px, original_px: shorter sides of the pictures in the shard, and of their sources by the JSON
     aspects: pictures by the number of ASPECT_EDGES up to their width / height
-    characters, words: lengths of each sample's first caption
+    characters, words: lengths of each sample's first caption; tokens: the same for the text encoder that was named
     lists: JSON field -> number of texts in it -> samples
     causes: what is wrong -> samples. A sample counts under each of its flaws.
     named: what is wrong -> the first samples that have it
@@ -57,6 +61,7 @@ class Facts:
     aspects: Counter[int] = field(default_factory=Counter)
     characters: Counter[int] = field(default_factory=Counter)
     words: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
     lists: dict[str, Counter[int]] = field(default_factory=dict)
     causes: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[str]] = field(default_factory=dict)
@@ -94,23 +99,34 @@ class Tile:
 
 
 def look_at(
-    path: Path, shard: str, index: ShardIndex, fast: bool, chosen: Set[int], tile_px: int
+    path: Path,
+    shard: str,
+    index: ShardIndex,
+    fast: bool,
+    chosen: Set[int],
+    tile_px: int,
+    text: TextConfig | None = None,
 ) -> tuple[Facts, dict[int, Tile]]:
     """The facts of all rows of `index`, and tiles of those that are chosen. Raises OSError.
 
     path: of the tar file
     shard: its name in messages
     fast: believe the pictures' headers instead of decoding every picture
+    text: the encoder whose tokens are counted
     """
+    counter = None if text is None else _counter(text)
     facts, tiles = Facts(), {}
     with path.open("rb") as file:
         for row in range(len(index)):
-            tile = _Sample(shard, index, row, facts).look(
+            tile = _Sample(shard, index, row, facts, counter).look(
                 file.fileno(), fast, tile_px if row in chosen else None
             )
             if row in chosen:
                 tiles[row] = tile
     return facts, tiles
+
+
+_counter = lru_cache(maxsize=1)(token_counter)  # once for each process
 
 
 def read_sample(file: int, index: ShardIndex, row: int) -> dict[str, bytes]:
@@ -131,8 +147,10 @@ def read_sample(file: int, index: ShardIndex, row: int) -> dict[str, bytes]:
 
 
 class _Sample:
-    def __init__(self, shard: str, index: ShardIndex, row: int, facts: Facts) -> None:
-        self.shard, self.index, self.row, self.facts = shard, index, row, facts
+    def __init__(
+        self, shard: str, index: ShardIndex, row: int, facts: Facts, counter: TokenCounter | None
+    ) -> None:
+        self.shard, self.index, self.row, self.facts, self.counter = shard, index, row, facts, counter
         self.key = index.keys[row]
         self.there = [e for e, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
 
@@ -187,6 +205,11 @@ class _Sample:
             return ""
         self.facts.characters[len(caption)] += 1
         self.facts.words[len(caption.split())] += 1
+        if self.counter is not None:
+            tokens = self.counter.count(caption)
+            self.facts.tokens[tokens] += 1
+            if tokens > self.counter.max_tokens:
+                self.flaw(CUT, f"{self.key} with {tokens}")
         return caption
 
     def _picture(self, data: bytes, fast: bool, tile_px: int | None) -> Image.Image | None:

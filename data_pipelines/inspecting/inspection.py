@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from t2i.config import TextConfig
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local
 from t2i.errors import DataError
@@ -62,6 +63,7 @@ class Report:
                 "found": facts.characters.total(),
                 "characters": percentiles(facts.characters),
                 "words": percentiles(facts.words),
+                "tokens": percentiles(facts.tokens),
                 "texts_per_json_list": {
                     name: {"known": counts.total(), **percentiles(counts)}
                     for name, counts in facts.lists.items()
@@ -113,6 +115,7 @@ def inspect_shards(
     seed: int,
     workers: int,
     progress: Callable[[float], None],
+    text: TextConfig | None = None,
 ) -> Report:
     """Reads shards with `workers` processes. Memory does not grow with the data, but for 8 bytes a sample that
     find repeated keys.
@@ -120,6 +123,7 @@ def inspect_shards(
     fast: believe the pictures' headers instead of decoding every picture
     num_tiles: samples for the contact sheet, chosen by `seed` with equal chances, whatever `workers` is
     progress: called with the part of a shard that was done
+    text: count the tokens of captions for this encoder, and the captions that it would cut
     Raises DataError where no shard can be read, or a picture kills the process that decodes it.
     """
     report, choice = Report(), _Choice(num_tiles, seed)
@@ -127,7 +131,7 @@ def inspect_shards(
     # spawned: a fork of a process that has threads can wait for ever
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _quiet) as pool:
-        tasks = _Tasks(pool, report, choice, fast, tile_px, 4 * workers, progress)
+        tasks = _Tasks(pool, report, choice, fast, tile_px, 4 * workers, progress, text)
         for number, url in enumerate(urls):
             with contextlib.ExitStack() as stack:
                 try:
@@ -193,6 +197,7 @@ class _Tasks:
     tile_px: int
     limit: int
     progress: Callable[[float], None]
+    text: TextConfig | None
     _running: deque[_Task] = field(default_factory=deque)
 
     def submit(self, path: Path, name: str, index: ShardIndex, number: int) -> None:
@@ -204,7 +209,7 @@ class _Tasks:
                 self._collect()
             part = _rows(index, start, start + ROWS_PER_TASK)
             rows = {row - start for row in chosen if start <= row < start + ROWS_PER_TASK}
-            future = self.pool.submit(look_at, path, name, part, self.fast, rows, self.tile_px)
+            future = self.pool.submit(look_at, path, name, part, self.fast, rows, self.tile_px, self.text)
             self._running.append(_Task(future, name, number, start, len(part) / len(index)))
 
     def finish(self) -> None:
