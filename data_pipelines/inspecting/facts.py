@@ -34,6 +34,8 @@ CAUSES = {
     "truncated": "cut off at the end of the tar",
     "damaged": "lost next to damaged tar headers",
     "duplicate": "a member's name came before",
+    "link": "a link that leads out of the tar",
+    "sparse": "a sparse member",
 }
 
 

@@ -20,9 +20,7 @@ TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be a
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_ASPECT = 100  # longer side to shorter one: a crop shows next to nothing of a picture beyond
-MAX_SURPLUS = (
-    8  # so many times the pixels of a crop are resized at once and cut; of longer pictures, the crop alone
-)
+MAX_SURPLUS = 8  # times the pixels of a crop that are resized and cut; of longer pictures, the crop alone
 EXIF_ORIENTATION = 0x0112
 TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -31,9 +29,9 @@ class BadSample(Exception):
     """A sample that cannot be used.
 
     cause: "image" (missing or not decodable), "format" (a kind of picture that is not read), "bomb" (too many
-        pixels), "aspect" (a strip, longer than MAX_ASPECT times its width), "caption", "json"; of the tar file
-        "truncated", "damaged" or "duplicate"; "missing" (not in the shard, or the shard is not there) or "unreadable"
-        (the shard, or what it is read from)
+        pixels), "aspect" (longer than MAX_ASPECT times its width), "caption", "json"; of the tar file "truncated",
+        "damaged", "duplicate", "link" or "sparse"; "missing" (not in the shard, or the shard is not there) or
+        "unreadable" (the shard, or what it is read from)
     key: the sample's key
     """
 

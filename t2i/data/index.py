@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, image_bytes, stored_size
+from t2i.data.grouping import Samples
 from t2i.data.members import among
-from t2i.data.tar import BLOCK, Gap, members, padded
+from t2i.data.tar import BLOCK, members
 from t2i.errors import DataError
 
-META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own bookkeeping, never part of a sample
 SUFFIX = ".index.npz"  # in the place of .tar
-VERSION = 1
+VERSION = 2  # 2: members of one key are one sample wherever they lie, links are followed
 MAX_MEMBER_BYTES = 512 << 20  # more than any picture that is let through has
 MAX_WASTE_BYTES = 64 << 10  # read and thrown away rather than read around
 MAX_SIDE_PX = 2**31 - 1
@@ -36,14 +33,16 @@ MAX_SIDE_PX = 2**31 - 1
 class ShardIndex:
     """Where the samples of one shard lie.
 
-    keys: n strings, in the order of the file
+    keys: n strings, in the order in which they first come in the file
     extensions: E lower-cased extensions that occur in the shard
     offsets, sizes: (n, E) int64, in bytes; offset -1 where a sample lacks the extension
     flaws: row -> why the tar file itself lost (part of) this sample: "truncated" for the last one of a file that
-        ends early, "damaged" next to headers that cannot be read, "duplicate" for a name that came before. Where a
-        flaw left no sample to blame, a row without members stands in, so that each loss counts.
+        ends early, "damaged" next to headers that cannot be read, "duplicate" for a name that came before, "link" and
+        "sparse" for a member that leads out of the tar or has holes. For samples that are lost without a trace, rows
+        without members stand in at the end, so that each counts: as many as the bytes that are lost had room for.
     file_bytes: size of the tar file; another size says that the index is out of date
     original_px: (n, 2) int32 height and width of the source pictures, 0 where unknown; None: not looked at yet
+    linked: row * E + column of members that are links to another one, at whose place they are read
     """
 
     keys: list[str]
@@ -53,6 +52,7 @@ class ShardIndex:
     flaws: Mapping[int, str]
     file_bytes: int
     original_px: np.ndarray | None = None
+    linked: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -88,7 +88,7 @@ class ShardIndex:
                 if len(data) < stop - start:
                     raise OSError(f"it ends at byte {start + len(data)}, before sample {self.keys[row]} does")
             at = offset - start
-            if not _is_header(data[at - BLOCK : at], f"{self.keys[row]}.{extension}", size):
+            if not _is_header(data[at - BLOCK : at], self._name(row, extension), size):
                 raise OSError(
                     f"{self.keys[row]}.{extension} is not at byte {offset}, where it was when this was indexed"
                 )
@@ -104,57 +104,27 @@ class ShardIndex:
         for row in {int(with_members[0]), int(with_members[-1])} if len(with_members) else ():
             column = int(self.offsets[row].argmax())
             header = os.pread(file, BLOCK, int(self.offsets[row, column]) - BLOCK)
-            if not _is_header(
-                header, f"{self.keys[row]}.{self.extensions[column]}", int(self.sizes[row, column])
-            ):
+            if not _is_header(header, self._name(row, self.extensions[column]), int(self.sizes[row, column])):
                 return False
         return True
+
+    def _name(self, row: int, extension: str) -> str | None:
+        """What the header of a member says; None where it has another name."""
+        linked = self.linked and row * len(self.extensions) + self.extensions.index(extension) in self.linked
+        return None if linked else f"{self.keys[row]}.{extension}"
 
     @classmethod
     def scan(cls, path: Path | str, descriptor: int | None = None) -> ShardIndex:
         """Reads the tar headers of `path`, or of the open file `descriptor`, of which `path` is but the name. Raises
         DataError where it is not a tar file, OSError where it cannot be read at all."""
-        name = PurePath(path).name
-        rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
-        flaws: dict[int, str] = {}
-        gaps: dict[int, int] = {}  # rows that stand in for what lay in so many bytes
-        gap = 0  # bytes lost since the last member
+        found = Samples(PurePath(path).name)
         with open(path if descriptor is None else descriptor, "rb", closefd=descriptor is None) as file:
             for member in members(file, str(path)):
-                if isinstance(member, Gap):
-                    if member.cause == "truncated":
-                        if not rows:
-                            rows.append((name, {}))
-                        flaws[len(rows) - 1] = member.cause
-                    else:
-                        gap += member.size
-                    continue
-                key, extension = base_plus_ext(member.name)
-                if key is None or META_MEMBER.match(member.name):
-                    continue
-                extension = extension.lower()
-                if not rows or rows[-1][0] != key:
-                    if gap:  # whole samples may have stood between these two
-                        flaws[len(rows)], gaps[len(rows)] = "damaged", gap
-                        rows.append((f"{name} before {key}", {}))
-                    rows.append((key, {}))
-                elif extension in rows[-1][1]:
-                    flaws[len(rows)] = "duplicate"
-                    rows.append((key, {}))
-                gap = 0
-                rows[-1][1][extension] = (member.offset_data, member.size)
-            if gap:
-                flaws[len(rows)], gaps[len(rows)] = "damaged", gap
-                rows.append((f"{name} at its end", {}))
+                found.add(member)
+            found.finish(members(file, str(path)))
             file_bytes = os.fstat(file.fileno()).st_size
-        rows, flaws = _without_doubles(rows, flaws, gaps)
-        extensions = tuple(sorted({extension for _, found in rows for extension in found}))
-        places = np.full((len(rows), len(extensions), 2), (-1, 0), dtype=np.int64)
-        for row, (_, found) in enumerate(rows):
-            for column, extension in enumerate(extensions):
-                places[row, column] = found.get(extension, (-1, 0))
-        keys = [key for key, _ in rows]
-        return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy(), flaws, file_bytes)
+        extensions, offsets, sizes, linked = found.arrays()
+        return cls(found.keys, extensions, offsets, sizes, found.flaws, file_bytes, linked=linked)
 
     def with_sizes(self, path: Path | int) -> ShardIndex:
         """The same with `original_px`: by each sample's JSON, or else by the header of its picture.
@@ -185,6 +155,7 @@ class ShardIndex:
             "flaw_rows": np.array(rows, dtype=np.int64),
             "flaws": _packed([self.flaws[row] for row in rows]),
             "file_bytes": np.array(self.file_bytes),
+            "linked": np.array(sorted(self.linked), dtype=np.int64),
         }
         if self.original_px is not None:
             arrays["original_px"] = self.original_px
@@ -207,6 +178,7 @@ class ShardIndex:
                     flaws,
                     int(arrays["file_bytes"]),
                     arrays.get("original_px"),
+                    frozenset(arrays["linked"].tolist()),
                 )
             index._check()
         except Exception as error:  # zipfile and numpy raise nearly anything on bytes of strangers
@@ -238,7 +210,7 @@ def original_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _is_header(block: bytes, name: str, size: int) -> bool:
+def _is_header(block: bytes, name: str | None, size: int) -> bool:
     """Whether `block` is the tar header of this member: by its size, and by its name where that is sure to stand in the
     header (all of it, or what follows the prefix). Not by the checksum, which would take as long as reading does."""
     try:
@@ -247,8 +219,8 @@ def _is_header(block: bytes, name: str, size: int) -> bool:
     except tarfile.TarError:
         return False
     found = block[:100].partition(b"\0")[0].lower()
-    sure = len(name) <= 100 and name.isascii()
-    return not sure or (found != b"" and name.lower().encode().endswith(found))
+    sure = name is not None and len(name) <= 100 and name.isascii()
+    return name is None or not sure or (found != b"" and name.lower().encode().endswith(found))
 
 
 def _packed(texts: Sequence[str]) -> np.ndarray:
@@ -258,21 +230,3 @@ def _packed(texts: Sequence[str]) -> np.ndarray:
 def _unpacked(data: np.ndarray) -> list[str]:
     text = data.tobytes().decode("utf-8", "surrogateescape")
     return text.split("\0") if text else []
-
-
-def _without_doubles(
-    rows: list[tuple[str, dict[str, tuple[int, int]]]], flaws: dict[int, str], gaps: dict[int, int]
-) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], dict[int, str]]:
-    """Without the stand-ins for damage whose neighbours lack a member that most samples have, if the damage has no room
-    for a whole sample: the neighbours count already where that member matters, and nothing else is missing."""
-    counts = Counter(extension for _, found in rows for extension in found)
-    usual = {extension for extension, count in counts.items() if 2 * count > len(rows)}
-    whole = [found for row, (_, found) in enumerate(rows) if row not in flaws and usual <= found.keys()]
-    room = min((sum(BLOCK + padded(size) for _, size in found.values()) for found in whole), default=0)
-
-    def blamed(row: int) -> bool:
-        near = [rows[i][1] for i in (row - 1, row + 1) if 0 <= i < len(rows) and rows[i][1]]
-        return gaps.get(row, room) < room and any(usual - found.keys() for found in near)
-
-    kept = [row for row in range(len(rows)) if not blamed(row)]
-    return [rows[row] for row in kept], {new: flaws[old] for new, old in enumerate(kept) if old in flaws}

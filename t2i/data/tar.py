@@ -18,8 +18,8 @@ MAX_PADDING = 2 * BLOCK + tarfile.RECORDSIZE - BLOCK
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes in which members should have been. cause: "damaged", or "truncated" for a file that was cut short: then
-    the cut went through the member before, or came right after it."""
+    """Bytes in which members should have been and are not. cause: "damaged", or "truncated" for a file that was cut
+    short: then the cut went through the member before, or came right after it, or after these bytes."""
 
     cause: str
     size: int
@@ -31,9 +31,10 @@ def padded(size: int) -> int:
 
 
 def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
-    """The regular members of an uncompressed tar, and the gaps between them, in the order of the file. Blocks that are
-    no headers are skipped, zeros among them (unless they end the file), until the next header. tarfile itself, and
-    webdataset with it, takes either for the end of the archive. Raises DataError where there is no header at all."""
+    """The regular members of an uncompressed tar, its links, and the gaps between them, in the order of the file.
+    Blocks that are no headers are skipped, zeros among them (unless they end the file), until the next header. tarfile
+    itself, and webdataset with it, takes either for the end of the archive. Raises DataError where there is no header
+    at all."""
     length = os.fstat(file.fileno()).st_size
     end = found = 0
     too_long: tarfile.TarInfo | None = None  # a member that goes on behind the end of the file
@@ -44,23 +45,30 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
         too_long = member if stop > length else None
         if too_long is None:
             end = stop
-            if member.isreg():
+            if member.isreg() or member.islnk() or member.issym():
                 yield member
             elif member.type not in tarfile.SUPPORTED_TYPES and member.size:
                 yield Gap("damaged", stop - member.offset)
     if too_long is not None:
         yield too_long
-        yield Gap("truncated", length - too_long.offset)
-    elif not found and length >= BLOCK and _has_data(file, 0, length):
+        yield Gap("truncated", 0)
+        return
+    data_end = _data_end(file, end, length)
+    if not found and length >= BLOCK and data_end:
         raise DataError(f"Shard {name} is not an uncompressed tar file.")
-    elif length < end + BLOCK:
-        yield Gap("truncated", length - end)
-    elif _has_data(file, end, length):
+    if length < end + BLOCK:
+        yield Gap("truncated", 0)
+    elif data_end > end:
         # The headers of the last members are lost, or the file's end as well.
-        file.seek(length - BLOCK)
-        yield Gap("truncated" if any(file.read()) else "damaged", length - end)
+        yield Gap("damaged" if data_end <= length - BLOCK else "truncated", data_end - end)
     elif length - end > MAX_PADDING:
-        yield Gap("damaged", length - end)
+        yield Gap("damaged", BLOCK if _is_padded(end, length) else length - end)
+
+
+def _is_padded(end: int, length: int) -> bool:
+    """Whether zeros up to `length` may fill up a record of more than usual size (`tar --blocking-factor`)."""
+    records = (1 << shift for shift in range(14, 23))  # 16 KiB to 4 MiB
+    return any(length % record == 0 and length - end <= 2 * BLOCK + record for record in records)
 
 
 def _headers(file: IO[bytes], length: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
@@ -116,11 +124,12 @@ def plain_member(header: bytes, offset: int) -> tarfile.TarInfo | None:
     return member
 
 
-def _has_data(file: IO[bytes], start: int, stop: int) -> bool:
-    """Whether any of these bytes is not zero."""
+def _data_end(file: IO[bytes], start: int, stop: int) -> int:
+    """Behind the last byte from `start` on that is not zero; `start` where all are."""
     file.seek(start)
+    end = start
     while start < stop and (block := file.read(min(stop - start, 1 << 20))):
-        if block.strip(b"\0"):
-            return True
+        if data := block.rstrip(b"\0"):
+            end = start + len(data)
         start += len(block)
-    return False
+    return end
