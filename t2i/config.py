@@ -17,6 +17,8 @@ from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
 from t2i.schema import check, parse, to_dict
 
+MAX_NAME_BYTES = 240  # of the 255 that file systems take, so that "-2" can be added
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -189,6 +191,7 @@ class RunConfig:
     name: name of the run's folder; None takes the date and time
     init_from: None, "lower", a run folder or a checkpoint file to take weights from
     resume: None, "latest", or the run folder to go on with
+    allow_other_shards: resume although shards were replaced since
     """
 
     stage: str
@@ -205,9 +208,18 @@ class RunConfig:
     trainer: TrainerConfig
     logger: LoggerConfig
     model: Any
+    allow_other_shards: bool = False
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "seed", self.seed, "0 or more")
+        name = self.name
+        ok = name is None or (name not in ("", ".", "..") and "/" not in name and "\0" not in name)
+        check(ok, "name", name, "a folder's name, without /, or null")
+        check(
+            name is None or name.casefold() != "latest", "name", name, "other names: that link is made by t2i"
+        )
+        length = 0 if name is None else len(name.encode(errors="surrogateescape"))
+        check(length <= MAX_NAME_BYTES, "name", name, f"{MAX_NAME_BYTES} bytes at most (this has {length})")
 
 
 def parse_run(values: Mapping[str, Any], model_class: type) -> RunConfig:

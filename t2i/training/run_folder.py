@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,9 +19,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from t2i.errors import CheckpointError
+from t2i.files import written_whole
 
 RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
 FINAL_WEIGHTS = "model.safetensors"
+CHECKPOINT = re.compile(r"step_\d+\.ckpt")
 
 
 def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
@@ -28,15 +35,44 @@ def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
     if inherited := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(inherited)
     name = name or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder, copy = Path(runs_dir) / stage / name, 1
+    parent, copy = Path(runs_dir) / stage, 1
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / name
     while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            copy += 1
-            folder = Path(runs_dir) / stage / f"{name}-{copy}"
-    return enter(folder)
+        # Some systems take "Trial" and "trial" for one name, or two ways of writing one letter: nowhere two runs.
+        taken = {_folded(path.name) for path in parent.iterdir()}
+        if _folded(folder.name) not in taken:
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return enter(folder)
+        copy += 1
+        folder = parent / f"{name}-{copy}"
+
+
+@contextmanager
+def opened(runs_dir: str | Path, stage: str, name: str | None, resumed: Path | None) -> Iterator[Path]:
+    """The folder of a run while it goes on: `resumed`, or a new one (see `create`). A new one is removed again where an
+    error ends the block before anything was trained."""
+    is_first = not os.environ.get(RUN_FOLDER_VARIABLE)
+    link = Path(runs_dir) / stage / "latest"
+    latest = link.readlink() if link.is_symlink() else None
+    folder = enter(resumed) if resumed else create(runs_dir, stage, name)
+    try:
+        yield folder
+    except BaseException:
+        if resumed is None and is_first and not _holds_results(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            link.unlink(missing_ok=True)
+            if latest is not None:
+                link.symlink_to(latest)
+        raise
+    finally:
+        leave()
+
+
+def _holds_results(folder: Path) -> bool:
+    kept = (*folder.glob("*.csv"), *folder.glob("not_finite.json"), *folder.glob("samples/*"))
+    return bool(kept or checkpoints(folder))
 
 
 def enter(folder: Path) -> Path:
@@ -58,7 +94,8 @@ def leave() -> None:
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """config.yaml: the resolved configuration."""
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    with written_whole(folder / "config.yaml") as unfinished:
+        OmegaConf.save(OmegaConf.create(config), unfinished)
 
 
 def as_saved(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,14 +126,14 @@ def write_environment(folder: Path, device: str) -> None:
         "host": platform.node(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    (folder / "environment.json").write_text(json.dumps(values, indent=2) + "\n")
+    _write_json(folder / "environment.json", values)
 
 
 def write_summary(folder: Path, complete: bool, images_seen: int, seconds: float) -> None:
     """summary.json: how far the run came, and the seconds of training over all its resumptions."""
     before = read_summary(folder).get("seconds", 0.0)
     values = {"complete": complete, "images_seen": images_seen, "seconds": round(before + seconds, 1)}
-    (folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
+    _write_json(folder / "summary.json", values)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -139,7 +176,13 @@ def newest_finished(runs_dir: str | Path, stage: str) -> tuple[Path | None, list
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, in the order of their steps."""
-    return sorted((folder / "checkpoints").glob("step_*.ckpt"))
+    found = (path for path in (folder / "checkpoints").glob("step_*.ckpt") if CHECKPOINT.fullmatch(path.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when it was written."""
+    return int(checkpoint.stem.removeprefix("step_"))
 
 
 def weights_file(place: str | Path) -> Path:
@@ -157,6 +200,15 @@ def weights_file(place: str | Path) -> Path:
     if not saved:
         raise CheckpointError(f"{path} holds no checkpoint yet (checkpoints/step_*.ckpt, {FINAL_WEIGHTS}).")
     return saved[-1]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _version(package: str) -> str | None:

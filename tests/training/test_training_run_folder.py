@@ -90,6 +90,45 @@ def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
     ]
 
 
+def test_checkpoints_are_ordered_by_number_not_by_text(tmp_path):
+    folder = new_run(tmp_path, "a", steps=(999_999, 1_000_000, 2_000_000, 10_000_000))
+    (folder / "checkpoints" / "step_best.ckpt").touch()  # somebody's own
+    steps = [run_folder.step_of(path) for path in run_folder.checkpoints(folder)]
+    assert steps == [999_999, 1_000_000, 2_000_000, 10_000_000]
+    assert run_folder.weights_file(folder).name == "step_10000000.ckpt"
+
+
+@pytest.mark.parametrize(("first", "second"), [("Trial", "trial"), ("caf\u00e9", "cafe\u0301")])
+def test_names_that_some_systems_take_for_one_are_two_nowhere(tmp_path, first, second):
+    assert new_run(tmp_path, first).name == first
+    assert new_run(tmp_path, second).name == f"{second}-2"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_trained_nothing_leaves_no_folder(tmp_path, error):
+    earlier = new_run(tmp_path, "earlier")
+
+    def begin(name: str, result: str | None = None, resumed: Path | None = None) -> None:
+        with run_folder.opened(tmp_path, "ldm", name, resumed) as folder:
+            run_folder.write_config(folder, {})
+            if result is not None:
+                (folder / result).touch()
+            raise error
+
+    with pytest.raises(error):
+        begin("empty")
+    assert sorted(path.name for path in (tmp_path / "ldm").iterdir()) == ["earlier", "latest"]
+    assert (tmp_path / "ldm" / "latest").resolve() == earlier.resolve()
+    for result in ("metrics.csv", "checkpoints/step_000001.ckpt", "samples/a.png", "not_finite.json"):
+        name = Path(result).stem
+        with pytest.raises(error):
+            begin(name, result)
+        assert (tmp_path / "ldm" / "latest").resolve().name == name
+    with pytest.raises(error):
+        begin("", resumed=earlier)
+    assert earlier.is_dir()
+
+
 def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):
     folder = new_run(tmp_path, "a", steps=(1, 2), time_s=1_000)
     assert run_folder.weights_file(folder).name == "step_000002.ckpt"
