@@ -76,6 +76,7 @@ def train(composed: DictConfig) -> None:
     # Heavy imports only now: a wrong key is reported at once.
     from t2i import families
     from t2i.training.fit import fit
+    from t2i.training.loggers import sync_command
 
     from .console import console, say_what_is_logged
 
@@ -88,6 +89,8 @@ def train(composed: DictConfig) -> None:
         console.print(
             f"Stopped and saved: {result.folder} ({rate}). To go on: the same command with resume=latest"
         )
+    if config.logger.wandb == "offline":
+        console.print(f"To bring it to wandb: {sync_command(result.folder)}", markup=False)
 
 
 def validated(composed: DictConfig) -> RunConfig:

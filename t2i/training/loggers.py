@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import hashlib
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from t2i.config import RunConfig
 from t2i.errors import ConfigError
+from t2i.files import written_whole
+
+MAX_TEXT = 500  # letters of a value
+MAX_WANDB_ID = 100  # of the 128 letters that wandb takes
 
 
 class MetricsCSV(Logger):
@@ -22,8 +28,9 @@ class MetricsCSV(Logger):
         self.path = folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
-            with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= from_step]
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
+            self.rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= from_step]
             self._rewrite()
 
     @property
@@ -50,7 +57,7 @@ class MetricsCSV(Logger):
     def _rewrite(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, "") for name in columns} for row in self.rows]
-        with self.path.open("w", newline="") as file:
+        with written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -60,13 +67,9 @@ def build_loggers(config: RunConfig, folder: Path, from_step: int) -> list[Logge
     """metrics.csv first, then what config.logger asks for."""
     loggers: list[Logger] = [MetricsCSV(folder, from_step)]
     if config.logger.tensorboard:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.logger.wandb != "off":
         try:
-            from lightning.pytorch.loggers import WandbLogger
-
             loggers.append(
                 WandbLogger(
                     name=f"{config.stage}-{config.resolution.size_px}-{folder.name}-s{config.seed}",
@@ -83,6 +86,48 @@ def build_loggers(config: RunConfig, folder: Path, from_step: int) -> list[Logge
     return loggers
 
 
+def log_config(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
+    """The configuration for wandb's table of runs and TensorBoard's hyperparameters, so that runs can be compared by
+    it. Long lists (of shards) are cut."""
+    flat = dict(_flat(config))
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from torch.utils.tensorboard.summary import hparams
+
+            writer = logger.experiment._get_file_writer()
+            for part in hparams(
+                flat, {"loss": 0.0}
+            ):  # which metric to show beside them; its values are those logged
+                writer.add_summary(part)
+            writer.flush()
+        elif isinstance(logger, WandbLogger):
+            logger.experiment.config.update(flat, allow_val_change=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**53):
+            yield prefix + key, value
+        else:
+            yield prefix + key, _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."
+
+
+def sync_command(folder: Path) -> str:
+    """What brings an offline run to wandb; of one that was stopped and resumed, each part into the same run."""
+    return f"wandb sync --append {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+
+
 def _wandb_id(folder: Path) -> str:
-    """An id that a resumed run finds again: the folder's name, in the letters wandb allows."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{folder.parent.name}-{folder.name}")
+    """An id that a resumed run finds again, and no other run has: the folder's name, in the letters wandb allows."""
+    name = f"{folder.parent.name}-{folder.name}"
+    plain = "".join(c if (c.isascii() and c.isalnum()) or c in "-_" else "-" for c in name)
+    if plain == name and len(name) <= MAX_WANDB_ID:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: MAX_WANDB_ID - 9]}-{digest}"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
-from t2i.training.loggers import MetricsCSV
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from t2i.training.loggers import MetricsCSV, _wandb_id, log_config
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -46,6 +50,71 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
         ("30", "31.0", ""),
         ("40", "41.0", "1.0"),
     ]
+
+
+def test_a_late_column_never_leaves_half_a_table(tmp_path, monkeypatch):
+    """Written beside it and put in its place: what stops in between leaves the old one."""
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 10)
+
+    def crash(self, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", crash)
+    with pytest.raises(KeyboardInterrupt):
+        logger.log_metrics({"loss": 2.0, "kl": 1.0}, 20)
+    assert read(tmp_path) == [{"step": "10", "loss": "1.0"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_row_that_a_crash_cut_is_dropped(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    for step in (100, 120):
+        logger.log_metrics({"loss": float(step)}, step)
+    content = (tmp_path / "metrics.csv").read_text()
+    for cut in range(1, len("120,120.0\n") + 1):
+        (tmp_path / "metrics.csv").write_text(content[:-cut])
+        MetricsCSV(tmp_path, from_step=150)
+        assert read(tmp_path) == [{"step": "100", "loss": "100.0"}]
+
+
+SETTINGS = {
+    "seed": 10**30,
+    "name": None,
+    "optimizer": {"learning_rate": 1e-4, "betas": [0.9, 0.999]},
+    "data": {"shards": [f"{i:05}.tar" for i in range(1_000)], "mixture": {}},
+    "trainer": {"devices": 2, "precision": "32-true"},
+    "flip": True,
+}
+
+
+def test_tensorboard_compares_runs_by_their_settings(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    log_config([MetricsCSV(tmp_path), logger], SETTINGS)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == []  # no made-up metric
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["optimizer.learning_rate"].number_value == 1e-4
+    assert told["trainer.precision"].string_value == "32-true"
+    assert told["trainer.devices"].number_value == 2
+    assert told["flip"].number_value == 1
+    assert told["name"].string_value == "None"
+    assert told["seed"].string_value == str(10**30)
+    assert len(told["data.shards"].string_value) <= 500
+
+
+def test_wandb_ids_are_found_again_and_never_shared(tmp_path):
+    names = ["trial", "a b", "a-b", "caf\u00e9", "cafe", "n" * 200, "n" * 201, "a=b", "a(b"]
+    ids = [_wandb_id(tmp_path / "ldm" / name) for name in names]
+    assert ids == [_wandb_id(tmp_path / "ldm" / name) for name in names]
+    assert ids[0] == "ldm-trial"
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,128}", each) for each in ids)
 
 
 def test_a_run_resumed_before_anything_was_logged(tmp_path):
