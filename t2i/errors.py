@@ -18,6 +18,10 @@ class DataError(UserError):
     """Shards are missing, unreadable, or hold too many bad samples."""
 
 
+class TrainingError(UserError):
+    """Training went astray: numbers are not finite."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or weight file is missing, unsafe, or does not fit the model."""
 

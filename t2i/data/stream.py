@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from t2i.data.fingerprint import contents
 from t2i.data.order import BucketOrder, MixtureOrder, Order, ShardOrder
 from t2i.data.reader import SampleReader
 from t2i.data_config import DataConfig
@@ -59,10 +60,12 @@ class CaptionedStream:
         return Seats(part, own, epoch, index)
 
     def fingerprint(self) -> str:
-        """A digest of the sizes of all shards, on which the order depends."""
+        """A digest of the sizes of all shards, on which the order depends, and of what tells local shards apart (see
+        `contents`)."""
         digest = hashlib.sha256()
         for part in self.parts:
             digest.update(np.ascontiguousarray(part.reader.shards.sizes, dtype=np.int64).tobytes())
+            digest.update(contents([each.url for each in part.reader.shards.listed]))
             if part.reader.buckets is not None:
                 digest.update(part.reader.buckets.tobytes())
         return digest.hexdigest()

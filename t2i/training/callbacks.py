@@ -1,4 +1,4 @@
-"""What happens around a train step: progress, metrics, pictures, checkpoints, and a clean stop."""
+"""What happens around a train step: progress, metrics, pictures, and a clean stop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from rich.progress import (
 from t2i.interfaces import Batch
 from t2i.nn.precision import widened
 from t2i.training.pictures import grid, save_png, to_uint8
-from t2i.training.run_folder import checkpoints
 from t2i.training.stage import BaseStage
 
 log = logging.getLogger(__name__)
@@ -44,23 +43,27 @@ def crossed(images_seen: int, images_per_step: int, every_images: int) -> bool:
 
 
 class StopAtEnd(Callback):
-    """Ends the fit when trainer.num_images were seen."""
+    """Ends the fit when trainer.num_images were seen; that of a run that is resumed complete, before its first step."""
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        trainer.should_stop = stage.is_complete
 
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if stage.images_seen >= stage.config.trainer.num_images:
+        if stage.is_complete:
             trainer.should_stop = True
 
 
 class Metrics(Callback):
     """Averages each metric over log_every_steps on the device, then over the processes, and sends it to every
-    logger with the step, the images seen, the epochs of each dataset and the bad samples by cause. Processes and host
-    wait for one another only then. An epoch that had bad samples is said when it is over."""
+    logger with the step, the images seen, the epochs of each dataset, the steps left out so far and the bad samples by
+    cause. Steps that are left out do not count in the averages. Processes and host wait for one another only then. An
+    epoch that had bad samples is said when it is over."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, torch.Tensor] = {}  # of steps that were not left out
         self.bad: dict[str, int] = {}
         self.reported: Counter[str] = Counter()  # of the bad ones, in epochs that are over
         self.epochs: dict[str, float] = {}
@@ -74,15 +77,16 @@ class Metrics(Callback):
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         for name, value in stage.metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.sums[name] = self.sums.get(name, 0) + torch.where(stage.skipped.last, 0.0, value)
+            self.counts[name] = self.counts.get(name, 0) + (~stage.skipped.last).int()
         for cause, count in batch.bad.items():
             self.bad[cause] = self.bad.get(cause, 0) + count
         if stage.steps_done % stage.config.trainer.log_every_steps:
             return
-        now, (then, images_then) = time.perf_counter(), self.since
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.latest = mean_over_processes(means)
+        skipped = int(stage.skipped.total)
+        now, (then, images_then) = time.perf_counter(), self.since  # a GPU has done all of it by now
         bad = sum_over_processes(self.bad)
         epochs = trainer.train_dataloader.epochs(stage.images_seen)  # type: ignore[union-attr]
         self.report(epochs, Counter(bad))
@@ -92,6 +96,7 @@ class Metrics(Callback):
             **self.latest,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (stage.images_seen - images_then) / (now - then),
+            **({"skipped_steps": skipped} if skipped else {}),
             **{f"bad_{cause}": count for cause, count in bad.items()},
         }
         if trainer.is_global_zero:
@@ -150,6 +155,8 @@ class Forecast(Callback):
     ) -> None:
         if self.began is None:
             return
+        if stage.device.type == "cuda":
+            torch.cuda.synchronize(stage.device)  # else a step's time is that of queueing it
         now = time.perf_counter()
         self.fastest, self.began, self.steps = min(self.fastest, now - self.began), now, self.steps + 1
         if self.steps == 10 or self.fastest > 2:
@@ -225,7 +232,8 @@ class ProgressBar(Callback):
 
 
 class Pictures(Callback):
-    """samples/<name>_<step>.png every sample_every_images and at the end, also to TensorBoard and wandb."""
+    """samples/<name>_<step>.png every sample_every_images, also to TensorBoard and wandb. The last ones are drawn when
+    the run is complete (see `Finish`)."""
 
     def __init__(self, folder: Path, batch: Batch) -> None:
         self.folder, self.batch = folder, batch
@@ -233,7 +241,8 @@ class Pictures(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.sample_every_images):
+        every = stage.config.trainer.sample_every_images
+        if crossed(stage.images_seen, stage.images_per_step, every) and not stage.is_complete:
             self.draw(trainer, stage)
 
     def draw(self, trainer: L.Trainer, stage: BaseStage) -> None:
@@ -255,31 +264,6 @@ class Pictures(Callback):
                     logger.experiment.add_image(name, to_uint8(sheet), stage.steps_done)
                 elif isinstance(logger, WandbLogger):
                     logger.log_image(name, [to_uint8(sheet).permute(1, 2, 0).numpy()], step=stage.steps_done)
-
-
-class Checkpoints(Callback):
-    """checkpoints/step_000100.ckpt every checkpoint_every_images; written whole or not at all, the oldest
-    beyond keep_checkpoints removed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        if crossed(stage.images_seen, stage.images_per_step, stage.config.trainer.checkpoint_every_images):
-            self.save(trainer, stage)
-
-    def save(self, trainer: L.Trainer, stage: BaseStage) -> Path:
-        """Writes the present state; returns its file."""
-        path = self.folder / "checkpoints" / f"step_{stage.steps_done:06d}.ckpt"
-        temporary = path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            temporary.replace(path)
-            for old in checkpoints(self.folder)[: -stage.config.trainer.keep_checkpoints]:
-                old.unlink()
-        return path
 
 
 class StopOnSignal(Callback):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t2i.config import run_to_dict
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
+from t2i.training.finite import check_before_writing
 from t2i.weight_file import check_finite
 
 if TYPE_CHECKING:
@@ -62,13 +63,29 @@ def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
 
 
 def save_final(stage: BaseStage, path: Path) -> None:
-    """The weights for use, averaged where the stage has an EMA, with config and extras in the header."""
-    header = {"config": run_to_dict(stage.config), "extra": stage.checkpoint_extra()}
+    """The weights for use, averaged where the stage has an EMA, with config, extras and the images seen in the header.
+    Raises TrainingError where they are not finite."""
+    header = {
+        "config": run_to_dict(stage.config),
+        "extra": stage.checkpoint_extra(),
+        "images_seen": stage.images_seen,
+    }
     contiguous = {
         name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()
     }
+    check_before_writing(contiguous.items(), path)
     with written_whole(path) as unfinished:
         save_file(contiguous, unfinished, metadata={"t2i": json.dumps(header)})
+
+
+def images_seen(path: Path) -> int | None:
+    """How many images the final weights in `path` were trained on; None where there are none, or they do not say."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("t2i", "{}")).get("images_seen")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:

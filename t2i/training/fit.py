@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from torch import Tensor
 
-from t2i.config import RunConfig, run_to_dict
+from t2i.config import RunConfig, check, run_to_dict
 from t2i.data.encoded import Record, check_same
-from t2i.data.loader import BatchLoader, build_loader
-from t2i.data.reader import read_all
 from t2i.data.sources import Limits
-from t2i.errors import CheckpointError, ConfigError, DataError
+from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
 from t2i.training import run_folder
-from t2i.training.callbacks import (
-    Checkpoints,
-    Forecast,
-    Metrics,
-    Pictures,
-    ProgressBar,
-    StopAtEnd,
-    StopOnSignal,
-)
-from t2i.training.checkpoint import LoadedCheckpoint, load, save_final
-from t2i.training.loggers import build_loggers
+from t2i.training.callbacks import Forecast, Metrics, Pictures, ProgressBar, StopAtEnd, StopOnSignal
+from t2i.training.checkpoint import LoadedCheckpoint, load
+from t2i.training.data import ShardData, preview_batch, some_images
+from t2i.training.loggers import build_loggers, log_config
+from t2i.training.saving import Checkpoints, Finish, NotFinite, WholeFiles
 from t2i.training.stage import BaseStage
 
-NUM_PREVIEW_PICTURES = 16
 log = logging.getLogger(__name__)
 
 
@@ -53,69 +43,19 @@ class FitResult:
     seconds: float
 
 
-class ShardData(L.LightningDataModule):
-    """The training loader, started where the stage stands."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def train_dataloader(self) -> Any:
-        assert self.trainer is not None
-        stage = self.trainer.lightning_module
-        assert isinstance(stage, BaseStage)
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        loader = loader_from(self.config, rank, world, stage.images_seen)
-        _check_same_everywhere(loader.fingerprint())
-        return loader
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        assert self.trainer is not None
-        stage = self.trainer.lightning_module
-        assert isinstance(stage, BaseStage)
-        return batch.to(device, stage.weight_dtype)
-
-
-def _check_same_everywhere(fingerprint: str) -> None:
-    """Raises DataError where processes see other shards: each would then follow an order of its own."""
-    if not dist.is_initialized():
-        return
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, fingerprint)
-    if len(set(seen)) > 1:
-        others = [rank for rank, each in enumerate(seen) if each != seen[0]]
-        raise DataError(
-            f"data.shards: processes {', '.join(map(str, others))} see other shards, or other sizes of them, than "
-            "process 0; is a disk not mounted on a node, or was `t2i data index` not finished?"
-        )
-
-
-def loader_from(config: RunConfig, rank: int = 0, world_size: int = 1, start_images: int = 0) -> BatchLoader:
-    """The batches of one process from `start_images` (over all processes) on, without end."""
-    return build_loader(
-        config.data,
-        size_px=config.resolution.size_px,
-        batch_size=config.trainer.batch_size,
-        text_dropout=config.resolution.text_dropout,
-        min_original_px=config.resolution.min_original_px,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        start_images=start_images,
-    )
-
-
 def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> FitResult:
     """Trains, and leaves in the run folder what the architecture page promises.
 
-    Raises UserError (a sentence) where data, checkpoints or configuration do not fit.
+    Raises UserError (a sentence) where data, checkpoints, devices or configuration do not fit, and where numbers are
+    not finite any more.
     """
+    _check_devices(config)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     resumed = _resumed_run(config)
     if resumed:
         _check_same_run(config, resumed)
-    L.seed_everything(config.seed, verbose=False)
+    L.seed_everything(config.seed % 2**32, verbose=False)
     if resumed is None:
         config, start = fresh_start(config)
     else:
@@ -127,49 +67,52 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     _check_encoded(config, stage)
     preview = preview_batch(config)
     if start is None:
-        stage.before_training(image.to(stage.weight_dtype) for image in _some_images(config))
+        stage.before_training(image.to(stage.weight_dtype) for image in some_images(config))
+    began = time.perf_counter()
+    with run_folder.opened(config.runs_dir, config.stage, config.name, resumed) as folder:
+        if resumed is None:
+            run_folder.write_config(folder, run_to_dict(stage.config))
+        log.info("run folder: %s", folder)
+        trainer = _train(config, stage, folder, preview, console)
+        result = FitResult(folder, stage.is_complete, stage.images_seen, time.perf_counter() - began)
+        if trainer.is_global_zero:
+            run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
+    return result
 
-    folder = (
-        run_folder.enter(resumed)
-        if resumed
-        else run_folder.create(config.runs_dir, config.stage, config.name)
-    )
-    if resumed is None:
-        run_folder.write_config(folder, run_to_dict(stage.config))
-    checkpoint = run_folder.checkpoints(folder)[-1] if resumed else None
-    steps_done = int(checkpoint.stem.removeprefix("step_")) if checkpoint else 0
-    log.info("run folder: %s", folder)
 
-    metrics = Metrics()
+def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console) -> L.Trainer:
+    """Lightning's part: from the newest checkpoint in `folder`, if there is one, to the end of the run."""
+    checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
+    metrics, stop = Metrics(), StopOnSignal(say=console.print)
     pictures, saver = Pictures(folder, preview), Checkpoints(folder)
-    stop = StopOnSignal(say=console.print)
-    trainer = L.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if _is_distributed(config) else "auto",
-        precision=config.trainer.precision,
-        max_epochs=-1,
-        logger=build_loggers(config, folder, steps_done),
-        callbacks=[
-            StopAtEnd(),
-            stop,
-            metrics,
-            Forecast(),
-            ProgressBar(console, metrics),
-            pictures,
-            saver,
-            Finish(config, folder, pictures, saver, stop),
-        ],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    callbacks = [
+        *(StopAtEnd(), stop, metrics, NotFinite(folder), Forecast(), ProgressBar(console, metrics)),
+        *(pictures, saver, Finish(config, folder, pictures, saver)),
+    ]
+    loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
+    try:
+        trainer = L.Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.num_nodes,
+            strategy=DDPStrategy(gradient_as_bucket_view=True) if _is_distributed(config) else "auto",
+            precision=config.trainer.precision,
+            max_epochs=-1,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:  # of devices, nodes, precision
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     if trainer.is_global_zero:
         run_folder.write_environment(folder, device=_device_name(trainer))
-    began = time.perf_counter()
+        log_config(loggers, run_to_dict(stage.config))
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         # But for the last, these are our intent.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -178,13 +121,31 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, on torch 2.15
         try:
             trainer.fit(stage, ShardData(config), ckpt_path=checkpoint, weights_only=True)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        except SystemExit as left:  # what Lightning makes of Ctrl-C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from left
+            raise
         finally:
             stop.restore()
-            run_folder.leave()
-    result = FitResult(folder, not stop.stopped, stage.images_seen, time.perf_counter() - began)
-    if trainer.is_global_zero:
-        run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
-    return result
+            signal.signal(signal.SIGINT, on_ctrl_c)  # which Lightning switches off
+    return trainer
+
+
+def num_gpus() -> int:
+    """Of this machine, as far as torch can use them."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else int(torch.backends.mps.is_available())
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Raises ConfigError where this machine has no such devices."""
+    gpus = num_gpus()
+    accelerator, devices = config.trainer.accelerator, config.trainer.devices
+    found = "auto or cpu, since torch finds no GPU here"
+    check(accelerator != "gpu" or gpus > 0, "trainer.accelerator", accelerator, found)
+    fits = accelerator == "cpu" or not gpus or devices <= gpus
+    check(fits, "trainer.devices", devices, f"1 to {gpus}, the GPUs of this machine")
 
 
 def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
@@ -197,42 +158,6 @@ def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
                     f"{key}.encoded is {part.encoded!r}; allowed for stage={config.stage}: null."
                 )
             check_same(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)), makers)
-
-
-class Finish(L.Callback):
-    """The end of a run: what the stage measures, last pictures, last checkpoint, final weights."""
-
-    def __init__(
-        self, config: RunConfig, folder: Path, pictures: Pictures, saver: Checkpoints, stop: StopOnSignal
-    ) -> None:
-        self.config, self.folder, self.pictures, self.saver, self.stop = config, folder, pictures, saver, stop
-
-    def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
-        if not self.stop.stopped:
-            with torch.no_grad():
-                stage.after_training(
-                    image.to(stage.device, stage.weight_dtype) for image in _some_images(self.config)
-                )
-            self.pictures.draw(trainer, stage)
-        self.saver.save(trainer, stage)
-        if trainer.is_global_zero and not self.stop.stopped:
-            save_final(stage, self.folder / run_folder.FINAL_WEIGHTS)
-
-
-def preview_batch(config: RunConfig) -> Batch:
-    """The same few pictures for every grid of a run: held-out ones where the data has them."""
-    first = next(iter(config.data.parts().values()))
-    shards = config.data.heldout_shards or first.shards
-    return read_all(first, shards, config.resolution.size_px, NUM_PREVIEW_PICTURES, allow_pipes=True)
-
-
-def _some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
-    """Square pictures (B, 3, H, W) from the start of the training data, the same in every process."""
-    mixture = {name: dataclasses.replace(part, encoded=None) for name, part in config.data.mixture.items()}
-    data = dataclasses.replace(config.data, mixture=mixture, encoded=None, bucket_step_px=None)
-    loader = iter(loader_from(dataclasses.replace(config, data=data)))
-    for _ in range(-(-num_images // config.trainer.batch_size)):
-        yield next(loader).to("cpu").image
 
 
 def _resumed_run(config: RunConfig) -> Path | None:
@@ -254,14 +179,33 @@ def _resumed_run(config: RunConfig) -> Path | None:
 
 def _check_same_run(config: RunConfig, folder: Path) -> None:
     """Raises CheckpointError where `config` says other than the run that it resumes, in what makes the run."""
-    free = {"name", "runs_dir", "init_from", "resume", "autoencoder", "trainer", "logger"}
+    free = {
+        "name",
+        "runs_dir",
+        "init_from",
+        "resume",
+        "allow_other_shards",
+        "autoencoder",
+        "trainer",
+        "logger",
+    }
     saved, said = run_folder.read_config(folder), run_folder.as_saved(run_to_dict(config))
     for key in sorted(said.keys() - free):
         if saved.get(key) != said[key]:
+            name, was, now = _difference(key, saved.get(key), said[key])
             raise CheckpointError(
-                f"{folder} was trained with {key}={saved.get(key)}, this command says {key}={said[key]}; resume "
+                f"{folder} was trained with {name}={was}, this command says {name}={now}; resume "
                 f"needs the run's own command. To start a new run from its weights use init_from={folder}."
             )
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first key at or below `key` whose value differs, and its two values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for inner in sorted(was.keys() | now.keys()):
+            if was.get(inner) != now.get(inner):
+                return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
+    return key, was, now
 
 
 def _initial_run(config: RunConfig) -> str | None:

@@ -44,8 +44,10 @@ class MuonAdamW(torch.optim.AdamW):
 
     Convolutions are stepped as matrices (out_channels, everything else). A step has the root mean square
     0.2 * lr that AdamW's steps have (Liu et al. 2502.16982, eq. 4). After a step, Muon's parameters have no
-    gradient any more.
+    gradient any more. Where `found_inf` is set to a tensor that is 1, a step changes nothing, as in AdamW.
     """
+
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,13 +70,19 @@ class MuonAdamW(torch.optim.AdamW):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.tensor(0.0)  # AdamW looks for it when a checkpoint is loaded
-            state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-            nesterov = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
+            momentum = state["momentum"].lerp(parameter.grad, 1 - MOMENTUM)
+            nesterov = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
+            self._take(state["momentum"], momentum)
             same_shape[nesterov.shape].append((parameter, nesterov))
             parameter.grad = None
         for (rows, columns), pairs in same_shape.items():
             steps = orthogonalise(torch.stack([step for _, step in pairs]))
             for (parameter, _), step in zip(pairs, steps, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * max(rows, columns) ** 0.5
-                parameter.sub_(step.to(parameter.dtype).reshape(parameter.shape), alpha=group["lr"] * scale)
+                stepped = parameter * (1 - group["lr"] * group["weight_decay"])
+                stepped.sub_(step.to(parameter.dtype).reshape(parameter.shape), alpha=group["lr"] * scale)
+                self._take(parameter, stepped)
+
+    def _take(self, old: Tensor, new: Tensor) -> None:
+        """Writes `new` over `old`, unless the step is left out; without a branch on what the device holds."""
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new))

@@ -14,9 +14,11 @@ from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, FeatureMakers
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
+from t2i.training.finite import SkippedSteps
 from t2i.training.optimizer import build_optimizer, learning_rate
 
 CHECKPOINT_FORMAT = 1
+SEEDS = 2**64  # what torch's generators take; those of larger numbers are theirs modulo this
 
 
 class BaseStage(L.LightningModule):
@@ -34,6 +36,7 @@ class BaseStage(L.LightningModule):
         self.steps_done = 0
         self.ema: EMA | None = None
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device
+        self.skipped = SkippedSteps(torch.device("cpu"))
 
     # What a family gives.
 
@@ -44,6 +47,10 @@ class BaseStage(L.LightningModule):
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters, grouped by the loss they follow; each group is clipped by itself."""
         return [[p for p in self.parameters() if p.requires_grad]]
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Trained ones that the step in progress leaves as they are: neither moved nor counted by the optimizer."""
+        return []
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Those that Muon steps where `optimizer.muon_scale` asks for it."""
@@ -85,6 +92,11 @@ class BaseStage(L.LightningModule):
         return next(self.parameters()).dtype
 
     @property
+    def is_complete(self) -> bool:
+        """Whether trainer.num_images were seen."""
+        return self.images_seen >= self.config.trainer.num_images
+
+    @property
     def images_per_step(self) -> int:
         """The batch over all processes."""
         return self.config.trainer.batch_size * self.trainer.world_size
@@ -108,8 +120,11 @@ class BaseStage(L.LightningModule):
 
     def step_generator(self) -> torch.Generator:
         """A generator on this device, seeded by (seed, images seen)."""
-        generator = torch.Generator(device=self.device)
-        return generator.manual_seed(self.config.seed * 1_000_003 + self.images_seen)
+        return torch.Generator(device=self.device).manual_seed(self.step_seed() % SEEDS)
+
+    def step_seed(self) -> int:
+        """One number for (seed, images seen)."""
+        return self.config.seed * 1_000_003 + self.images_seen
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
@@ -120,15 +135,24 @@ class BaseStage(L.LightningModule):
         return build_optimizer(self.parameter_groups(), self.hidden_matrices(), self.config.optimizer)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clips each group of `parameter_groups` by its own norm, and logs it."""
+        """Clips each group of `parameter_groups` by its own norm, and logs it; where one is not finite, the optimizer
+        leaves this step out."""
+        for parameter in self.idle_parameters():
+            parameter.grad = None
+        norms = []
         for i, group in enumerate(self.parameter_groups()):
-            limit = self.config.optimizer.gradient_clip or float("inf")
-            norm = nn.utils.clip_grad_norm_(group, limit)
-            self.metrics["gradient_norm" if i == 0 else f"gradient_norm_{i}"] = norm
+            gradients = [p.grad for p in group if p.grad is not None]
+            if not gradients:
+                continue
+            norms.append(nn.utils.get_total_norm(gradients))
+            if self.config.optimizer.gradient_clip:
+                nn.utils.clip_grads_with_norm_(group, self.config.optimizer.gradient_clip, norms[-1])
+            self.metrics["gradient_norm" if i == 0 else f"gradient_norm_{i}"] = norms[-1]
+        self.trainer.optimizers[0].found_inf = self.skipped.count(norms)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout layers draw from the global generators: seeded here, they too depend on (seed, images) alone.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.images_seen) * 65_537 + self.global_rank)
+        torch.manual_seed((self.step_seed() * 65_537 + self.global_rank) % SEEDS)
         rate = learning_rate(self.config.optimizer, self.images_seen, self.config.trainer.num_images)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate * group["rate_scale"]
@@ -151,6 +175,7 @@ class BaseStage(L.LightningModule):
             self.ema = EMA(self.averaged_parameters(), self.config.ema)
         if self.ema is not None:
             self.ema.to(self.device)
+        self.skipped = SkippedSteps(self.device, int(self.skipped.total))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Lightning's loop counters would make a resumed fit count batches of a loader that starts elsewhere.
@@ -160,6 +185,7 @@ class BaseStage(L.LightningModule):
             "config": run_to_dict(self.config),
             "images_seen": self.images_seen,
             "steps_done": self.steps_done,
+            "skipped_steps": int(self.skipped.total),
             "extra": self.checkpoint_extra(),
         }
         if self.ema is not None:
@@ -168,6 +194,7 @@ class BaseStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["t2i"]["images_seen"]
         self.steps_done = checkpoint["t2i"]["steps_done"]
+        self.skipped = SkippedSteps(torch.device("cpu"), checkpoint["t2i"].get("skipped_steps", 0))
         if self.config.ema is not None and "ema" in checkpoint:
             self.ema = EMA(self.averaged_parameters(), self.config.ema)
             self.ema.load_state_dict(checkpoint["ema"])

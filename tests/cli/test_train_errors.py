@@ -64,6 +64,13 @@ CASES = {
         ("stage=autoencoder", *OWN_SHARDS, "init_from=nowhere"),
         ("nowhere", "does not exist"),
     ),
+    "a name too long for a file": (("stage=ldm", "name=" + "n" * 250), ("name", "240 bytes", "250")),
+    "a name that leads elsewhere": (("stage=ldm", "name=../a"), ("name", "'../a'", "without /")),
+    "the name of a link": (("stage=ldm", "name=Latest"), ("name", "'Latest'", "other names")),
+    "a GPU where there is none": (
+        ("stage=autoencoder", *OWN_SHARDS, "trainer.accelerator=gpu"),
+        ("trainer.accelerator", "'gpu'", "auto or cpu", "no GPU"),
+    ),
     "mistyped experiment": (
         ("stage=ldm", "experiment=sd-v1/521"),
         ("experiment", "'sd-v1/521'", "sd-v1/512-v1-1", "latent_diffusion/tiny_dit_flow"),
@@ -85,6 +92,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr("t2i.training.fit.num_gpus", lambda: 0)
+
+
 @pytest.mark.parametrize(("arguments", "words"), CASES.values(), ids=CASES)
 def test_one_sentence(t2i, arguments, words):
     sentence = t2i("train", *arguments).sentence
@@ -92,6 +104,15 @@ def test_one_sentence(t2i, arguments, words):
     for word in words:
         assert word in sentence
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "gpu"])
+def test_more_gpus_than_there_are(t2i, monkeypatch, accelerator):
+    monkeypatch.setattr("t2i.training.fit.num_gpus", lambda: 2)
+    typed = ("stage=autoencoder", *OWN_SHARDS, "trainer.devices=3", f"trainer.accelerator={accelerator}")
+    assert "trainer.devices is 3; allowed: 1 to 2" in t2i("train", *typed).sentence
+    typed = (*typed[:-1], "trainer.accelerator=cpu")
+    assert "absent.tar" in t2i("train", *typed).sentence  # the next thing that is wrong
 
 
 def test_of_several_experiments_each_has_to_exist(t2i, monkeypatch):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from t2i.errors import DataError
-from t2i.training.fit import _check_same_everywhere
+from t2i.training.data import _check_same_everywhere
 
 
 def worker(rank: int, fingerprints: list[str], file: str, said: dict[int, str]) -> None:

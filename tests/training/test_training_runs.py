@@ -168,6 +168,9 @@ def test_wandb_offline_writes_into_the_run_folder(compose_run, train, tmp_path, 
         "name=trial",
     )
     folder = train(compose_run(*arguments, f"runs_dir={tmp_path / 'runs'}")).folder
+    assert wandb.run is not None
+    assert wandb.run.config["trainer.num_images"] == 16
+    assert wandb.run.config["optimizer.learning_rate"] > 0
     wandb.finish()
     (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial")
     deadline = time.monotonic() + 60  # wandb's own process writes when it comes to it

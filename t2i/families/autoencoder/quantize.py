@@ -57,7 +57,7 @@ class Codebook(nn.Module):
         dim: int,
         ema_decay: float = 0.99,
         commitment_weight: float = 0.25,
-        restart_below: float = 0.03,
+        restart_below: float = 0.5,
     ) -> None:
         super().__init__()
         self.ema_decay = ema_decay
@@ -74,6 +74,8 @@ class Codebook(nn.Module):
         with torch.autocast(latent.device.type, enabled=False):
             z = widened(latent)
             vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
+            averages = (self.codes, self.cluster_size, self.cluster_sum)
+            before = [buffer.clone() for buffer in averages] if self.training else []
             dead = self._restart(vectors) if self.training else None
             flat_indices = self._nearest(vectors)
             indices = flat_indices.view(batch, height, width)
@@ -83,6 +85,10 @@ class Codebook(nn.Module):
             counts = torch.zeros_like(self.cluster_size).index_add_(0, flat_indices, ones)
             if dead is not None:
                 counts = self._update(vectors, flat_indices, counts, dead)
+                # A batch that is not finite on one rank is in the sums of all, and in no code.
+                finite = torch.stack([buffer.isfinite().all() for buffer in averages]).all()
+                for buffer, old in zip(averages, before, strict=True):
+                    buffer.copy_(torch.where(finite, buffer, old))
             use = counts / counts.sum()
             return Quantized(
                 latent=z + (quantized - z).detach(),

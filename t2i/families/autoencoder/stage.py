@@ -100,6 +100,12 @@ class Stage(BaseStage):
         discriminator = [] if self.discriminator is None else [list(self.discriminator.parameters())]
         return [list(self.codec.parameters()), *discriminator]
 
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """The discriminator's, before it learns: steps with gradients of zero would make its first real step larger
+        (Adam's averages, 1412.6980, would be taken for those of many steps)."""
+        waits = self.images_seen < (self.config.model.adversarial.start_images or 0)
+        return [] if self.discriminator is None or not waits else list(self.discriminator.parameters())
+
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         return {f"codec.{name}": p for name, p in self.codec.named_parameters()}
 

@@ -1,0 +1,121 @@
+"""What a run leaves behind of its weights: checkpoints, and at the end the weights for use; never numbers that are not
+finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from t2i.config import RunConfig
+from t2i.errors import TrainingError
+from t2i.files import written_whole
+from t2i.interfaces import Batch
+from t2i.training import run_folder
+from t2i.training.callbacks import Pictures, crossed
+from t2i.training.checkpoint import images_seen, save_final
+from t2i.training.data import some_images
+from t2i.training.finite import (
+    MAX_IN_ROW,
+    MAX_IN_ROW_SCALED,
+    BatchKeys,
+    check_before_writing,
+    optimizer_tensors,
+)
+from t2i.training.stage import BaseStage
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoints as files that are there whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with written_whole(Path(path)) as unfinished, unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class NotFinite(Callback):
+    """Ends the run when the last few steps all had to be left out, as their gradients were not finite. Looked for when
+    metrics are logged or a checkpoint is due, where the host waits anyway; its place is between those two."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys = BatchKeys()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.keys.add(stage.steps_done, batch.key)
+        settings = stage.config.trainer
+        saves = crossed(stage.images_seen, stage.images_per_step, settings.checkpoint_every_images)
+        if saves or stage.is_complete or stage.steps_done % settings.log_every_steps == 0:
+            self.check(stage)
+
+    def check(self, stage: BaseStage) -> None:
+        """Raises TrainingError; the keys of the batches are in not_finite.json then."""
+        in_row, settings = int(stage.skipped.in_row), stage.config.trainer
+        if in_row >= (MAX_IN_ROW_SCALED if settings.precision == "16-mixed" else MAX_IN_ROW):
+            path = self.keys.write(self.folder, stage.steps_done - in_row + 1)
+            raise TrainingError(
+                f"The gradients of {in_row} steps in a row, up to step {stage.steps_done}, are not finite, so that "
+                f"nothing is learned any more (optimizer.learning_rate is {stage.config.optimizer.learning_rate:g}, "
+                f"trainer.precision {settings.precision}); {path} has the keys of their batches, and checkpoints of "
+                "before are kept."
+            )
+
+
+class Checkpoints(Callback):
+    """checkpoints/step_000100.ckpt every checkpoint_every_images, the oldest beyond keep_checkpoints removed. The last
+    one is written when the run is complete or was stopped (see `Finish`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved_step: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        every = stage.config.trainer.checkpoint_every_images
+        if crossed(stage.images_seen, stage.images_per_step, every) and not stage.is_complete:
+            self.save(trainer, stage)
+
+    def save(self, trainer: L.Trainer, stage: BaseStage) -> Path:
+        """Writes the present state; returns its file. Raises TrainingError where it is not finite."""
+        path = self.folder / "checkpoints" / f"step_{stage.steps_done:06d}.ckpt"
+        averages = stage.ema.state_dict() if stage.ema is not None else {}
+        averaged = ((f"the average of {name}", value) for name, value in averages.items())
+        state = [*stage.state_dict().items(), *averaged, *optimizer_tensors(trainer.optimizers[0])]
+        check_before_writing(state, path)
+        trainer.save_checkpoint(path)
+        self.saved_step = stage.steps_done
+        if trainer.is_global_zero:
+            for old in run_folder.checkpoints(self.folder)[: -stage.config.trainer.keep_checkpoints]:
+                old.unlink()
+        return path
+
+
+class Finish(Callback):
+    """The end of a run. Where it is complete: what the stage measures, last pictures, last checkpoint and, as the last
+    of all, the final weights, if those of as many images are not there yet. Where it was stopped: a checkpoint."""
+
+    def __init__(self, config: RunConfig, folder: Path, pictures: Pictures, saver: Checkpoints) -> None:
+        self.config, self.folder, self.pictures, self.saver = config, folder, pictures, saver
+        self.finished = images_seen(folder / run_folder.FINAL_WEIGHTS)  # before any process can write them
+
+    def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
+        if not stage.is_complete:
+            if self.saver.saved_step != stage.steps_done:
+                self.saver.save(trainer, stage)
+            return
+        if self.finished == stage.images_seen:
+            return
+        with torch.no_grad():
+            images = some_images(self.config)
+            stage.after_training(image.to(stage.device, stage.weight_dtype) for image in images)
+        self.pictures.draw(trainer, stage)
+        self.saver.save(trainer, stage)
+        if trainer.is_global_zero:
+            save_final(stage, self.folder / run_folder.FINAL_WEIGHTS)

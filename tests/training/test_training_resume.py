@@ -1,0 +1,140 @@
+"""Runs that ended somewhere between their last checkpoint and their final weights, and shards that were replaced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i.errors import CheckpointError
+from t2i.families.autoencoder.stage import Stage
+from t2i.training import checkpoint, run_folder
+from t2i.training.callbacks import Pictures
+from t2i.training.saving import Checkpoints
+
+ARGUMENTS = (
+    *("experiment=autoencoder/tiny_kl", "ema=short", "name=run", "trainer.num_images=32"),
+    *("trainer.checkpoint_every_images=16", "trainer.sample_every_images=16", "logger.tensorboard=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(compose_run, train, tmp_path_factory) -> Path:
+    """Four steps, the last of them a multiple of all that comes every so often."""
+    return train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path_factory.mktemp('runs')}")).folder
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """What was done, in order: train, draw, save."""
+    done: list[str] = []
+    for owner, name, word in (
+        (Stage, "training_step", "train"),
+        (Pictures, "draw", "draw"),
+        (Checkpoints, "save", "save"),
+    ):
+        original = getattr(owner, name)
+
+        def counting(*args, _original=original, _word=word, **kwargs):
+            done.append(_word)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+    return done
+
+
+def copied(whole: Path, folder: Path, *gone: str) -> Path:
+    cut = folder / "autoencoder" / "run"
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns(*gone))
+    return cut
+
+
+def test_the_last_picture_and_checkpoint_are_made_once(compose_run, train, counted, tmp_path):
+    train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}"))
+    assert counted == ["train", "train", "draw", "save", "train", "train", "draw", "save"]
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        (run_folder.FINAL_WEIGHTS,),
+        (run_folder.FINAL_WEIGHTS, "summary.json", "reconstructions_000004.png"),
+    ],
+)
+def test_a_run_killed_before_its_final_weights_ends_as_if_it_were_not(
+    whole, compose_run, train, counted, tmp_path, gone
+):
+    cut = copied(whole, tmp_path, *gone)
+    result = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
+    assert "train" not in counted
+    assert (result.folder, result.complete, result.images_seen) == (cut, True, 32)
+    assert sorted(path.name for path in cut.rglob("*")) == sorted(path.name for path in whole.rglob("*"))
+    ends = [load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (cut, whole)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    last = [run_folder.checkpoints(folder)[-1] for folder in (cut, whole)]
+    assert last[0].name == last[1].name
+    states = [torch.load(path, weights_only=True) for path in last]
+    assert all(torch.equal(states[0]["state_dict"][n], v) for n, v in states[1]["state_dict"].items())
+    assert (cut / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_resuming_a_complete_run_changes_nothing(whole, compose_run, train, counted, tmp_path):
+    cut = copied(whole, tmp_path)
+    for path in cut.rglob("*"):  # as a copy that does not keep times; weights older than checkpoints
+        path.touch()
+    kept = {
+        p: p.read_bytes() for p in cut.rglob("*") if p.suffix in (".safetensors", ".ckpt", ".png", ".csv")
+    }
+    for _ in range(2):
+        result = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
+        assert result.complete
+    assert counted == []
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert {
+        path for path in cut.rglob("*") if path.suffix in (".safetensors", ".ckpt", ".png")
+    } <= kept.keys()
+
+
+def test_a_complete_run_can_be_made_longer(whole, compose_run, train, counted, tmp_path):
+    cut = copied(whole, tmp_path)
+    assert checkpoint.images_seen(cut / run_folder.FINAL_WEIGHTS) == 32
+    train(compose_run(*ARGUMENTS, "trainer.num_images=48", f"runs_dir={tmp_path}", "resume=latest"))
+    assert counted.count("train") == 2
+    assert checkpoint.images_seen(cut / run_folder.FINAL_WEIGHTS) == 48
+
+
+def test_shards_that_were_replaced_are_refused_unless_told(
+    whole, compose_run, train, shapes_shards, tmp_path
+):
+    """By others of the same name, number of samples and size."""
+    shard = next((shapes_shards / "train").glob("*.tar"))
+    own = tmp_path / "00000.tar"
+    shutil.copy(shard, own)
+    start = (*ARGUMENTS, f"data.shards={own}", f"runs_dir={tmp_path}")
+    train(compose_run(*start))
+    longer = [*start, "trainer.num_images=48", "resume=latest"]
+    content = bytearray(own.read_bytes())
+    place = content.rindex(b"a ")  # the last caption's or description's
+    content[place] ^= 32
+    own.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"data\.shards: these are not the shards .*allow_other_shards=true"
+    ):
+        train(compose_run(*longer))
+    assert train(compose_run(*longer, "allow_other_shards=true", "seed=0")).images_seen == 48
+    # From here on those are the run's; a copy elsewhere, with other times, is the same.
+    own.touch()
+    assert train(compose_run(*longer, "trainer.num_images=56")).images_seen == 56
+
+
+def test_a_checkpoint_of_before_fingerprints_is_taken(whole, compose_run, train, tmp_path):
+    cut = copied(whole, tmp_path, run_folder.FINAL_WEIGHTS, "step_000004.ckpt")
+    (path,) = run_folder.checkpoints(cut)
+    state = torch.load(path, weights_only=True)
+    del state["ShardData"], state["t2i"]["skipped_steps"]
+    torch.save(state, path)
+    assert train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest")).images_seen == 32

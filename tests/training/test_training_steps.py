@@ -1,0 +1,94 @@
+"""Single steps: seeds of any size, clipping, parameters that wait, and what is measured of a step."""
+
+from __future__ import annotations
+
+import csv
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from t2i.training import callbacks, run_folder
+from t2i.training.callbacks import Forecast
+
+KL = ("experiment=autoencoder/tiny_kl", "name=run")
+
+
+def losses(folder: Path) -> list[str]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("seed", [281_469_838, 2**32, 2**63, 2**64 + 5, 10**30])
+def test_any_seed_trains_and_resumes(compose_run, train, tmp_path, seed):
+    arguments = (*KL, f"seed={seed}", "trainer.num_images=24")
+    first = train(compose_run(*arguments, f"runs_dir={tmp_path / 'a'}")).folder
+    assert losses(train(compose_run(*arguments, f"runs_dir={tmp_path / 'b'}")).folder) == losses(first)
+    longer = (*arguments[:-1], "trainer.num_images=32", "resume=latest")
+    assert train(compose_run(*longer, f"runs_dir={tmp_path / 'a'}")).images_seen == 32
+
+
+def test_seeds_that_always_worked_draw_what_they_drew(compose_run, monkeypatch):
+    from t2i.families.autoencoder.stage import Stage
+
+    stage = Stage(compose_run(*KL, "seed=281469837", "ema=none"))
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    stage._trainer = types.SimpleNamespace(global_rank=0, optimizers=[types.SimpleNamespace(param_groups=[])])
+    stage.images_seen = 64
+    stage.on_train_batch_start(None, 0)
+    assert seeded == [(281469837 * 1_000_003 + 64) * 65_537]
+    assert stage.step_generator().initial_seed() == 281469837 * 1_000_003 + 64
+
+
+def test_the_discriminators_first_step_is_as_large_as_any_optimizers_first(compose_run, train, tmp_path):
+    """Adam's (1412.6980): the learning rate for each parameter, whatever its gradient."""
+    arguments = ("adversarial.start_images=24", "optimizer.warmup_images=0", "optimizer.schedule=constant")
+    arguments += ("trainer.checkpoint_every_images=8", "trainer.keep_checkpoints=9", "trainer.num_images=32")
+    arguments += ("optimizer.weight_decay=0.3", "optimizer.gradient_clip=0", "optimizer.learning_rate=0.001")
+    folder = train(compose_run(*KL, *arguments, f"runs_dir={tmp_path}")).folder
+    saved = [torch.load(path, weights_only=True)["state_dict"] for path in run_folder.checkpoints(folder)]
+    names = [name for name in saved[0] if name.startswith("discriminator.")]
+    for name in names:  # not decayed either
+        assert torch.equal(saved[0][name], saved[2][name])
+    name = next(name for name in names if name.endswith("weight") and saved[0][name].ndim == 4)
+    moved = saved[3][name] - saved[2][name] * (1 - 0.001 * 0.3)
+    assert moved.abs().median().item() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_nothing_is_multiplied_where_nothing_is_clipped(compose_run, train, tmp_path, monkeypatch):
+    clipped = []
+    clip = nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(
+        nn.utils, "clip_grads_with_norm_", lambda *args, **kwargs: clipped.append(1) or clip(*args, **kwargs)
+    )
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args, **kwargs: pytest.fail("clips for nothing"))
+    for limit, expected in ((0, 0), (1, 2)):
+        arguments = (f"optimizer.gradient_clip={limit}", "trainer.num_images=16", f"runs_dir={tmp_path}")
+        folder = train(compose_run(*KL, *arguments)).folder
+        assert len(clipped) == expected
+        with (folder / "metrics.csv").open(newline="") as file:
+            assert all(float(row["gradient_norm"]) > 0 for row in csv.DictReader(file))
+
+
+def test_the_forecast_waits_for_the_work_of_a_gpu(monkeypatch, caplog):
+    """A clock that moves only while the device works: 3 s a step, seen by who waits for it."""
+    now = [0.0]
+
+    def synchronize(device):
+        now[0] += 3.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    settings = types.SimpleNamespace(num_images=800)
+    config = types.SimpleNamespace(trainer=settings, resolution=types.SimpleNamespace(size_px=64))
+    stage = types.SimpleNamespace(
+        config=config, images_seen=0, images_per_step=8, device=torch.device("cuda", 0)
+    )
+    forecast = Forecast()
+    with caplog.at_level("INFO", logger="t2i"):
+        forecast.on_train_start(None, stage)
+        forecast.on_train_batch_end(None, stage, None, None, 0)
+    assert "about 5 minutes at 3.0 s a step" in caplog.text
