@@ -17,6 +17,7 @@ from torch import Tensor
 from t2i.config import DataConfig, parse
 from t2i.data.reader import read_all
 from t2i.errors import DataError
+from t2i.evaluation.background import white_deviation
 from t2i.evaluation.page import Page
 from t2i.evaluation.prompts import Judge, PromptScore, group_of, judge_for, score
 from t2i.interfaces import Batch
@@ -116,6 +117,12 @@ def write_report(
         images = draw(run.folder, unseen.caption if judge else unseen.caption[:NUM_SHOWN])
         if judge is not None:
             say_scores(page, figures, run, score_groups(judge, images, unseen))
+        deviation = white_deviation(images, unseen.image[: len(images)])
+        if deviation is not None:
+            figures.setdefault("white_background_deviation", {})[run.label] = round(deviation, 2)
+            page.paragraph(
+                f"Where the real picture's background is white, these are {deviation:.1f} of 255 levels darker."
+            )
         asked = "; ".join(unseen.caption[:NUM_SHOWN])
         page.picture(
             f"samples_{run.name}",
