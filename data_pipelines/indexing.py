@@ -224,7 +224,7 @@ def _index_one(url: str, place: Path) -> Done | str:
     try:
         store = ShardStore(Limits(), allow_pipes=True)
         index, stamp = _read(place), _stamp(url)
-        with store.open(url) as file:
+        with store.open_tar(url) as file:
             shard = file.fileno()
             skipped = index is not None and index.original_px is not None and index.fits(shard)
             if index is None or not skipped:
@@ -238,7 +238,10 @@ def _index_one(url: str, place: Path) -> Done | str:
     assert index.original_px is not None
     sizes_px = np.zeros((samples, 2), dtype=np.uint16)
     sizes_px[: len(index)] = as_stored(index.original_px)
-    entry: dict[str, Any] = {"samples": samples, "bytes": index.file_bytes}
+    length = (
+        sources.size(url) if sources.is_local(url) else index.file_bytes
+    )  # of a compressed one, as it lies there
+    entry: dict[str, Any] = {"samples": samples, "bytes": length}
     if stamp is not None:
         entry["stamp"] = stamp
     if index.flaws:

@@ -7,9 +7,9 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from t2i.data.sources import beside, is_local, local_path, split_query
+from t2i.data.sources import beside, is_local, local_path, stem
 from t2i.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def places(urls: Sequence[str], suffix: str, out: Path | None) -> dict[str, Path
     found: dict[str, Path] = {}
     for url in urls:
         if out is not None:
-            found[url] = out / (_stem(url) + suffix)
+            found[url] = out / (stem(url) + suffix)
         elif is_local(url):
             found[url] = local_path(beside(url, suffix))
         else:
@@ -31,14 +31,6 @@ def places(urls: Sequence[str], suffix: str, out: Path | None) -> dict[str, Path
         one, other = (list(found)[at] for at in same)
         raise ConfigError(f"{one} and {other} would both have {found[other]}; name one at a time.")
     return found
-
-
-def _stem(url: str) -> str:
-    return (
-        PurePosixPath(split_query(url)[0]).name.removesuffix(".tar")
-        if not url.startswith("pipe:")
-        else "pipe"
-    )
 
 
 def first_same(names: Iterable[str], fold: bool = True) -> tuple[int, int] | None:

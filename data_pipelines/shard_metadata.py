@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.captions import parse_metadata
+from t2i.data.compressed import is_compressed, unpack
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.members import member
@@ -22,15 +23,22 @@ from .optional import need
 
 @contextlib.contextmanager
 def local_copy(url: str) -> Iterator[Path]:
-    """The path of a local source; a remote one is copied to a temporary file for the length of the block.
-    Raises SourceError."""
-    if is_local(url):
-        yield local_path(url)
-        return
-    with tempfile.TemporaryDirectory(prefix="t2i-") as folder:
-        path = Path(folder) / "shard.tar"
-        copy(url, path)
+    """The path of a local shard; a remote one is copied to a temporary file for the length of the block, and a
+    compressed one unpacked to one. Raises DataError."""
+    with contextlib.ExitStack() as stack:
+        path = local_path(url) if is_local(url) else _temporary(stack)
+        if not is_local(url):
+            copy(url, path)
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # who reads it says so
+            file = stack.enter_context(path.open("rb")) if path.is_file() else None
+            if file is not None and is_compressed(file, url):
+                path = _temporary(stack)
+                unpack(file, url, path)
         yield path
+
+
+def _temporary(stack: contextlib.ExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t2i-"))) / "shard.tar"
 
 
 def scan(path: Path, url: str) -> ShardIndex:

@@ -78,7 +78,9 @@ def score_shards(
                     progress(1)
                     continue
                 keys, scores = _score(path, index, scorer, missing, batch_size, pool, report, progress)
-                _write(files[url], keys, scores, scorer, _identity(str(path)), known)
+                _write(
+                    files[url], keys, scores, scorer, _identity(url if is_local(url) else str(path)), known
+                )
                 report.scored += 1
                 report.samples += len(keys)
     if report.unreadable and not report.scored + report.skipped:

@@ -131,7 +131,7 @@ def shard_name(url: str) -> str:
     elif sources.is_local(url) and ".." in PurePosixPath(url).parts:  # which would lead out of the folder
         address = os.path.abspath(sources.local_path(url))
     path = PurePosixPath(posixpath.normpath(address))
-    name = path.name if path.name.endswith(".tar") else path.name + ".tar"
+    name = sources.without_ending(path.name) + ".tar"
     parent = path.parent.name
     return f"{'shards' if parent in ('', '..') else parent}/{name}"
 

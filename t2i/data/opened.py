@@ -99,7 +99,7 @@ class Indexed:
 
 def open_indexed(url: str, store: ShardStore, known: ShardIndex | None = None, look: bool = True) -> Indexed:
     """look: for an index beside the shard, where none is known. Raises SourceError, DataError or OSError."""
-    file = store.open(url)
+    file = store.open_tar(url)
     read_ahead(file)
     descriptor, deadline_s = file.fileno(), store.limits.deadline_s
     index = index_beside(url, store) if known is None and look else known

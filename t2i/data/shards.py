@@ -366,7 +366,8 @@ class Shards:
 
 def _stem(url: str) -> str:
     name = sources.split_query(url)[0].rpartition("/")[2]
-    return name.rpartition(".")[0] or name
+    stem = sources.without_ending(name)
+    return stem if stem != name else name.rpartition(".")[0] or name
 
 
 def _sizes_of(index: ShardIndex, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import queue
 import random
+import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -25,6 +26,7 @@ from webdataset.shardlists import expand_urls
 from t2i.errors import DataError
 
 T = TypeVar("T")
+TAR_ENDING = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$")
 # Bytes asked for at once: large, because object stores charge by the request, in money and time.
 BLOCK = 8 << 20
 LOOKUPS = 32  # of local sources at a time; a network file system answers each after a while
@@ -80,10 +82,21 @@ def split_query(url: str) -> tuple[str, str]:
     return address, mark + query
 
 
+def without_ending(path: str) -> str:
+    """`a/00000.tar` or `a/00000.tar.gz` -> `a/00000`."""
+    return TAR_ENDING.sub("", path)
+
+
+def stem(url: str) -> str:
+    """The name of a shard without its folder and ending; "pipe" for a command."""
+    address, _ = split_query(url)
+    return "pipe" if url.startswith("pipe:") else without_ending(PurePosixPath(urlparse(address).path).name)
+
+
 def beside(url: str, suffix: str) -> str:
     """`a/00000.tar` -> `a/00000` + suffix; "" for a pipe, which has nothing beside it."""
     address, query = split_query(url)
-    return "" if url.startswith("pipe:") else address.removesuffix(".tar") + suffix + query
+    return "" if url.startswith("pipe:") else without_ending(address) + suffix + query
 
 
 def read_bytes(url: str, limits: Limits | None = None) -> bytes:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlparse
 
 from t2i.data import sources
+from t2i.data.compressed import is_compressed, unpack
 from t2i.data.sources import Limits, SourceError, within
+from t2i.errors import DataError
 from t2i.files import user_cache
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 
@@ -38,6 +43,7 @@ class ShardStore:
     def __init__(self, limits: Limits, max_gib: float = 50.0, allow_pipes: bool = False) -> None:
         self.limits, self.max_bytes, self.allow_pipes = limits, int(max_gib * 2**30), allow_pipes
         self._wanted: queue.SimpleQueue[str] | None = None
+        self._told = False
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_wanted": None}  # a thread does not travel to another process
@@ -67,6 +73,25 @@ class ShardStore:
                     raise SourceError(url, "", missing=sources.is_local(url)) from None
         raise AssertionError("attempts is at least 0")
 
+    def open_tar(self, url: str) -> IO[bytes]:
+        """As `open`, of a shard: a local one that is compressed is unpacked beside the copies first, as copies are when
+        they are made. Raises DataError or OSError."""
+        file = self.open(url)
+        if not sources.is_local(url) or not within(self.limits.deadline_s, lambda: is_compressed(file, url)):
+            return file
+        with file:
+            found = os.fstat(file.fileno())
+            known_by = f"{sources.local_path(url).absolute()}\0{found.st_size}\0{found.st_mtime_ns}"
+            unpacked = self._named(known_by, sources.stem(url))
+            if not (self._told or unpacked.exists()):
+                self._told = True
+                log.info("compressed shards such as %s are unpacked to %s first", url, unpacked.parent)
+            for _ in range(self.limits.attempts + 1):
+                self._make(url, unpacked, lambda part: unpack(file, url, part, self.max_bytes))
+                with contextlib.suppress(FileNotFoundError):  # another process removed it for want of room
+                    return unpacked.open("rb", buffering=0)
+        raise SourceError(url, "its unpacked copy is removed before it is read; raise data.shard_cache_gib")
+
     def prefetch(self, url: str) -> None:
         """Begins to bring `url` closer, in the background; what goes wrong there comes up in `path`."""
         if self._wanted is None:
@@ -77,23 +102,32 @@ class ShardStore:
     def _fetch_wanted(self, wanted: queue.SimpleQueue[str]) -> None:
         while True:
             url = wanted.get()
-            with contextlib.suppress(SourceError, OSError):
+            with contextlib.suppress(DataError, OSError):
                 if sources.is_local(url):
-                    with sources.local_path(url).open("rb") as file:
+                    with self.open_tar(url) as file:
                         read_ahead(file)
                 elif not (copied := self._place(url)).exists():
                     with _locked(copied, wait=None) as mine:
                         if mine:
-                            self._copy_locked(url, copied)
+                            self._make_locked(url, copied, partial(self._fetch, url))
 
     def _place(self, url: str) -> Path:
         if url.startswith("pipe:") and not self.allow_pipes:
             raise SourceError(url, "a command is run only where the command line names it")
-        name = "pipe" if url.startswith("pipe:") else Path(urlparse(url).path).name.removesuffix(".tar")
-        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-        return cache_folder() / f"{digest}-{name[-80:]}.tar"
+        return self._named(url, sources.stem(url))
+
+    @staticmethod
+    def _named(known_by: str, stem: str) -> Path:
+        digest = hashlib.sha256(known_by.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cache_folder() / f"{digest}-{stem[-80:]}.tar"
 
     def _copy(self, url: str, copied: Path) -> None:
+        self._make(url, copied, partial(self._fetch, url))
+
+    def _make(self, url: str, copied: Path, make: Callable[[Path], None]) -> None:
+        """make: writes the file that it is given"""
+        if copied.exists():
+            return
         # Whoever copies has deadlines of its own; no growth for longer than these says that it hangs nevertheless.
         wait_s = self.limits.deadline_s * (self.limits.attempts + 1)
         with _locked(copied, wait_s) as mine:
@@ -101,20 +135,32 @@ class ShardStore:
                 return
             if not mine:
                 raise SourceError(url, f"another process did not get on with it for {wait_s:g} s")
-            self._copy_locked(url, copied)
+            self._make_locked(url, copied, make)
 
-    def _copy_locked(self, url: str, copied: Path) -> None:
+    def _make_locked(self, url: str, copied: Path, make: Callable[[Path], None]) -> None:
         if copied.exists():
             return
         part = _part(copied)
         try:
-            sources.copy(url, part, self.limits)
+            make(part)
             part.replace(copied)
         except OSError as error:  # of this machine's disk
             raise SourceError(url, f"{copied.parent} takes no copy: {error.strerror or error}") from error
         finally:
             part.unlink(missing_ok=True)
         self._evict(but=copied)
+
+    def _fetch(self, url: str, part: Path) -> None:
+        sources.copy(url, part, self.limits)
+        with part.open("rb") as file:
+            if not is_compressed(file, url):
+                return
+            unpacked = part.with_name(part.name + ".unpacked")
+            try:
+                unpack(file, url, unpacked, self.max_bytes)
+                unpacked.replace(part)
+            finally:
+                unpacked.unlink(missing_ok=True)
 
     def _evict(self, but: Path) -> None:
         found = []
