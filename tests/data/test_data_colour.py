@@ -165,3 +165,14 @@ def test_what_is_encoded_anew_is_in_srgb_once(format, shorter_side_px):
     with Image.open(io.BytesIO(made.image)) as image:
         assert "icc_profile" not in image.info
     np.testing.assert_allclose(decode(made.image)[2, 2], (250, 31, 13), atol=5)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_what_pack_makes_of_another_format_has_the_right_colours(extension):
+    kind = "WEBP" if extension == "png" else "PNG"
+    data = saved(Image.new("RGB", (16, 16), (230, 60, 40)), kind, icc_profile=P3, **LOSSLESS[kind])
+    made = prepare(data, "k", extension=extension)
+    assert made.image is not None
+    with Image.open(io.BytesIO(made.image)) as image:
+        assert "icc_profile" not in image.info
+        np.testing.assert_allclose(np.asarray(image)[2, 2], (250, 31, 13), atol=5)
