@@ -28,6 +28,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import written_whole
 
 from .places import places
+from .ranks import leave_interrupts
 
 VERSION = 1
 TOGETHER = 32  # shards that a process takes at a time
@@ -77,6 +78,8 @@ def index_shards(
     DataError where no shard can be read, OSError where an index cannot be written; those before it stay.
     """
     files = places(urls, SUFFIX, out)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     folders: dict[Path, list[str]] = defaultdict(list)
     for url, place in files.items():
         folders[place.parent].append(url)
@@ -85,7 +88,7 @@ def index_shards(
     changed = [url for here in folders.values() for url in here if url not in unchanged]
     report = Report()
     # Spawned, not forked: threads of this process may hold locks.
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
     try:
         together = max(1, min(TOGETHER, len(changed) // (4 * processes)))
         done = pool.map(_index_one, changed, [files[url] for url in changed], chunksize=together)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
         return Rank(*(int(environment.get(name, "0")) for name in names))
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)}: {error}; allowed: whole numbers.") from error
+
+
+def leave_interrupts() -> None:
+    """For processes that work for this one: Ctrl-C, which reaches them too, is for it alone to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cores() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ import numpy as np
 from t2i.data.selection import Listed, listed
 from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
+from t2i.files import written_whole
 
 from .optional import need
 
 ROWS_PER_BATCH = 65_536
+
+
+class NothingToWrite(Exception):
+    """Leaves `written_whole` without a file, where nothing was kept."""
 
 
 def write_selection(path: Path, shards: Sequence[str], keys: Iterable[Any]) -> int:
@@ -32,21 +38,17 @@ def write_selection(path: Path, shards: Sequence[str], keys: Iterable[Any]) -> i
     keys: of each shard the kept ones, as an Arrow array of strings, in the order of the shard
     """
     pa = need("pyarrow", "data")
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = pa.array([_name(shard, path.parent) for shard in shards], pa.string())
     schema = pa.schema([("shard", pa.dictionary(pa.int32(), pa.string())), ("key", pa.string())])
-    unfinished = path.with_name(f".{path.name}.unfinished")
     count = 0
-    try:
+    with suppress(NothingToWrite), written_whole(path) as unfinished:
         with pa.ipc.new_file(str(unfinished), schema) as writer:
             for codes, column in _batches(keys):
                 shard = pa.DictionaryArray.from_arrays(pa.array(codes), names)
                 writer.write_batch(pa.record_batch([shard, column], schema=schema))
                 count += len(column)
-        if count:
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        if not count:
+            raise NothingToWrite
     return count
 
 

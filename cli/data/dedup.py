@@ -17,12 +17,16 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
+    from t2i.files import written_whole
     from t2i_pipelines.deduplication.dedup import find, hash_shards, write_kept
     from t2i_pipelines.deduplication.report import contact_sheet, write_report
+    from t2i_pipelines.places import check_writable
     from t2i_pipelines.ranks import cores
 
     written = selection_path(options.out)
     report = Path(options.report) if options.report else written.with_suffix(".report.json")
+    for place in (written, report):
+        check_writable(place)
     sources = expand(options.shards, "SHARDS")
     with Progress(console=console, transient=True) as bar:
         hashing, grouping = bar.add_task("shards", total=None), bar.add_task("compared", total=None)
@@ -50,7 +54,8 @@ def run(arguments: list[str]) -> None:
     for cause, count in sorted(found.causes().items()):
         console.print(f"Not compared and kept, {cause}: {count:,} (named in {report})")
     if sheet := contact_sheet(found):
-        sheet.save(report.with_suffix(".png"))
+        with written_whole(report.with_suffix(".png")) as unfinished:
+            sheet.save(unfinished, "PNG")
         console.print(f"{report} names them, {report.with_suffix('.png')} shows them")
     if not kept:
         raise DataError(f"No sample is left, so {written} is not written.")

@@ -22,12 +22,15 @@ def run(arguments: list[str]) -> None:
 
     from t2i.data.sources import expand
     from t2i_pipelines.optional import need
+    from t2i_pipelines.places import check_writable
     from t2i_pipelines.ranks import cores, rank_of
-    from t2i_pipelines.scoring.score import score_shards
+    from t2i_pipelines.scoring.score import SUFFIX, score_shards
     from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 
     need("pyarrow", "data")  # before anything is loaded
     urls, rank = list(dict.fromkeys(expand(options.shards, "SHARDS"))), rank_of(os.environ)
+    if options.out is not None:
+        check_writable(options.out / SUFFIX)
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank.local % gpus) if gpus else torch.device("cpu")
     if gpus:  # else each thread that prepares pictures would start threads of torch

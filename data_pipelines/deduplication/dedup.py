@@ -20,6 +20,7 @@ import numpy as np
 from t2i.errors import ConfigError
 
 from ..optional import need
+from ..ranks import leave_interrupts
 from ..selection import listed_once, write_selection
 from .hashing import HASHES, THUMBNAIL_PX, Hashes, hash_shard
 from .near_duplicates import MAX_DISTANCE, group
@@ -86,7 +87,7 @@ def _each(jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Path]:
     if processes <= 1:
         yield from (hash_shard(*job) for job in jobs)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
     try:
         yield from pool.map(hash_shard, *zip(*jobs, strict=True))
     finally:

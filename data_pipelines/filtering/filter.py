@@ -5,18 +5,19 @@ Pictures are never looked at, and one slice of a table or the metadata of one sh
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import DataError
+from t2i.files import written_whole
 
 from ..optional import need
-from ..selection import listed_once, write_selection
+from ..selection import NothingToWrite, listed_once, write_selection
 from ..shard_metadata import metadata_of
 from ..tables import open_table
 from .judge import Judge, Tally
@@ -53,24 +54,22 @@ def filter_table(
     parquet = need("pyarrow.parquet", "data")
     judge = Judge(rules)
     report = Report(tallies=judge.tallies)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    with tempfile.TemporaryDirectory(prefix="t2i-") as copies, contextlib.ExitStack() as stack:
-        stack.callback(unfinished.unlink, missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="t2i-") as copies:
         table = open_table(source, Path(copies), TEXT_COLUMNS)
         report.left_out = table.left_out
         if any(out.exists() and file.path.samefile(out) for file in table.files):
             raise DataError(f"{out} is also the source; allowed: another name.")
-        with parquet.ParquetWriter(unfinished, table.schema, compression="zstd") as writer:
-            for part in table.slices(ROWS):
-                kept = part.filter(judge.keeps(part, source))
-                writer.write_table(kept)
-                report.rows += part.num_rows
-                report.kept += kept.num_rows
-                progress(report.rows, table.rows)
+        with suppress(NothingToWrite), written_whole(out) as unfinished:
+            with parquet.ParquetWriter(unfinished, table.schema, compression="zstd") as writer:
+                for part in table.slices(ROWS):
+                    kept = part.filter(judge.keeps(part, source))
+                    writer.write_table(kept)
+                    report.rows += part.num_rows
+                    report.kept += kept.num_rows
+                    progress(report.rows, table.rows)
+            if not report.kept:
+                raise NothingToWrite
         report.unusable = table.unusable
-        if report.kept:
-            unfinished.replace(out)
     return report
 
 

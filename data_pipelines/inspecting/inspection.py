@@ -23,6 +23,7 @@ from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local
 from t2i.errors import DataError
 
+from ..ranks import leave_interrupts
 from ..shard_metadata import local_copy
 from .facts import ASPECT_EDGES, Facts, Tile, look_at
 
@@ -130,7 +131,7 @@ def inspect_shards(
     keys: list[np.ndarray] = []
     # spawned: a fork of a process that has threads can wait for ever
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _quiet) as pool:
+    with ProcessPoolExecutor(workers, context, _start) as pool:
         tasks = _Tasks(pool, report, choice, fast, tile_px, 4 * workers, progress, text)
         for number, url in enumerate(urls):
             with contextlib.ExitStack() as stack:
@@ -252,7 +253,8 @@ def _rows(index: ShardIndex, start: int, stop: int) -> ShardIndex:
     )
 
 
-def _quiet() -> None:
+def _start() -> None:
+    leave_interrupts()
     warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
 
 
