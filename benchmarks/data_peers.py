@@ -127,8 +127,8 @@ class T2I:
         (part,) = stream.parts
         for seats in self.stream.Positions(stream, 0, BATCH, 0, 1, None):
             images._prefetch(part, seats.epoch, seats.index)
-            places = [part.reader.place(index) for index in seats.index.tolist()]
-            for raw in part.reader.shards.read(places):
+            shards, places = part.reader.places(seats.index)
+            for raw in part.reader.shards.read(list(zip(shards.tolist(), places.tolist(), strict=True))):
                 yield raw.members["jpg"], raw.members["txt"], raw.members["json"]
 
 

@@ -143,8 +143,8 @@ class CaptionedImages(Dataset):
 
     def _prefetch(self, part: Part, epochs: np.ndarray, indices: np.ndarray) -> None:
         """Brings the shards closer that come after those of a batch."""
-        for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
-            shard, _ = part.reader.place(index)
+        shards, _ = part.reader.places(indices)
+        for epoch, shard in dict.fromkeys(zip(epochs.tolist(), shards.tolist(), strict=True)):
             following = part.order.following(epoch, shard)
             if following is not None:
                 part.reader.shards.prefetch(following)

@@ -14,6 +14,7 @@ import numpy as np
 from t2i.data import sources
 from t2i.data.decode import BadSample
 from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.layout import Layout
 from t2i.data.scans import keep_scan, kept_scan
 from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore, read_ahead
@@ -29,13 +30,24 @@ Key = TypeVar("Key", int, str)
 @dataclass
 class Opened:
     """An open shard. rows: of its index, those that belong to the dataset, in order; -1 where one is not there.
-    file: closed when nobody holds it any more, so that a read that comes too late reads nothing else"""
+    file: closed when nobody holds it any more, so that a read that comes too late reads nothing else
+    prefix: what makes its keys unique among the shards, but for those that begin with `bare`, which are as they are"""
 
     index: ShardIndex
     rows: np.ndarray
     file: IO[bytes] | None
     failure: BadSample | None = None
     since_s: float = 0.0
+    prefix: str = ""
+    bare: str | tuple[str, ...] = ""
+    layout: Layout | None = None
+
+    def laid_out(self, endings: tuple[str, ...] | None) -> Layout:
+        """Where the members lie that `endings` mean."""
+        if self.layout is None or self.layout.endings is not endings:
+            file = -1 if self.file is None else self.file.fileno()
+            self.layout = Layout(file, self.index, self.rows, endings, self.prefix, self.bare)
+        return self.layout
 
 
 class OpenShards(Generic[Key]):

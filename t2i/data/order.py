@@ -125,7 +125,7 @@ class ShardOrder:
         places = lanes * length + np.minimum(lanes, longer) + rounds  # in the sequence
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
-            shards, ends = self._shards(epoch)
+            shards, ends, _ = self._shards(epoch)
             chosen = np.flatnonzero(epochs == epoch)
             nth, asked = np.unique(np.searchsorted(ends, places[chosen], side="right"), return_inverse=True)
             here = shards[nth]
@@ -144,16 +144,19 @@ class ShardOrder:
 
     def following(self, epoch: int, shard: int) -> int | None:
         """See `Order`."""
-        shards, _ = self._shards(epoch)
-        after = np.flatnonzero(shards == shard)[0] + 1
+        shards, _, nth = self._shards(epoch)
+        after = nth[shard] + 1
         return int(shards[after]) if after < len(shards) else None
 
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards that are not empty, in the epoch's order, and the running sum of their sizes."""
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards that are not empty, in the epoch's order; the running sum of their sizes; and of every shard its
+        place in that order."""
         bits = hash64(self.seed, int(Stream.SHARDS), epoch, np.arange(len(self.sizes)))
         shards = np.argsort(bits, kind="stable")
         shards = shards[self.sizes[shards] > 0]
-        return shards, np.cumsum(self.sizes[shards])
+        nth = np.full(len(self.sizes), -1)
+        nth[shards] = np.arange(len(shards))
+        return shards, np.cumsum(self.sizes[shards]), nth
 
     def _permuted_samples(self, epoch: int, shards: Sequence[int]) -> list[np.ndarray]:
         """The order of the samples within each of these shards."""

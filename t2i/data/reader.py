@@ -122,16 +122,22 @@ class SampleReader:
         """(H, W) of sample `index` after cropping."""
         return self.shapes[0] if self.buckets is None else self.shapes[self.buckets[index]]
 
-    def place(self, index: int) -> tuple[int, int]:
-        """The shard of sample `index`, and its place in it."""
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return shard, index - int(self.starts[shard])
+    def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) samples -> (n,) their shards, and (n,) their places in them, int64."""
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        return shards, indices - self.starts[shards]
 
     def read(self, wanted: Sequence[Wanted]) -> list[Sample | BadSample]:
         """Samples, or what is wrong with them."""
         kept = [self._kept(each) for each in wanted]
-        places = [self.place(each.index) for each, sample in zip(wanted, kept, strict=True) if sample is None]
-        raw = iter(self.shards.read(places, SAMPLE_ENDINGS if self.encoded is None else TEXT_ENDINGS))
+        missing = [each.index for each, sample in zip(wanted, kept, strict=True) if sample is None]
+        shards, places = self.places(np.array(missing, dtype=np.int64))
+        raw = iter(
+            self.shards.read(
+                list(zip(shards.tolist(), places.tolist(), strict=True)),
+                SAMPLE_ENDINGS if self.encoded is None else TEXT_ENDINGS,
+            )
+        )
         return [sample or self._made(each, next(raw)) for each, sample in zip(wanted, kept, strict=True)]
 
     def _kept(self, wanted: Wanted) -> Sample | None:
@@ -167,7 +173,8 @@ class SampleReader:
         captions: dict[str, float],
         metadata: dict[str, Any],
     ) -> Sample:
-        url = self.shards.url(self.place(wanted.index)[0])
+        shards, _ = self.places(np.array([wanted.index]))
+        url = self.shards.url(int(shards[0]))
         shape = self.shape(wanted.index)
         moments, tensors = encoded.moments(url, raw.key_in_shard, shape, wanted.flipped)
         text = None

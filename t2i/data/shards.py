@@ -13,7 +13,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
@@ -22,6 +21,7 @@ from t2i.data import sources
 from t2i.data.decode import BadSample
 from t2i.data.folder_index import SUMMARY, FolderIndex, as_stored, open_sizes, read_folder_index
 from t2i.data.index import ShardIndex
+from t2i.data.layout import Raw
 from t2i.data.opened import SCAN_DEADLINES, Opened, OpenShards, index_beside, open_indexed
 from t2i.data.scans import forget_unused, keep_scan
 from t2i.data.selection import Listed, listed
@@ -37,18 +37,6 @@ SAMPLES_LOOKED_AT = 2**20  # at a time
 SCANNING = "scanning shards that have no index, at their first use; `t2i data index` does it for everybody"
 OUTDATED = "{} has changed since it was indexed: `t2i data index` again"
 NO_SIZES = "{} does not have the sizes of pictures: `t2i data index` again, and the start is quick"
-
-
-@dataclass(frozen=True)
-class Raw:
-    """The bytes of one sample, by extension.
-
-    key: unique among the shards; key_in_shard: as the shard has it
-    """
-
-    key: str
-    key_in_shard: str
-    members: dict[str, bytes]
 
 
 class Shards:
@@ -175,11 +163,22 @@ class Shards:
         return index
 
     def read(
-        self, places: Sequence[tuple[int, int]], endings: Sequence[str] | None = None
+        self, places: Sequence[tuple[int, int]], endings: tuple[str, ...] | None = None
     ) -> list[Raw | BadSample]:
         """The samples at (shard, place in it), or why they cannot be read; of their members those meant by
         `endings` where that is given. A shard that is silent for the deadline counts as unreadable."""
         opened = {shard: self._opened(shard) for shard in dict.fromkeys(shard for shard, _ in places)}
+        read = {shard: each.laid_out(endings).read for shard, each in opened.items()}
+        answers: list[Raw | BadSample | None] = [read[shard](place) for shard, place in places]
+        late = [i for i, answer in enumerate(answers) if answer is None]
+        for i, answer in zip(late, self._wait_for([places[i] for i in late], opened, endings), strict=True):
+            answers[i] = answer
+        return answers  # type: ignore[return-value]
+
+    def _wait_for(
+        self, places: Sequence[tuple[int, int]], opened: dict[int, Opened], endings: tuple[str, ...] | None
+    ) -> list[Raw | BadSample]:
+        """What has to be waited for, or is to be counted."""
         answers: list[Raw | BadSample] = []
         while len(answers) < len(places):
             rest = [(shard, place, opened[shard]) for shard, place in places[len(answers) :]]
@@ -209,7 +208,7 @@ class Shards:
             self.store.prefetch(self.url(shard))
 
     def _read_one(
-        self, shard: int, place: int, opened: Opened, endings: Sequence[str] | None
+        self, shard: int, place: int, opened: Opened, endings: tuple[str, ...] | None
     ) -> Raw | BadSample:
         if opened.failure is not None:
             name = f"{_stem(self.url(shard))}[{place}]"
@@ -221,7 +220,7 @@ class Shards:
             listed = f"which is listed with {self.sizes[shard]} samples"
             return BadSample(cause, name, f"not in {self.url(shard)}, {listed}")
         key_in_shard = opened.index.keys[row]
-        key = self._prefix(shard, key_in_shard) + key_in_shard
+        key = key_in_shard if key_in_shard.startswith(opened.bare) else opened.prefix + key_in_shard
         if flaw := opened.index.flaws.get(row):
             return BadSample(flaw, key, self.url(shard))
         try:
@@ -229,13 +228,6 @@ class Shards:
             return Raw(key, key_in_shard, opened.index.read(opened.file.fileno(), row, endings))
         except OSError as error:
             return BadSample("unreadable", key, f"{self.url(shard)}: {error}")
-
-    def _prefix(self, shard: int, key_in_shard: str) -> str:
-        """What makes a key unique where another shard may have the same: nothing for img2dataset's, which start with
-        the shard's number."""
-        if len(self) == 1 or (self._distinct and key_in_shard.startswith(_stem(self.url(shard)))):
-            return ""
-        return f"{_stem(self.url(shard)) if self._distinct else shard}:"
 
     def _opened(self, shard: int) -> Opened:
         return self._open.get(shard, _stem(self.url(shard)), lambda: self._open_now(shard))
@@ -252,7 +244,10 @@ class Shards:
             index = self._with_sizes(shard, index, found.file)
             sizes, lost = _sizes_of(index, rows)
             rows = self._of_length(shard, rows[_large_enough(sizes, self._min_original_px) | lost], size)
-        return Opened(index, rows, found.file)
+        # img2dataset's keys start with the shard's number, and are unique as they are.
+        stem = _stem(url)
+        bare: str | tuple[str, ...] = "" if len(self) == 1 else (stem if self._distinct else ())
+        return Opened(index, rows, found.file, prefix=f"{stem if self._distinct else shard}:", bare=bare)
 
     def _listed_rows(self, shard: int, index: ShardIndex) -> np.ndarray:
         """(n,) int64: the rows of the index that the shard is listed with, large or small; -1 for what is not there."""

@@ -64,14 +64,14 @@ def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
 
 
 def is_local(url: str) -> bool:
-    return urlparse(url).scheme in ("", "file")
+    return ":" not in url or urlparse(url).scheme in ("", "file")
 
 
 def local_path(url: str) -> Path:
     """The path of a local source."""
-    if urlparse(url).scheme == "file":
+    if ":" in url and urlparse(url).scheme == "file":
         return Path(url2pathname(urlparse(url).path))
-    return Path(url).expanduser()
+    return Path(url).expanduser() if url.startswith("~") else Path(url)
 
 
 def split_query(url: str) -> tuple[str, str]:
@@ -203,22 +203,47 @@ def _copy_pipe(url: str, target: Path, limits: Limits) -> None:
 def within(seconds: float, call: Callable[[], T]) -> T:
     """What `call` returns or raises. Raises TimeoutError after `seconds`; the call is then left to itself in its
     thread, as nothing can interrupt a read whose other end is silent."""
+    helper: _Helper | None = getattr(_helpers, "own", None)
+    if helper is None or helper.process != os.getpid():  # threads do not live on in a forked process
+        helper = _helpers.own = _Helper()
     answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    helper.calls.put((call, answer))
+    try:
+        good, value = answer.get(timeout=seconds)
+    except BaseException as error:  # also of an interruption: the helper is still at work
+        del _helpers.own
+        if isinstance(error, queue.Empty):
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+        raise
+    if good:
+        return value
+    raise value
 
-    def run() -> None:
+
+class _Helper:
+    """A thread that makes the calls of another one, which does not have to start a thread for each. It ends when that
+    one does, or leaves it."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_make_calls, args=(self.calls,), daemon=True).start()
+
+    def __del__(self) -> None:
+        self.calls.put(None)
+
+
+_helpers = threading.local()
+
+
+def _make_calls(calls: queue.SimpleQueue[Any]) -> None:
+    while (asked := calls.get()) is not None:
+        call, answer = asked
         try:
             answer.put((True, call()))
         except BaseException as error:
             answer.put((False, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        good, value = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if good:
-        return value
-    raise value
+        del asked, call, answer  # and with them files that are to be closed
 
 
 def _attempt(url: str, limits: Limits, call: Callable[[Any, str], T], deadline: bool = True) -> T:
