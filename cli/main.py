@@ -39,7 +39,7 @@ def main() -> None:
         print(f"t2i: {arguments[0]!r} is not a verb; allowed: {', '.join(VERBS)}.", file=sys.stderr)
         raise SystemExit(2)
     hub.stay_offline()
-    from t2i.errors import UserError, system_sentence
+    from .trouble import sentence_of
 
     try:
         importlib.import_module(f"t2i_cli.{verb}").run(arguments[1:])
@@ -48,10 +48,11 @@ def main() -> None:
     except BrokenPipeError:  # as in `t2i plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # SIGPIPE, as the shell has it
-    except UserError as error:
-        _leave(verb, str(error), 2)
-    except OSError as error:
-        _leave(verb, system_sentence(error), 2)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        _leave(verb, sentence, 2)
 
 
 def _leave(verb: str, sentence: str, code: int) -> None:

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i.errors import ConfigError
+from t2i.errors import ConfigError, UserError
+from t2i.schema import check
 
 from . import hub
 from .composition import check_pipes, explained, quoted, sentence
@@ -74,6 +75,8 @@ def train(composed: DictConfig) -> None:
     """One run, from Hydra's composition on."""
     config = validated(composed)
     # Heavy imports only now: a wrong key is reported at once.
+    import torch
+
     from t2i import families
     from t2i.training.fit import fit
     from t2i.training.loggers import sync_command
@@ -81,7 +84,10 @@ def train(composed: DictConfig) -> None:
     from .console import console, say_what_is_logged
 
     say_what_is_logged()
-    result = fit(config, families.load(config.family, "stage").Stage, console)
+    try:
+        result = fit(config, families.load(config.family, "stage").Stage, console)
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(config)) from error
     rate = f"{result.images_seen} images, {result.seconds:.0f} s of training"
     if result.complete:
         console.print(f"Done: {result.folder} ({rate}).")
@@ -91,6 +97,32 @@ def train(composed: DictConfig) -> None:
         )
     if config.logger.wandb == "offline":
         console.print(f"To bring it to wandb: {sync_command(result.folder)}", markup=False)
+
+
+def out_of_memory(config: RunConfig) -> str:
+    """What the plan says of this batch on this GPU, and what would fit."""
+    import torch
+
+    from t2i.planning.fits import what_fits
+    from t2i.planning.model import build_model
+    from t2i.training import checkpoint, run_folder
+
+    size, batch = config.resolution.size_px, config.trainer.batch_size
+    total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    said = (
+        f"The GPU's {total_bytes / 2**30:.1f} GiB are not enough for trainer.batch_size={batch} at {size} px with "
+        f"trainer.precision={config.trainer.precision}"
+    )
+    try:
+        check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
+        place = config.model.autoencoder
+        if place == "latest":
+            place = str(run_folder.newest_run(config.runs_dir, "autoencoder"))
+        loaded = checkpoint.load(run_folder.weights_file(place))
+        model = build_model(config, loaded.extra.get("codec", loaded.config))
+    except UserError:
+        return f"{said}; try trainer.batch_size={max(1, batch // 2)}, or trainer.precision=bf16-mixed."
+    return f"{said}; {what_fits(config, model, total_bytes)}"
 
 
 def validated(composed: DictConfig) -> RunConfig:

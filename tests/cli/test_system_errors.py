@@ -48,6 +48,52 @@ def test_what_the_system_refuses_is_one_sentence(t2i, monkeypatch, verb, error, 
     assert t2i(verb).sentence.startswith(f"t2i {verb}: {words}")
 
 
+LIBRARIES = {
+    "a GPU's memory": (
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+        "The GPU's memory is not enough; a smaller batch takes less (CUDA out of memory. Tried to allocate 2.00 GiB).",
+    ),
+    "the machine's memory": (
+        RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        "This machine's memory is not enough",
+    ),
+    "Python's memory": (MemoryError(), "This machine's memory is not enough (MemoryError)."),
+    "a reader that was killed": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
+        "A process that reads data was ended by the system",
+    ),
+    "a driver": (
+        RuntimeError("The NVIDIA driver on your system is too old"),
+        "The GPU cannot be used (The NVIDIA",
+    ),
+    "a process that is gone": (
+        RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:37017"),
+        "Another process of this run ended",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), LIBRARIES.values(), ids=LIBRARIES)
+def test_what_libraries_raise_for_a_machine_is_one_sentence(t2i, monkeypatch, error, words):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("t2i_cli.sample"), "run", fail)
+    assert t2i("sample").sentence.startswith(f"t2i sample: {words}")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 cannot be multiplied"), KeyError("a"), ValueError()]
+)
+def test_a_fault_of_the_code_keeps_its_traceback(t2i, monkeypatch, error):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("t2i_cli.sample"), "run", fail)
+    with pytest.raises(type(error)):
+        t2i("sample")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_ctrl_c_is_said_once_and_exits_as_the_shell_expects(t2i, monkeypatch, verb):
     def stop(arguments):

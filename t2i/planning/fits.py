@@ -1,0 +1,43 @@
+"""What of a run fits into the memory of the GPU that it did not fit into."""
+
+from __future__ import annotations
+
+from t2i.config import RunConfig
+from t2i.planning.memory import memory
+from t2i.planning.model import Model
+from t2i.planning.plan import GIB, USABLE_MEMORY
+
+
+def bytes_of_batch(config: RunConfig, model: Model, batch_size: int) -> int:
+    """What one GPU takes with so many pictures at a time, as `t2i train` runs it."""
+    encoded = all(part.encoded is not None for part in config.data.parts().values())
+    gpus = config.trainer.devices * config.trainer.num_nodes
+    encoding = 0 if encoded else model.encoding_per_image
+    planned = memory(
+        model.trained, model.activations, encoding, batch_size, "ddp", False, gpus, config.trainer.devices
+    )
+    return planned.total
+
+
+def what_fits(config: RunConfig, model: Model, total_bytes: int) -> str:
+    """A sentence with the plan's figure for the batch of `config`, and the largest that would fit.
+
+    total_bytes: of the GPU; a part is left for what no plan counts
+    """
+    batch, usable = config.trainer.batch_size, USABLE_MEMORY * total_bytes
+    planned = bytes_of_batch(config, model, batch) / GIB
+    largest = max((n for n in range(batch + 1) if bytes_of_batch(config, model, n) <= usable), default=None)
+    said = f"the plan counts {planned:.1f} GiB, where {usable / GIB:.1f} are usable"
+    if largest is None:
+        least = bytes_of_batch(config, model, 0) / GIB
+        return (
+            f"{said}, and {least:.1f} before any picture: only a smaller model, or a larger GPU, would fit."
+        )
+    if largest == 0:
+        return f"{said}, and not one picture would fit: a smaller resolution or model would."
+    if largest == batch:
+        return (
+            f"{said}, so that it should fit: does something else run on this GPU? Else try "
+            f"trainer.batch_size={max(1, batch // 2)}."
+        )
+    return f"{said}: at most trainer.batch_size={largest} would fit."
