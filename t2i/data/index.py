@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -56,6 +58,18 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def repeated(self) -> dict[int, int]:
+        """Rows whose key an earlier sample has, too -> how many of these there are."""
+        found: dict[int, int] = {}
+        if len(set(self.keys)) < len(self.keys):
+            seen: Counter[str] = Counter()
+            for row, key in enumerate(self.keys):
+                if seen[key]:
+                    found[row] = seen[key]
+                seen[key] += 1
+        return found
 
     def read(self, file: int, row: int, endings: Sequence[str] | None = None) -> dict[str, bytes]:
         """The members of sample `row` by extension, from the open file descriptor `file`; of those meant by `endings`

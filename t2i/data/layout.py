@@ -20,7 +20,7 @@ NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # only Linux has it
 class Raw(NamedTuple):
     """The bytes of one sample, by extension.
 
-    key: unique among the shards; key_in_shard: as the shard has it
+    key: unique among the shards; key_in_shard: as the shard has it, and of a second sample of one key with "~2"
     """
 
     key: str
@@ -71,7 +71,7 @@ class Layout:
             if columns and len(here):
                 laid_out = _laid_out(offsets[here][:, columns], sizes[here][:, columns], index.file_bytes)
                 records[here, 2 : 2 + laid_out.shape[1]] = laid_out
-        records[np.isin(rows, list(index.flaws)), 3] = 0
+        records[np.isin(rows, [*index.flaws, *index.repeated]), 3] = 0
         self._records, self._width = memoryview(records.ravel()), records.shape[1]  # type: ignore[arg-type]
 
     def read(self, place: int) -> Raw | None:

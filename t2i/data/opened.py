@@ -134,5 +134,7 @@ def index_beside(url: str, store: ShardStore) -> ShardIndex | None:
         return ShardIndex.from_bytes(sources.read_bytes(place, store.limits), place)
     except DataError as error:
         if not (isinstance(error, SourceError) and error.missing):
-            log.warning("%s", error)
+            # An older version may have made thousands of them.
+            log.log(logging.DEBUG if store.told_of_index else logging.WARNING, "%s", error)
+            store.told_of_index = True
         return None

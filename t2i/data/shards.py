@@ -220,6 +220,8 @@ class Shards:
             listed = f"which is listed with {self.sizes[shard]} samples"
             return BadSample(cause, name, f"not in {self.url(shard)}, {listed}")
         key_in_shard = opened.index.keys[row]
+        if before := opened.index.repeated.get(row):  # else it would get what was encoded of the first
+            key_in_shard += f"~{before + 1}"
         key = key_in_shard if key_in_shard.startswith(opened.bare) else opened.prefix + key_in_shard
         if flaw := opened.index.flaws.get(row):
             return BadSample(flaw, key, self.url(shard))

@@ -44,6 +44,7 @@ class ShardStore:
         self.limits, self.max_bytes, self.allow_pipes = limits, int(max_gib * 2**30), allow_pipes
         self._wanted: queue.SimpleQueue[str] | None = None
         self._told = False
+        self.told_of_index = False  # that one beside a shard cannot be read
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_wanted": None}  # a thread does not travel to another process

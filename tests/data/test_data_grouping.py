@@ -112,6 +112,10 @@ def test_equal_keys_far_apart_that_repeat_a_name_are_samples_of_their_own_as_in_
         for s in webdataset.WebDataset(str(path), shardshuffle=False)
     ]
     assert samples_of(path) == theirs
+    assert everything(opened([path])) == (
+        ["0", "1", "0~2", "2"],
+        {},
+    )  # what is encoded of them has names of its own
 
 
 def test_of_which_of_two_samples_a_caption_is_cannot_be_told_and_both_count(tmp_path):
@@ -343,3 +347,18 @@ def test_links_of_any_kind_and_damage_never_give_another_samples_bytes(tmp_path_
                 assert content.decode() in direct
         lost = {name for name, _ in members} - {f"{key}.{e}" for key, sample in found for e in sample}
         assert {name[0] for name in lost} <= {index.keys[row] for row in index.flaws}
+
+
+def test_indexes_of_another_version_are_said_once_and_made_anew(tmp_path, monkeypatch, caplog):
+    """In version 1 what lay apart was no sample."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    samples = {f"{i}": good_members(i) for i in range(3)}
+    paths = [tar_of(tmp_path / f"0000{i}.tar", by_extension(samples)) for i in range(3)]
+    with monkeypatch.context() as then:
+        then.setattr("t2i.data.index.VERSION", 1)
+        for path in paths:
+            path.with_suffix(".index.npz").write_bytes(ShardIndex.scan(path).to_bytes())
+    assert opened(paths).sizes.tolist() == [3, 3, 3]
+    told = [message for message in caplog.messages if "version 1, allowed: 2" in message]
+    assert len(told) == 1
+    assert "`t2i data index` writes it anew" in told[0]
