@@ -115,6 +115,14 @@ def _samples(
         progress(1)
 
 
+def _caption_beside(path: Path) -> str:
+    """Raises OSError, UnicodeDecodeError."""
+    place = path.with_suffix(".txt")
+    if not place.exists():  # beside IMG.JPG from a system where case does not count
+        place = path.with_suffix(".TXT")
+    return place.read_text("utf-8-sig")
+
+
 def _sample(row: Row, extension: Extension | None) -> Sample:
     """Raises BadSample: "path" where there is none, "caption" or "image" for what cannot be read, "bomb" for too many
     pixels, "format" for a kind of picture that is not read."""
@@ -122,9 +130,7 @@ def _sample(row: Row, extension: Extension | None) -> Sample:
         raise BadSample("path", "", "there is none")
     name = str(row.path)
     try:
-        caption = (
-            row.caption if row.caption is not None else row.path.with_suffix(".txt").read_text("utf-8-sig")
-        )
+        caption = _caption_beside(row.path) if row.caption is None else row.caption
     except (OSError, UnicodeDecodeError) as error:
         raise BadSample("caption", name, str(error)) from error
     if not (caption := caption.strip()):

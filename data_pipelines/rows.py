@@ -136,13 +136,13 @@ def _pictures(folder: Path, passed_by: Counter[str]) -> Iterator[Path]:
 def _pictures_among(parent: Path, files: Sequence[str], passed_by: Counter[str]) -> Iterator[Path]:
     endings = {name: Path(name).suffix.lower().lstrip(".") for name in files}
     pictures = {name for name, ending in endings.items() if ending in PICTURE_ENDINGS}
-    captions = {Path(name).with_suffix(".txt").name for name in pictures}
+    stems = {Path(name).stem for name in pictures}
     for name, ending in endings.items():
         if name in pictures:
             yield parent / name
         elif ending in UNREAD_ENDINGS:
             passed_by[f"pictures of a kind that is not read (.{ending})"] += 1
-        elif ending == "txt" and name not in captions:
+        elif ending == "txt" and Path(name).stem not in stems:
             passed_by["captions without a picture"] += 1
         elif ending != "txt":
             passed_by["files that are no pictures"] += 1

@@ -22,6 +22,7 @@ from t2i.errors import DataError
 from t2i.files import written_whole
 
 from .optional import need
+from .places import first_same
 
 ROWS_PER_BATCH = 65_536
 
@@ -78,11 +79,15 @@ def _name(shard: str, folder: Path) -> str:
 def listed_once(shards: Sequence[str]) -> list[Listed]:
     """`t2i.data.selection.listed`, where each shard may come once. Raises DataError."""
     found = listed(shards)
-    urls = [each.url for each in found]
-    if len(set(urls)) < len(urls):
-        twice = next(url for url in urls if urls.count(url) > 1)
-        raise DataError(f"{twice} is named twice; allowed: once.")
+    if same := first_same((_place(each.url) for each in found), fold=False):
+        raise DataError(f"{found[same[1]].url} is named twice; allowed: once.")
     return found
+
+
+def _place(url: str) -> str:
+    """The same however a local shard's path is spelt, and through whichever link to its folder."""
+    path = local_path(url)
+    return str(path.parent.resolve() / path.name) if is_local(url) else url
 
 
 def spans(selected: Sequence[Listed], samples: int) -> Iterator[list[tuple[Listed, int, int]]]:

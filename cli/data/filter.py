@@ -14,8 +14,6 @@ from ..console import console
 if TYPE_CHECKING:
     from t2i_pipelines.filtering.filter import Report
 
-TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
-
 
 def run(arguments: list[str]) -> None:
     """Filters under a progress bar and reports what each rule removed."""
@@ -25,6 +23,7 @@ def run(arguments: list[str]) -> None:
     from t2i.data.sources import expand
     from t2i_pipelines.filtering.filter import filter_shards, filter_table
     from t2i_pipelines.filtering.presets import QUANTITIES, Rule, bound, languages, preset
+    from t2i_pipelines.table_files import SUFFIXES
 
     rules = list(preset(options.preset)) if options.preset else []
     for quantity in QUANTITIES:
@@ -32,7 +31,7 @@ def run(arguments: list[str]) -> None:
         rules += bound(quantity, getattr(options, f"min_{name}"), getattr(options, f"max_{name}"))
     rules += [languages(options.language)] if options.language else []
     rules += [Rule(expression, expression) for expression in options.where]
-    is_table = [source.lower().endswith(TABLES) for source in options.source]
+    is_table = [source.lower().endswith(SUFFIXES) for source in options.source]
     if any(is_table) != all(is_table):
         raise ConfigError("SOURCE names tables and shards; allowed: one kind.")
     with Progress(console=console, transient=True) as bar:

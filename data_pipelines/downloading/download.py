@@ -211,7 +211,12 @@ class _Job:
             progress(1)
             shard.undone -= 1
             if shard.undone == 0:
-                jobs.create_task(finish(shard))
+                finishing = finish(shard)
+                try:
+                    jobs.create_task(finishing)
+                except RuntimeError:  # another shard could not be written: all is being stopped
+                    finishing.close()
+                    raise
 
         async def finish(shard: OpenShard) -> None:
             await loop.run_in_executor(disk, shard.finish)

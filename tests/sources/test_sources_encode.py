@@ -233,3 +233,28 @@ def test_keys_of_any_length_are_encoded(run_of, tmp_path):
     data = dataclasses.replace(config.data, shards=[str(tmp_path / "long.tar")])
     report = encode_for(dataclasses.replace(config, data=data), tmp_path / "cache")
     assert (report.encoded, report.bad) == (1, {})
+
+
+def test_where_nothing_can_be_written(run_of, tmp_path, monkeypatch):
+    """What is finished stays, and a second call goes on."""
+    config = run_of()
+    shards = [tmp_path / f"in/{i}.tar" for i in range(2)]
+    shards[0].parent.mkdir()
+    for shard in shards:
+        shard.write_bytes(Path(config.data.shards[0]).read_bytes())
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=[*map(str, shards)]))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        encode_for(config, tmp_path / "file/deep")
+    (tmp_path / "cache/in/1.index.npz").mkdir(parents=True)  # in the way of the second
+    with pytest.raises(IsADirectoryError, match=r"1\.index\.npz"):
+        encode_for(config, tmp_path / "cache")
+    assert {path.name for path in (tmp_path / "cache/in").iterdir()} == {
+        "0.tar",
+        "0.index.npz",
+        "1.index.npz",
+    }
+    (tmp_path / "cache/in/1.index.npz").rmdir()
+    report = encode_for(config, tmp_path / "cache")
+    assert (report.shards, report.skipped) == (1, 1)
+    assert len(list((tmp_path / "cache/in").iterdir())) == 4

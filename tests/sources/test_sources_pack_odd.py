@@ -177,6 +177,15 @@ def test_columns_are_found_in_any_case_and_a_mark_is_no_part_of_a_caption(tmp_pa
     ]
 
 
+def test_captions_from_a_system_where_case_does_not_count(tmp_path):
+    picture(tmp_path / "in/IMG.JPG", None)
+    (tmp_path / "in/IMG.TXT").write_text("in capitals")
+    rows = rows_of(tmp_path / "in")
+    assert not rows.passed_by()
+    packed(tmp_path / "in", tmp_path / "out")
+    assert [sample["txt"] for sample in read(tmp_path / "out")] == [b"in capitals"]
+
+
 def test_a_table_is_not_kept_in_memory(tmp_path):
     """40,000 captions of 1 kB."""
     with pq.ParquetWriter(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from t2i.data.encoded import shard_name
 from t2i.data.index import ShardIndex
-from t2i.errors import ConfigError
+from t2i.errors import ConfigError, DataError
 from t2i_pipelines.indexing import index_shards
 from t2i_pipelines.places import places
 from t2i_pipelines.shard_writer import png_sample, write_shards
@@ -79,6 +79,20 @@ def test_a_shard_named_twice_is_indexed_once(tmp_path, capsys):
     path = str(shard(tmp_path / "0.tar", 2))
     run([path, path, "--processes", "1"])
     assert "2 samples in 1 shards are indexed" in capsys.readouterr().out
+
+
+def test_a_shard_named_twice_is_refused_however_it_is_spelt(tmp_path, monkeypatch):
+    """Else every sample of it would be a duplicate of itself, and both would go."""
+    from t2i_pipelines.selection import listed_once
+
+    shard(tmp_path / "0.tar")
+    shard(tmp_path / "1.tar")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    for other in ("0.tar", "./0.tar", f"{tmp_path}/0.tar", f"file://{tmp_path}/0.tar", "link/0.tar"):
+        with pytest.raises(DataError, match=r"0\.tar is named twice; allowed: once"):
+            listed_once(["0.tar", "1.tar", other])
+    assert len(listed_once(["0.tar", "1.tar"])) == 2
 
 
 def test_an_index_that_cannot_be_written_is_not_the_shards_fault(tmp_path):
