@@ -40,7 +40,8 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
     too_long: tarfile.TarInfo | None = None  # a member that goes on behind the end of the file
     for member, stop in _headers(file, length):
         if member.offset > end or too_long is not None:
-            yield Gap("damaged", member.offset - end)
+            joined = _is_joint(file, end, member.offset)
+            yield Gap("damaged", BLOCK if joined else member.offset - end)
         found += 1
         too_long = member if stop > length else None
         if too_long is None:
@@ -63,6 +64,12 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
         yield Gap("damaged" if data_end <= length - BLOCK else "truncated", data_end - end)
     elif length - end > MAX_PADDING:
         yield Gap("damaged", BLOCK if _is_padded(end, length) else length - end)
+
+
+def _is_joint(file: IO[bytes], start: int, stop: int) -> bool:
+    """Whether this may be the end of an archive, to which another one was appended (`cat a.tar b.tar`)."""
+    fits = 2 * BLOCK <= stop - start <= MAX_PADDING and stop % tarfile.RECORDSIZE == 0
+    return fits and _data_end(file, start, stop) == start
 
 
 def _is_padded(end: int, length: int) -> bool:

@@ -83,14 +83,14 @@ def test_of_a_palette_and_with_transparency():
 
 
 def test_of_grey_pictures():
-    levels = np.arange(256, dtype=np.uint8)[None]
-    found = decode(saved(Image.fromarray(levels), "PNG", icc_profile=grey_profile(1.5)))[0]
-    wanted = in_srgb((levels[0] / 255) ** 1.5)[:, None].repeat(3, 1)
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    found = decode(saved(Image.fromarray(levels), "PNG", icc_profile=grey_profile(1.5)))
+    wanted = in_srgb((levels / 255) ** 1.5)[..., None].repeat(3, 2)
     np.testing.assert_allclose(found, wanted, atol=2.5)
     sixteen_bits = Image.fromarray(levels.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(decode(saved(sixteen_bits, "PNG", icc_profile=grey_profile(1.5)))[0], found)
+    np.testing.assert_array_equal(decode(saved(sixteen_bits, "PNG", icc_profile=grey_profile(1.5))), found)
     # An RGB profile says what is grey, too.
-    found = decode(saved(Image.fromarray(levels), "PNG", icc_profile=rgb_profile(SRGB, (1.5,))))[0]
+    found = decode(saved(Image.fromarray(levels), "PNG", icc_profile=rgb_profile(SRGB, (1.5,))))
     np.testing.assert_allclose(found, wanted, atol=2.5)
 
 

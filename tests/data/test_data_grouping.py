@@ -288,6 +288,18 @@ def test_zeros_that_fill_up_a_large_record_are_no_great_loss(factor, tmp_path):
     assert len(samples_of(path, index)) == 30
 
 
+def test_what_lies_between_two_archives_in_one_file_is_no_great_loss(tmp_path):
+    """`cat a.tar b.tar`: tarfile, and webdataset with it, reads the first alone."""
+    first, second = (
+        tar_of(tmp_path / f"{name}.tar", [(f"{name}{i}.txt", b"a") for i in range(4)]) for name in "ab"
+    )
+    path = tmp_path / "both.tar"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    index = ShardIndex.scan(path)
+    assert [key for key, _ in samples_of(path, index)] == [f"{name}{i}" for name in "ab" for i in range(4)]
+    assert list(index.flaws.values()) == ["damaged"]
+
+
 def test_more_endings_than_any_data_set_has_are_refused_in_a_sentence(tmp_path):
     path = tar_of(tmp_path / "00000.tar", [(f"photo.{i}.txt", b"a") for i in range(1001)])
     with pytest.raises(DataError, match=r"00000\.tar has members with more than 1000 different endings"):
