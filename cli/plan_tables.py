@@ -86,6 +86,16 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
             "loaders",
             f"{per_node:,.0f} images/s per node of {plan.loader_images_per_second_per_node:,.0f} that they can give",
         ),
+        *(
+            [
+                (
+                    "host memory",
+                    f"up to {plan.text_bytes_per_node / GIB:.0f} GiB per node for features of captions",
+                )
+            ]
+            if plan.text_bytes_per_node
+            else []
+        ),
         ("checkpoint", f"{files.training / GIGA:.2f} GB"),
         ("weights", f"{files.weights / GIGA:.2f} GB (model.safetensors)"),
         ("export", f"{files.export / GIGA:.2f} GB (averaged weights, codec and text encoder, float32)"),

@@ -11,6 +11,7 @@ from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.planning.memory import FP32, STRATEGIES, Memory, Strategy, memory
 from t2i.planning.model import Model
 from t2i.planning.speed import Speed, Work, mfu_of, speed
+from t2i.text.cache import MAX_BYTES
 
 GIB = 2**30
 USABLE_MEMORY = 0.9  # the rest: CUDA's context, kernels' workspaces, fragmentation
@@ -32,6 +33,7 @@ class Plan:
     images_per_gpu: per step, rounded up
     bytes_per_second_per_node, total_bytes: read from shards
     loader_images_per_second_per_node: what the configured reader processes can decode
+    text_bytes_per_node: of the host's memory, at most, for features of captions that are kept
     """
 
     cluster: ClusterConfig
@@ -44,6 +46,7 @@ class Plan:
     bytes_per_second_per_node: float
     total_bytes: float
     loader_images_per_second_per_node: float
+    text_bytes_per_node: int
     checkpoints: Checkpoints
     warnings: list[str]
 
@@ -75,9 +78,8 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
     codec = model.encoder.parameters + model.decoder.parameters
-    frozen = (0 if assumed.latents_cached else codec) + (
-        0 if assumed.text_cached or model.text.trained else model.text.parameters
-    )
+    text_online = not assumed.text_cached and not model.text.trained
+    frozen = (0 if assumed.latents_cached else codec) + (model.text.parameters if text_online else 0)
     plan = Plan(
         cluster=cluster,
         model=model,
@@ -103,6 +105,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         total_bytes=work.num_images * bytes_per_image,
         loader_images_per_second_per_node=min(reader_processes(config, cluster), cluster.cpu_cores_per_node)
         * assumed.images_per_second_per_core,
+        text_bytes_per_node=MAX_BYTES * cluster.gpus_per_node if text_online else 0,
         checkpoints=checkpoints(model),
         warnings=[],
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 
 import pytest
+from rich.console import Console
 
 from t2i.errors import ConfigError
 from t2i.planning.config import Assumptions, ClusterConfig
@@ -15,7 +17,9 @@ from t2i.planning.model import Model, Part
 from t2i.planning.picture import draw_scaling
 from t2i.planning.plan import make_plan, sweep
 from t2i.planning.speed import Work, all_reduce_s, speed
+from t2i.text.cache import MAX_BYTES
 from t2i_cli.plan import planned_run
+from t2i_cli.plan_tables import run_table
 
 CLUSTER = ClusterConfig(
     gpu="A",
@@ -101,6 +105,19 @@ def test_cached_encoders_cost_neither_time_nor_memory(config):
     assert online.work.flops - cached.work.flops == 500 * 10**9
     assert cached.speed.days < online.speed.days
     assert cached.memory["ddp", False].frozen == cached.memory["ddp", False].encoding == 0
+
+
+def test_features_of_captions_that_are_kept_take_memory_of_the_host(config):
+    """Each process, one per GPU, keeps what `CachedTextEncoder` keeps at most; none where they are read or learned."""
+    node = CLUSTER.gpus_per_node * MAX_BYTES
+    online = make_plan(config, MODEL, CLUSTER, Assumptions())
+    assert online.text_bytes_per_node == node == 8 * 2 * 2**30
+    assert make_plan(config, MODEL, CLUSTER, Assumptions(text_cached=True)).text_bytes_per_node == 0
+    learned = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained=True))
+    assert make_plan(config, learned, CLUSTER, Assumptions()).text_bytes_per_node == 0
+    console = Console(width=160, file=io.StringIO())
+    console.print(run_table(online, config))
+    assert "up to 16 GiB per node for features of captions" in console.file.getvalue()
 
 
 def test_files(config):

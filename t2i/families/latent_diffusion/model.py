@@ -23,8 +23,6 @@ from t2i.nn.precision import widened
 from t2i.text import build_text_encoder
 from t2i.text.cache import CachedTextEncoder
 
-NUM_CACHED_CAPTIONS = 100_000
-
 
 class LatentDiffusion(nn.Module):
     """codec: an `nn.Module` that is a `t2i.interfaces.ImageCodec`, frozen here; its weights are part of the
@@ -41,7 +39,7 @@ class LatentDiffusion(nn.Module):
         if encoder.trainable:
             self.text: Any = encoder
         else:
-            object.__setattr__(self, "text", CachedTextEncoder(encoder, max_entries=NUM_CACHED_CAPTIONS))
+            object.__setattr__(self, "text", CachedTextEncoder(encoder))
         self.denoiser: DiT | PixArt | UNet = build_denoiser(
             config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
         )
