@@ -20,6 +20,7 @@ import numpy as np
 from t2i.data import sources
 from t2i.data.folder_index import SAMPLE_BYTES, SUMMARY, as_stored, read_folder_index, sizes_name
 from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.index import VERSION as INDEX_VERSION
 from t2i.data.scans import SETTLED_S
 from t2i.data.sources import Limits
 from t2i.data.statistics import samples_in
@@ -200,8 +201,8 @@ class _Known:
 
 
 def _stamp(url: str) -> list[int] | None:
-    """What changes with a shard: its bytes, when they changed, and when what img2dataset counted did, in ns; None where
-    that cannot be said for sure."""
+    """What an index depends on: how it is made; the shard's bytes, when they changed, and when what img2dataset counted
+    did, in ns; None where that cannot be said for sure."""
     if not sources.is_local(url):
         return None
     try:
@@ -211,7 +212,7 @@ def _stamp(url: str) -> list[int] | None:
         return None
     if time.time() - max(shard.st_mtime, counted / 1e9) < SETTLED_S:
         return None
-    return [shard.st_size, shard.st_mtime_ns, counted]
+    return [INDEX_VERSION, shard.st_size, shard.st_mtime_ns, counted]
 
 
 def _changed_ns(path: Path) -> int:

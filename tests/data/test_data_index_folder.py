@@ -15,6 +15,7 @@ from data_samples import good_members
 from open_shards import everything, opened, take
 from servers import web_server
 
+from t2i.data import index as index_module
 from t2i.data.buckets import assign, bucket_shapes
 from t2i.data.decode import BadSample
 from t2i.data.folder_index import as_stored
@@ -221,6 +222,14 @@ def test_a_second_call_opens_only_what_changed(folder, monkeypatch):
     assert (changed.shards, changed.skipped) == (1, 4)
     assert len(list(folder.glob("index.*.sizes"))) == 1
     assert "000030009" in everything(opened([path]))[0]
+
+
+def test_an_index_of_another_version_is_made_anew(folder, monkeypatch):
+    index(folder)
+    for module in (indexing, index_module):
+        monkeypatch.setattr(module, "INDEX_VERSION" if module is indexing else "VERSION", 99)
+    assert index(folder).shards == 5
+    assert index(folder).skipped == 5
 
 
 @pytest.mark.parametrize("gone", ["00001.index.npz", "index.sizes", "index.json"])
