@@ -32,9 +32,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     # In this process: to start others takes seconds.
-    monkeypatch.setattr(
-        indexing, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(processes)
-    )
+    monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
 
 
 @pytest.fixture
