@@ -119,8 +119,8 @@ def _shortened(text: str) -> str:
 
 
 def sync_command(folder: Path) -> str:
-    """What brings an offline run to wandb; of one that was stopped and resumed, each part into the same run."""
-    return f"wandb sync --append {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+    """What brings an offline run to wandb; of one that was stopped and resumed all parts, in order, into one run."""
+    return f"wandb sync --id {_wandb_id(folder)} {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
 
 
 def _wandb_id(folder: Path) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from t2i.training.loggers import MetricsCSV, _wandb_id, log_config
+from t2i.training.loggers import MetricsCSV, _wandb_id, log_config, sync_command
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -115,6 +116,13 @@ def test_wandb_ids_are_found_again_and_never_shared(tmp_path):
     assert ids[0] == "ldm-trial"
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,128}", each) for each in ids)
+
+
+def test_the_parts_of_a_resumed_run_are_brought_to_wandb_together(tmp_path):
+    folder = tmp_path / "it's a run"
+    program, verb, flag, run_id, place = shlex.split(sync_command(folder))
+    assert (program, verb, flag, run_id) == ("wandb", "sync", "--id", _wandb_id(folder))
+    assert place == f"{folder}/wandb/offline-run-*"
 
 
 def test_a_run_resumed_before_anything_was_logged(tmp_path):

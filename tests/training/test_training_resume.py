@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,14 @@ def copied(whole: Path, folder: Path, *gone: str) -> Path:
 def test_the_last_picture_and_checkpoint_are_made_once(compose_run, train, counted, tmp_path):
     train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}"))
     assert counted == ["train", "train", "draw", "save", "train", "train", "draw", "save"]
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(whole):
+    before = os.umask(0)
+    os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in whole.rglob("*") if path.is_file()}
+    assert modes.keys() >= {"step_000004.ckpt", run_folder.FINAL_WEIGHTS, "metrics.csv", "config.yaml"}
+    assert set(modes.values()) == {0o666 & ~before}
 
 
 @pytest.mark.parametrize(
