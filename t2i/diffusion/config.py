@@ -12,6 +12,7 @@ BetaName = Literal["linear", "scaled_linear", "cosine"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
 Spacing = Literal["leading", "linspace", "trailing"]
 TimeDistribution = Literal["uniform", "logit_normal"]
+FinalSigmas = Literal["zero", "sigma_min"]
 Objective = Literal["eps", "x0", "v", "flow"]
 SamplerName = Literal["ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m"]
 
@@ -62,6 +63,29 @@ class ScheduleConfig:
         else:
             key, value = "schedule.zero_terminal_snr", self.zero_terminal_snr
             check(not value, key, value, "false with schedule.name=flow, which ends on pure noise as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Where samplers ask the denoiser and where they end, with the names that diffusers' schedulers have for it. The
+    defaults are those of Stable Diffusion 1's scheduler config.
+
+    timestep_spacing: null takes the schedule's own, or else the sampler's
+    steps_offset: added to the times of "leading"
+    set_alpha_to_one: whether ddim and pndm end on clean data, or else on the first training step; null is diffusers'
+        default, true for ddim and false for pndm
+    final_sigmas_type: whether euler and dpmpp_2m end on clean data ("zero"), or else on the first training step
+    use_karras_sigmas: euler, heun and dpmpp_2m: noise levels spaced as in Karras et al. 2206.00364, eq. 5
+    """
+
+    timestep_spacing: Spacing | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool | None = False
+    final_sigmas_type: FinalSigmas = "zero"
+    use_karras_sigmas: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.steps_offset >= 0, "sampling.steps_offset", self.steps_offset, "0 or more")
 
 
 def check_objective(objective: str, schedule: ScheduleConfig) -> None:

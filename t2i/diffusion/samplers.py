@@ -1,7 +1,7 @@
 """From noise to data, written in (alpha, sigma) so that every sampler serves every schedule.
 
-Each is the published one: grid, start and end are what diffusers' class of that name does with Stable
-Diffusion 1's scheduler config, so that the same seed gives the same picture there and here.
+Each is the published one: grid, start and end are what diffusers' class of that name does with the same
+scheduler config, by default Stable Diffusion 1's, so that the same seed gives the same picture there and here.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from t2i.config import check
+from t2i.diffusion.config import GridConfig
+from t2i.diffusion.levels import (
+    CLEAN,
+    Level,
+    NoiseLevels,
+    as_tensors,
+    first_level,
+    karras_levels,
+    levels_at,
+)
 from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 
@@ -23,40 +32,42 @@ from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 Denoise = Callable[[Tensor, Tensor], Prediction]
 
 
-@dataclass(frozen=True)
-class NoiseLevels:
-    """The grid a sampler walks down. Host numbers: no step waits for the device.
-
-    t: the times of the grid, its end left out; `steps` values
-    alpha, sigma: at those times, and last where the walk ends; `steps` + 1 values
-    """
-
-    t: Sequence[float]
-    alpha: Sequence[float]
-    sigma: Sequence[float]
-
-
 class Sampler(ABC):
     """One walk down the noise levels; a sampler of its own for every walk, as some remember past steps.
 
-    spacing: the time grid on discrete schedules
-    ends_clean: whether the walk ends on x_0 (alpha 1, sigma 0), or else on the schedule's time 0, which on
-        discrete schedules is the first training step (`set_alpha_to_one: false` of the published config)
+    spacing: the time grid on discrete schedules, where nothing else is said
+    karras: whether it can walk Karras' levels
+    by_stride: whether its steps go by T // steps on discrete schedules, whatever the grid
+    whole_times: whether "linspace" is rounded to training steps
 
     generators: one per picture, the source of what noise is added on the way; None takes torch's global one
     """
 
     spacing: ClassVar[Spacing]
-    ends_clean: ClassVar[bool] = True
+    karras: ClassVar[bool] = False
+    by_stride: ClassVar[bool] = False
+    whole_times: ClassVar[bool] = False
 
     def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
         self.levels = levels
         self.generators = generators
 
     @classmethod
-    def times(cls, schedule: Schedule, steps: int, spacing: Spacing) -> Tensor:
+    def times(cls, schedule: Schedule, steps: int, spacing: Spacing, steps_offset: int) -> Tensor:
         """(steps,) float64, decreasing: this sampler's version of the spacing."""
-        return schedule.times(steps, spacing)
+        times = schedule.times(steps, spacing, steps_offset)
+        return times.round() if cls.whole_times and isinstance(schedule, DiscreteSchedule) else times
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        """Where the walk ends: on x_0, or else on the schedule's time 0, which on discrete schedules is the first
+        training step."""
+        return CLEAN
+
+    @classmethod
+    def karras_ends(cls, schedule: DiscreteSchedule, level: Tensor) -> tuple[float, float]:
+        """sigma / alpha of the first and the last of Karras' levels, given those of the grid."""
+        return level[0].item(), level[-1].item()
 
     def grid_index(self, i: int) -> int:
         """The noise level that step i starts from."""
@@ -76,7 +87,12 @@ class Sampler(ABC):
     def predict(self, denoise: Denoise, x: Tensor, index: int) -> Prediction:
         # Half precision cannot hold the timestep 999.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return denoise(x, torch.full((len(x),), self.levels.t[index], dtype=dtype, device=x.device))
+        p = denoise(x, torch.full((len(x),), self.levels.t[index], dtype=dtype, device=x.device))
+        if self.levels.at_t is None:
+            return p
+        # The network is asked at a time near the level: what it put out is kept, and means x0 and eps at the level.
+        output = target(p.objective, p.x0, p.eps, *as_tensors(self.levels.at_t[index], x))
+        return to_x0_eps(p.objective, output, x, *as_tensors(self.levels.level(index), x))
 
     def noise_like(self, x: Tensor) -> Tensor:
         if self.generators is None:
@@ -94,13 +110,17 @@ class DDIM(Sampler):
     """
 
     spacing: ClassVar[Spacing] = "leading"
-    ends_clean: ClassVar[bool] = False
+    by_stride = True
+    whole_times = True
     eta: ClassVar[float] = 0.0
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return first_level(schedule) if grid.set_alpha_to_one is False else CLEAN
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         p = self.predict(denoise, x, i)
-        alpha, alpha_next = self.levels.alpha[i : i + 2]
-        sigma, sigma_next = self.levels.sigma[i : i + 2]
+        (alpha, sigma), (alpha_next, sigma_next) = self.levels.level(i), self.levels.end(i)
         fresh = self.eta**2 * (1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2)  # share of sigma'^2
         x = alpha_next * p.x0 + sigma_next * math.sqrt(1 - fresh) * p.eps
         added = sigma_next * math.sqrt(fresh)
@@ -111,8 +131,12 @@ class DDPM(DDIM):
     """Ho et al. 2006.11239, algorithm 2, on a subset of the times and with the posterior's variance: DDIM with
     eta = 1."""
 
-    ends_clean = True
+    by_stride = False
     eta = 1.0
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return CLEAN
 
 
 class Euler(DDIM):
@@ -124,7 +148,14 @@ class Euler(DDIM):
     """
 
     spacing = "linspace"
-    ends_clean = True
+    karras = True
+    by_stride = False
+    whole_times = False
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        alpha, sigma = CLEAN if grid.final_sigmas_type == "zero" else first_level(schedule)
+        return 1.0, sigma / alpha  # z, which diffusers takes for the picture
 
     def start(self, noise: Tensor, spacing: Spacing) -> Tensor:
         """z = s noise, so x = sigma noise; on "leading", whose first level is not the schedule's last, x = noise
@@ -136,7 +167,12 @@ class EulerAncestral(Euler):
     """k-diffusion's `sample_euler_ancestral`: Euler's step down to s_down, then noise up to s', with
     s_up^2 = s'^2 (s^2 - s'^2) / s^2. In these variables it is DDIM's step with eta = 1."""
 
+    karras = False
     eta = 1.0
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return CLEAN
 
 
 class Heun(Euler):
@@ -147,6 +183,10 @@ class Heun(Euler):
     times the step, in the variables that Euler names. First order where the walk ends on sigma' = 0, and where
     s is infinite.
     """
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return CLEAN
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         p = self.predict(denoise, x, i)
@@ -172,7 +212,8 @@ class PNDM(Sampler):
     """
 
     spacing = "leading"
-    ends_clean = False
+    by_stride = True
+    whole_times = True
 
     # Adams-Bashforth, newest output first.
     WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -182,6 +223,10 @@ class PNDM(Sampler):
         self._outputs: list[Tensor] = []  # newest first
         self._first_x: Tensor | None = None
         self._steps_taken = 0
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return CLEAN if grid.set_alpha_to_one else first_level(schedule)
 
     def num_steps(self) -> int:
         steps = super().num_steps()
@@ -193,48 +238,55 @@ class PNDM(Sampler):
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         index = self.grid_index(i)
         p = self.predict(denoise, x, index)
-        output = self._output(p, index)
+        level, (alpha, sigma) = self.levels.level(index), self.levels.end(index)
+        output = target(p.objective, p.x0, p.eps, *as_tensors(level, x))
         self._steps_taken += 1
         if self._steps_taken == 2:  # the first step once more, with the mean of the outputs at its two ends
             assert self._first_x is not None
-            x, index = self._first_x, index - 1
-            output = (output + self._outputs[0]) / 2
+            x, output = self._first_x, (output + self._outputs[0]) / 2
+            level, (alpha, sigma) = self.levels.before(index), self.levels.level(index)
         else:
             if self._steps_taken == 1:
                 self._first_x = x
             self._outputs = [output, *self._outputs[:3]]
             weights = self.WEIGHTS[len(self._outputs) - 1]
             output = sum((w * o for w, o in zip(weights, self._outputs, strict=True)), torch.zeros_like(x))
-        p = to_x0_eps(p.objective, output, x, *self._level(index, x))
-        return self.levels.alpha[index + 1] * p.x0 + self.levels.sigma[index + 1] * p.eps
-
-    def _output(self, p: Prediction, index: int) -> Tensor:
-        return target(p.objective, p.x0, p.eps, *self._level(index, p.x0))
-
-    def _level(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.levels.alpha[index], self.levels.sigma[index]
-        return x.new_full((1,), alpha), x.new_full((1,), sigma)
+        p = to_x0_eps(p.objective, output, x, *as_tensors(level, x))
+        return alpha * p.x0 + sigma * p.eps
 
 
 class DPMSolverPlusPlus2M(Sampler):
     """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: second order from one denoiser call per step, with
-    first-order steps where it starts and where sigma' = 0."""
+    first-order steps where it starts and where sigma' = 0, and at the end of fewer than 15 steps."""
 
     spacing = "linspace"
+    karras = True
+    whole_times = True
 
     def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
         super().__init__(levels, generators)
         self._previous: tuple[Tensor, float] | None = None  # x0 and h of the step before
 
     @classmethod
-    def times(cls, schedule: Schedule, steps: int, spacing: Spacing) -> Tensor:
+    def times(cls, schedule: Schedule, steps: int, spacing: Spacing, steps_offset: int) -> Tensor:
         """On discrete schedules the published grids count the clean end as one of their points, and round to
         training steps."""
         if spacing == "trailing" or not isinstance(schedule, DiscreteSchedule):
-            return super().times(schedule, steps, spacing)
-        limit = schedule.num_train_steps - (2 if spacing == "leading" else 1)
+            return super().times(schedule, steps, spacing, steps_offset)
+        limit = schedule.num_train_steps - (1 + steps_offset if spacing == "leading" else 1)
         check(1 <= steps <= limit, "steps", steps, f"1 to {limit} for dpmpp_2m with the {spacing} spacing")
-        return super().times(schedule, steps + 1, spacing)[:-1].round()
+        return super().times(schedule, steps + 1, spacing, steps_offset)[:-1].round()
+
+    @classmethod
+    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
+        return CLEAN if grid.final_sigmas_type == "zero" else first_level(schedule)
+
+    @classmethod
+    def karras_ends(cls, schedule: DiscreteSchedule, level: Tensor) -> tuple[float, float]:
+        """Here those of the schedule, whatever the grid."""
+        alpha, sigma = schedule.alpha_sigma(torch.tensor([schedule.num_train_steps - 1.0, 0.0]).double())
+        first, last = (sigma / alpha).tolist()
+        return first, last
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
         x0 = self.predict(denoise, x, i).x0
@@ -245,7 +297,8 @@ class DPMSolverPlusPlus2M(Sampler):
         exp_minus_h = alpha * sigma_next / (alpha_next * sigma)
         h = -math.log(exp_minus_h) if exp_minus_h > 0 else math.inf
         d = x0
-        if self._previous is not None and math.isfinite(h):
+        is_last = i == self.num_steps() - 1
+        if self._previous is not None and math.isfinite(h) and not (is_last and self.num_steps() < 15):
             x0_previous, h_previous = self._previous
             d = x0 + h / (2 * h_previous) * (x0 - x0_previous)
         self._previous = (x0, h)
@@ -272,7 +325,7 @@ def sample(
     steps: int,
     progress: Callable[[int, int], None] | None = None,
     *,
-    spacing: Spacing | None = None,
+    grid: GridConfig | None = None,
     generators: Sequence[torch.Generator] | None = None,
     init: Tensor | None = None,
     strength: float = 1.0,
@@ -284,7 +337,7 @@ def sample(
     sampler: a name in SAMPLERS
     steps: levels of the grid. Samplers call the denoiser once per level; heun calls it twice and pndm once more
     progress: called with (steps done, steps) after every step
-    spacing: time grid; None takes the schedule's own or else the sampler's
+    grid: None for that of Stable Diffusion 1's scheduler config
     generators: see `Sampler`
     init: (B, ...) data to start from in place of nothing (SDEdit, Meng et al. 2108.01073)
     strength: above 0, at most 1: how much of the walk is taken from `init`; int(steps * strength) levels
@@ -292,8 +345,9 @@ def sample(
     """
     check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
     cls = SAMPLERS[sampler]
-    spacing = spacing or schedule.spacing or cls.spacing
-    levels = noise_levels(cls, schedule, steps, spacing)
+    grid = grid or GridConfig()
+    spacing = grid.timestep_spacing or schedule.spacing or cls.spacing
+    levels = noise_levels(cls, schedule, steps, spacing, grid)
     solver = cls(levels, generators)
     first = 0
     if init is None:
@@ -312,10 +366,26 @@ def sample(
     return x
 
 
-def noise_levels(cls: type[Sampler], schedule: Schedule, steps: int, spacing: Spacing) -> NoiseLevels:
+def noise_levels(
+    cls: type[Sampler], schedule: Schedule, steps: int, spacing: Spacing, grid: GridConfig
+) -> NoiseLevels:
     """The levels of `steps` steps down to the sampler's end."""
-    t = cls.times(schedule, steps, spacing)
+    t = cls.times(schedule, steps, spacing, grid.steps_offset)
     alpha, sigma = schedule.alpha_sigma(t)
-    end = torch.zeros(1, dtype=torch.float64)
-    alpha_end, sigma_end = (1 - end, end) if cls.ends_clean else schedule.alpha_sigma(end)
-    return NoiseLevels(t.tolist(), [*alpha.tolist(), alpha_end.item()], [*sigma.tolist(), sigma_end.item()])
+    end = cls.end_level(schedule, grid)
+    at_t = below = above = None
+    discrete = isinstance(schedule, DiscreteSchedule)
+    key, allowed = "sampling.use_karras_sigmas", "false with schedule.name=flow"
+    check(discrete or not grid.use_karras_sigmas, key, grid.use_karras_sigmas, allowed)
+    if isinstance(schedule, DiscreteSchedule):
+        if cls.by_stride:
+            stride = schedule.num_train_steps // steps
+            below = [end if time < 0 else level for time, level in levels_at(schedule, t - stride)]
+            above = [level for _, level in levels_at(schedule, t + stride)]
+        if grid.use_karras_sigmas and cls.karras:
+            level = karras_levels(*cls.karras_ends(schedule, sigma / alpha), steps)
+            t = schedule.time_of(level)
+            t = t.round() if cls.whole_times else t
+            at_t = [each for _, each in levels_at(schedule, t)]
+            alpha, sigma = (1 + level**2).rsqrt(), (1 + level**-2).rsqrt()
+    return NoiseLevels(t.tolist(), [*alpha.tolist(), end[0]], [*sigma.tolist(), end[1]], at_t, below, above)

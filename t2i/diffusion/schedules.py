@@ -83,9 +83,12 @@ class Schedule(ABC):
         """What the denoiser is given for t: floating point, on the scale 0 to T."""
 
     @abstractmethod
-    def times(self, steps: int, spacing: Spacing) -> Tensor:
+    def times(self, steps: int, spacing: Spacing, steps_offset: int = 1) -> Tensor:
         """(steps,) float64 on the CPU, decreasing: where a sampler asks the denoiser. The clean end is not
-        among them. Raises ConfigError for a number of steps or a spacing that the schedule does not have."""
+        among them. Raises ConfigError for a number of steps or a spacing that the schedule does not have.
+
+        steps_offset: added to the times of "leading" on discrete schedules
+        """
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps; x0 and eps: (B, ...), t: (B,)."""
@@ -133,6 +136,13 @@ class DiscreteSchedule(Schedule):
             level = table[t]
         return (1 + level**2).rsqrt(), (1 + level**-2).rsqrt()
 
+    def time_of(self, level: Tensor) -> Tensor:
+        """(n,) float64 noise levels sigma / alpha -> times, between training steps by the logarithm of the level, as
+        diffusers and k-diffusion have it; `alpha_sigma` interpolates the level itself."""
+        log = self._noise_level.log()
+        low = (torch.searchsorted(log, level.log(), right=True) - 1).clamp(0, self.num_train_steps - 2)
+        return low + ((level.log() - log[low]) / (log[low + 1] - log[low])).clamp(0, 1)
+
     def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
         """(n,) int64, uniform over 0 to T - 1."""
         source = generator.device if generator else device
@@ -141,17 +151,20 @@ class DiscreteSchedule(Schedule):
     def model_time(self, t: Tensor) -> Tensor:
         return t if t.is_floating_point() else widened(t)
 
-    def times(self, steps: int, spacing: Spacing) -> Tensor:
-        """The spacings of Lin et al. 2305.08891, table 2; "leading" is offset by 1, as Stable Diffusion 1 has
-        it (steps_offset=1). "linspace" may fall between training steps."""
+    def times(self, steps: int, spacing: Spacing, steps_offset: int = 1) -> Tensor:
+        """The spacings of Lin et al. 2305.08891, table 2; Stable Diffusion 1 has steps_offset=1. "linspace" may fall
+        between training steps."""
         total = self.num_train_steps
-        limit = total - 1 if spacing == "leading" else total
+        limit = total - steps_offset if spacing == "leading" else total
         check(1 <= steps <= limit, "steps", steps, f"1 to {limit} with the {spacing} spacing")
         if spacing == "linspace":
             return torch.linspace(total - 1, 0, steps, dtype=torch.float64)
         index = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
-            return index.flip(0) * (total // steps) + 1
+            times = index.flip(0) * (total // steps) + steps_offset
+            allowed = f"such that the last of {steps} steps lies below {total}"
+            check(times[0].item() < total, "sampling.steps_offset", steps_offset, allowed)
+            return times
         check(spacing == "trailing", "spacing", spacing, ", ".join(get_args(Spacing)))
         return (total - index * (total / steps)).round() - 1
 
@@ -193,7 +206,7 @@ class FlowSchedule(Schedule):
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.num_train_steps
 
-    def times(self, steps: int, spacing: Spacing) -> Tensor:
+    def times(self, steps: int, spacing: Spacing, steps_offset: int = 1) -> Tensor:
         """ "trailing": 1, 1 - 1/steps, ..., 1/steps. "linspace": from 1 to 1/T, as diffusers spaces SD3."""
         check(steps >= 1, "steps", steps, "1 or more")
         allowed = ("trailing", "linspace")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.config import parse
-from t2i.diffusion.config import ScheduleConfig
+from t2i.diffusion.config import GridConfig, ScheduleConfig
 from t2i.diffusion.objectives import Prediction
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import DiscreteSchedule, FlowSchedule, betas, build_schedule
@@ -163,11 +163,23 @@ def test_config_refuses(values, said):
         ("linear", {"sampler": "plms"}, "sampler is 'plms'; allowed: ddim, ddpm, pndm, euler"),
         ("linear", {"steps": 0}, "steps is 0; allowed: 1 to 999 with the leading spacing"),
         ("linear", {"steps": 1000}, "steps is 1000; allowed: 1 to 999"),
-        ("linear", {"steps": 1001, "spacing": "trailing"}, "steps is 1001; allowed: 1 to 1000"),
+        (
+            "linear",
+            {"steps": 1001, "grid": GridConfig(timestep_spacing="trailing")},
+            "steps is 1001; allowed: 1 to 1000",
+        ),
         ("linear", {"steps": 0, "sampler": "dpmpp_2m"}, "steps is 0; allowed: 1 to 999 for dpmpp_2m"),
         ("linear", {"steps": 1000, "sampler": "dpmpp_2m"}, "steps is 1000; allowed: 1 to 999 for dpmpp_2m"),
-        ("linear", {"steps": 999, "sampler": "dpmpp_2m", "spacing": "leading"}, "allowed: 1 to 998"),
-        ("linear", {"spacing": "karras"}, "spacing is 'karras'; allowed: leading, linspace, trailing"),
+        (
+            "linear",
+            {"steps": 999, "sampler": "dpmpp_2m", "grid": GridConfig(timestep_spacing="leading")},
+            "allowed: 1 to 998",
+        ),
+        (
+            "linear",
+            {"grid": GridConfig(timestep_spacing="karras")},
+            "spacing is 'karras'; allowed: leading, linspace, trailing",
+        ),
         (
             "linear",
             {"init": torch.zeros(1, 2), "strength": 0.0},
@@ -175,7 +187,11 @@ def test_config_refuses(values, said):
         ),
         ("linear", {"init": torch.zeros(1, 2), "strength": 1.1}, "strength is 1.1; allowed"),
         ("linear", {"init": torch.zeros(1, 2), "strength": 0.09}, "allowed: 0.1 or more with steps=10"),
-        ("flow", {"spacing": "leading"}, "spacing is 'leading'; allowed: trailing, linspace"),
+        (
+            "flow",
+            {"grid": GridConfig(timestep_spacing="leading")},
+            "spacing is 'leading'; allowed: trailing, linspace",
+        ),
         ("flow", {"steps": 0}, "steps is 0; allowed: 1 or more"),
     ],
 )
@@ -201,7 +217,9 @@ def test_every_allowed_number_of_steps_works_for_every_sampler(steps):
             asked.append(t.item())
             return Prediction(x, x)
 
-        sample(denoise, torch.zeros(1, 1), schedule, sampler, steps, spacing=spacing)
+        sample(
+            denoise, torch.zeros(1, 1), schedule, sampler, steps, grid=GridConfig(timestep_spacing=spacing)
+        )
         assert len(set(asked)) == steps
         assert all(t == round(t) and 0 <= t <= 999 for t in asked)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.config import TextConfig, check
-from t2i.diffusion.config import Objective, SamplerName, ScheduleConfig, check_objective
+from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 
 
@@ -89,8 +89,8 @@ class ObjectiveConfig:
         check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(GridConfig):
     """How pictures are drawn while training, and what `t2i sample` does where its flags say nothing."""
 
     sampler: SamplerName
@@ -98,6 +98,7 @@ class SamplingConfig:
     guidance_scale: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
         ok = 0 <= self.guidance_scale < math.inf
         check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")

@@ -101,6 +101,7 @@ class LatentDiffusion(nn.Module):
             request.sampler,
             request.steps,
             progress,
+            grid=self.config.sampling,
             generators=generators,
             init=init,
             strength=request.strength,
