@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> None:
 
     from .console import console
 
-    chosen = Options(options.to, options.dtype, options.ema, options.prediction, options.text)
+    chosen = Options(options.to, options.dtype, options.ema, options.prediction, options.text, options.vae)
     conversion = prepare(Path(options.source), Path(options.out), chosen)
     console.print(f"Reading {options.source}: {conversion.parts.kind}", markup=False)
     for note in conversion.parts.notes:
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--to",
         choices=("t2i", "diffusers", "compvis"),
-        help="default: t2i for foreign sources; for t2i's own compvis where OUT ends in .safetensors, else diffusers",
+        help="default: compvis where OUT ends in .safetensors; else t2i for foreign sources, diffusers for t2i's own",
     )
     made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     made.add_argument(
@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
         help="what the UNet of a single file predicts, as the file does not say; default: eps",
     )
     made.add_argument(
-        "--text", metavar="DIR", help="CLIP text model, where a t2i run names one that is not here"
+        "--text",
+        metavar="DIR|FILE",
+        help="CLIP text model, where SOURCE has none, or a t2i run names one that is not here",
     )
+    made.add_argument("--vae", metavar="DIR|FILE", help="autoencoder, where SOURCE has none, or in its place")
     return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,7 +46,7 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not size:
         raise CheckpointError(f"{path} is empty; allowed: a file of weights.")
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+    if start[8:9] == b"{":
         return "safetensors"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for first, what in NOT_WEIGHTS.items():
@@ -52,10 +54,14 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
             raise CheckpointError(
                 f"{path} is {what}; allowed: a file of weights (.safetensors, .ckpt, .bin, .pt)."
             )
+    if start[257:262] == b"ustar":
+        raise CheckpointError(f"{path} is a tar archive; unpack it, and give what is inside.")
     if start.startswith(b"PK\x03\x04") and not _saved_by_torch(path):
         raise CheckpointError(
             f"{path} is a zip archive without a checkpoint of torch in it; unpack it, and give what is inside."
         )
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "pickle"
     return "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
 
 
@@ -66,6 +72,40 @@ def _saved_by_torch(path: Path) -> bool:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return True
+
+
+def explain(folder: Path) -> None:
+    """Raises CheckpointError for the first file of a model's folder that is not what its name says, for a folder that
+    a library could not read."""
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if suffix in (".safetensors", ".bin"):
+            found = weights_format(path)
+            if found != ("safetensors" if suffix == ".safetensors" else "pickle"):
+                named = {"safetensors": ".safetensors", "pickle": ".bin"}[found]
+                raise CheckpointError(f"{path} is a {found} file; name it {path.with_suffix(named).name}.")
+        elif suffix in (".json", ".txt"):
+            start = path.read_bytes()[:64].lstrip().lower()
+            for first in (b"version https://git-lfs", b"<!doctype html", b"<html", b"<?xml"):
+                if start.startswith(first):
+                    raise CheckpointError(f"{path} is {NOT_WEIGHTS[first]}.")
+            if not start:
+                raise CheckpointError(f"{path} is empty.")
+
+
+@contextmanager
+def named_by_content(path: Path) -> Iterator[Path]:
+    """The file under a name with the ending that belongs to its content, which libraries go by: its own, or that of
+    a link for the while."""
+    found = weights_format(path)
+    fits = path.suffix == ".safetensors" if found == "safetensors" else path.suffix.lower() != ".safetensors"
+    if fits:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"weights{'.safetensors' if found == 'safetensors' else '.pt'}"
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def check_finite(weights: Mapping[str, Tensor], source: object) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from t2i.errors import CheckpointError, ConfigError
+from t2i.weight_file import named_by_content
 
 from .heads import reason_of, sha256
 
@@ -75,7 +76,8 @@ def load_clip(model: str, weights: str | None, device: torch.device, with_text: 
             raise CheckpointError(
                 f"--clip-weights is {weights!r}; allowed with --clip {model}: an existing file."
             )
-        return _open_clip(model, weights, [Path(weights)], device, with_text)
+        with named_by_content(Path(weights)) as named:
+            return _open_clip(model, str(named), [Path(weights)], device, with_text)
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # whatever the readers of four file formats raise

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
+from t2i.weight_file import named_by_content, weights_format
 
 for_watermark_detector = transforms.Compose(
     [
@@ -144,13 +145,15 @@ def load_watermark_detector(file: Path) -> nn.Module:
 
 def read_weights(file: Path) -> Mapping[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickle that holds nothing else. Raises CheckpointError."""
+    found = weights_format(file)
     try:
-        if file.suffix == ".safetensors":
+        if found == "safetensors":
             from safetensors.torch import load_file
 
             state = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with named_by_content(file) as named:
+                state = torch.load(named, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise
         raise CheckpointError(f"{file} cannot be read as weights: {reason_of(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -121,6 +121,16 @@ def shapes(config: ClipConfig) -> Shapes:
     return wanted | norm("final_layer_norm")
 
 
+def without_prefix(weights: Weights) -> Weights:
+    """transformers' text weights by their bare names; position_ids, which older versions saved, and what a whole CLIP
+    has beside its text half, left out."""
+    others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    bare = {
+        n.removeprefix("text_model."): weight for n, weight in weights.items() if not n.startswith(others)
+    }
+    return {name: weight for name, weight in bare.items() if not name.endswith("position_ids")}
+
+
 def infer_config(weights: Weights) -> dict[str, Any]:
     """ClipConfig's values as far as shapes tell them; heads are 64 wide in every published text model."""
     tokens, positions = (weights.get(f"embeddings.{kind}_embedding.weight") for kind in ("token", "position"))
@@ -214,6 +224,31 @@ def tokenizer_files(max_tokens: int, pad_token: str = END) -> dict[str, bytes]:
         "merges.txt": f"#version: 0.2\n{merges}".encode(),
         "tokenizer_config.json": _json(settings),
         "special_tokens_map.json": _json(tokens),
+    }
+
+
+def vocabulary_of(tokenizer_json: bytes) -> dict[str, bytes]:
+    """vocab.json and merges.txt, which transformers' CLIPTokenizer needs before version 5, out of tokenizer.json;
+    nothing where that holds no byte-pair vocabulary."""
+    values = json.loads(tokenizer_json)
+    model, added = values.get("model"), values.get("added_tokens")
+    if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
+        return {}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
+    if not all(
+        isinstance(m, list) and len(m) == 2 and all(isinstance(half, str) for half in m) for m in merges
+    ):
+        return {}
+    entries = [each for each in added if isinstance(each, dict)] if isinstance(added, list) else []
+    tokens = {
+        each["content"]: each["id"]
+        for each in entries
+        if isinstance(each.get("content"), str) and "id" in each
+    }
+    lines = "".join(f"{first} {second}\n" for first, second in merges)
+    return {
+        "vocab.json": json.dumps(vocabulary | tokens, ensure_ascii=False).encode(),
+        "merges.txt": f"#version: 0.2\n{lines}".encode(),
     }
 
 

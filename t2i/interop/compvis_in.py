@@ -13,16 +13,28 @@ from typing import Any
 
 import torch
 
+from t2i.config import check
 from t2i.diffusion.config import BetaName
 from t2i.diffusion.schedules import betas, zero_terminal_snr
 from t2i.errors import CheckpointError
 from t2i.interop import clip, ldm_bert
-from t2i.interop.clip import ClipText
+from t2i.interop.clip import ClipText, without_prefix
 from t2i.interop.compvis_shapes import infer_codec, infer_unet
 from t2i.interop.ldm_bert import LDMBertText
 from t2i.interop.names import averaged, compvis_codec
-from t2i.interop.parts import CodecPart, DenoiserPart, Parts, codec_shapes, denoiser_shapes
-from t2i.interop.weights import Weights, fit, under
+from t2i.interop.options import Options
+from t2i.interop.parts import (
+    CodecPart,
+    DenoiserPart,
+    Parts,
+    Text,
+    codec_shapes,
+    denoiser_shapes,
+    lacking,
+    scale,
+)
+from t2i.interop.scheduler import ASSUMED_EPS, SAMPLING, SCHEDULE
+from t2i.interop.weights import Weight, Weights, fit, renamed, under
 
 UNET, CODEC, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model."
@@ -38,30 +50,39 @@ HARMLESS = re.compile(
     r"|cond_stage_model\.(model\.)?(logit_scale|text_projection|attn_mask)"
 )
 
-# What Stable Diffusion was trained with.
-SCHEDULE: dict[str, Any] = {
-    "name": "scaled_linear",
-    "num_train_steps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-}
 LATENT_SCALE = 0.18215
 
 
 def read_single_file(
-    path: Path, weights: Weights, metadata: dict[str, str], ema: bool, prediction: str | None
+    path: Path,
+    weights: Weights,
+    metadata: dict[str, str],
+    options: Options,
+    codec: CodecPart | None,
+    text: Text | None,
 ) -> Parts:
     """The parts of a model, all weights unread.
 
-    metadata: the text in a .safetensors file's header
-    ema: take the moving averages where the file has them
-    prediction: "eps" or "v"; None takes what the header says, or else eps, with a note
+    metadata: the text in a safetensors file's header
+    options: the prediction None takes what the header says, or else eps, with a note
+    codec, text: in the place of the file's own, or where it has none
     """
+    if "input_blocks.0.0.weight" in weights:  # a UNet by itself, as some tools save it
+        weights = renamed(weights, UNET)
     if any(name.startswith(UNET) for name in weights):
-        return _latent_diffusion(path, weights, metadata, ema, prediction)
+        return _latent_diffusion(path, weights, metadata, options, codec, text)
     if "encoder.conv_in.weight" in weights:
-        return _autoencoder(path, weights, ema)
+        return _autoencoder(path, weights, options.ema)
     first = ", ".join(sorted(weights)[:3]) or "nothing"
+    if "conv_in.weight" in weights or "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
+        raise CheckpointError(
+            f"{path} holds weights under diffusers' names ({first}, ...), which do not tell the model's shape; give "
+            "the folder in which its config.json lies."
+        )
+    if is_text_encoder(weights):
+        raise CheckpointError(
+            f"{path} holds a text encoder alone; give it by --text, with a UNet as the source."
+        )
     raise CheckpointError(
         f"{path} holds {len(weights)} weights ({first}, ...) of no model that is known; allowed: Stable Diffusion "
         "1 or 2, LDM text-to-image (model.diffusion_model.*), or an autoencoder of LDM or taming (encoder.*)."
@@ -69,12 +90,29 @@ def read_single_file(
 
 
 def _latent_diffusion(
-    path: Path, weights: Weights, metadata: dict[str, str], ema: bool, prediction: str | None
+    path: Path,
+    weights: Weights,
+    metadata: dict[str, str],
+    options: Options,
+    codec: CodecPart | None,
+    text: Text | None,
 ) -> Parts:
-    parts = Parts("a single file with CompVis' names", _codec(under(weights, CODEC), path, LATENT_SCALE))
-    unet = _chosen(under(weights, UNET), weights, "diffusion_model.", ema, parts)
-    text = _text(weights, path)
+    if codec is None:
+        if not any(name.startswith(CODEC) for name in weights):
+            raise lacking(path, f"autoencoder ({CODEC}*)", "--vae FILE or DIR")
+        codec = _codec(under(weights, CODEC), path, LATENT_SCALE)
+        if (saved := weights.get("scale_factor")) is not None and not saved.shape:
+            codec.latent_scale = scale(nearby(saved, LATENT_SCALE), f"scale_factor in {path}")
+    parts = Parts("a single file with CompVis' names", codec)
+    unet = _chosen(under(weights, UNET), weights, "diffusion_model.", options.ema, parts)
+    if text is None:
+        if not any(name.startswith(TEXT) for name in weights):
+            raise lacking(path, f"text encoder ({TEXT}*)", "--text DIR or FILE")
+        text = read_text_weights(weights, path)
     config = infer_unet(unet, path)
+    width = config["context_dim"]
+    allowed = f"{text.token_dim}, as its text encoder has"
+    check(width == text.token_dim, f"the width of the text that the UNet in {path} takes", width, allowed)
     latent = parts.codec.config["backbone"]["latent_channels"]
     config |= {"in_channels": latent, "out_channels": latent, "context_dim": text.token_dim}
     found = fit(unet, denoiser_shapes(config, latent, text.token_dim), path, "UNet")
@@ -84,22 +122,18 @@ def _latent_diffusion(
         [*(UNET + n for n in unet), *(n for n in weights if n.startswith((CODEC, TEXT)))],
         parts,
     )
+    prediction: str | None = options.prediction
     if prediction is None:
         prediction = {"epsilon": "eps", "v": "v"}.get(metadata.get("modelspec.prediction_type", ""))
     if prediction is None:
         prediction = "eps"
-        parts.notes.append(
-            "The file does not say what its UNet predicts: eps is assumed. Stable Diffusion 2 at 768 px predicts v: "
-            "--prediction v."
-        )
-    scale = weights.get("scale_factor")
-    if scale is not None and not scale.shape:
-        parts.codec.latent_scale = float(f"{scale.read().item():.7g}")
+        parts.notes.append(ASSUMED_EPS)
     size_px = 256 if isinstance(text, LDMBertText) else 768 if prediction == "v" else 512
     if match := re.fullmatch(r"(\d{2,4})x\1", metadata.get("modelspec.resolution", "")):
         size_px = int(match[1])
-    parts.denoiser = DenoiserPart(config, found, _schedule(weights, path), prediction, size_px)
-    if isinstance(text, LDMBertText):
+    schedule = read_schedule(weights, path)
+    parts.denoiser = DenoiserPart(config, found, schedule, prediction, dict(SAMPLING), size_px)
+    if isinstance(text, LDMBertText) and not text.tokenizer:
         parts.notes.append("BERT's vocabulary is not in the file: the same one in MiniLM's package is used.")
     parts.text = text
     return parts
@@ -140,7 +174,16 @@ def _codec(weights: Weights, path: Path, latent_scale: float) -> CodecPart:
     return CodecPart(config, {ours: found[theirs] for ours, theirs in names.items()}, latent_scale)
 
 
-def _text(weights: Weights, path: Path) -> ClipText | LDMBertText:
+def is_text_encoder(weights: Weights) -> bool:
+    """Whether a file holds a CLIP's text model by itself, as some tools save it."""
+    name = "embeddings.token_embedding.weight"
+    return name in weights or f"text_model.{name}" in weights
+
+
+def read_text_weights(weights: Weights, path: Path) -> Text:
+    """The text encoder of a file, by the names that it has in Stable Diffusion's, or of a CLIP by itself."""
+    if is_text_encoder(weights):
+        weights = renamed(weights, CLIP)
     kept = {n: w for n, w in weights.items() if not HARMLESS.fullmatch(n)}
     if OPEN_CLIP + "token_embedding.weight" in kept:
         # Tools that write Stable Diffusion 2 out of diffusers' folder have neither projection nor last layer.
@@ -150,7 +193,7 @@ def _text(weights: Weights, path: Path) -> ClipText | LDMBertText:
         bert = under(kept, BERT)
         shape = ldm_bert.infer_config(bert, path)
         return LDMBertText(shape, fit(bert, ldm_bert.shapes(shape), path, "text encoder"), {})
-    bare = {name.removeprefix("text_model."): weight for name, weight in under(kept, CLIP).items()}
+    bare = without_prefix(under(kept, CLIP))
     values = clip.infer_config(bare)
     if not values:
         raise CheckpointError(
@@ -199,23 +242,41 @@ def _check_all_known(path: Path, weights: Weights, used: Iterable[str], parts: P
         parts.notes.append(f"{losses} weights of the training losses (loss.*) were left out.")
 
 
-def _schedule(weights: Weights, path: Path) -> dict[str, Any]:
+def read_schedule(weights: Weights, path: Path) -> dict[str, Any]:
     """The schedule whose betas the file has; Stable Diffusion's where it has none."""
     table = weights.get("betas")
     if table is None:
         return dict(SCHEDULE)
     if len(table.shape) != 1 or not 2 <= table.shape[0] <= 100_000:
         raise CheckpointError(f"betas in {path} have shape {table.shape}; allowed: 2 to 100,000 numbers.")
+    start, end = (nearby(table.rows(i, i + 1), None) for i in (0, table.shape[0] - 1))
     theirs = table.read().double()
-    start, end = (float(f"{theirs[i].item():.6g}") for i in (0, -1))
-    zero_snr = end == 1  # what the rescaling did away with is then taken to be Stable Diffusion's
-    end = SCHEDULE["beta_end"] if zero_snr else end
     names: tuple[BetaName, ...] = ("scaled_linear", "linear", "cosine")
-    for name in names:
-        ours = betas(name, len(theirs), start, end)
-        if torch.allclose(zero_terminal_snr(ours) if zero_snr else ours, theirs, rtol=1e-4, atol=1e-8):
-            found: dict[str, Any] = {"name": name, "num_train_steps": len(theirs)}
-            if zero_snr:
-                found["zero_terminal_snr"] = True
-            return found if name == "cosine" else found | {"beta_start": start, "beta_end": end}
+    # What ends on 1 was rescaled to end without signal, and what it ended on before is taken to be Stable Diffusion's;
+    # or it is the cosine's 0.999, rounded.
+    for zero_snr in (False, True) if end == 1 else (False,):
+        last = SCHEDULE["beta_end"] if zero_snr else end
+        for name in names:
+            ours = betas(name, len(theirs), start, last)
+            expected = zero_terminal_snr(ours) if zero_snr else ours
+            if torch.allclose(expected, theirs, rtol=max(1e-4, 2 * rounding(table.dtype)), atol=1e-7):
+                found: dict[str, Any] = {"name": name, "num_train_steps": len(theirs)}
+                if zero_snr:
+                    found["zero_terminal_snr"] = True
+                return found if name == "cosine" else found | {"beta_start": start, "beta_end": last}
     raise CheckpointError(f"betas in {path} are of no schedule that is known; allowed: {', '.join(names)}.")
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of a number that was rounded to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def nearby(weight: Weight, published: float | None) -> float:
+    """The one number in `weight` as it was before it was rounded: `published` if that can be, else the shortest
+    decimal that rounds to it."""
+    stored = weight.read().double().item()
+    error = abs(stored) * max(1e-6, rounding(weight.dtype))
+    shortest = (float(f"{stored:.{digits}g}") for digits in range(1, 8))
+    candidates = ([] if published is None else [published]) + [*shortest, stored]
+    return next((each for each in candidates if abs(each - stored) <= error), stored)

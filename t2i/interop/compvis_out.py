@@ -10,10 +10,11 @@ from t2i.config import check, parse
 from t2i.diffusion.config import ScheduleConfig
 from t2i.diffusion.schedules import configured_betas
 from t2i.interop.clip import ClipText, to_open_clip
-from t2i.interop.compvis_in import BERT, CLIP, CODEC, LATENT_SCALE, OPEN_CLIP, SCHEDULE, UNET
+from t2i.interop.compvis_in import BERT, CLIP, CODEC, LATENT_SCALE, OPEN_CLIP, UNET
 from t2i.interop.compvis_shapes import infer_unet
 from t2i.interop.names import compvis_codec
 from t2i.interop.parts import Parts
+from t2i.interop.scheduler import SCHEDULE
 from t2i.interop.weights import Weights, in_memory, renamed
 from t2i.interop.writing import Progress, write_safetensors
 
@@ -52,7 +53,7 @@ def compvis_weights(parts: Parts) -> Weights:
         weights["scale_factor"] = in_memory(torch.tensor(parts.codec.latent_scale))
     schedule = parse(ScheduleConfig, parts.denoiser.schedule, "schedule.")
     if schedule != parse(ScheduleConfig, SCHEDULE):
-        weights["betas"] = in_memory(configured_betas(schedule).float())
+        weights["betas"] = in_memory(configured_betas(schedule).float(), exact=True)
     return weights
 
 

@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from t2i.config import check
+from t2i.diffusion.config import GridConfig
 from t2i.errors import CheckpointError
-from t2i.interop.compvis_in import read_single_file
 from t2i.interop.compvis_out import write_compvis
-from t2i.interop.diffusers_in import read_autoencoder, read_pipeline
 from t2i.interop.diffusers_out import write_diffusers
-from t2i.interop.folder import read_json
+from t2i.interop.options import Format, Options
 from t2i.interop.parts import Parts
-from t2i.interop.reading import only_weights, read_pickle, read_safetensors
-from t2i.interop.run_in import is_run, read_run
 from t2i.interop.run_out import write_run
+from t2i.interop.sources import read
 from t2i.interop.writing import DTYPES, Progress, saved_bytes
 
-Format = Literal["t2i", "diffusers", "compvis"]
+# Endings of files that others write, and that no folder should have.
+OTHER_FILES = (
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".pkl",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".zip",
+    ".tar",
+    ".gz",
+)
+DEFAULTS = asdict(GridConfig())
 WRITERS = {"t2i": write_run, "diffusers": write_diffusers, "compvis": write_compvis}
-
-
-@dataclass(frozen=True)
-class Options:
-    """to: None takes t2i for a foreign source and, for one of ours, what the name of OUT says
-    dtype: a name in DTYPES
-    ema: take averaged weights where there are any
-    prediction: what the UNet of a single file predicts, which the file itself does not say
-    text_model: folder of the text encoder, in the place of the one that a run of ours names
-    """
-
-    to: Format | None = None
-    dtype: str = "fp32"
-    ema: bool = True
-    prediction: Literal["eps", "v"] | None = None
-    text_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,52 +60,36 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
     check(options.dtype in DTYPES, "--dtype", options.dtype, ", ".join(DTYPES))
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already; give a name that is free.")
+    single = out.suffix.lower() == ".safetensors"
+    check(
+        out.suffix.lower() not in OTHER_FILES,
+        "OUT",
+        str(out),
+        "a name that ends in .safetensors, or a folder's (other kinds of files are not written)",
+    )
     parts, is_ours = read(source, options)
-    single = out.suffix == ".safetensors"
-    to: Format = options.to or (("compvis" if single else "diffusers") if is_ours else "t2i")
+    to: Format = options.to or ("compvis" if single else "diffusers" if is_ours else "t2i")
     if to == "compvis" and not single:
         raise CheckpointError(f"{out} would be a single file; allowed: a name that ends in .safetensors.")
     if to != "compvis" and single:
         raise CheckpointError(
             f"{out} would be a folder; allowed: a name without .safetensors, or --to compvis."
         )
+    if to == "compvis" and parts.denoiser is not None:
+        said = {
+            key: value for key, value in parts.denoiser.sampling.items() if value != DEFAULTS.get(key, value)
+        }
+        if said:
+            words = ", ".join(f"{key}={value}" for key, value in said.items())
+            parts.notes.append(f"A single file has no place for how pictures are drawn: {words} is left out.")
     return Conversion(parts, out, to, options.dtype)
-
-
-def read(source: Path, options: Options) -> tuple[Parts, bool]:
-    """The parts of whatever `source` is, and whether t2i made it."""
-    if not source.exists():
-        raise CheckpointError(
-            f"{source} does not exist; give a diffusers folder, a checkpoint file or a t2i run."
-        )
-    if source.is_dir():
-        if (source / "model_index.json").exists():
-            return read_pipeline(source), False
-        if is_run(source):
-            return read_run(source, options.ema, options.text_model), True
-        if (source / "config.json").exists() and "_class_name" in read_json(source, "config.json"):
-            return Parts("a diffusers autoencoder", read_autoencoder(source)), False
-        raise CheckpointError(
-            f"{source} is none of: a diffusers folder (model_index.json), a t2i run (config.yaml), an autoencoder's "
-            "folder (config.json)."
-        )
-    if source.suffix == ".safetensors":
-        weights, metadata = read_safetensors(source)
-        if "t2i" in metadata:
-            return read_run(source, options.ema, options.text_model), True
-        return read_single_file(source, weights, metadata, options.ema, options.prediction), False
-    saved = read_pickle(source)
-    if "t2i" in saved:
-        return read_run(source, options.ema, options.text_model), True
-    inner = saved.get("state_dict")
-    weights = only_weights(inner if isinstance(inner, dict) else saved)
-    return read_single_file(source, weights, {}, options.ema, options.prediction), False
 
 
 def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
     """Writes beside the final name, then renames: under that name there is all of it or nothing."""
     out = conversion.out
     try:
+        made = [folder for folder in out.absolute().parents if not folder.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f".{out.name}.{os.getpid()}")
         _remove(unfinished)
@@ -119,6 +100,10 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
             unfinished.rename(out)
         finally:
             _remove(unfinished)
+            if not out.exists():
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}.") from error
 

@@ -9,9 +9,6 @@ from typing import Any
 from t2i.config import check
 from t2i.interop.parts import bounded, scale
 
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-
 UNET_CLASS, KL_CLASS, VQ_CLASS = "UNet2DConditionModel", "AutoencoderKL", "VQModel"
 
 # Entries that have one value in the models that we have; the first is diffusers' default.
@@ -233,48 +230,4 @@ def write_codec(config: Mapping[str, Any], latent_scale: float, size_px: int) ->
     if codec["name"] == "vq":
         embedding = {"num_vq_embeddings": codec["num_codes"], "vq_embed_dim": shape["latent_channels"]}
         values |= {"_class_name": VQ_CLASS, **embedding}
-    return values
-
-
-def read_scheduler(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], str]:
-    """scheduler_config.json -> the entry schedule, and the prediction. Which sampler it names is of no matter
-    here: the noise schedule is the model's, the sampler a person's choice."""
-    name = values.get("beta_schedule", "linear")
-    check(name in tuple(SCHEDULES), f"{place}: beta_schedule", name, ", ".join(SCHEDULES))
-    trained = values.get("trained_betas")
-    check(trained is None, f"{place}: trained_betas", trained, "null")
-    prediction = values.get("prediction_type", "epsilon")
-    check(prediction in tuple(PREDICTIONS), f"{place}: prediction_type", prediction, ", ".join(PREDICTIONS))
-    steps = bounded(values.get("num_train_timesteps", 1000), f"{place}: num_train_timesteps", 100_000)
-    schedule: dict[str, Any] = {"name": SCHEDULES[name], "num_train_steps": steps}
-    if name != "squaredcos_cap_v2":
-        schedule |= {
-            "beta_start": values.get("beta_start", 0.0001),
-            "beta_end": values.get("beta_end", 0.02),
-        }
-    if values.get("rescale_betas_zero_snr", False):
-        schedule["zero_terminal_snr"] = True
-    return schedule, PREDICTIONS[prediction]
-
-
-def write_scheduler(schedule: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """The fields that Stable Diffusion 1 was published with, for the sampler that it was published with."""
-    names = {ours: theirs for theirs, ours in SCHEDULES.items()}
-    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    zero_snr = bool(schedule.get("zero_terminal_snr", False))
-    values: dict[str, Any] = {
-        "_class_name": "DDIMScheduler" if zero_snr else "PNDMScheduler",
-        "beta_schedule": names[schedule["name"]],
-        "beta_start": schedule.get("beta_start", 0.00085),
-        "beta_end": schedule.get("beta_end", 0.012),
-        "clip_sample": False,
-        "num_train_timesteps": schedule["num_train_steps"],
-        "prediction_type": predictions[prediction],
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-    }
-    if zero_snr:  # 2305.08891: only the last timestep has no signal left, so that sampling has to start there
-        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return values

@@ -11,11 +11,12 @@ import torch
 from t2i.config import check
 from t2i.interop.card import model_card
 from t2i.interop.clip import ClipText, with_max_tokens
-from t2i.interop.diffusers_config import write_codec, write_scheduler, write_unet
+from t2i.interop.diffusers_config import write_codec, write_unet
 from t2i.interop.diffusers_in import STEM
 from t2i.interop.names import codec_attention_matrix, diffusers_codec, diffusers_unet
 from t2i.interop.parts import CodecPart, Parts
 from t2i.interop.run_out import write_clip, write_files
+from t2i.interop.scheduler import write_scheduler
 from t2i.interop.weights import Weights
 from t2i.interop.writing import Progress, write_safetensors
 
@@ -39,7 +40,7 @@ def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Pr
         "clip, open_clip in a StableDiffusionPipeline; any as a .safetensors file",
     )
     assert isinstance(text, ClipText)
-    scheduler = write_scheduler(denoiser.schedule, denoiser.prediction)
+    scheduler = write_scheduler(denoiser.schedule, denoiser.prediction, denoiser.sampling)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.6.0",

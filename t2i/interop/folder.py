@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import CheckpointError
-from t2i.interop.reading import only_weights, read_pickle, read_safetensors
+from t2i.interop.reading import read_weights
 from t2i.interop.weights import Weights
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -50,33 +52,73 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def component_weights(root: Path, component: str, stem: str) -> tuple[Weights, Path]:
-    """The weights in a folder of a diffusers pipeline, and the file that lists them: STEM.safetensors, its
-    shards, or else the pickle STEM.bin."""
+def component_weights(
+    root: Path, component: str, stem: str, ema: bool, notes: list[str]
+) -> tuple[Weights, Path]:
+    """The weights in a folder of a diffusers pipeline, and the file that lists them.
+
+    There may be several: of each variant (STEM.fp16.safetensors, STEM.non_ema.safetensors, ...) one file, or shards
+    with an index, as safetensors or as pickles. Full weights are taken before half ones, averaged before others
+    unless `ema` is false, safetensors before pickles. Of a variant that was taken `notes` gets a sentence.
+    """
+    found = _candidates(root / component, stem)
+    if not found:
+        there = ", ".join(sorted(path.name for path in (root / component).glob("*"))[:5]) or "nothing"
+        raise CheckpointError(
+            f"{root / component} has no weights; allowed: {stem}.safetensors or {stem}.bin, whole, in shards, or of a "
+            f"variant as in {stem}.fp16.safetensors; found: {there}."
+        )
+    best = min(found, key=lambda each: each.preference(ema))
     where = f"{component}/" if component else ""
-    whole = f"{where}{stem}.safetensors"
-    if (root / whole).exists():
-        return read_safetensors(inside(root, whole))[0], root / whole
-    index = f"{where}{stem}.safetensors.index.json"
-    if (root / index).exists():
-        return _sharded(root, where, index), root / index
-    for name in (f"{where}{stem}.bin", f"{where}pytorch_model.bin"):
-        if (root / name).exists():
-            return only_weights(read_pickle(inside(root, name))), root / name
-    raise CheckpointError(f"{root / component} has no weights; allowed: {stem}.safetensors or {stem}.bin.")
+    if best.variant:
+        notes.append(f"{where}{best.name} was taken: variant {best.variant}.")
+    if best.is_index:
+        return _sharded(root, where, where + best.name), root / component / best.name
+    return read_weights(inside(root, where + best.name)), root / component / best.name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that holds or lists a component's weights. variant: "" for none"""
+
+    name: str
+    variant: str
+    is_pickle: bool
+    is_index: bool
+
+    def preference(self, ema: bool) -> tuple[bool, int, bool, bool, str]:
+        """The smallest is the best."""
+        raw = "non_ema" in self.variant
+        precision = self.variant.replace("non_ema", "").strip("_")
+        order = ["", "fp32", "bf16", "fp16"]
+        rank = order.index(precision) if precision in order else len(order)
+        return raw == ema, rank, self.is_pickle, self.is_index, self.name
+
+
+def _candidates(folder: Path, stem: str) -> list[Candidate]:
+    pattern = re.compile(
+        rf"(?:{stem}|pytorch_model)(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?", re.IGNORECASE
+    )
+    matches = [pattern.fullmatch(path.name) for path in folder.glob("*")]
+    return [
+        Candidate(match[0], match[1] or match[4] or "", match[2].lower() == "bin", match[3] is not None)
+        for match in matches
+        if match
+    ]
 
 
 def _sharded(root: Path, where: str, index: str) -> Weights:
     places = read_json(root, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{root / index} has no weight_map from names to files.")
+    kind = ".bin" if ".bin.index." in index.lower() else ".safetensors"
     shards: dict[str, Weights] = {}
     for file in sorted(set(places.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(kind):
             raise CheckpointError(
-                f"{root / index} names {file!r}; allowed: .safetensors files beside it, without a path."
+                f"{root / index} names {file!r}; allowed: {kind} files beside it, without a path."
             )
-        shards[file] = read_safetensors(inside(root, where + file))[0]
+        shards[file] = read_weights(inside(root, where + file))
     for name, file in places.items():
         if name not in shards[file]:
             raise CheckpointError(f"{root / index} says that {name} is in {file}, which does not have it.")

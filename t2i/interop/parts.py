@@ -13,11 +13,13 @@ import torch
 
 from t2i import families
 from t2i.config import check, parse
+from t2i.errors import CheckpointError
 from t2i.interop.clip import ClipText
 from t2i.interop.ldm_bert import LDMBertText
 from t2i.interop.weights import Weights
 
 Shapes = dict[str, tuple[int, ...]]
+Text = ClipText | LDMBertText
 
 # What a codebook counts while it learns, and the codec's scale: no published file has these.
 OWN_BUFFERS = ("latent_scale", "codebook.cluster_size", "codebook.cluster_sum", "codebook.steps")
@@ -49,6 +51,7 @@ class DenoiserPart:
     weights: by the names of t2i.families.latent_diffusion.unet, which are CompVis'
     schedule: the entry of that name
     prediction: "eps", "x0" or "v"
+    sampling: the entry of that name
     size_px: side of the pictures it was trained on
     """
 
@@ -56,6 +59,7 @@ class DenoiserPart:
     weights: Weights
     schedule: dict[str, Any]
     prediction: str
+    sampling: dict[str, Any]
     size_px: int
 
 
@@ -70,9 +74,14 @@ class Parts:
     kind: str
     codec: CodecPart
     denoiser: DenoiserPart | None = None
-    text: ClipText | LDMBertText | None = None
+    text: Text | None = None
     run: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def lacking(source: object, what: str, flag: str) -> CheckpointError:
+    """The sentence for a source without a part that the command line can name."""
+    return CheckpointError(f"{source} has no {what}; name one by {flag}.")
 
 
 def bounded(value: Any, key: str, most: int) -> int:

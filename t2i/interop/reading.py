@@ -17,6 +17,7 @@ from torch.serialization import safe_globals
 
 from t2i.errors import CheckpointError
 from t2i.interop.weights import Weight, Weights, checked, in_memory, stored
+from t2i.weight_file import named_by_content, weights_format
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -81,11 +82,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
     reading it would mean to run code that it brings."""
     try:
         # Under FakeTensorMode torch.load reads the pickle but not the numbers, and notes where they are.
-        with safe_globals(CALLBACKS), FakeTensorMode():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        with named_by_content(path) as named, safe_globals(CALLBACKS), FakeTensorMode():
+            saved = torch.load(named, map_location="cpu", weights_only=True)
         if any(_offset(tensor) is None for tensor in _tensors(saved)):  # torch's format of before 2020
-            with safe_globals(CALLBACKS):
-                saved = torch.load(path, map_location="cpu", weights_only=True)
+            with named_by_content(path) as named, safe_globals(CALLBACKS):
+                saved = torch.load(named, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         words = str(error).replace("`", " ").split()
         if "GLOBAL" not in words[:-1]:
@@ -96,6 +97,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
             f"{path} cannot be read without running code that it names ({words[words.index('GLOBAL') + 1]}); "
             "refused. Ask its author for a .safetensors file."
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}.") from error
     if not isinstance(saved, dict):
@@ -104,10 +107,20 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights of a .safetensors file, or of a pickle that is one dictionary of tensors."""
-    if path.suffix == ".safetensors":
+    """The weights of a safetensors file, or of a pickle that is one dictionary of tensors, whatever its name."""
+    if weights_format(path) == "safetensors":
         return read_safetensors(path)[0]
     return only_weights(read_pickle(path))
+
+
+def read_named(path: Path) -> tuple[Weights, dict[str, str], bool]:
+    """The weights of a file that holds a model, the text in its header, and whether t2i wrote it."""
+    if weights_format(path) == "safetensors":
+        weights, metadata = read_safetensors(path)
+        return weights, metadata, "t2i" in metadata
+    saved = read_pickle(path)
+    inner = saved.get("state_dict")
+    return only_weights(inner if isinstance(inner, dict) else saved), {}, "t2i" in saved
 
 
 def only_weights(mapping: dict[str, Any]) -> Weights:

@@ -11,9 +11,9 @@ from t2i import families
 from t2i.config import check, parse_run, to_dict
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interop import clip, ldm_bert
-from t2i.interop.clip import ClipText
+from t2i.interop.clip import ClipText, without_prefix
 from t2i.interop.compvis_in import open_clip_text
-from t2i.interop.diffusers_in import read_tokenizer, without_prefix
+from t2i.interop.diffusers_in import read_tokenizer
 from t2i.interop.folder import component_weights, read_json
 from t2i.interop.ldm_bert import LDMBertConfig, LDMBertText
 from t2i.interop.parts import (
@@ -29,6 +29,7 @@ from t2i.interop.reading import only_weights, read_pickle, read_safetensors, rea
 from t2i.interop.weights import Weights, fit, under
 from t2i.training import run_folder
 from t2i.training.checkpoint import placed
+from t2i.weight_file import weights_format
 
 
 def is_run(path: Path) -> bool:
@@ -71,14 +72,14 @@ def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
     )
     prediction, size_px = model["objective"]["prediction"], run["resolution"]["size_px"]
     parts = Parts("a t2i run", codec, run=run, notes=notes)
-    parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, size_px)
+    parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, model["sampling"], size_px)
     parts.text = text
     return parts
 
 
 def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]:
     """The weights, what t2i wrote beside them, and what there is to say of the EMA."""
-    if path.suffix == ".safetensors":
+    if weights_format(path) == "safetensors":
         weights, metadata = read_safetensors(path)
         try:
             header = json.loads(metadata.get("t2i", "{}"))
@@ -146,7 +147,7 @@ def _clip_folder(folder: Path, max_tokens: int) -> ClipText:
         )
     values = read_json(folder, "config.json")
     config = clip.parse_config(values.get("text_config") or values)
-    weights, listed_in = component_weights(folder, "", "model")
+    weights, listed_in = component_weights(folder, "", "model", True, [])
     found = fit(without_prefix(weights), clip.shapes(config), listed_in, "text encoder")
     return ClipText(config, found, read_tokenizer(folder, ""), max_tokens)
 

@@ -52,7 +52,7 @@ def run_values(parts: Parts) -> dict[str, Any]:
             "schedule": denoiser.schedule,
             "objective": {"prediction": denoiser.prediction},
             "text": text_values(text),
-            "sampling": {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5},
+            "sampling": denoiser.sampling,
             "mask_padding": False,
         }
     values = shared_values(size_px) | model | stage

@@ -20,12 +20,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Weight:
     """A tensor that is still in its file: `read` gets it, on the CPU.
 
+    exact: written in its own dtype, whatever that of the file
     `read` raises CheckpointError where the file was cut short, or where a number is NaN or infinite.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    exact: bool = False
 
     def nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes in `dtype`, by default its own."""
@@ -43,9 +45,9 @@ class Weight:
 Weights = dict[str, Weight]
 
 
-def in_memory(tensor: Tensor) -> Weight:
+def in_memory(tensor: Tensor, exact: bool = False) -> Weight:
     """A tensor that is already there."""
-    return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor, exact)
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:
@@ -82,10 +84,14 @@ def stored(
         if not numbers:
             return torch.empty(shape, dtype=dtype)
         data = bytearray(numbers * dtype.itemsize)
-        with path.open("rb") as file:
-            file.seek(offset)
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{path} is cut short: it ends within a weight.")
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                num_read = file.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        if num_read != len(data):
+            raise CheckpointError(f"{path} is cut short: it ends within a weight.")
         flat = torch.frombuffer(data, dtype=dtype)
         return flat.view(shape) if stride is None else flat.as_strided(shape, tuple(stride)).contiguous()
 

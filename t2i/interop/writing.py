@@ -20,8 +20,8 @@ Progress = Callable[[int], None]  # called with the bytes that were written sinc
 
 
 def saved_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
-    """Scalars keep the dtype they have, for there is nothing to save; so do whole numbers."""
-    return dtype if weight.shape and weight.dtype in FLOATS else weight.dtype
+    """Scalars keep the dtype they have, for there is nothing to save; so do whole numbers, and what has to be exact."""
+    return dtype if weight.shape and weight.dtype in FLOATS and not weight.exact else weight.dtype
 
 
 def saved_bytes(weights: Mapping[str, Weight], dtype: torch.dtype) -> int:

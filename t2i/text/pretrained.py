@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from t2i.errors import CheckpointError, ConfigError
+from t2i.weight_file import explain
 
 
 def load_pretrained(
@@ -56,7 +57,9 @@ def _loading(model: str | None, name: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files lead the readers astray in every way there is
+        if Path(model).is_dir():
+            explain(Path(model))
         reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
         raise CheckpointError(
             f"text.model {model!r} cannot be loaded ({reason}); allowed: a directory with a {name.upper()} text "

@@ -18,7 +18,7 @@ from t2i.config import run_to_dict
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
 from t2i.training.finite import check_before_writing
-from t2i.weight_file import check_finite
+from t2i.weight_file import check_finite, named_by_content, weights_format
 
 if TYPE_CHECKING:
     from t2i.training.stage import BaseStage
@@ -43,12 +43,13 @@ class LoadedCheckpoint:
 
 
 def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
-    """Reads a .ckpt or .safetensors file that t2i wrote. Nothing in the file can run code: pickles are read
-    with weights_only=True. Raises CheckpointError where the file is foreign, unsafe or cut short."""
-    if path.suffix == ".safetensors":
+    """Reads a pickle or a safetensors file that t2i wrote, whatever its name. Nothing in the file can run code: pickles
+    are read with weights_only=True. Raises CheckpointError where the file is foreign, unsafe or cut short."""
+    if weights_format(path) == "safetensors":
         return _load_safetensors(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with named_by_content(path) as named:
+            saved = torch.load(named, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it; refused."

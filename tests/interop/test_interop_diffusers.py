@@ -85,7 +85,7 @@ def test_what_is_written_loads_in_diffusers_as_it_is(pipeline_folder, convert):
 def test_the_published_scheduler_fields(sd1_run, convert):
     values = json.loads((convert(sd1_run, "back") / "scheduler/scheduler_config.json").read_text())
     assert values == {
-        "_class_name": "PNDMScheduler",
+        "_class_name": "DDIMScheduler",
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -95,6 +95,7 @@ def test_the_published_scheduler_fields(sd1_run, convert):
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "steps_offset": 1,
+        "timestep_spacing": "leading",
         "trained_betas": None,
     }
 

@@ -16,10 +16,10 @@ import torch
 
 from t2i.interop import clip
 from t2i.interop.clip import ClipConfig, ClipText
-from t2i.interop.compvis_in import SCHEDULE
 from t2i.interop.convert import Conversion, write
 from t2i.interop.diffusers_config import backbone, read_unet
 from t2i.interop.parts import CodecPart, DenoiserPart, Parts, codec_shapes, denoiser_shapes
+from t2i.interop.scheduler import SAMPLING, SCHEDULE
 from t2i.interop.weights import Weight, Weights
 
 UNET_BYTES = 859_520_964 * 4  # the largest component
@@ -47,7 +47,9 @@ def stable_diffusion_1() -> Parts:
     return Parts(
         "random numbers",
         CodecPart(codec, random_weights(codec_shapes(codec)), 0.18215),
-        DenoiserPart(unet, random_weights(denoiser_shapes(unet, 4, 768)), dict(SCHEDULE), "eps", 512),
+        DenoiserPart(
+            unet, random_weights(denoiser_shapes(unet, 4, 768)), dict(SCHEDULE), "eps", dict(SAMPLING), 512
+        ),
         ClipText(text, random_weights(clip.shapes(text)), clip.tokenizer_files(77), 77),
     )
 

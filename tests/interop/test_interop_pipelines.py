@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from t2i.interfaces import SampleRequest
 from t2i.interop.convert import Options, prepare, write
-from t2i.interop.diffusers_config import write_scheduler
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -25,6 +26,18 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+PUBLISHED = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 PROMPTS, SEEDS = ["a red fox", "two green bottles on a wall"], [11, 12]
 GUIDANCE = {"plain": (1.0, ""), "guided": (7.5, "blurry, low quality")}
 SIZES = {"square": (32, 32), "wide": (32, 48)}
@@ -33,20 +46,20 @@ STRENGTH = 0.7
 
 @pytest.fixture(scope="module")
 def both(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A small Stable Diffusion 1 (eps) or 2 (v): diffusers' pipeline, and ours from what was converted."""
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
-    run = tmp_path_factory.mktemp("pipelines") / "run"
-    write(prepare(pipeline_folder, run, Options()))
-    return theirs, generator_of(run)
+    """A small Stable Diffusion 1 (eps) or 2 (v) with the published scheduler's configuration: diffusers' pipeline,
+    and ours from what was converted."""
+    folder = tmp_path_factory.mktemp("pipelines") / "published"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "scheduler/scheduler_config.json"
+    prediction = json.loads(path.read_text())["prediction_type"]
+    path.write_text(json.dumps(PUBLISHED | {"prediction_type": prediction}))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    write(prepare(folder, folder.with_name("run"), Options()))
+    return theirs, generator_of(folder.with_name("run"))
 
 
 def draw_theirs(pipeline: Any, sampler: str, guidance: str, size: str, image: Tensor | None) -> Tensor:
-    published = write_scheduler(
-        {"name": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_steps": 1000},
-        {"epsilon": "eps", "v_prediction": "v"}[pipeline.scheduler.config.prediction_type],
-    )
-    known = diffusers.PNDMScheduler.from_config(published).config
-    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(known)
+    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipeline.scheduler.config)
     parts = pipeline.components | {"scheduler": scheduler}
     kind = diffusers.StableDiffusionPipeline if image is None else diffusers.StableDiffusionImg2ImgPipeline
     running = kind(**parts, requires_safety_checker=False)
