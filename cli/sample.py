@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> None:
     check_folder(Path(options.out))
     loaded = checkpoint.load(path)
     loaded.config = with_overrides(loaded.config, overrides)
-    if (loaded.config.get("text") or {}).get("allow_download") is True:
+    text = loaded.config.get("text")
+    if isinstance(text, dict) and text.get("allow_download") is True:
         hub.allow()
     family = loaded.config["family"]
     try:

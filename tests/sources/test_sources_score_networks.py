@@ -143,7 +143,7 @@ def test_heads_that_are_refused(tmp_path):
         ("code", "cannot be read as weights"),
         ("list", "is a list; allowed: a state dict"),
         ("text", "cannot be read as weights"),
-        ("absent", "cannot be read as weights"),
+        ("absent", "cannot be read: No such file"),
     ):
         with pytest.raises(CheckpointError, match=words):
             load_head(tmp_path / f"{name}.pth", WIDTH)
