@@ -8,122 +8,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
+)
+from diffusion_walks import (
+    DIFFUSERS_NAME,
+    DIFFUSERS_OBJECTIVE,
+    EDM_VARIABLES,
+    REFERENCES,
+    assert_same_walk,
+    our_walk,
+    reference_walk,
+    start,
+    tolerance,
+    toy,
+    toy_denoise,
 )
 
 from t2i.diffusion.config import GridConfig, SamplerName, ScheduleConfig
-from t2i.diffusion.objectives import Prediction, to_x0_eps
+from t2i.diffusion.objectives import Prediction
 from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
 from t2i.diffusion.schedules import build_schedule
-from t2i.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-DIFFUSERS_OBJECTIVE = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-
-
-def toy(x, t):
-    """Stands in for a network: nonlinear, mixes neighbours, and close to x where t is high, so that an eps or
-    v output leaves x0 bounded. x: (B, C, H, W); t: (B,) or a scalar on the scale 0 to 1000."""
-    share = t.reshape(-1, 1, 1, 1) / 1000
-    return x + 0.3 * (1 - share) * torch.sin(2 * x + torch.roll(x, 1, dims=-1) + 3 * share)
-
-
-def toy_denoise(schedule, objective):
-    def denoise(x, t):
-        output = toy(x, schedule.model_time(t))
-        return to_x0_eps(objective, output, x, *schedule.alpha_sigma(t))
-
-    return denoise
-
-
-def start(dtype=torch.float32):
-    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
-
-
-# Stable Diffusion 1's scheduler_config.json, as published with PNDMScheduler.
-SD1 = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-REFERENCES = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "pndm": PNDMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "heun": HeunDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-}
-EDM_VARIABLES = ("euler", "euler_ancestral", "heun")  # diffusers walks x / alpha
-
-
-def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, **changes):
-    """The loop of diffusers' pipelines: what its network was asked, and the result."""
-    reference = REFERENCES[sampler].from_config(PNDMScheduler.from_config(SD1).config, **changes)
-    reference.set_timesteps(steps)
-    times = reference.timesteps
-    if init is None:
-        x = noise * reference.init_noise_sigma
-    else:
-        first = max(steps - min(int(steps * strength), steps), 0) * reference.order
-        times = times[first:]
-        if hasattr(reference, "set_begin_index"):
-            reference.set_begin_index(first)
-        x = reference.add_noise(init, noise, times[:1].repeat(len(init)))
-    stochastic = sampler in ("ddpm", "euler_ancestral")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
-    options = {"generator": generators} if stochastic else {}
-    states = []
-    for t in times:
-        asked = reference.scale_model_input(x, t)
-        states.append(asked)
-        x = reference.step(toy(asked, t.to(x.dtype)), t, x, **options).prev_sample
-    return [*states, x]
-
-
-def our_walk(sampler, name, objective, noise, steps, grid=None, seeds=(), zero_terminal_snr=False, **options):
-    schedule = build_schedule(ScheduleConfig(name, zero_terminal_snr=zero_terminal_snr))
-    states = []
-    inner = toy_denoise(schedule, objective)
-
-    def denoise(x, t):
-        states.append(x)
-        return inner(x, t)
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"generators": generators, **options}
-    states.append(sample(denoise, noise, schedule, sampler, steps, grid=grid, **options))
-    return states
-
-
-def assert_same_walk(ours, theirs, atol):
-    assert len(ours) == len(theirs)
-    for our_x, their_x in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our_x, their_x, atol=atol, rtol=1e-5)
-
-
-def tolerance(sampler, objective):
-    """An x0 output's eps is divided by sigma, which is 0.03 where walks end; Heun's corrector adds to that."""
-    if objective != "x0":
-        return 1e-5
-    return 2e-3 if sampler == "heun" else 1e-4
 
 
 def test_the_names_are_those_of_the_configuration():
@@ -395,44 +303,3 @@ def test_calls_and_reports(sampler, name, objective):
     assert len(times) == {"heun": 7, "pndm": 5}.get(sampler, 4)
     steps = 5 if sampler == "pndm" else 4
     assert reports == [(i + 1, steps) for i in range(steps)]
-
-
-# What a scheduler's configuration may say, beyond the spacing alone.
-SETTINGS = [
-    {"timestep_spacing": "leading", "steps_offset": 0},
-    {"timestep_spacing": "leading", "steps_offset": 3, "set_alpha_to_one": True},
-    {"timestep_spacing": "trailing", "set_alpha_to_one": True, "final_sigmas_type": "sigma_min"},
-    {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"},
-    {"use_karras_sigmas": True},
-    {"use_karras_sigmas": True, "timestep_spacing": "leading", "final_sigmas_type": "sigma_min"},
-    {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
-]
-
-
-@pytest.mark.parametrize("steps", [7, 20])
-@pytest.mark.parametrize("objective", ["eps", "v"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_setting_of_a_scheduler_means_what_it_means_in_diffusers(sampler, settings, objective, steps):
-    """`from_config` gives each class those that it knows, and it passes over the others."""
-    theirs = reference_walk(
-        sampler, start(), steps, (3, 4), prediction_type=DIFFUSERS_OBJECTIVE[objective], **settings
-    )
-    grid = GridConfig(**settings)
-    ours = our_walk(sampler, "scaled_linear", objective, start(), steps, seeds=(3, 4), grid=grid)
-    assert_same_walk(ours, theirs, 5e-5)
-
-
-def test_karras_levels_need_an_end_with_signal():
-    schedule = build_schedule(ScheduleConfig("scaled_linear", zero_terminal_snr=True))
-    with pytest.raises(
-        ConfigError, match="use_karras_sigmas is True; allowed: false on a schedule that ends"
-    ):
-        sample(
-            toy_denoise(schedule, "v"), start(), schedule, "euler", 5, grid=GridConfig(use_karras_sigmas=True)
-        )
-    flow = build_schedule(ScheduleConfig("flow"))
-    with pytest.raises(
-        ConfigError, match=r"use_karras_sigmas is True; allowed: false with schedule\.name=flow"
-    ):
-        sample(toy_denoise(flow, "flow"), start(), flow, "euler", 5, grid=GridConfig(use_karras_sigmas=True))
