@@ -145,6 +145,46 @@ def test_forged_headers_lose_no_sample_uncounted(folder, member, field, value, l
         assert len([number for number in lost if key_of(number) not in keys]) <= count_bad(batches)
 
 
+def apart() -> bytes:
+    """The second shard with all pictures first, then all captions, then all JSON."""
+    numbers = range(PER_SHARD, 2 * PER_SHARD)
+    found = [(key_of(n), ending, content) for n in numbers for ending, content in members_of(n).items()]
+    found.sort(key=lambda each: (each[1] == "json", each[1] == "txt"))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for key, ending, content in found:
+            info = tarfile.TarInfo(f"{key}.{ending}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+APART = apart()
+
+
+@pytest.mark.parametrize("beside", ["stats", ""])
+@fuzzing
+@given(
+    damaged=st.one_of(
+        st.builds(overwrite, st.just(APART), places, st.binary(min_size=1, max_size=1500)),
+        st.builds(overwrite, st.just(APART), blocks, lengths.map(bytes)),
+        st.builds(lambda at: APART[:at], st.integers(0, END)),
+        st.builds(lambda at, size: APART[:at] + APART[at + size :], places, lengths),
+    )
+)
+def test_of_samples_whose_parts_lie_apart_every_loss_is_counted(folder, beside, damaged):
+    """And none gets a part of another one."""
+    batches = epoch(lay_out(folder, damaged, beside))
+    keys = {batch.key[0] for batch in batches}
+    lost = {number for number in set(range(TOTAL)) - delivered(batches) if key_of(number) not in keys}
+    assert min(len(lost), TOTAL if beside else 1) <= count_bad(batches)
+    for batch in batches:
+        number = int(batch.key[0][:5]) * PER_SHARD + int(batch.key[0][5:9])
+        text = members_of(number)["txt"].decode()
+        other = {members_of(n)["txt"].decode() for n in range(TOTAL)} - {text}
+        assert batch.caption[0] not in other
+
+
 def test_a_swapped_pair_of_members_is_noticed_by_an_index(folder):
     """Two blocks of the same form change places: every header is right, but not where the index has it."""
     blocks = {member.name: member.offset for member in MEMBERS}
