@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from t2i.few import first_few
+
 from ..console import console
 
 
@@ -26,8 +28,8 @@ def run(arguments: list[str]) -> None:
     console.print(f"{report.samples} samples in {report.shards + report.skipped} shards are indexed{there}")
     for cause, count in report.flaws.most_common():
         console.print(f"Lost by the tar files, {cause}: {count}")
-    for url, why in report.unreadable.items():
-        console.print(f"Not indexed, {url}: {why}")
+    for line in first_few([f"Not indexed, {url}: {why}" for url, why in report.unreadable.items()]):
+        console.print(line)
 
 
 def parser() -> argparse.ArgumentParser:

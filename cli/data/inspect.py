@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i.few import first_few
+
 from ..console import console
 
 if TYPE_CHECKING:
@@ -54,8 +56,10 @@ def run(arguments: list[str]) -> None:
     facts = report.to_json()
     for table in tables(facts):
         console.print(table)
-    for url, why in facts["shards"]["unreadable"].items():
-        console.print(f"Unreadable shard {url}: {why}")
+    for line in first_few(
+        [f"Unreadable shard {url}: {why}" for url, why in facts["shards"]["unreadable"].items()]
+    ):
+        console.print(line)
     for cause, each in facts["flaws"].items():
         console.print(f"Samples, {cause}: {each['samples']:,}, such as {each['first'][0]}")
     if options.json:

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from t2i.few import first_few
+
 from ..console import console, is_first_process
 
 
@@ -66,8 +68,8 @@ def run(arguments: list[str]) -> None:
     )
     for cause, count in sorted(report.nulls.items()):
         _say(f"No score, {cause}: {count}{part}")
-    for url, why in report.unreadable.items():
-        _say(f"Unreadable shard {url}: {why}")
+    for line in first_few([f"Unreadable shard {url}: {why}" for url, why in report.unreadable.items()]):
+        _say(line)
 
 
 def _say(line: str) -> None:

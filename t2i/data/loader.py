@@ -19,6 +19,7 @@ from t2i.data.reader import Sample, Wanted, as_pair, causes, collate
 from t2i.data.stream import CaptionedStream, Part, Positions, Seats, build_stream
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
+from t2i.few import FewOfEach
 from t2i.interfaces import Batch
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ class CaptionedImages(Dataset):
 
     A bad sample leaves its seat to a good one (see `Order.substitutes`), so that batches keep their shape and a
     position's content depends on nothing but (seed, position); that good one is seen twice. A bad sample is counted, by
-    cause, in the `Batch.bad` of its seat, so once an epoch, and logged once per process; where bad ones exceed
-    `data.max_bad_share` of what this process has read, reading stops with a DataError.
+    cause, in the `Batch.bad` of its seat, so once an epoch; of each cause the first few are logged, once per process.
+    Where bad ones exceed `data.max_bad_share` of what this process has read, reading stops with a DataError.
     """
 
     def __init__(self, data: DataConfig, stream: CaptionedStream, *, text_dropout: float, seed: int) -> None:
@@ -42,7 +43,7 @@ class CaptionedImages(Dataset):
         self._reads = 0
         self._bad: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # a key for each cause
-        self._logged: set[tuple[str, str, str]] = set()
+        self._say = FewOfEach(log)
 
     def __len__(self) -> int:
         """Positions in an epoch of all parts together."""
@@ -152,10 +153,8 @@ class CaptionedImages(Dataset):
     def _count_bad(self, part: Part, error: BadSample) -> None:
         self._bad[error.cause] += 1
         self._first.setdefault(error.cause, error.key)
-        known_by = part.name, error.cause, error.key
-        if known_by not in self._logged:
-            self._logged.add(known_by)
-            log.warning("skipped %s%s", f"{part.name}: " if part.name else "", error)
+        of = f"{part.name}: " if part.name else ""
+        self._say(logging.WARNING, f"skipped {of}{error.cause}", f"skipped {of}{error}")
         bad, allowed = self._bad.total(), self.data.max_bad_share
         if self._reads >= MIN_READS_TO_JUDGE and bad > allowed * self._reads:
             raise DataError(

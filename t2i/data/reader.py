@@ -24,6 +24,7 @@ from t2i.data.sources import Limits
 from t2i.data.store import ShardStore
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
+from t2i.few import FewOfEach
 from t2i.interfaces import Batch, TextFeatures
 
 log = logging.getLogger(__name__)
@@ -262,13 +263,14 @@ def read_all(
     reader = SampleReader(plain, as_pair(size_px), shards=shards, allow_pipes=allow_pipes)
     samples: list[Sample] = []
     bad: Counter[str] = Counter()
+    say = FewOfEach(log)
     for index in range(len(reader)):
         if limit is not None and len(samples) >= limit:
             break
         (sample,) = reader.read([Wanted(index)])
         if isinstance(sample, BadSample):
             bad[sample.cause] += 1
-            log.warning("skipped %s", sample)
+            say(logging.WARNING, f"skipped {sample.cause}", f"skipped {sample}")
         else:
             samples.append(sample)
     if not samples:

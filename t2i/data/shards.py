@@ -29,6 +29,7 @@ from t2i.data.sources import SourceError, within
 from t2i.data.statistics import samples_in, successes
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
+from t2i.few import FewOfEach
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Shards:
         self._min_original_px = 0  # samples whose picture is known to be smaller are left out
         self._open = OpenShards[int](keep_open)
         self._prefetched: set[int] = set()  # and not opened since
-        self._said: set[str] = set()
+        self._say = FewOfEach(log)
         stems = {_stem(each.url) for each in self.listed}
         self._distinct = len(stems) == len(self.listed) and len(set(map(len, stems))) == 1
         self._folders: list[FolderIndex] = []
@@ -108,7 +109,7 @@ class Shards:
         lost."""
         for each in self._folders:
             if len(each.samples) and not each.sizes:
-                self._say_once(logging.WARNING, NO_SIZES.format(each.place))
+                self._say(logging.WARNING, "folders without sizes", NO_SIZES.format(each.place))
         files = [open_sizes(each, self.store) if each.sizes else None for each in self._folders]
         known = self._folder >= 0
         if not all(files):
@@ -240,7 +241,7 @@ class Shards:
         found = open_indexed(url, self.store, self._indexes.get(shard))
         index = found.index
         if found.outdated:
-            self._say_once(logging.WARNING, OUTDATED.format(url))
+            self._say(logging.WARNING, "shards that changed", OUTDATED.format(url))
         rows = self._listed_rows(shard, index)
         if self._min_original_px:
             index = self._with_sizes(shard, index, found.file)
@@ -258,16 +259,12 @@ class Shards:
     def _of_length(self, shard: int, rows: np.ndarray, size: int) -> np.ndarray:
         if len(rows) > size:
             more = len(rows) - size
-            self._say_once(
+            self._say(
                 logging.WARNING,
+                "shards that hold more",
                 f"{self.url(shard)} holds {more} samples more than it is listed with: they are not read",
             )
         return np.concatenate([rows[:size], np.full(max(0, size - len(rows)), -1, dtype=np.int64)])
-
-    def _say_once(self, level: int, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            log.log(level, "%s", message)
 
     def _find_sizes(self, max_bad_share: float) -> np.ndarray:
         """(n,) int64 samples per shard."""
@@ -297,7 +294,8 @@ class Shards:
         if failed and len(failed) > max_bad_share * len(self.listed):
             raise self._refusal(failed)
         for shard, failure in failed:
-            log.warning("%s Bad samples an epoch for that: %d.", failure, sizes[shard])
+            message = f"{failure} Bad samples an epoch for that: {sizes[shard]}."
+            self._say(logging.WARNING, "shards that cannot be read", message)
         return sizes
 
     def _find_indexed(self, sizes: np.ndarray) -> list[int]:
@@ -353,9 +351,9 @@ class Shards:
         found = open_indexed(url, self.store, index, look=False)
         found.file.close()
         if found.scanned:
-            self._say_once(logging.INFO, SCANNING)
+            self._say(logging.INFO, "scanning", SCANNING)
         if found.outdated:
-            self._say_once(logging.WARNING, OUTDATED.format(url))
+            self._say(logging.WARNING, "shards that changed", OUTDATED.format(url))
         if found.index is not index:
             self._indexes[shard] = found.index
         return samples_in(found.index, url, self.store)

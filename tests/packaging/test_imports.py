@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
 # Imports point from a higher floor to a lower one.
 FLOORS = (
-    {"errors", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
+    {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
     {"diffusion"},
     {"training", "data", "text"},
