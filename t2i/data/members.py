@@ -49,39 +49,57 @@ PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
 }
 PICTURE_ENDINGS = tuple(ending for endings in PICTURE_FORMATS.values() for ending in endings)
 # Pictures, too, but none that is read: they count by name instead of being taken for something else.
-UNREAD_ENDINGS: tuple[str, ...] = (
-    "heic",
-    "heif",
-    "hif",
-    "jxl",
-    "jxr",
-    "wdp",
-    "svg",
-    "svgz",
-    "eps",
-    "ps",
-    "pdf",
-    "wmf",
-    "emf",
-    "psb",
+UNREAD_ENDINGS = (
+    *(
+        "heic",
+        "heif",
+        "hif",
+        "jxl",
+        "jxr",
+        "wdp",
+        "svg",
+        "svgz",
+        "eps",
+        "ps",
+        "pdf",
+        "wmf",
+        "emf",
+        "psb",
+        "exr",
+        "hdr",
+    ),
+    *("raw", "dng", "cr2", "nef", "arw"),
 )
-UNREAD_ENDINGS += ("exr", "hdr", "raw", "dng", "cr2", "nef", "arw")
 SAMPLE_ENDINGS = (*PICTURE_ENDINGS, *UNREAD_ENDINGS, "txt", "json")
 # Of several members such as `000.image.png` and `000.mask.png` these names say which is meant.
-MEANT = {"picture": "image", "txt": "caption", "json": "metadata"}
-
-
-def _kind(ending: str) -> str:
-    return "picture" if ending in PICTURE_ENDINGS else ending
+MEANT = {"picture": "image", "unread": "image", "txt": "caption", "json": "metadata"}
 
 
 @lru_cache(maxsize=4096)
 def among(there: tuple[str, ...], endings: tuple[str, ...]) -> frozenset[str]:
-    """The extensions of `there` that are one of `endings`; where no picture (text, ...) is, those that end in one."""
-    plain = frozenset(there) & frozenset(endings)
-    kinds = {_kind(extension) for extension in plain}
-    ends = {extension: extension.rpartition(".")[2] for extension in there}
-    return plain | {e for e, ending in ends.items() if ending in endings and _kind(ending) not in kinds}
+    """The extensions of `there` that are meant by `endings` of any kind, one for each kind (see `member`); where
+    nothing says which, all that may be meant. Pictures that are not read are meant where there is no other."""
+    found: set[str] = set()
+    for kind, of_kind in _by_kind(endings):
+        if kind == "unread" and any(extension.rpartition(".")[2] in PICTURE_ENDINGS for extension in found):
+            continue
+        meant = member(there, of_kind)
+        found |= {meant} if meant is not None else {e for e in there if e.rpartition(".")[2] in of_kind}
+    return frozenset(found)
+
+
+def _by_kind(endings: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """Kinds and their endings, pictures that are not read last."""
+    kinds: dict[str, tuple[str, ...]] = {}
+    for ending in endings:
+        kinds[_kind(ending)] = (*kinds.get(_kind(ending), ()), ending)
+    return sorted(kinds.items(), key=lambda each: each[0] == "unread")
+
+
+def _kind(ending: str) -> str:
+    if ending in UNREAD_ENDINGS:
+        return "unread"
+    return "picture" if ending in PICTURE_ENDINGS else ending
 
 
 def member(extensions: Iterable[str], endings: Sequence[str]) -> str | None:
