@@ -88,7 +88,7 @@ def build_loggers(config: RunConfig, folder: Path, from_step: int) -> list[Logge
 
 def log_config(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
     """The configuration for wandb's table of runs and TensorBoard's hyperparameters, so that runs can be compared by
-    it. Long lists (of shards) are cut."""
+    it. Long lists (of shards) are cut. Raises ConfigError where wandb takes nobody."""
     flat = dict(_flat(config))
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -101,7 +101,15 @@ def log_config(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
                 writer.add_summary(part)
             writer.flush()
         elif isinstance(logger, WandbLogger):
-            logger.experiment.config.update(flat, allow_val_change=True)
+            from wandb.errors import Error
+
+            try:
+                logger.experiment.config.update(flat, allow_val_change=True)
+            except Error as error:  # no account, no network
+                said = " ".join(str(error).split()).rstrip(".")
+                raise ConfigError(
+                    f"logger.wandb is 'online': {said}; logger.wandb=offline needs neither account nor network."
+                ) from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:

@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from t2i.errors import ConfigError
 from t2i.training.loggers import MetricsCSV, _wandb_id, log_config, sync_command
 
 
@@ -107,6 +108,20 @@ def test_tensorboard_compares_runs_by_their_settings(tmp_path):
     assert told["name"].string_value == "None"
     assert told["seed"].string_value == str(10**30)
     assert len(told["data.shards"].string_value) <= 500
+
+
+def test_wandb_without_an_account_is_one_sentence(tmp_path, monkeypatch):
+    errors = pytest.importorskip("wandb.errors")
+
+    def nobody(self):
+        raise errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    logger = WandbLogger(save_dir=tmp_path)
+    monkeypatch.setattr(WandbLogger, "experiment", property(nobody))
+    with pytest.raises(
+        ConfigError, match=r"logger\.wandb is 'online': No API key .* log in; logger\.wandb=offline"
+    ):
+        log_config([logger], SETTINGS)
 
 
 def test_wandb_ids_are_found_again_and_never_shared(tmp_path):
