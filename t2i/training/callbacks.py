@@ -145,6 +145,8 @@ class Forecast(Callback):
         self.steps = 0
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        if stage.is_complete:
+            return
         left = stage.config.trainer.num_images - stage.images_seen
         size = stage.config.resolution.size_px
         log.info("%d images to go at %d px on %s; the first steps tell how long", left, size, stage.device)

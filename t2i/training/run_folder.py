@@ -57,6 +57,9 @@ def opened(runs_dir: str | Path, stage: str, name: str | None, resumed: Path | N
     link = Path(runs_dir) / stage / "latest"
     latest = link.readlink() if link.is_symlink() else None
     folder = enter(resumed) if resumed else create(runs_dir, stage, name)
+    if is_first:
+        for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
+            left.unlink()  # of a process that was killed while it wrote
     try:
         yield folder
     except BaseException:

@@ -78,8 +78,10 @@ def test_a_run_killed_before_its_final_weights_ends_as_if_it_were_not(
     whole, compose_run, train, counted, tmp_path, gone
 ):
     cut = copied(whole, tmp_path, *gone)
+    for left in ("checkpoints/.step_000004.ckpt.0.unfinished", ".model.safetensors.0.unfinished"):
+        (cut / left).touch()  # killed while it wrote
     result = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
-    assert "train" not in counted
+    assert counted == ["draw", "save"]
     assert (result.folder, result.complete, result.images_seen) == (cut, True, 32)
     assert sorted(path.name for path in cut.rglob("*")) == sorted(path.name for path in whole.rglob("*"))
     ends = [load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (cut, whole)]

@@ -85,7 +85,7 @@ def test_the_forecast_waits_for_the_work_of_a_gpu(monkeypatch, caplog):
     settings = types.SimpleNamespace(num_images=800)
     config = types.SimpleNamespace(trainer=settings, resolution=types.SimpleNamespace(size_px=64))
     stage = types.SimpleNamespace(
-        config=config, images_seen=0, images_per_step=8, device=torch.device("cuda", 0)
+        config=config, images_seen=0, images_per_step=8, is_complete=False, device=torch.device("cuda", 0)
     )
     forecast = Forecast()
     with caplog.at_level("INFO", logger="t2i"):
