@@ -19,6 +19,9 @@ from t2i.data.sources import SourceError, beside, copy, is_local, local_path, re
 from t2i.errors import DataError
 
 from .optional import need
+from .table_files import line, plain_type
+
+TEXT = {"key", "caption", "text", "url", "status"}  # even as bytes
 
 
 @contextlib.contextmanager
@@ -76,15 +79,21 @@ def _parquet_beside(url: str, suffix: str) -> Any | None:
         return None
     try:
         table = parquet.read_table(pa.BufferReader(read_bytes(place)))
+        for at, each in enumerate(table.schema):
+            kind = plain_type(each.type, each.name.lower() in TEXT)
+            if each.name == "key" or kind != each.type:
+                table = table.set_column(
+                    at, each.name, table[at].cast(pa.string() if each.name == "key" else kind)
+                )
     except SourceError as error:
         if error.missing:
             return None
         raise
     except pa.ArrowException as error:
-        raise DataError(f"{place} is not a parquet file: {error}.") from error
+        raise DataError(f"{place} is not a parquet file that can be read: {line(error)}.") from error
     if "key" not in table.column_names:
         raise DataError(f"{place} has no column key; it has {', '.join(table.column_names)}.")
-    return table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.string()))
+    return table
 
 
 def _joined(table: Any, scores: Any) -> Any:

@@ -91,13 +91,7 @@ class TableFile:
         return pa.schema([pa.field(each.name, self._type(each.name, each.type)) for each in schema])
 
     def _type(self, name: str, kind: pa.DataType) -> pa.DataType:
-        pa = need("pyarrow", "data")
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
-        is_bytes = kind in (pa.binary(), pa.large_binary(), pa.binary_view())
-        if name.lower() in self.paths and (is_text or is_bytes):
-            return pa.binary()
-        return pa.string() if is_text or (is_bytes and name.lower() in self.text) else kind
+        return plain_type(kind, name.lower() in self.text, name.lower() in self.paths)
 
     def _conformed(self, batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         pa, compute = need("pyarrow", "data"), need("pyarrow.compute", "data")
@@ -252,6 +246,18 @@ class TableFile:
                 values = [_file_name(value, unusable) for value in values]
             columns[name] = _json_array(values, kind, unusable)
         return pa.RecordBatch.from_pydict(columns)
+
+
+def plain_type(kind: pa.DataType, text: bool, path: bool = False) -> pa.DataType:
+    """The type of a column of a .parquet without dictionaries, and the same for all kinds of text.
+    text: also where it is text as bytes; path: as bytes wherever it is text"""
+    pa = need("pyarrow", "data")
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
+    is_bytes = kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+    if path and (is_text or is_bytes):
+        return pa.binary()
+    return pa.string() if is_text or (is_bytes and text) else kind
 
 
 def line(error: Exception) -> str:

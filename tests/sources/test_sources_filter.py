@@ -24,6 +24,7 @@ from t2i_pipelines.filtering.filter import filter_shards, filter_table
 from t2i_pipelines.filtering.judge import Judge
 from t2i_pipelines.filtering.presets import PRESETS, Rule, bound, languages, preset
 from t2i_pipelines.filtering.repack import repack
+from t2i_pipelines.shard_metadata import metadata_of
 
 
 def nothing(done: int, total: int) -> None:
@@ -356,3 +357,22 @@ def test_the_command(tmp_path, capsys):
     parquet.write_table(pa.table({"x": [1]}), tmp_path / "00001.parquet")
     with pytest.raises(DataError, match="has no column key"):
         command.run([*shards, str(tmp_path / "kept.arrow")])
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.binary())], ids=str
+)
+def test_text_of_every_type_in_a_shards_table(tmp_path, kind):
+    values = pa.array([b"first", b"second one"])
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = values.cast(pa.string()).cast(plain) if "string" in str(plain) else values.cast(plain)
+    keys = pa.array([b"0", b"1"]).cast(pa.string()).cast(pa.binary())
+    (tmp_path / "0.tar").write_bytes(bytes(10240))
+    parquet.write_table(pa.table({"key": keys, "caption": text.cast(kind)}), tmp_path / "0.parquet")
+    table, packed = metadata_of(str(tmp_path / "0.tar"))
+    assert packed
+    assert table.to_pylist() == [{"key": "0", "caption": "first"}, {"key": "1", "caption": "second one"}]
+    assert Judge([Rule("long", "LENGTH(caption) > 5")]).keeps(table, "t").tolist() == [False, True]
+    parquet.write_table(pa.table({"key": pa.array([b"\xff"])}), tmp_path / "0.parquet")
+    with pytest.raises(DataError, match=r"0\.parquet is not a parquet file that can be read: Invalid UTF8"):
+        metadata_of(str(tmp_path / "0.tar"))
