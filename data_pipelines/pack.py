@@ -13,12 +13,12 @@ from typing import Any
 from t2i.data.decode import BadSample
 
 from .pictures import Extension, prepare
+from .places import printable
 from .rows import Row, Rows, source_of
 from .shard_writer import (
     Failure,
     Sample,
     check_samples_per_shard,
-    printable,
     stats_of,
     whole_shard,
     write_shard,

@@ -44,6 +44,11 @@ def first_same(names: Iterable[str], fold: bool = True) -> tuple[int, int] | Non
     return None
 
 
+def printable(text: str) -> str:
+    """With ? for what UTF-8 does not have, as in names of files."""
+    return text.encode(errors="replace").decode()
+
+
 def check_writable(path: Path) -> None:
     """Raises OSError where nothing can be written at `path`: before the work is done rather than after."""
     if path.is_dir():

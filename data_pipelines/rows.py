@@ -13,7 +13,8 @@ from t2i.data.members import PICTURE_ENDINGS, UNREAD_ENDINGS
 from t2i.errors import ConfigError, DataError
 
 from .optional import need
-from .shard_writer import free_names, printable
+from .places import printable
+from .shard_writer import free_names
 from .table_files import SUFFIXES
 from .tables import json_records, open_table, text_column
 

@@ -21,8 +21,8 @@ from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
 from t2i.files import written_whole
 
-from .optional import need
-from .places import first_same
+from .optional import arrow_file, need
+from .places import first_same, printable
 
 ROWS_PER_BATCH = 65_536
 
@@ -43,7 +43,7 @@ def write_selection(path: Path, shards: Sequence[str], keys: Iterable[Any]) -> i
     schema = pa.schema([("shard", pa.dictionary(pa.int32(), pa.string())), ("key", pa.string())])
     count = 0
     with suppress(NothingToWrite), written_whole(path) as unfinished:
-        with pa.ipc.new_file(str(unfinished), schema) as writer:
+        with arrow_file(unfinished, "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for codes, column in _batches(keys):
                 shard = pa.DictionaryArray.from_arrays(pa.array(codes), names)
                 writer.write_batch(pa.record_batch([shard, column], schema=schema))
@@ -81,6 +81,9 @@ def listed_once(shards: Sequence[str]) -> list[Listed]:
     found = listed(shards)
     if same := first_same((_place(each.url) for each in found), fold=False):
         raise DataError(f"{found[same[1]].url} is named twice; allowed: once.")
+    for each in found:
+        if printable(each.url) != each.url:
+            raise DataError(f"{each.url} is not named in UTF-8; allowed: names in UTF-8, as selections are.")
     return found
 
 

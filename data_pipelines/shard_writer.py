@@ -25,7 +25,7 @@ from PIL import Image
 from t2i.errors import DataError
 from t2i.files import written_whole
 
-from .optional import need
+from .optional import arrow_file, need
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -190,12 +190,8 @@ def write_table(outcomes: Sequence[Sample | Failure], columns: pa.Table, path: P
     fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in LAYOUT.items()]
     arrays = [pa.array([row[field.name] for row in rows], field.type) for field in fields]
     table = pa.Table.from_arrays([*columns.columns, *arrays], schema=pa.schema([*columns.schema, *fields]))
-    parquet.write_table(table, path)
-
-
-def printable(text: str) -> str:
-    """With ? for what UTF-8 does not have, as in names of files."""
-    return text.encode(errors="replace").decode()
+    with arrow_file(path, "wb") as file:
+        parquet.write_table(table, file)
 
 
 def sample_key(shard: int, place: int) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.errors import DataError
 
-from .optional import need
+from .optional import arrow_file, need
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ class TableFile:
         """The columns and the number of rows that can be read; counts the others. Raises DataError."""
         with self._reading():
             if self.suffix == ".parquet":
-                with need("pyarrow.parquet", "data").ParquetFile(self.path, pre_buffer=False) as file:
+                with self._open_parquet() as file:
                     return self._plain(file.schema_arrow), file.metadata.num_rows
             if self.suffix == ".jsonl":
                 return self._look_at_json()
@@ -61,7 +61,7 @@ class TableFile:
         is counted. Raises DataError."""
         with self._reading():
             if self.suffix == ".parquet":
-                with need("pyarrow.parquet", "data").ParquetFile(self.path, pre_buffer=False) as file:
+                with self._open_parquet() as file:
                     names = [name for name in schema.names if name in file.schema_arrow.names]
                     for batch in file.iter_batches(PARQUET_ROWS, columns=names):
                         yield self._conformed(batch, schema)
@@ -71,6 +71,11 @@ class TableFile:
             else:
                 with self._open_csv({each.name: each.type for each in schema}, Counter()) as reader:
                     yield from (self._conformed(batch, schema) for batch in reader)
+
+    @contextmanager
+    def _open_parquet(self) -> Iterator[Any]:
+        with arrow_file(self.path) as source:
+            yield need("pyarrow.parquet", "data").ParquetFile(source, pre_buffer=False)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -162,7 +167,7 @@ class TableFile:
         if quoted is None:
             quoted = self._is_quoted
         return csv.open_csv(
-            self.path,
+            arrow_file(self.path),
             csv.ReadOptions(block_size=CSV_BLOCK_BYTES, encoding=self._encoding().removesuffix("-sig")),
             csv.ParseOptions(
                 delimiter=self._separator,

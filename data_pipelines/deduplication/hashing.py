@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from t2i.data.index import original_size
 from t2i.data.sources import size
 from t2i.files import written_whole
 
-from ..optional import need
+from ..optional import arrow_file, need
 from ..shard_metadata import first_rows, local_copy, scan
 
 HASHES = ("phash", "dhash")
@@ -52,7 +53,7 @@ class Hashes:
     def open(cls, path: Path) -> Hashes:
         """Maps a file that `hash_shard` wrote."""
         pa = need("pyarrow", "data")
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).get_batch(0)
         fixed = [np.frombuffer(batch[name].buffers()[1], np.uint8) for name in ("digest", "thumbnail")]
         n = batch.num_rows
         return cls(
@@ -77,10 +78,16 @@ def hash_shard(url: str, keys: Sequence[str] | None, algorithm: str, folder: Pat
     wanted = "all" if keys is None else hashlib.sha256("\0".join(keys).encode()).hexdigest()
     made_of = {"version": VERSION, "hash": algorithm, "bytes": str(size(url)), "keys": wanted}
     encoded = {name.encode(): value.encode() for name, value in made_of.items()}
-    if path.exists() and pa.ipc.open_file(str(path)).schema.metadata == encoded:
-        return path
+    if path.exists():
+        with arrow_file(path) as file:
+            if pa.ipc.open_file(file).schema.metadata == encoded:
+                return path
     batch = _hashed(url, keys, algorithm).replace_schema_metadata(encoded)
-    with written_whole(path) as unfinished, pa.ipc.new_file(str(unfinished), batch.schema) as writer:
+    with (
+        written_whole(path) as unfinished,
+        arrow_file(unfinished, "wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
     return path
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..pictures import Picture
-from ..shard_writer import Failure, Sample, free_names, printable, whole_shard, write_shard, write_table
+from ..places import printable
+from ..shard_writer import Failure, Sample, free_names, whole_shard, write_shard, write_table
 from ..tables import json_records
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 from t2i.errors import DataError
 from t2i.files import written_whole
 
-from ..optional import need
+from ..optional import arrow_file, need
 from ..selection import NothingToWrite, listed_once, write_selection
 from ..shard_metadata import metadata_of
 from ..tables import open_table
@@ -60,7 +60,10 @@ def filter_table(
         if any(out.exists() and file.path.samefile(out) for file in table.files):
             raise DataError(f"{out} is also the source; allowed: another name.")
         with suppress(NothingToWrite), written_whole(out) as unfinished:
-            with parquet.ParquetWriter(unfinished, table.schema, compression="zstd") as writer:
+            with (
+                arrow_file(unfinished, "wb") as file,
+                parquet.ParquetWriter(file, table.schema, compression="zstd") as writer,
+            ):
                 for part in table.slices(ROWS):
                     kept = part.filter(judge.keeps(part, source))
                     writer.write_table(kept)

@@ -20,7 +20,7 @@ from typing import Any
 
 from t2i.data.selection import listed
 
-from ..optional import need
+from ..optional import arrow_file, need
 from ..selection import spans
 from ..shard_metadata import first_rows, local_copy, metadata_of, scan
 from ..shard_writer import check_samples_per_shard, sample_key, stats_of, whole_shard
@@ -132,7 +132,8 @@ def _write(
                 place += 1
             count += len(new)
             tables.append(_rows_of(sources.metadata, url, new))
-    parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), table_path)
+    with arrow_file(table_path, "wb") as file:
+        parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), file)
     return {"count": place, "successes": count, "failed": failed}
 
 

@@ -19,7 +19,7 @@ from t2i.errors import DataError
 from t2i.files import written_whole
 
 from ..inspecting.facts import CAPTION_KEYS, read_sample
-from ..optional import need
+from ..optional import arrow_file, need
 from ..places import places
 from ..ranks import Rank
 from ..shard_metadata import local_copy
@@ -174,7 +174,8 @@ def _known(file: Path, shard: str) -> Any | None:
     """The table of scores, where it was made of this shard. shard: its identity, or the beginning of it"""
     pa, parquet = need("pyarrow", "data"), need("pyarrow.parquet", "data")
     try:
-        table = parquet.read_table(file, partitioning=None)
+        with arrow_file(file) as source:
+            table = parquet.read_table(source)
     except (OSError, pa.ArrowException):
         return None  # none, or not whole
     then = (table.schema.metadata or {}).get(b"t2i.shard", b"").decode()
@@ -208,5 +209,5 @@ def _write(
         fields.append(pa.field(name, pa.float32(), metadata={"t2i.weights": scorer.weights[name]}))
         columns.append(pa.array(values, pa.float32()))
     schema = pa.schema(fields, metadata={"t2i.shard": shard})
-    with written_whole(file) as unfinished:
-        parquet.write_table(pa.table(columns, schema=schema), unfinished)
+    with written_whole(file) as unfinished, arrow_file(unfinished, "wb") as sink:
+        parquet.write_table(pa.table(columns, schema=schema), sink)

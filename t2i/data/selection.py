@@ -6,6 +6,7 @@ each process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def _read(url: str, pipes: Collection[str]) -> list[Listed]:
         raise DataError(f"{url} is a selection, which has to be local; copy it here first.")
     path = sources.local_path(url)
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
         table.validate()
         shards, keys = table.column("shard").combine_chunks(), table.column("key")
         shards.dictionary.validate(full=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -108,3 +110,34 @@ def test_an_index_that_cannot_be_written_is_not_the_shards_fault(tmp_path):
     (tmp_path / "1.index.npz").rmdir()
     report = index_shards([str(path) for path in paths], None, 1, lambda _: None)
     assert (report.shards, report.skipped, report.unreadable) == (1, 1, {})
+
+
+def test_folders_whose_names_are_not_utf8(tmp_path, capsys):
+    """As on a disk that was written under another encoding."""
+    from t2i_cli.data.dedup import run as dedup
+    from t2i_cli.data.filter import run as filter_
+    from t2i_cli.data.index import run as index
+    from t2i_cli.data.inspect import run as inspect
+    from t2i_cli.data.pack import run as pack
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # as t2i_cli.console has it in a process of its own
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xf6sse"))
+    odd.mkdir()
+    Image.new("RGB", (8, 6), "red").save(odd / "a.png")
+    (odd / "table.csv").write_text("path,caption\na.png,red\n")
+    pack([str(odd / "table.csv"), str(odd / "shards")])
+    index([str(odd / "shards/00000.tar"), "--processes", "1"])
+    inspect([str(odd / "shards/00000.tar"), "--json", str(odd / "facts.json")])
+    for job in (filter_, dedup):  # a selection holds the names of shards as text
+        with pytest.raises(DataError, match="is not named in UTF-8; allowed: names in UTF-8"):
+            job([str(odd / "shards/00000.tar"), str(tmp_path / "kept.arrow")])
+    plain = str(shard(tmp_path / "0.tar"))
+    filter_([plain, str(odd / "kept.arrow"), "--min-shorter-side-px", "1"])
+    dedup([plain, str(odd / "unique.arrow"), "--workers", "1"])
+    filter_([str(odd / "table.csv"), str(odd / "kept.parquet"), "--where", "caption = 'red'"])
+    assert {path.name for path in odd.iterdir()} >= {
+        "facts.json",
+        "kept.arrow",
+        "unique.arrow",
+        "kept.parquet",
+    }
