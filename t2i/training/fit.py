@@ -188,6 +188,7 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
         "autoencoder",
         "trainer",
         "logger",
+        "sampling",
     }
     saved, said = run_folder.read_config(folder), run_folder.as_saved(run_to_dict(config))
     for key in sorted(said.keys() - free):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,28 @@ def test_an_autoencoder_of_a_vqgan_is_what_ldm_builds_on(t2i, vqgan):
     codec = families.load("autoencoder", "codec").from_checkpoint(loaded.config)
     checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
     assert codec.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 8, 8)
+
+
+def test_a_full_disk_leaves_nothing(t2i, vqgan, monkeypatch):
+    from t2i.interop import writing
+
+    def full(tensor, dtype, name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing, "cast", full)
+    for out in ("new/folder/run", "out.safetensors"):
+        sentence = t2i("convert", "vqgan.ckpt", out).sentence
+        assert f"{out} cannot be written: No space left on device" in sentence
+        assert [path.name for path in Path().iterdir()] == ["vqgan.ckpt"]
+
+
+def test_ctrl_c_leaves_nothing(t2i, vqgan, monkeypatch):
+    from t2i.interop import writing
+
+    def stop(tensor, dtype, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "cast", stop)
+    result = t2i("convert", "vqgan.ckpt", "new/run")
+    assert (result.code, result.err) == (130, "t2i convert: stopped by Ctrl-C.\n")
+    assert [path.name for path in Path().iterdir()] == ["vqgan.ckpt"]

@@ -1,7 +1,7 @@
 """A backbone for small machines: the PCA of picture patches, with a learned convolutional residual on top.
 
-The linear part alone is the best linear code of its size, so that training starts at about 26 dB instead of
-from noise; both residual branches start at zero.
+The linear part alone is the best linear code of its size, so that training starts from pictures instead of noise
+(docs/decisions.md says how good they are); both residual branches start at zero.
 """
 
 from __future__ import annotations
