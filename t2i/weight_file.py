@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 # What people find under the name of a model, by its first bytes; text is looked at in lower case, without the
 # spaces before it.
-NOT_WEIGHTS = {
+PAGES = {
     b"version https://git-lfs": "a git-LFS pointer, which only names the file; fetch the file with `git lfs pull`",
     b"<!doctype html": "an HTML page, which a download got in place of the file",
     b"<html": "an HTML page, which a download got in place of the file",
     b"<?xml": "an XML page, which a download got in place of the file",
+}
+NOT_WEIGHTS = PAGES | {
     b"{": "JSON text",
     b"[": "JSON text",
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -48,9 +50,8 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
         raise CheckpointError(f"{path} is empty; allowed: a file of weights.")
     if start[8:9] == b"{":
         return "safetensors"
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for first, what in NOT_WEIGHTS.items():
-        if text.startswith(first):
+        if _plain(start).startswith(first):
             raise CheckpointError(
                 f"{path} is {what}; allowed: a file of weights (.safetensors, .ckpt, .bin, .pt)."
             )
@@ -85,12 +86,20 @@ def explain(folder: Path) -> None:
                 named = {"safetensors": ".safetensors", "pickle": ".bin"}[found]
                 raise CheckpointError(f"{path} is a {found} file; name it {path.with_suffix(named).name}.")
         elif suffix in (".json", ".txt"):
-            start = path.read_bytes()[:64].lstrip().lower()
-            for first in (b"version https://git-lfs", b"<!doctype html", b"<html", b"<?xml"):
-                if start.startswith(first):
-                    raise CheckpointError(f"{path} is {NOT_WEIGHTS[first]}.")
-            if not start:
-                raise CheckpointError(f"{path} is empty.")
+            check_no_page(path, path.read_bytes()[:512])
+
+
+def check_no_page(path: Path, start: bytes) -> None:
+    """Raises CheckpointError where a text file that begins with `start` came in place of the one that was meant."""
+    if not start.strip():
+        raise CheckpointError(f"{path} is empty.")
+    for first, what in PAGES.items():
+        if _plain(start).startswith(first):
+            raise CheckpointError(f"{path} is {what}.")
+
+
+def _plain(start: bytes) -> bytes:
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
 
 
 @contextmanager

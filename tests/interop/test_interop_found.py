@@ -94,6 +94,36 @@ def test_what_is_no_weights_is_called_what_it_is(sd1_folder, tmp_path, content, 
     assert f"{path} {words}" in refused(folder)
 
 
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer.json"])
+def test_a_page_in_place_of_a_configuration(sd1_folder, tmp_path, file):
+    folder = tmp_path / "sd1"
+    linked(sd1_folder, folder)
+    (folder / file).unlink()
+    (folder / file).write_text("<html>Not found</html>")
+    assert f"{folder / file} is an HTML page" in refused(folder)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_other_networks_are_looked_at_too(tmp_path, suffix):
+    """Those of the perceptual loss and of scores."""
+    from t2i.nn import efficientnet
+    from t2i_pipelines.scoring import heads
+
+    path, other = tmp_path / f"x{suffix}", {".pth": ".safetensors", ".safetensors": ".pth"}[suffix]
+    weights = {"w": torch.zeros(3)}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    renamed = path.rename(path.with_suffix(other))
+    for read in (efficientnet.read_weights, heads.read_weights):
+        assert torch.equal(read(renamed)["w"], torch.zeros(3))
+    torch.save({"w": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pth")
+    (tmp_path / "page.pth").write_text("<html>")
+    for read in (efficientnet.read_weights, heads.read_weights):
+        with pytest.raises(UserError, match=r"w in .*nan\.pth has 1 numbers of 2 that are not finite"):
+            read(tmp_path / "nan.pth")
+        with pytest.raises(UserError, match=r"page\.pth is an HTML page"):
+            read(tmp_path / "page.pth")
+
+
 def test_a_zip_of_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.ckpt", "w") as archive:
         archive.writestr("model.safetensors", b"x")
