@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,10 @@ from typing import Any
 from data_shards import write_shards
 
 SCRIPT = Path(__file__).with_name("data_peers.py")
-PARTS = ("decoded", "raw", "resume", "memory")
+PARTS = ("decoded", "raw", "resume", "memory", "start")
 TIMEOUT_S = 1800
+START = Path(__file__).with_name("data_start.py")
+MANY = 200_000  # shards
 POSITIONS = {"1%": 1_024, "50%": 50_016, "99%": 99_008}  # of 100,000, whole batches
 
 
@@ -150,11 +154,80 @@ def memory(run: Contenders, indexed: Path, folder: Path) -> None:
         )
 
 
+def index(tars: list[str]) -> None:
+    """What a user does before the first start."""
+    t2i = str(Path(sys.executable).with_name("t2i"))
+    subprocess.run([t2i, "data", "index", *tars], check=True, stdout=sys.stderr)
+
+
+def start(work: Path, rounds: int) -> None:
+    """The first batch of MANY indexed shards of two samples, local ones and on a web server of this machine."""
+    many = work / "many"
+    write_shards(many, 2 * MANY, 2, (24, 40), None)
+    name = f"{{{0:06d}..{MANY - 1:06d}}}.tar"
+    for call in ("first", "second"):
+        began = time.perf_counter()
+        index([f"{many}/{name}"])
+        print(f"\n{call} `t2i data index` of {MANY:,} shards: {time.perf_counter() - began:.0f} s")
+    print("\n| | seconds | CPU seconds | MiB above the imports | of the worker | shards fetched |")
+    print("|---|---|---|---|---|---|")
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(many),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            port = re.findall(r"port (\d+)", server.stdout.readline())[0]
+            for place, base in (("local", str(many)), ("remote", f"http://127.0.0.1:{port}")):
+                for title, minimum, step in (
+                    ("no smallest size", 0, None),
+                    ("a smallest size", 25, None),
+                    ("a smallest size and buckets", 25, 4),
+                ):
+                    options = {
+                        "shards": [f"{base}/{name}"],
+                        "min_original_px": minimum,
+                        "bucket_step_px": step,
+                    }
+                    found = [started(work, options) for _ in range(rounds)]
+                    medians = [
+                        statistics.median(one[key] for one in found)
+                        for key in ("s", "cpu_s", "mib", "worker_mib", "fetched")
+                    ]
+                    print(
+                        f"| {place}, {title} | {' | '.join(f'{median:,.1f}' for median in medians)} |",
+                        flush=True,
+                    )
+        finally:
+            server.terminate()
+
+
+def started(work: Path, options: dict[str, Any]) -> dict[str, float]:
+    """fetched: shards that were copied for the first batch, and those that were brought closer for the next ones"""
+    cache = work / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, str(START), json.dumps(options)]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_S
+    )
+    fetched = len(list((cache / "t2i" / "shards").glob("*.tar")))
+    return json.loads(done.stdout) | {"fetched": fetched}
+
+
 def main() -> None:
     """Makes the shards and the peers' copies of them, then prints a table for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--work", type=Path, help="folder for about 8 GB, kept; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for about 12 GB, kept; default: a temporary one")
     parser.add_argument("--pictures", type=Path, help="folder of photos; default: synthetic pictures")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
@@ -162,6 +235,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
+        if "start" in options.only:
+            start(work, min(3, options.rounds))
+        if options.only == ["start"]:
+            return
         photos, epoch, indexed = work / "photos", work / "epoch", work / "epoch-indexed"
         write_shards(photos, 6_000, 300, (512, 1024), options.pictures)
         write_shards(epoch, 100_000, 1_000, (128, 192), options.pictures)
@@ -169,11 +246,8 @@ def main() -> None:
             indexed.mkdir()
             for tar in epoch.glob("*.tar"):
                 (indexed / tar.name).symlink_to(tar)
-        t2i = str(Path(sys.executable).with_name("t2i"))
         for folder in (photos, indexed):
-            subprocess.run(
-                [t2i, "data", "index", *map(str, sorted(folder.glob("*.tar")))], check=True, stdout=sys.stderr
-            )
+            index(list(map(str, sorted(folder.glob("*.tar")))))
         pythons = {"t2i": sys.executable, "webdataset": sys.executable}
         run = Contenders(pythons | dict(peer.split("=", 1) for peer in options.peer), work)
         for name in run.pythons:

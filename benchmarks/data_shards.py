@@ -14,31 +14,27 @@ WORDS = ["photo", "of", "the", "red", "old", "small", "wooden", "house", "by", "
 
 
 def write_shards(
-    folder: Path,
-    samples: int,
-    per_shard: int,
-    sides_px: tuple[int, int],
-    pictures: Path | None,
-    different: int = 400,
+    folder: Path, samples: int, per_shard: int, sides_px: tuple[int, int], pictures: Path | None
 ) -> None:
     """Shards of `samples` samples, unless `folder` is there already.
 
     sides_px: shortest and longest side; each side of each picture is drawn between
     pictures: folder of photos to cut the pictures from; None: synthetic ones
-    different: so many of the pictures at most: the bytes are all on disk, and making them takes no hours
+    Of the pictures at most 400 are different: the bytes are all on disk, and making them takes no hours.
     """
     if folder.exists():
         return
     random = np.random.default_rng(0)
     sources = sorted(path for path in pictures.rglob("*") if path.is_file()) if pictures else []
-    made = [_jpeg(random, sides_px, sources) for _ in range(min(samples, different))]
+    made = [_jpeg(random, sides_px, sources) for _ in range(min(samples, 400))]
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
+    digits = max(5, len(str(samples // per_shard - 1)))
     for shard in range(samples // per_shard):
-        with tarfile.open(part / f"{shard:05d}.tar", "w") as archive:
+        with tarfile.open(part / f"{shard:0{digits}d}.tar", "w") as archive:
             for row in range(per_shard):
                 jpeg, height, width = made[random.integers(len(made))]
-                key = f"{shard:05d}{row:04d}"
+                key = f"{shard:0{digits}d}{row:04d}"
                 caption = " ".join(random.choice(WORDS, 12))
                 metadata = {
                     "caption": caption,
