@@ -20,7 +20,6 @@ import numpy as np
 MIN_SUBSTITUTES = (
     100  # for a bad sample, where an epoch has fewer, so that the good ones of a few are found by chance
 )
-LOCATED = 2**20  # positions at a time, where all of an epoch are looked up
 
 
 class Stream(IntEnum):
@@ -148,6 +147,51 @@ class ShardOrder:
         after = nth[shard] + 1
         return int(shards[after]) if after < len(shards) else None
 
+    def counts_before(
+        self, epoch: int, positions: np.ndarray, labels: np.ndarray, of_shards: np.ndarray
+    ) -> np.ndarray:
+        """(E, K) int64: of each label, how many samples come before each of these positions of an epoch.
+
+        positions: (E,) from 0 to the length of an epoch, that included
+        labels: (N,) of all samples, from 0 to K - 1; of_shards: (shards, K) how many samples of each label a shard has
+        """
+        shards, ends, _ = self._shards(epoch)
+        whole = np.zeros((len(shards) + 1, of_shards.shape[1]), dtype=np.int64)
+        np.cumsum(of_shards[shards], axis=0, out=whole[1:])
+        length, longer = divmod(len(self), self.lanes)
+        lanes = np.arange(self.lanes)
+        rounds, extra = np.divmod(positions[:, None], self.lanes)
+        starts = lanes * length + np.minimum(lanes, longer)  # in the sequence
+        places, which = np.unique(
+            np.concatenate([starts[None], starts + rounds + (lanes < extra)]), return_inverse=True
+        )
+        nth = np.searchsorted(ends, places, side="right")
+        found = whole[nth]
+        part = np.flatnonzero(nth < len(shards))  # where a shard is cut in two
+        for first in range(0, len(part), 64):
+            cut = part[first : first + 64]
+            here = shards[nth[cut]].tolist()
+            once = list(dict.fromkeys(here))
+            permuted = dict(zip(once, self._permuted_samples(epoch, once), strict=True))
+            for at, shard in zip(cut.tolist(), here, strict=True):
+                rank = int(places[at] - (ends[nth[at]] - self.sizes[shard]))
+                seen = labels[self.starts[shard] + permuted[shard][:rank]]
+                found[at] += np.bincount(seen, minlength=found.shape[1])
+        before = found[which.reshape(len(positions) + 1, self.lanes)]
+        return (before[1:] - before[0]).sum(axis=1)
+
+    def label_counts(self, labels: np.ndarray, count: int) -> np.ndarray:
+        """(shards, K) int32: how many samples of each of the `count` labels a shard has."""
+        found = np.zeros((len(self.sizes), count), dtype=np.int32)
+        for start in range(0, len(self), 2**20):
+            stop = min(start + 2**20, len(self))
+            shard = np.searchsorted(self.starts, np.arange(start, stop), side="right") - 1
+            first, last = int(shard[0]), int(shard[-1])
+            bins = (shard - first) * count + labels[start:stop]
+            added = np.bincount(bins, minlength=(last - first + 1) * count)
+            found[first : last + 1] += added.reshape(-1, count).astype(np.int32)
+        return found
+
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The shards that are not empty, in the epoch's order; the running sum of their sizes; and of every shard its
         place in that order."""
@@ -237,67 +281,3 @@ class MixtureOrder:
         for dataset in range(len(self.counts)):
             ranks[labels == dataset] = np.arange(self.counts[dataset])
         return labels, ranks
-
-
-class BucketOrder:
-    """A stream in which every `batch_size` positions, counted from 0, are of one bucket.
-
-    The samples of an epoch go by in the order of `order`, each into its bucket; a bucket that is full is the next
-    batch. What is left in a bucket at the end of the epoch is filled up with the bucket's first samples of that
-    epoch, which are then seen twice in it; so every epoch has the same number of batches. The order of
-    batches does not depend on ranks or workers, but on the size of a batch. Batches are made across all lanes, so
-    that every node reads every shard.
-
-    buckets: (N,) the bucket of each sample. Takes a few arrays of N integers, unlike ShardOrder.
-    """
-
-    def __init__(self, order: ShardOrder, buckets: np.ndarray, batch_size: int) -> None:
-        self.order, self.buckets, self.batch_size = order, buckets, batch_size
-        self._batches = lru_cache(maxsize=2)(self._filled)
-        self._size = int((-(-np.bincount(buckets) // batch_size)).sum()) * batch_size
-
-    def __reduce__(self) -> tuple[type[BucketOrder], tuple[ShardOrder, np.ndarray, int]]:
-        return BucketOrder, (self.order, self.buckets, self.batch_size)
-
-    def __len__(self) -> int:
-        """Positions in an epoch: what fills up included."""
-        return self._size
-
-    def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Order`."""
-        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
-        samples = np.empty_like(offsets)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            samples[chosen] = self._batches(epoch)[offsets[chosen]]
-        return epochs, samples
-
-    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """What comes next in the same bucket of the same epoch, then what came before."""
-        epoch, offset = divmod(position, len(self))
-        samples = self._batches(epoch)
-        alike = np.flatnonzero(self.buckets[samples] == self.buckets[samples[offset]])
-        for place in np.roll(alike, -int(np.searchsorted(alike, offset, side="right"))).tolist():
-            yield epoch, int(samples[place])
-
-    def following(self, epoch: int, shard: int) -> int | None:
-        """See `Order`."""
-        return self.order.following(epoch, shard)
-
-    def _filled(self, epoch: int) -> np.ndarray:
-        """(len(self),) global sample indices."""
-        size = len(self.order)
-        samples = np.concatenate(
-            [
-                self.order.locate(np.arange(start, min(start + LOCATED, (epoch + 1) * size)))[1]
-                for start in range(epoch * size, (epoch + 1) * size, LOCATED)
-            ]
-        )
-        batches, full_at = [], []
-        for bucket in np.unique(self.buckets).tolist():
-            places = np.flatnonzero(self.buckets[samples] == bucket)
-            missing = -len(places) % self.batch_size
-            filled = np.concatenate([places, np.resize(places, missing)]).reshape(-1, self.batch_size)
-            batches.append(samples[filled])
-            full_at.append(filled.max(axis=1))
-        return np.concatenate(batches)[np.argsort(np.concatenate(full_at), kind="stable")].ravel()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from t2i.data.bucket_order import BucketOrder
 from t2i.data.fingerprint import contents
-from t2i.data.order import BucketOrder, MixtureOrder, Order, ShardOrder
+from t2i.data.order import MixtureOrder, Order, ShardOrder
 from t2i.data.reader import SampleReader
 from t2i.data_config import DataConfig
 from t2i.errors import DataError

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from t2i.data.bucket_order import BucketOrder
 from t2i.data.buckets import assign, bucket_shapes
-from t2i.data.order import BucketOrder, MixtureOrder, ShardOrder, Stream, hash64, uniform
+from t2i.data.order import MixtureOrder, ShardOrder, Stream, hash64, uniform
 from t2i.data.stream import CaptionedStream, Part, Positions
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(any)
