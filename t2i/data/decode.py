@@ -112,6 +112,8 @@ def _reading(key: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("bomb", key, str(error)) from error
+    except Image.UnidentifiedImageError as error:  # its message holds an address, another one each time
+        raise BadSample("image", key, "not a picture in a known format") from error
     except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim
         raise BadSample("image", key, f"{type(error).__name__}: {error}") from error
 

@@ -49,27 +49,8 @@ PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
 }
 PICTURE_ENDINGS = tuple(ending for endings in PICTURE_FORMATS.values() for ending in endings)
 # Pictures, too, but none that is read: they count by name instead of being taken for something else.
-UNREAD_ENDINGS = (
-    *(
-        "heic",
-        "heif",
-        "hif",
-        "jxl",
-        "jxr",
-        "wdp",
-        "svg",
-        "svgz",
-        "eps",
-        "ps",
-        "pdf",
-        "wmf",
-        "emf",
-        "psb",
-        "exr",
-        "hdr",
-    ),
-    *("raw", "dng", "cr2", "nef", "arw"),
-)
+UNREAD = "heic heif hif jxl jxr wdp svg svgz eps ps pdf wmf emf psb exr hdr raw dng cr2 nef arw"
+UNREAD_ENDINGS = tuple(UNREAD.split())
 SAMPLE_ENDINGS = (*PICTURE_ENDINGS, *UNREAD_ENDINGS, "txt", "json")
 # Of several members such as `000.image.png` and `000.mask.png` these names say which is meant.
 MEANT = {"picture": "image", "unread": "image", "txt": "caption", "json": "metadata"}
