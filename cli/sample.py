@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from t2i.config import check
 from t2i.diffusion.config import SamplerName
-from t2i.errors import ConfigError, UserError
+from t2i.errors import UserError
 
 from . import hub
 from .arguments import parse_with_overrides
@@ -175,12 +175,13 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
     """The checkpoint's configuration with key=value changes, such as text.model=/a/local/directory."""
     if not overrides:
         return config
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(overrides))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{' '.join(overrides)} cannot be read as key=value.") from error
-    return OmegaConf.to_container(merged)  # type: ignore[return-value]
+    from .composition import explained, quoted
+
+    changed = OmegaConf.create(config)
+    with explained():
+        for parsed in OverridesParser.create().parse_overrides([quoted(each) for each in overrides]):
+            OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
+    return OmegaConf.to_container(changed)  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 
 from t2i_cli import embedded
 from t2i_cli.composition import composed_run
+from t2i_cli.sample import with_overrides
 from t2i_cli.train import quoted, sentence, validated
 
 
@@ -94,6 +95,12 @@ def test_names_and_paths_reach_every_entry_point(t2i, monkeypatch, value):
     assert seen == [(value, 17)]
     composed = composed_run(typed, str(own.parent))
     assert (composed["name"], composed["seed"]) == (value, 17)
+
+
+@pytest.mark.parametrize("value", AS_TYPED)
+def test_sample_reads_them_as_train_does(value):
+    changed = with_overrides({"text": {"model": None, "depth": 2}}, [f"text.model={value}", "text.depth=3"])
+    assert changed == {"text": {"model": value, "depth": 3}}
 
 
 def test_what_is_written_for_hydra_is_left_to_hydra():
