@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import itertools
 import json
 import os
@@ -158,7 +159,7 @@ class TableFile:
     def _open_csv(
         self, types: dict[str, pa.DataType], left_out: Counter[str], quoted: bool | None = None
     ) -> Any:
-        csv = need("pyarrow.csv", "data")
+        arrow = need("pyarrow.csv", "data")
 
         def count(row: Any) -> str:
             left_out[COLUMNS] += 1
@@ -166,22 +167,22 @@ class TableFile:
 
         if quoted is None:
             quoted = self._is_quoted
-        return csv.open_csv(
+        return arrow.open_csv(
             arrow_file(self.path),
-            csv.ReadOptions(block_size=CSV_BLOCK_BYTES, encoding=self._encoding().removesuffix("-sig")),
-            csv.ParseOptions(
+            arrow.ReadOptions(block_size=CSV_BLOCK_BYTES, encoding=self._encoding().removesuffix("-sig")),
+            arrow.ParseOptions(
                 delimiter=self._separator,
                 quote_char='"' if quoted else False,
                 newlines_in_values=quoted,
                 invalid_row_handler=count,
             ),
-            csv.ConvertOptions(column_types=types, check_utf8=False),
+            arrow.ConvertOptions(column_types=types, check_utf8=False),
         )
 
     @cached_property
     def _is_quoted(self) -> bool:
-        """Whether quotation marks hold fields together, or are text, as in a caption that begins with one. They are
-        text where a field begins with one that does not end it, and fewer rows are lost so."""
+        """Whether quotation marks hold fields together, or are text, as in a caption that begins with one. They hold
+        fields together where all that begin with one are quoted by the rules, else where fewer rows are lost so."""
         separator = self._separator
         columns = good = bad = odd = 0
         with self.path.open(encoding=self._encoding(), errors="replace") as file:
@@ -195,9 +196,19 @@ class TableFile:
                 good += 1
                 if row[0] == '"' or f'{separator}"' in row:
                     odd += any(map(_is_odd, row.split(separator)))
-        if not odd or columns == 1:
+        if not odd or columns == 1 or self._is_well_quoted():
             return True
         return bool(bad) and self._quoted_rows() + 1 >= good
+
+    def _is_well_quoted(self) -> bool:
+        csv.field_size_limit(CSV_BLOCK_BYTES)
+        with self.path.open(encoding=self._encoding(), errors="replace", newline="") as file:
+            try:
+                for _ in csv.reader(file, delimiter=self._separator, strict=True):
+                    pass
+            except csv.Error:
+                return False
+        return True
 
     def _quoted_rows(self) -> int:
         """How many rows there are if quotation marks hold fields together."""

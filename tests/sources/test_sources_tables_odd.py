@@ -54,13 +54,33 @@ def test_captions_that_begin_with_a_quotation_mark(tmp_path, suffix):
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_tables_with_quotes_of_the_format_s(tmp_path, suffix, quoting):
     """As pandas writes them."""
-    texts = [*BEGINNINGS, "a\ttab, and a comma", "two\nlines", '"quoted"\nlines,\n\t"', 'end "', "\n\nx\n"]
+    texts = [
+        "first\nof some, lines\tof text,\nx,y\tz",
+        *BEGINNINGS,
+        "a\ttab, and a comma",
+        "two\nlines",
+        '"quoted"\nlines,\n\t"',
+        'end "',
+        "\n\nx\n",
+    ]
     with (tmp_path / f"t{suffix}").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", quoting=quoting)
         writer.writerows([("path", "caption", "n"), *((f"{i}.jpg", text, i) for i, text in enumerate(texts))])
     table = opened(tmp_path / f"t{suffix}")
     assert captions(table) == texts
     assert not table.unusable
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_lines_within_quotes_may_look_like_rows(tmp_path, separator):
+    """Lines of text that have as many separators as rows have."""
+    texts = [f"one\nthree{separator} four\nfive{separator} six {i}" for i in range(9)]
+    path = tmp_path / ("t.csv" if separator == "," else "t.tsv")
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(
+            [("path", "caption"), *((i, text) for i, text in enumerate(texts))]
+        )
+    assert captions(opened(path)) == texts
 
 
 def test_one_bad_row_does_not_change_what_quotation_marks_mean(tmp_path):
