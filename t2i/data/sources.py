@@ -90,7 +90,7 @@ def without_ending(path: str) -> str:
 def stem(url: str) -> str:
     """The name of a shard without its folder and ending; "pipe" for a command."""
     address, _ = split_query(url)
-    return "pipe" if url.startswith("pipe:") else without_ending(PurePosixPath(urlparse(address).path).name)
+    return "pipe" if url.startswith("pipe:") else without_ending(PurePosixPath(address).name)
 
 
 def beside(url: str, suffix: str) -> str:

@@ -100,6 +100,8 @@ def test_what_lies_beside_it_has_the_name_of_the_plain_shard(shard, tmp_path):
         assert sources.beside(name, "_stats.json") == "a/00000_stats.json"
         assert sources.beside(f"https://host/{name}?t=1", SUFFIX) == f"https://host/a/00000{SUFFIX}?t=1"
         assert shard_name(name) == "a/00000.tar"
+        assert sources.stem(f"a#1/what?/{name}") == sources.stem(f"https://host/{name}?t=a/b.tar") == "00000"
+    assert sources.stem("a #1?.tar") == "a #1?"
     path = packed(shard(0, 4), "tar.gz")
     (tmp_path / "00000_stats.json").write_text(json.dumps({"successes": 5}))
     assert everything(opened([path]))[1] == {"missing": 1}
