@@ -1,4 +1,4 @@
-"""Which addresses a table of strangers may make this machine connect to: those of the public internet alone."""
+"""Which addresses a table of URLs may make this machine connect to: those of the public internet alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of strangers cannot make this machine ask itself or its neighbours."""
+"""A table of URLs cannot make this machine ask itself or its neighbours."""
 
 from __future__ import annotations
 
