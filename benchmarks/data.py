@@ -169,7 +169,7 @@ def start(work: Path, rounds: int) -> None:
         began = time.perf_counter()
         index([f"{many}/{name}"])
         print(f"\n{call} `t2i data index` of {MANY:,} shards: {time.perf_counter() - began:.0f} s")
-    print("\n| | seconds | CPU seconds | MiB above the imports | of the worker | shards fetched |")
+    print("\n| | seconds | CPU seconds | MiB above the imports | of the worker, in all | shards fetched |")
     print("|---|---|---|---|---|---|")
     command = [
         sys.executable,

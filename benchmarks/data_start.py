@@ -1,5 +1,5 @@
-"""A start over many shards, in a process of its own: seconds from the imports to the first batch, and the memory above
-that of the imports, of this process and of its reader.
+"""A start over many shards, in a process of its own: seconds from the imports to the first batch, the memory above that
+of the imports, and that of its reader, which holds but a part of them.
 
     python benchmarks/data_start.py '{"shards": [...], "min_original_px": 0, "bucket_step_px": null}'
 
@@ -47,7 +47,7 @@ def started(shards: list[str], min_original_px: int, bucket_step_px: int | None)
         "s": seconds,
         "cpu_s": time.process_time() - used,
         "mib": mib("VmHWM") - before,
-        "worker_mib": mib("VmHWM", worker.pid) - before,
+        "worker_mib": mib("VmHWM", worker.pid),
     }
 
 

@@ -114,7 +114,7 @@ def _index_folder(
     progress: Callable[[int], None],
 ) -> None:
     """Writes what is known of all shards of a folder. done: of those of `urls` that changed, in order"""
-    names = {url: Path(url).name for url in urls}
+    names = {url: _name(url) for url in urls}
     others = known.entries.keys() - names.values()
     gone = {other for other in others if not (folder / other).is_file()}
     if unchanged.issuperset(urls) and not gone:
@@ -190,14 +190,23 @@ class _Known:
         stops = self.index.first + self.index.samples
 
         def same(url: str) -> bool:
-            row = self.index.row_of.get(Path(url).name)
+            name = _name(url)
+            row = self.index.row_of.get(name)
             if row is None or not 0 <= int(self.index.first[row]) <= int(stops[row]) <= length:
                 return False
-            stamp = self.entries[Path(url).name].get("stamp")
+            stamp = self.entries[name].get("stamp")
             return stamp is not None and stamp == _stamp(url) and files[url].is_file()
 
+        def those(some: Sequence[str]) -> list[str]:
+            return [url for url in some if same(url)]
+
         with ThreadPoolExecutor(sources.LOOKUPS) as pool:
-            return {url for url, found in zip(urls, pool.map(same, urls), strict=True) if found}
+            pieces = [urls[start : start + 256] for start in range(0, len(urls), 256)]
+            return {url for found in pool.map(those, pieces) for url in found}
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
 
 
 def _stamp(url: str) -> list[int] | None:

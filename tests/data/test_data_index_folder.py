@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,18 @@ def test_a_start_opens_no_shard(folder, monkeypatch):
     sizes = np.concatenate(list(found.original_px()))
     assert len(sizes) == found.sizes.sum() > 0
     assert sizes.dtype == np.uint16
+
+
+def test_a_start_opens_no_compressed_shard_either(folder, monkeypatch):
+    wanted = np.concatenate(list(opened(tars(folder)).original_px()))
+    for path in map(Path, tars(folder)):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    shards = [str(path) for path in sorted(folder.glob("*.tar.gz"))]
+    index(folder, shards)
+    monkeypatch.setattr(Shards, "_opened", None)
+    monkeypatch.setattr("t2i.data.shards.open_indexed", None)
+    np.testing.assert_array_equal(np.concatenate(list(opened(shards).original_px())), wanted)
 
 
 def test_of_a_server_only_the_folders_index_is_read_before_the_first_batch(folder):
