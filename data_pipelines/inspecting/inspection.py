@@ -20,7 +20,7 @@ import numpy as np
 
 from t2i.config import TextConfig
 from t2i.data.index import ShardIndex
-from t2i.data.sources import is_local
+from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
 
 from ..ranks import leave_interrupts
@@ -147,7 +147,7 @@ def inspect_shards(
                 report.shard_samples.append(len(real))
                 keys.append(_digests(index.keys[row] for row in real if index.flaws.get(row) != "duplicate"))
                 tasks.submit(path, url, index, number)
-                if not is_local(url):
+                if not is_local(url) or path != local_path(url):
                     tasks.finish()  # before the copy goes
         tasks.finish()
     if not report.bytes:

@@ -30,6 +30,7 @@ from t2i.data.store import ShardStore, cache_folder
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i_pipelines import indexing
+from t2i_pipelines.inspecting.inspection import inspect_shards
 from t2i_pipelines.shard_metadata import local_copy, metadata_of
 
 PACKERS = {"tar.gz": gzip.compress, "tgz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}
@@ -125,6 +126,9 @@ def test_jobs_read_it(shard):
     assert not plain.exists()
     table, _ = metadata_of(str(path))
     assert table["key"].to_pylist() == [f"00000{i:04d}" for i in range(4)]
+    report = inspect_shards([str(path)], False, 2, 16, 0, 1, lambda _: None)
+    assert (report.facts.samples, report.facts.pictures, report.unreadable) == (4, 4, {})
+    assert all(tile.picture is not None for tile in report.tiles)
 
 
 def test_one_that_unpacks_to_more_than_the_cache_may_hold_is_named(tmp_path):
