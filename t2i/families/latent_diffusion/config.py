@@ -89,7 +89,7 @@ class ObjectiveConfig:
         check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SamplingConfig(GridConfig):
     """How pictures are drawn while training, and what `t2i sample` does where its flags say nothing."""
 
