@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.captions import parse_metadata
-from t2i.data.compressed import is_compressed, unpack
+from t2i.data.compressed import MAX_UNPACKED_GIB, is_compressed, unpack
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.members import member
@@ -19,6 +19,7 @@ from t2i.data.sources import SourceError, beside, copy, is_local, local_path, re
 from t2i.errors import DataError
 
 from .optional import need
+from .places import printable
 from .table_files import line, plain_type
 
 TEXT = {"key", "caption", "text", "url", "status"}  # even as bytes
@@ -36,7 +37,7 @@ def local_copy(url: str) -> Iterator[Path]:
             file = stack.enter_context(path.open("rb")) if path.is_file() else None
             if file is not None and is_compressed(file, url):
                 path = _temporary(stack)
-                unpack(file, url, path)
+                unpack(file, url, path, int(MAX_UNPACKED_GIB * 2**30))
         yield path
 
 
@@ -45,11 +46,19 @@ def _temporary(stack: contextlib.ExitStack) -> Path:
 
 
 def scan(path: Path, url: str) -> ShardIndex:
-    """What the tar at `path`, a copy of `url`, holds. Raises DataError where it cannot be read."""
+    """What the tar at `path`, a copy of `url`, holds. Raises DataError where it cannot be read, or tables and
+    selections cannot name its samples."""
     try:
-        return ShardIndex.scan(path)
+        with path.open("rb") as file:
+            index = ShardIndex.scan(url, file.fileno())
     except OSError as error:
         raise DataError(f"Shard {url} cannot be read: {error.strerror or error}.") from error
+    for key in index.keys:
+        if printable(key) != key:
+            raise DataError(
+                f"Shard {url} has a sample {key!a}, which is not UTF-8; allowed: names in UTF-8, as in tables."
+            )
+    return index
 
 
 def first_rows(index: ShardIndex) -> dict[str, int]:
@@ -127,6 +136,8 @@ def _from_members(path: Path, url: str) -> Any:
                 row["status"] = error.cause
             except UnicodeDecodeError:
                 row["status"] = "caption"
+            except OSError:  # of this sample: too large, or not what its header says
+                row["status"] = "unreadable"
             rows.append({**row, "key": key})
     names = dict.fromkeys(["key", "status", *(name for row in rows for name in row)])
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})

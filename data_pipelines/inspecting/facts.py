@@ -36,6 +36,7 @@ CAUSES = {
     "duplicate": "a member's name came before",
     "link": "a link that leads out of the tar",
     "sparse": "a sparse member",
+    "unreadable": "not to be read at its place",
 }
 
 
@@ -172,6 +173,8 @@ class _Sample:
             members = read_sample(file, self.index, self.row)
         except BadSample as error:
             return Tile(None, "", note or self.flaw(CAUSES[error.cause], error))
+        except OSError as error:
+            return Tile(None, "", note or self.flaw(CAUSES["unreadable"], error))
         caption = self._caption(members, self._metadata(members))
         if not among(tuple(members), (*PICTURE_ENDINGS, *UNREAD_ENDINGS)):
             return Tile(None, caption, self.flaw("no picture"))

@@ -137,7 +137,8 @@ def inspect_shards(
             with contextlib.ExitStack() as stack:
                 try:
                     path = stack.enter_context(local_copy(url))
-                    index = ShardIndex.scan(path)
+                    with path.open("rb") as file:
+                        index = ShardIndex.scan(url, file.fileno())
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
                     report.unreadable[url] = str(error) or type(error).__name__
                     progress(1)

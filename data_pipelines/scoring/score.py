@@ -22,7 +22,7 @@ from ..inspecting.facts import CAPTION_KEYS, read_sample
 from ..optional import arrow_file, need
 from ..places import places
 from ..ranks import Rank
-from ..shard_metadata import local_copy
+from ..shard_metadata import local_copy, scan
 from .scorer import Loaded, Scorer
 
 SUFFIX = ".scores.parquet"
@@ -72,7 +72,7 @@ def score_shards(
                         progress(1)
                         continue
                     path = stack.enter_context(local_copy(url))
-                    index = ShardIndex.scan(path)
+                    index = scan(path, url)
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
                     report.unreadable[url] = str(error) or type(error).__name__
                     progress(1)

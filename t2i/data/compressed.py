@@ -26,6 +26,7 @@ UNREAD = {
     b"7z\xbc\xaf": "7z",
 }
 MAGIC_BYTES = 6
+MAX_UNPACKED_GIB = 50.0  # a few MB can stand for more than any disk holds
 BLOCK = 8 << 20
 
 

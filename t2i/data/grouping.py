@@ -25,6 +25,7 @@ from t2i.errors import DataError
 META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own bookkeeping, never part of a sample
 MAX_EXTENSIONS = 1000
 MAX_PLACES = 10**8  # samples times extensions
+MAX_LINKS = 40  # one after the other, as Linux has it
 MAX_LOST = 100  # times the samples that are there: more stand-ins say nothing more
 
 
@@ -34,7 +35,8 @@ class Samples:
     keys: of each sample
     flaws: row -> cause
     rows, columns, offsets, sizes: of each member, its sample, its extension's number, where its data begin, and their
-        bytes; linked: positions among these of members that are read where another one lies
+        bytes; linked: positions among these of members that are read where another one lies, or whose own header has
+        another name
     extensions: lower-cased -> number, in the order of their first appearance
     """
 
@@ -48,6 +50,7 @@ class Samples:
         self._rows_of: dict[str, list[int] | int] = {}
         self._has: list[int] = []  # of each row its extensions, as bits
         self._links: list[_Link] = []
+        self._renamed: set[int] = set()  # offsets of members whose own header has another name
         self._gaps: list[_Gap] = []
         self._key: str | None = None  # of the members that come just now
         self._run: dict[int, tuple[int, int]] = {}  # extension -> offset and size
@@ -80,6 +83,8 @@ class Samples:
             self._end_run()
             self._key, self._repeats = key, repeats
         if found.isreg() and not found.issparse():
+            if "path" in found.pax_headers:
+                self._renamed.add(found.offset_data)
             self._run[column] = found.offset_data, found.size
         else:
             self._run[column] = -1 - len(self._links), 0
@@ -154,6 +159,8 @@ class Samples:
             link = self._links[-1 - offset]
             link.row, link.column = row, column
             return
+        if offset in self._renamed:
+            self.linked.append(len(self.rows))
         for values, value in zip(
             (self.rows, self.columns, self.offsets, self.sizes), (row, column, offset, size), strict=True
         ):
@@ -269,13 +276,15 @@ def _plain(name: str) -> str:
 def _followed(
     link: _Link, targets: dict[str, str | None], found: dict[str, list[tuple[int, int]]]
 ) -> tuple[int, int] | None:
-    """Offset and size of the data where links to links end; None where they lead out of the tar or in a circle.
+    """Offset and size of the data where links to links end; None where they lead out of the tar or in a circle,
+    or are too many.
     A hard link means what stands before it under a name, a symbolic one what stood there last."""
-    name, seen = link.target, set()
-    while name is not None and name not in seen:
+    name = link.target
+    for _ in range(MAX_LINKS):
+        if name is None:
+            break
         places = [place for place in found[name] if place[0] < link.offset or not link.hard]
         if places:
             return places[-1]
-        seen.add(name)
         name = targets.get(name)
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, image_bytes, stored_size
 from t2i.data.grouping import Samples
-from t2i.data.members import among
+from t2i.data.members import SAMPLE_ENDINGS, among
 from t2i.data.tar import BLOCK, members
 from t2i.errors import DataError
 
@@ -29,6 +30,7 @@ VERSION = 2  # 2: members of one key are one sample wherever they lie, links are
 MAX_MEMBER_BYTES = 512 << 20  # more than any picture that is let through has
 MAX_WASTE_BYTES = 64 << 10  # read and thrown away rather than read around
 MAX_SIDE_PX = 2**31 - 1
+MAX_INDEX_BYTES = 2 << 30  # unpacked; grouping.MAX_PLACES takes most of that
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class ShardIndex:
         without members stand in at the end, so that each counts: as many as the bytes that are lost had room for.
     file_bytes: size of the tar file; another size says that the index is out of date
     original_px: (n, 2) int32 height and width of the source pictures, 0 where unknown; None: not looked at yet
-    linked: row * E + column of members that are links to another one, at whose place they are read
+    linked: row * E + column of members that are links to another one, at whose place they are read, or that an extended
+        header gave another name
     """
 
     keys: list[str]
@@ -150,7 +153,9 @@ class ShardIndex:
             for row, key in enumerate(self.keys):
                 try:
                     size = original_size(parse_metadata(self.read(file.fileno(), row, ("json",)), key))
-                    found[row] = size or stored_size(image_bytes(self.read(file.fileno(), row), key), key)
+                    found[row] = size or stored_size(
+                        image_bytes(self.read(file.fileno(), row, SAMPLE_ENDINGS), key), key
+                    )
                 except (BadSample, OSError):
                     continue  # counted when it is read
         return replace(self, original_px=found)
@@ -180,6 +185,10 @@ class ShardIndex:
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
         """Raises DataError where `data` is not what `to_bytes` makes."""
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                unpacked = sum(each.file_size for each in packed.infolist())
+            if unpacked > MAX_INDEX_BYTES:
+                raise ValueError(f"{unpacked} bytes, allowed: {MAX_INDEX_BYTES}")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 if int(arrays["version"]) != VERSION:
                     raise ValueError(f"version {arrays['version']}, allowed: {VERSION}")

@@ -27,6 +27,7 @@ from t2i.errors import DataError
 
 T = TypeVar("T")
 TAR_ENDING = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 # Bytes asked for at once: large, because object stores charge by the request, in money and time.
 BLOCK = 8 << 20
 LOOKUPS = 32  # of local sources at a time; a network file system answers each after a while
@@ -64,12 +65,18 @@ def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
 
 
 def is_local(url: str) -> bool:
-    return ":" not in url or urlparse(url).scheme in ("", "file")
+    return ":" not in url or _scheme(url) in ("", "file")
+
+
+def _scheme(url: str) -> str:
+    """As urlparse has it, which refuses some whole addresses."""
+    before = url.partition(":")[0]
+    return before.lower() if SCHEME.fullmatch(before) else ""
 
 
 def local_path(url: str) -> Path:
     """The path of a local source."""
-    if ":" in url and urlparse(url).scheme == "file":
+    if ":" in url and _scheme(url) == "file":
         return Path(url2pathname(urlparse(url).path))
     return Path(url).expanduser() if url.startswith("~") else Path(url)
 
@@ -250,10 +257,14 @@ def _attempt(url: str, limits: Limits, call: Callable[[Any, str], T], deadline: 
     """`call(filesystem, path)`, as often as `limits` allow, with pauses of about 0.5, 1, 2, ... s between."""
     import fsspec
 
+    if "::" in url:  # only out of a file: on the command line it stands between two shards
+        raise SourceError(url, 'it has "::", which joins protocols; allowed: one')
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the package for the protocol is not there, or none knows it
-        raise SourceError(url, str(error)) from error
+    except (
+        Exception
+    ) as error:  # its package is not there, none knows it, it wants an address, it connects now ...
+        raise SourceError(url, str(error) or type(error).__name__) from error
     for attempt in range(limits.attempts):
         try:
             return within(limits.deadline_s, lambda: call(fs, path)) if deadline else call(fs, path)

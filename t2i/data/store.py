@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from t2i.data import sources
-from t2i.data.compressed import is_compressed, unpack
+from t2i.data.compressed import MAX_UNPACKED_GIB, is_compressed, unpack
 from t2i.data.sources import Limits, SourceError, within
 from t2i.errors import DataError
 from t2i.files import user_cache
@@ -40,7 +40,7 @@ class ShardStore:
     allow_pipes: whether `pipe:` sources may run; not where a source comes from a checkpoint's configuration
     """
 
-    def __init__(self, limits: Limits, max_gib: float = 50.0, allow_pipes: bool = False) -> None:
+    def __init__(self, limits: Limits, max_gib: float = MAX_UNPACKED_GIB, allow_pipes: bool = False) -> None:
         self.limits, self.max_bytes, self.allow_pipes = limits, int(max_gib * 2**30), allow_pipes
         self._wanted: queue.SimpleQueue[str] | None = None
         self._told = False

@@ -102,11 +102,24 @@ def _headers(file: IO[bytes], length: int) -> Iterator[tuple[tarfile.TarInfo, in
         except OSError:
             raise
         except Exception:  # tarfile raises nearly anything on extended headers that are not what they claim
-            position += BLOCK
+            position = _behind_zeros(file, position + BLOCK, length)
             continue
         stop = archive.offset
         yield member, stop
         position = stop if stop <= length else padded(member.offset_data)
+
+
+def _behind_zeros(file: IO[bytes], start: int, stop: int) -> int:
+    """The first block from `start` on that is not zero: an unpacked file may have gigabytes of them."""
+    file.seek(start)
+    size = BLOCK
+    while start < stop:
+        data = file.read(min(size, stop - start))
+        rest = data.lstrip(b"\0")
+        if rest or not data:
+            return start + (len(data) - len(rest)) // BLOCK * BLOCK
+        start, size = start + len(data), 1 << 20
+    return start
 
 
 def plain_member(header: bytes, offset: int) -> tarfile.TarInfo | None:
