@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i.data.captions import MAX_NESTING, is_deep
 from t2i.errors import DataError
 
 from .optional import arrow_file, need
@@ -30,6 +31,7 @@ JSON_ROWS = PARQUET_ROWS = 4_096  # read at once
 WIDER = {"null": "int64", "int64": "double"}
 CSV_CONVERSION = re.compile(r"In CSV column #(\d+):.*?conversion error to (\w+)")
 COLUMNS, NOT_JSON = "rows with another number of columns", "lines that are no JSON objects"
+NESTED = f"lines of JSON nested deeper than {MAX_NESTING}"
 NOT_UTF8, NOT_TEXT = "values that are not UTF-8", "values that are not text"
 
 
@@ -316,6 +318,9 @@ def _json_object(row: str, left_out: Counter[str]) -> dict[str, Any] | None:
         record = None
     if not isinstance(record, dict):
         left_out[NOT_JSON] += 1
+        return None
+    if is_deep(record):
+        left_out[NESTED] += 1
         return None
     return record
 

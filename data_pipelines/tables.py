@@ -156,7 +156,30 @@ def text_column(table: Table, *names: str) -> str:
 
 def json_records(table: pa.Table) -> list[dict[str, Any]]:
     """The rows in what JSON can hold: numbers that are not finite as None, dates and the like as text."""
-    return [_json_value(record) for record in table.to_pylist()]
+    columns = [map(_json_value, _values(column)) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (ValueError, KeyError, OverflowError):  # moments and zones of time that Python does not know
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    pa = need("pyarrow", "data")
+    try:
+        return scalar.as_py()
+    except (ValueError, KeyError, OverflowError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value(each) for name, each in scalar.items()}
+        if isinstance(scalar, pa.ListScalar):
+            return [_value(each) for each in scalar.values]
+        try:
+            return scalar.cast(pa.string()).as_py()
+        except pa.ArrowException:
+            return str(scalar.value)
 
 
 def _json_value(value: Any) -> Any:

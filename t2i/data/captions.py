@@ -27,17 +27,20 @@ def parse_metadata(members: Mapping[str, bytes], key: str) -> dict[str, Any]:
         raise BadSample("json", key, str(error)) from error
     if not isinstance(metadata, dict):
         raise BadSample("json", key, f"a {type(metadata).__name__} where an object was expected")
-    if text.count(b"[") + text.count(b"{") > MAX_NESTING and _depth(metadata) > MAX_NESTING:
+    if is_deep(metadata):
         raise BadSample("json", key, f"nested deeper than {MAX_NESTING}")
     return metadata
 
 
-def _depth(value: Any) -> int:
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested deeper than MAX_NESTING."""
     level, depth = [value], 0
     while level := [each for each in level if isinstance(each, (dict, list))]:
         depth += 1
+        if depth > MAX_NESTING:
+            return True
         level = [each for of in level for each in (of.values() if isinstance(of, dict) else of)]
-    return depth
+    return False
 
 
 def parse_captions(

@@ -11,8 +11,8 @@ import pytest
 
 from t2i.errors import DataError
 from t2i_pipelines import table_files
-from t2i_pipelines.table_files import COLUMNS, NOT_JSON, NOT_TEXT, NOT_UTF8
-from t2i_pipelines.tables import Table, open_table, text_column
+from t2i_pipelines.table_files import COLUMNS, NESTED, NOT_JSON, NOT_TEXT, NOT_UTF8
+from t2i_pipelines.tables import Table, json_records, open_table, text_column
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -232,3 +232,30 @@ def test_values_of_several_types(tmp_path, monkeypatch):
 def test_a_suffix_in_capitals(tmp_path):
     (tmp_path / "T.CSV").write_text("caption\na\n")
     assert captions(opened(tmp_path / "T.CSV")) == ["a"]
+
+
+def test_moments_that_python_does_not_know_are_text():
+    """Such as pandas writes, in nanoseconds."""
+    moment = pa.timestamp("ns", "UTC")
+    columns = {
+        "caption": ["a", "b"],
+        "at": pa.array([1, None], moment),
+        "far": pa.array([2**62, 0], pa.timestamp("s")),
+        "took": pa.array([1, 2_000], pa.duration("ns")),
+        "nowhere": pa.array([0, None], pa.timestamp("us", "No/Where")),
+        "nested": pa.array([[{"at": 1}], None], pa.list_(pa.struct([("at", moment)]))),
+    }
+    first, second = json_records(pa.table(columns))
+    assert first["at"] == "1970-01-01 00:00:00.000000001Z"
+    assert first["nested"] == [{"at": "1970-01-01 00:00:00.000000001Z"}]
+    assert (first["took"], second["took"]) == ("1", "0:00:00.000002")
+    assert (second["at"], second["nested"], second["far"]) == (None, None, "1970-01-01 00:00:00")
+    json.dumps([first, second])
+
+
+def test_lines_that_are_nested_too_deep_count(tmp_path):
+    nested = [{"caption": "x", "d": json.loads("[" * depth + "]" * depth)} for depth in (49, 50, 400)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, nested)) + '\n{"caption": "plain"}\n')
+    table = opened(tmp_path / "t.jsonl")
+    assert captions(table) == ["x", "plain"]
+    assert table.unusable == {NESTED: 2}
