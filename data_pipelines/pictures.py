@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from PIL import ExifTags, Image
 
-from t2i.data.decode import BadSample, decode_image, open_image, resize
+from t2i.data.decode import decode_image, open_image, reading, resize
 
 Extension: TypeAlias = Literal["jpg", "png", "webp"]
 KEPT: dict[str, Extension] = {
@@ -79,15 +79,9 @@ def _encoded(picture: Image.Image, extension: Extension) -> bytes:
 
 def _header(data: bytes, key: str) -> tuple[str, tuple[int, int], str | None]:
     """Format, size and EXIF tags."""
-    try:
+    with reading(key):
         image = open_image(data)
-    except Image.DecompressionBombError as error:
-        raise BadSample("bomb", key, str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("image", key, "not a picture in a known format") from error
-    except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not what they claim
-        raise BadSample("image", key, f"{type(error).__name__}: {error}") from error
-    return image.format or "", image.size, _exif(image)
+        return image.format or "", image.size, _exif(image)
 
 
 def _exif(image: Image.Image) -> str | None:

@@ -62,7 +62,7 @@ def open_image(data: bytes) -> Image.Image:
     if not data.endswith(TGA_SIGNATURE):
         formats.remove("TGA")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS stands in its place
+        warnings.simplefilter("ignore")  # of size, where MAX_PIXELS stands in its place
         return Image.open(io.BytesIO(data), formats=formats)
 
 
@@ -77,7 +77,7 @@ def decode_image(
     Of an animation, the first frame. Raises BadSample: "bomb" for more than `max_pixels`, "aspect" for a strip, else
     "image" for whatever is wrong with the bytes.
     """
-    with _reading(key):
+    with reading(key):
         image, transposed = _opened(data, key, max_pixels)
         original = (image.width, image.height) if transposed else (image.height, image.width)
         if size_px is not None:
@@ -89,7 +89,7 @@ def decode_image(
 
 def stored_size(data: bytes, key: str) -> tuple[int, int]:
     """(height, width) of a picture by its header, after EXIF orientation. Raises BadSample as `decode_image`."""
-    with _reading(key):
+    with reading(key):
         image, transposed = _opened(data, key, MAX_PIXELS)
         return (image.width, image.height) if transposed else (image.height, image.width)
 
@@ -105,9 +105,12 @@ def _opened(data: bytes, key: str, max_pixels: int) -> tuple[Image.Image, bool]:
 
 
 @contextmanager
-def _reading(key: str) -> Iterator[None]:
+def reading(key: str) -> Iterator[None]:
+    """BadSample in the place of what Pillow raises. What it warns of, and reads all the same, is not shown."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except BadSample:
         raise
     except Image.DecompressionBombError as error:

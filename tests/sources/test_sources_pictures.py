@@ -12,7 +12,7 @@ import pytest
 from picture_server import encoded
 from PIL import Image
 
-from t2i.data.decode import BadSample
+from t2i.data.decode import BadSample, decode_image
 from t2i_pipelines.pictures import prepare
 
 
@@ -58,3 +58,11 @@ def test_pictures_that_are_refused():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     with pytest.raises(BadSample, match="not a picture in a known format"):  # Pillow would start Ghostscript
         prepare(postscript, "k")
+
+
+def test_what_pillow_has_to_say_of_a_picture_that_it_reads_is_not_shown(recwarn):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, "PNG", exif=b"II*\0\xff\xff\xff\xff" + bytes(10))
+    assert prepare(buffer.getvalue(), "a").width == 20
+    assert decode_image(buffer.getvalue(), "a")[1] == (10, 20)
+    assert not recwarn.list
