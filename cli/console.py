@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
+
+from .trouble import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +21,16 @@ if TYPE_CHECKING:
 
 # Lightning starts the further processes of a run with LOCAL_RANK set: only the first one speaks.
 is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+class _Plain(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """All texts pass here, those of tables too. A line that is printed stays one."""
+        return super().render_str(one_line(text), **options)
+
+
 # Paths, captions and messages are printed as they are: no [brackets] for styles, no :names: for emoji.
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not is_first_process)
+console = _Plain(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not is_first_process)
 if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file that this terminal cannot show
     sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -60,7 +60,9 @@ def _leave(verb: str, sentence: str, code: int) -> None:
     if os.environ.get("T2I_TRACEBACK"):
         raise
     if code != STOPPED or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"t2i {verb}: {sentence}", file=sys.stderr)
+        from .trouble import one_line
+
+        print(f"t2i {verb}: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

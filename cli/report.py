@@ -51,5 +51,6 @@ def run(arguments: list[str]) -> None:
         return draw_with_bar(generator, request, batch_size=64)
 
     page = write_report(Path(options.out), autoencoder, runs, reconstruct, draw_prompts)
-    console.print((page.parent / "report.json").read_text().rstrip())
+    for line in (page.parent / "report.json").read_text().splitlines():
+        console.print(line)
     console.print(f"The report is {page}")

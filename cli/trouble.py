@@ -6,6 +6,9 @@ import re
 
 from t2i.errors import UserError, system_sentence
 
+# What moves a terminal's cursor, colours it, breaks a line or turns its direction; names and captions may hold any.
+CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
 # Of a RuntimeError's text; what is left over is a fault of the code, and shown with its traceback.
 KNOWN = (
     (r"out of memory", "The GPU's memory is not enough; a smaller batch takes less"),
@@ -24,6 +27,11 @@ KNOWN = (
         "Another process of this run ended or cannot be reached; look for what it said",
     ),
 )
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters spelt, such as `\\n` and `\\x1b`."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def sentence_of(error: Exception) -> str | None:

@@ -31,6 +31,27 @@ def test_texts_are_printed_as_they_are(text, capsys):
     assert said[-1] == f"{text} is gone"
 
 
+def test_control_characters_are_spelt_and_a_line_stays_one(capsys):
+    text = "a\x1b[31m\nb\r\x07\x9b2J\u202ec\té"
+    spelt = r"a\x1b[31m\nb\r\x07\x9b2J\u202ec"
+    console.print(text)
+    table = Table("head", text)
+    table.add_row(text, "x")
+    console.print(table, width=200)
+    say_what_is_logged()
+    logging.getLogger("t2i.data").warning("%s", text)
+    said = capsys.readouterr().out
+    assert said.count(spelt) == 4
+    assert not any(character in said for character in "\x1b\r\x07\x9b\u202e")
+
+
+def test_an_error_is_one_line_whatever_it_names():
+    command = [sys.executable, "-m", "t2i_cli.main", "data", "pack", "a\nb\x1b[31m.csv", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "t2i data: a\\nb\\x1b[31m.csv does not exist.\n"
+
+
 def test_every_job_names_a_folder_in_brackets(tmp_path, capsys):
     from t2i_cli.data.index import run as index
     from t2i_cli.data.inspect import run as inspect
