@@ -53,6 +53,10 @@ def run(arguments: list[str]) -> None:
         console.print(f"Of the table, not read: {count:,} {cause}")
     for cause, count in sorted(counts.items()):
         console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)")
+    if counts["private_address"] and not options.allow_private_addresses:
+        console.print(
+            "Of this machine or a private network: --allow-private-addresses fetches them, to another folder"
+        )
     if report.fetched:
         rate, mib = report.fetched / report.seconds, report.fetched_bytes / (1 << 20)
         console.print(

@@ -185,3 +185,14 @@ def test_the_command_refuses_unless_told(server, tmp_path, capsys):
     assert not server.calls
     run([str(table), str(tmp_path / "out"), "--allow-private-addresses"])
     assert "1 of 1 pictures are in 1 shards" in capsys.readouterr().out
+
+
+def test_it_is_said_how_private_addresses_are_fetched(server, tmp_path, capsys):
+    from t2i_cli.data.download import run
+
+    (tmp_path / "t.csv").write_text(f"url,caption\nhttp://127.0.0.1:{server.port}/ok/1,a\n")
+    run([str(tmp_path / "t.csv"), str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "Left out, private_address: 1" in said
+    assert "--allow-private-addresses fetches them" in said
+    assert not server.calls
