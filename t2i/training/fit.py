@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from t2i.config import RunConfig, check, run_to_dict
+from t2i.config import RunConfig, check, parse_run, run_to_dict
 from t2i.data.encoded import Record, check_same
 from t2i.data.sources import Limits
 from t2i.errors import CheckpointError, ConfigError
@@ -190,7 +190,7 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
         "logger",
         "sampling",
     }
-    saved, said = run_folder.read_config(folder), run_folder.as_saved(run_to_dict(config))
+    saved, said = _config_of(folder, type(config.model)), run_folder.as_saved(run_to_dict(config))
     for key in sorted(said.keys() - free):
         if saved.get(key) != said[key]:
             name, was, now = _difference(key, saved.get(key), said[key])
@@ -198,6 +198,17 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
                 f"{folder} was trained with {name}={was}, this command says {name}={now}; resume "
                 f"needs the run's own command. To start a new run from its weights use init_from={folder}."
             )
+
+
+def _config_of(folder: Path, model_class: type) -> dict[str, Any]:
+    """The configuration that a run was made with. What it does not say, as an older version had no such key, has its
+    default. Raises CheckpointError where it cannot be read."""
+    try:
+        return run_folder.as_saved(run_to_dict(parse_run(run_folder.read_config(folder), model_class)))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{folder}/config.yaml is not one that this version can resume: {error}"
+        ) from error
 
 
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:

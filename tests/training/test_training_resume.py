@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from t2i.errors import CheckpointError
@@ -150,3 +151,24 @@ def test_a_checkpoint_of_before_fingerprints_is_taken(whole, compose_run, train,
     del state["ShardData"], state["t2i"]["skipped_steps"]
     torch.save(state, path)
     assert train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest")).images_seen == 32
+
+
+def test_what_the_configuration_of_an_older_version_lacks_has_its_default(
+    whole, compose_run, train, tmp_path
+):
+    cut = copied(whole, tmp_path)
+    path = cut / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    for lacking in (saved, saved["data"], saved["optimizer"]):
+        for key in ("allow_other_shards", "max_bad_share", "muon_scale"):
+            lacking.pop(key, None)
+    path.write_text(yaml.safe_dump(saved))
+    longer = (*ARGUMENTS, "trainer.num_images=40", f"runs_dir={tmp_path}", "resume=latest")
+    assert train(compose_run(*longer)).images_seen == 40
+    with pytest.raises(CheckpointError, match=r"data\.max_bad_share=0\.01, this command says .*=0\.5"):
+        train(compose_run(*longer, "data.max_bad_share=0.5"))
+    path.write_text(yaml.safe_dump(saved | {"of_another_version": 1}))
+    with pytest.raises(
+        CheckpointError, match=r"config\.yaml is not one .* of_another_version is not a known key"
+    ):
+        train(compose_run(*longer))
