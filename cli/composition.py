@@ -10,6 +10,8 @@ from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml.error import MarkedYAMLError
+from yaml.reader import ReaderError
 
 from t2i.errors import ConfigError
 from t2i.schema import check
@@ -17,6 +19,18 @@ from t2i.schema import check
 from .train_help import groups
 
 COMMA = r",(?![^{}]*\})"  # outside of braces
+# Keys whose values are names and paths: there "5" and "true" are text, too.
+TEXTS = {
+    *("name", "runs_dir", "init_from", "resume", "autoencoder"),
+    *(
+        "text.model",
+        "text.weights",
+        "perceptual.weights",
+        "data.encoded",
+        "data.shards",
+        "data.heldout_shards",
+    ),
+}
 
 
 def composed_run(
@@ -43,8 +57,15 @@ def composed_run(
                 )
             composed = hydra.compose("train", overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True)
+    check_experiment(values)
     check_pipes(values, overrides)
     return values
+
+
+def check_experiment(values: dict[str, Any]) -> None:
+    """Raises ConfigError where the file of an experiment says nothing of the run itself."""
+    allowed = "a file with keys, whose first line is '# @package _global_'"
+    check("experiment" not in values, "experiment", values.get("experiment"), allowed)
 
 
 def check_pipes(values: dict[str, Any], overrides: list[str]) -> None:
@@ -86,6 +107,14 @@ def explained(config_dir: str | None = None) -> Iterator[None]:
         yield
     except OverrideParseException as error:
         raise ConfigError(f"{error.override!r} cannot be read as key=value.") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a file of configuration"
+        raise ConfigError(f"{place}, cannot be read as YAML: {error.problem}.") from error
+    except (UnicodeDecodeError, ReaderError) as error:
+        raise ConfigError(
+            f"A file of configuration in {config_dir} cannot be read as text in UTF-8: {error.reason}."
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         if unknown := re.search(r"Could not find 'experiment/([^']*)'", str(error)):
             check(False, "experiment", unknown[1], ", ".join(experiments(config_dir)))
@@ -115,13 +144,18 @@ def quoted(argument: str, sweep: bool = False) -> str:
         return argument
     if key == "resolution" and re.fullmatch(r"\d+(,\d+)*", value):
         return f"{key}=" + ",".join(f"'{size}'" for size in value.split(","))
+    parts = re.split(COMMA, value) if sweep else [value]
+    if key.lstrip("+") in TEXTS and any(map(_is_number, parts)):
+        return f"{key}=" + ",".join(
+            _in_quotes(part) if _is_number(part) else _as_text(part) for part in parts
+        )
     if _readable(value, sweep) or not _readable("", key=key):
         return argument
     if in_list := re.fullmatch(r"\[([^\[\]]*)\]", value):
         return f"{key}=[{','.join(map(_as_text, re.split(COMMA, in_list[1])))}]"
     if value.count("[") != value.count("]"):
         return argument  # an unfinished list
-    return f"{key}=" + ",".join(map(_as_text, re.split(COMMA, value) if sweep else [value]))
+    return f"{key}=" + ",".join(map(_as_text, parts))
 
 
 def _readable(value: str, sweep: bool = False, key: str = "name") -> bool:
@@ -135,12 +169,25 @@ def _readable(value: str, sweep: bool = False, key: str = "name") -> bool:
     return sweep or not parsed.is_sweep_override()
 
 
+def _is_number(value: str) -> bool:
+    """Whether Hydra's grammar makes a number or a truth value of it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return _readable(value) and isinstance(
+        OverridesParser.create().parse_override(f"name={value}").value(), int | float
+    )
+
+
 def _as_text(value: str) -> str:
     """In quotes, unless the grammar reads it without, in a list too."""
+    plain = _readable(value) and _readable(f"[{value}]")
+    return value if plain else _in_quotes(value)
+
+
+def _in_quotes(value: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    plain = _readable(value) and _readable(f"[{value}]")
-    return value if plain else QuotedString(text=value, quote=Quote.single).with_quotes()
+    return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def sentence(error: Exception) -> str:
@@ -156,5 +203,7 @@ def sentence(error: Exception) -> str:
         return f"{missing[1]} does not exist; allowed for {missing[2]}: {', '.join(missing[3].split())}."
     if needed := re.search(r"You must specify '([^']*)'.*Available options:\s*(.*)", text, re.DOTALL):
         return f"{needed[1]} is not given; allowed: {', '.join(needed[2].split())}, as in {needed[1]}=..."
+    if key := getattr(error, "full_key", None):
+        return f"{key}: {text.splitlines()[0].strip()}."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__

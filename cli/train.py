@@ -16,7 +16,7 @@ from t2i.errors import ConfigError, UserError
 from t2i.schema import check
 
 from . import hub
-from .composition import check_pipes, explained, quoted, sentence
+from .composition import check_experiment, check_pipes, explained, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> None:
     flags.add_argument("--config-dir", "-cd", nargs="?")
     flags.add_argument("--multirun", "-m", action="store_true")
     own, _ = flags.parse_known_args(arguments)
+    arguments = flags_last(arguments)
     typed = sys.argv
     program = (
         "t2i" if COMPLETION & set(arguments) else "t2i train"
@@ -69,6 +70,18 @@ def run(arguments: list[str]) -> None:
         sys.argv = typed
     if failed:
         raise failed[0]
+
+
+def flags_last(arguments: list[str]) -> list[str]:
+    """Hydra's parser takes flags before or after all key=value, and not between them."""
+    with_value = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+    with_value |= {"--config-dir", "-cd", "--experimental-rerun"}
+    flags, overrides = list[str](), list[str]()
+    for argument in arguments:
+        before = flags[-1] if flags else ""
+        is_value = before in with_value or (before in ("--info", "-i") and "=" not in argument)
+        (flags if is_value or argument.startswith("-") else overrides).append(argument)
+    return overrides + flags
 
 
 def train(composed: DictConfig) -> None:
@@ -128,6 +141,7 @@ def out_of_memory(config: RunConfig) -> str:
 def validated(composed: DictConfig) -> RunConfig:
     """The typed configuration, its embedded data in place. Raises ConfigError."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
+    check_experiment(values)
     return typed_run(values)
 
 

@@ -119,6 +119,28 @@ def test_multirun_takes_each_of_several_names(t2i, monkeypatch):
     assert seen == ["it's", "{0,1}.tar", "b c"]
 
 
+@pytest.mark.parametrize("value", ["5", "20241126", "1e3", "0.5", "true", "nan"])
+def test_names_may_look_like_numbers(t2i, monkeypatch, value):
+    composed = composed_run(["stage=ldm", *(f"{key}={value}" for key in ("name", "runs_dir", "autoencoder"))])
+    assert [composed[key] for key in ("name", "runs_dir", "autoencoder")] == [value] * 3
+    assert composed_run(["stage=ldm", "seed=5"])["seed"] == 5
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.name))
+    assert t2i("train", "stage=ldm", f"name={value},b c,null", "-m").code == 0
+    assert seen == [value, "b c", None]
+
+
+def test_flags_may_stand_between_key_and_value_pairs(t2i, monkeypatch):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/tiny.yaml").write_text("# @package _global_\nseed: 17\n")
+    seen = []
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append((composed.name, composed.seed)))
+    assert t2i("train", "stage=ldm", "--config-dir", "mine", "experiment=tiny", "-m", "name=a,b").err == ""
+    assert seen == [("a", 17), ("b", 17)]
+    result = t2i("train", "stage=ldm", "--cfg", "job", "seed=3", "-p", "trainer", "trainer.devices=2")
+    assert (result.code, yaml.safe_load(result.out)["devices"]) == (0, 2)
+
+
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
 def test_cfg_job_prints_the_composition(t2i, size):
     result = t2i("train", "stage=ldm", f"resolution={size}", "trainer.devices=2", "--cfg", "job")
