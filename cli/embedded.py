@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i.files import user_cache
+from t2i.schema import check
 
 from .console import console
 
@@ -43,6 +44,10 @@ def with_embedded_data(config: RunConfig) -> RunConfig:
     source = config.data.source
     if source is None:
         return config
+    for key, own in {"shards": "shards", "heldout_shards": "shards", "mixture": "mixture"}.items():
+        given = getattr(config.data, key)
+        allowed = f"nothing with data={source}, which has pictures of its own; your own need data={own}"
+        check(given is None or given == {}, f"data.{key}", given, allowed)
     if source == "emoji" and not folder_of("emoji").is_dir():
         print(
             "t2i train: the emoji are not made yet (`t2i data make emoji` fetches them by npm); "

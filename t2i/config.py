@@ -218,6 +218,9 @@ class RunConfig:
         check(
             name is None or name.casefold() != "latest", "name", name, "other names: that link is made by t2i"
         )
+        for key in ("init_from", "resume"):
+            place = getattr(self, key)
+            check(place != "", key, place, "a run, or null (an empty variable of the shell?)")
         length = 0 if name is None else len(name.encode(errors="surrogateescape"))
         check(length <= MAX_NAME_BYTES, "name", name, f"{MAX_NAME_BYTES} bytes at most (this has {length})")
 

@@ -88,6 +88,21 @@ CASES = {
     "not key=value": (("stage=ldm", "trainer"), ("trainer",)),
     "unreadable": (("stage=ldm", "trainer.batch_size=[1"), ("trainer.batch_size=[1", "key=value")),
     "unknown reference": (("stage=ldm", "name=${nobody}"), ("nobody",)),
+    "nothing to start from": (("stage=ldm", "data=shapes", "init_from="), ("init_from", "''", "null")),
+    "nothing to go on with": (("stage=ldm", "data=shapes", "resume="), ("resume", "''", "null")),
+    "nothing to build on": (("stage=ldm", "data=shapes", "autoencoder="), ("autoencoder", "''", "latest")),
+    "own shards beside shapes": (
+        ("stage=ldm", "data=shapes", "data.shards=mine.tar"),
+        ("data.shards", "'mine.tar'", "data=shapes", "data=shards"),
+    ),
+    "own shards beside the default": (
+        ("stage=autoencoder", "data.heldout_shards=[mine.tar]"),
+        ("data.heldout_shards", "mine.tar", "data=emoji", "data=shards"),
+    ),
+    "a mixture beside shapes": (
+        ("stage=ldm", "data=shapes", "+data.mixture.a={shards: a.tar}"),
+        ("data.mixture", "a.tar", "data=mixture"),
+    ),
     "folder of experiments absent": (("--config-dir=nowhere", "stage=ldm"), ("nowhere",)),
 }
 
@@ -146,3 +161,27 @@ def test_in_a_real_process(tmp_path):
     (sentence,) = result.stderr.splitlines()
     assert "trainer.batch_size is 0" in sentence
     assert list((tmp_path / "here").iterdir()) == []
+
+
+BROKEN = {
+    "unfinished": (b"a: [b", ("broken.yaml, line", "YAML")),
+    "said twice": (b"a: 1\na: 2\n", ("broken.yaml, line 2", "duplicate key a")),
+    "a command": (b'a: !!python/object/apply:os.system ["touch here"]', ("broken.yaml, line 1", "os.system")),
+    "no text": (b"\xff\xfe\x00", ("mine", "UTF-8")),
+    "empty": (b"", ("experiment is {}", "# @package _global_")),
+    "without its first line": (b"seed: 1\n", ("experiment is {'seed': 1}", "# @package _global_")),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_broken_file_of_configuration(t2i, verb, content, words):
+    own = Path("mine/experiment")
+    own.mkdir(parents=True)
+    (own / "broken.yaml").write_bytes(content)
+    sentence = t2i(
+        verb, "--config-dir=mine", "stage=ldm", "experiment=broken", *(["cluster=a100x8"] * (verb == "plan"))
+    ).sentence
+    for word in words:
+        assert word in sentence
+    assert list(Path().iterdir()) == [Path("mine")]

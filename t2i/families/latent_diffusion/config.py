@@ -122,4 +122,10 @@ class Config:
     mask_padding: bool = True
 
     def __post_init__(self) -> None:
+        check(
+            self.autoencoder != "",
+            "autoencoder",
+            "",
+            "latest, a run or a file (an empty variable of the shell?)",
+        )
         check_objective(self.objective.prediction, self.schedule)
