@@ -80,12 +80,27 @@ class Record:
             record = cls(Preparation(size_px, how["bucket_step_px"], how["max_aspect"]), **values)
             if not isinstance(record.autoencoder, str) or not isinstance(record.text, str | None):
                 raise ValueError("its hashes are not text")
+            prepared = record.preparation
+            if not isinstance(prepared.bucket_step_px, int | None) or not isinstance(
+                prepared.max_aspect, int | float
+            ):
+                raise ValueError("its preparation is not in numbers")
+            if not isinstance(record.made_by, dict) or not isinstance(record.flip, bool):
+                raise ValueError("its made_by or flip is of another kind")
             return record
         except SourceError as error:
             raise DataError(
                 f"data.encoded names {folder}, which `t2i data encode` has not made: {error}"
             ) from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise DataError(f"{place} is not a record of `t2i data encode`: {error}.") from error
 
 

@@ -5,6 +5,7 @@ Every read has a deadline and a bounded number of attempts, so that nothing here
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import random
@@ -110,12 +111,20 @@ def read_bytes(url: str, limits: Limits | None = None) -> bytes:
     """All of a small source. Raises SourceError."""
     if is_local(url):
         try:
-            return within((limits or Limits()).deadline_s, local_path(url).read_bytes)
+            return within((limits or Limits()).deadline_s, lambda: _content(local_path(url)))
         except OSError as error:
             raise _source_error(url, error) from error
     if url.startswith("pipe:"):
         raise ValueError("a pipe is copied, not read")
     return _attempt(url, limits or Limits(), lambda fs, path: fs.cat_file(path))
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not (
+        path.is_file() or path.is_dir()
+    ):  # a named pipe would wait, and /dev/zero never ends
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_bytes()
 
 
 def size(url: str, limits: Limits | None = None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from open_shards import QUICK, everything, opened
 
 from t2i.data import index as index_module
 from t2i.data import sources
+from t2i.data.encoded import RECORD, VERSION, Record
 from t2i.data.grouping import MAX_LINKS
 from t2i.data.index import ShardIndex
 from t2i.data.tar import members
@@ -50,6 +52,41 @@ def test_an_address_that_no_library_takes_is_a_source_that_cannot_be_read(url):
     assert not sources.is_local(url)
     with pytest.raises(sources.SourceError, match="cannot be read"):
         sources.size(url, QUICK)
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(sources.SourceError, match="it is no file"):
+            sources.read_bytes(str(tmp_path / name), QUICK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preparation": {"size_px": [float("inf"), 2], "bucket_step_px": None, "max_aspect": 2}},
+        {"preparation": {"size_px": [64, 64], "bucket_step_px": "a", "max_aspect": 2}},
+        {"preparation": {"size_px": [64, 64], "bucket_step_px": None, "max_aspect": "q"}},
+        {"made_by": []},
+        {"flip": "no"},
+    ],
+)
+def test_a_record_of_other_kinds_is_none(change, tmp_path):
+    good = {
+        "version": VERSION,
+        "preparation": {"size_px": [64, 64], "bucket_step_px": None, "max_aspect": 2.0},
+        "autoencoder": "a",
+        "text": None,
+        "made_by": {},
+        "flip": False,
+        "dtype": "float16",
+    }
+    (tmp_path / RECORD).write_text(json.dumps(good))
+    assert Record.read(str(tmp_path), QUICK).preparation.size_px == (64, 64)
+    (tmp_path / RECORD).write_text(json.dumps(good | change))
+    with pytest.raises(DataError, match="is not a record of"):
+        Record.read(str(tmp_path), QUICK)
 
 
 def test_protocols_are_not_joined(tmp_path):

@@ -262,3 +262,14 @@ def test_mixed_formats_are_said_and_another_call_goes_on_with_the_same_format_on
     assert "formats are mixed" not in capsys.readouterr().out
     with pytest.raises(DataError, match="was not packed from these rows with these options"):
         run([str(mixed), str(tmp_path / "png")])
+
+
+def test_captions_that_are_no_files_are_not_read(tmp_path):
+    """A link to /dev/zero never ends, and a named pipe waits for whoever writes to it."""
+    for name in ("good", "zeros", "pipe", "folder", "gone"):
+        picture(tmp_path / f"in/{name}.png", "a" if name == "good" else None)
+    (tmp_path / "in/zeros.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    (tmp_path / "in/folder.txt").mkdir()
+    report = pack(rows_of(tmp_path / "in"), tmp_path / "out", 10, lambda _: None)
+    assert (report.packed, report.failed) == (1, {"caption": 4})
