@@ -121,7 +121,7 @@ def _caption_beside(path: Path) -> str:
     if not place.exists():  # beside IMG.JPG from a system where case does not count
         place = path.with_suffix(".TXT")
     if not place.is_file():  # a named pipe would wait, and /dev/zero never ends
-        raise FileNotFoundError(f"{place.name} is not there, or no file")
+        raise FileNotFoundError(f"{path.stem}.txt is not there, or no file")
     return place.read_text("utf-8-sig")
 
 
