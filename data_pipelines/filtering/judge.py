@@ -56,8 +56,9 @@ class Judge:
         """(n,) bool: which rows of the Arrow table meet all rules; the others are tallied.
         name: where the table comes from. Raises DataError where it lacks a column, or a value does not suit a rule."""
         connection = self._connection
-        connection.register("given", table)
+        table = _without_halves(table)
         try:
+            connection.register("given", table)
             if table.schema not in self._queries:
                 self._queries[table.schema] = self._query(table.schema, name)
             verdicts = connection.execute(self._queries[table.schema]).fetchnumpy()["verdict"]
@@ -128,6 +129,15 @@ class Judge:
             for number, rule in enumerate(rules)
         )
         return f"SELECT (CASE {cases} ELSE {KEPT} END)::INTEGER AS verdict FROM (SELECT {source} FROM given)"
+
+
+def _without_halves(table: Any) -> Any:
+    """duckdb knows no half precision, in which scores may be."""
+    pa = need("pyarrow", "data")
+    for at, field in enumerate(table.schema):
+        if pa.types.is_float16(field.type):
+            table = table.set_column(at, field.name, table[at].cast(pa.float32()))
+    return table
 
 
 def _columns(schema: Any) -> dict[str, str]:

@@ -376,3 +376,24 @@ def test_text_of_every_type_in_a_shards_table(tmp_path, kind):
     parquet.write_table(pa.table({"key": pa.array([b"\xff"])}), tmp_path / "0.parquet")
     with pytest.raises(DataError, match=r"0\.parquet is not a parquet file that can be read: Invalid UTF8"):
         metadata_of(str(tmp_path / "0.tar"))
+
+
+def test_scores_of_half_precision_are_compared_and_kept_as_they_are(tmp_path):
+    scores = pa.array([0.25, None, float("nan"), 0.75], pa.float16())
+    parquet.write_table(pa.table({"caption": list("abcd"), "score": scores}), tmp_path / "t.parquet")
+    report = filter_table(
+        str(tmp_path / "t.parquet"), tmp_path / "o.parquet", [Rule("s", "score > 0.5")], lambda *_: None
+    )
+    assert (report.kept, report.tallies[1].removed, report.tallies[1].unknown) == (1, 1, 2)
+    assert parquet.read_table(tmp_path / "o.parquet").to_pylist() == [{"caption": "d", "score": 0.75}]
+    assert parquet.read_schema(tmp_path / "o.parquet").field("score").type == pa.float16()
+
+
+def test_a_column_that_the_rules_cannot_see_is_one_sentence(tmp_path):
+    nested = pa.array([[0.5]], pa.list_(pa.float16()))
+    parquet.write_table(pa.table({"caption": ["a"], "scores": nested}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="The rules cannot be applied to"):
+        filter_table(
+            str(tmp_path / "t.parquet"), tmp_path / "o.parquet", [Rule("c", "caption = 'a'")], lambda *_: None
+        )
+    assert [each.name for each in tmp_path.iterdir()] == ["t.parquet"]
