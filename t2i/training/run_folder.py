@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
@@ -109,12 +111,17 @@ def as_saved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run, as a plain mapping."""
+    """The resolved configuration of a run, as a plain mapping. Raises CheckpointError where there is none."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a run folder: it has no config.yaml.")
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be read as a run's configuration: {reason}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be read as a run's configuration: it holds no keys.")
     return {str(key): value for key, value in values.items()}
 
 
@@ -140,9 +147,12 @@ def write_summary(folder: Path, complete: bool, images_seen: int, seconds: float
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What `write_summary` wrote; empty for a run that was never stopped in order."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What `write_summary` wrote; empty for a run that was never stopped in order, and where it cannot be read."""
+    try:
+        found = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def runs(runs_dir: str | Path, stage: str) -> list[Path]:

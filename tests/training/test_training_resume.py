@@ -172,3 +172,18 @@ def test_what_the_configuration_of_an_older_version_lacks_has_its_default(
         CheckpointError, match=r"config\.yaml is not one .* of_another_version is not a known key"
     ):
         train(compose_run(*longer))
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- a", b"text", b""])
+def test_a_configuration_that_is_damaged(whole, compose_run, train, tmp_path, content):
+    cut = copied(whole, tmp_path)
+    (cut / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.yaml (cannot be read as|is not one that)"):
+        train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
+
+
+def test_a_damaged_summary_is_written_anew(whole, compose_run, train, tmp_path):
+    cut = copied(whole, tmp_path)
+    (cut / "summary.json").write_text("{")
+    assert train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest")).complete
+    assert run_folder.read_summary(cut)["images_seen"] == 32
