@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from t2i.schema import check
+
 
 def run(arguments: list[str]) -> None:
     """Parses, checks, converts under a progress bar, and says what was assumed."""
     options = parser().parse_args(arguments)
+    for name, given in {"SOURCE": options.source, "OUT": options.out}.items():
+        check(given != "", name, given, "the name of a folder or of a file")
     # Heavy imports only now: a wrong flag is reported at once.
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

@@ -22,6 +22,7 @@ MAX_SEED = 2**64 - 1  # of torch.Generator
 def run(arguments: list[str]) -> None:
     """Parses, loads, draws, writes PNGs and says where."""
     options, overrides = parse_with_overrides(parser(), arguments)
+    check(options.checkpoint != "", "--checkpoint", "", "a run folder or a file of weights")
     image_is_there = options.image is None or Path(options.image).is_file()
     check(image_is_there, "--image", options.image, "a picture file that exists")
     check_numbers(options)

@@ -34,6 +34,8 @@ def sources() -> None:
     ("arguments", "words"),
     [
         (("absent", "out"), ("absent", "does not exist")),
+        (("", "out"), ("SOURCE is ''",)),
+        (("other.ckpt", ""), ("OUT is ''",)),
         (("text.ckpt", "out"), ("text.ckpt", "cannot be read")),
         (("text.safetensors", "out"), ("text.safetensors", "cannot be read as safetensors")),
         (("evil.ckpt", "out"), ("evil.ckpt", "without running code")),

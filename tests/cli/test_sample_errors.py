@@ -23,6 +23,7 @@ PROMPT = ("sample", "--prompt", "a red circle")
         ((), ("runs/ldm", "no trained run", "--checkpoint")),
         (("--runs-dir", "elsewhere"), ("elsewhere/ldm",)),
         (("--checkpoint", "absent"), ("absent", "does not exist")),
+        (("--checkpoint", ""), ("--checkpoint is ''",)),
         (("--checkpoint", "absent.safetensors"), ("absent.safetensors", "does not exist")),
         (("--checkpoint", "."), ("holds no checkpoint",)),
         (("nonsense",), ("'nonsense'", "key=value")),
