@@ -140,14 +140,16 @@ def _from_members(path: Path, url: str) -> Any:
                 row["status"] = "unreadable"
             rows.append({**row, "key": key})
     names = dict.fromkeys(["key", "status", *(name for row in rows for name in row)])
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    return pa.table({printable(name): _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> Any:
-    """Lists and objects, and values of several types, as JSON text."""
+    """Lists and objects, values of several types and numbers beyond 64 bits as JSON text; ? for halves of characters,
+    which JSON can spell."""
     pa = need("pyarrow", "data")
+    values = [printable(value) if isinstance(value, str) else value for value in values]
     if not any(isinstance(value, list | dict) for value in values):
-        with contextlib.suppress(pa.ArrowException):
+        with contextlib.suppress(pa.ArrowException, OverflowError):
             return pa.array(values)
     return pa.array(
         [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]

@@ -208,3 +208,21 @@ def test_inspect_counts_a_sample_that_cannot_be_read_and_goes_on(tmp_path):
     facts, _ = look_at(path, "00000.tar", index, False, set(), 16)
     assert (facts.samples, facts.pictures) == (3, 2)
     assert facts.causes == {"not to be read at its place": 1}
+
+
+def test_metadata_that_arrow_cannot_hold_as_it_is(tmp_path):
+    odd = [
+        '{"caption": "a \\ud800"}',
+        '{"\\udc00": 1}',
+        '{"n": 1' + "0" * 30 + "}",
+        '{"n": 2}',
+        '{"n": [1e999]}',
+    ]
+    samples = {f"k{at}": {**good_members(at), "json": text.encode()} for at, text in enumerate(odd)}
+    table, _ = metadata_of(str(tar_of(tmp_path / "00000.tar", samples)))
+    assert table["status"].to_pylist() == ["success"] * len(odd)
+    assert table["caption"][0].as_py() == "a ?"
+    assert table["n"].to_pylist() == [None, None, "1" + "0" * 30, "2", "[Infinity]"]
+    samples.popitem()
+    table, _ = metadata_of(str(tar_of(tmp_path / "00000.tar", samples)))
+    assert table["n"].to_pylist() == [None, None, "1" + "0" * 30, "2"]
