@@ -17,6 +17,7 @@ from .composition import composed_run
 if TYPE_CHECKING:
     from t2i.config import RunConfig
 
+MAX_NODES = 1_000_000
 CACHED = ("none", "latents", "text", "both")
 
 
@@ -115,7 +116,8 @@ def sweep_nodes(given: str | None) -> list[int] | None:
         return None
     key, _, listed = given.partition("=")
     counts = [int(count) if count.isdecimal() else 0 for count in listed.split(",")]
-    check(key == "nodes" and min(counts) >= 1, "--sweep", given, "nodes= and whole numbers of 1 or more")
+    ok = key == "nodes" and min(counts) >= 1 and max(counts) <= MAX_NODES
+    check(ok, "--sweep", given, f"nodes= and whole numbers of 1 or more, up to {MAX_NODES:,}")
     return sorted(set(counts))
 
 

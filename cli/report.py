@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.schema import check
 
 
 def run(arguments: list[str]) -> None:
@@ -31,10 +32,12 @@ def run(arguments: list[str]) -> None:
     last = Path(options.checkpoint) if options.checkpoint else run_folder.newest_run(options.runs_dir, "ldm")
     if last is None:
         raise UserError(f"{options.runs_dir}/ldm holds no trained run to report on.")
+    config = run_folder.read_config(last)
+    check(config.get("stage") == "ldm", "--checkpoint", str(last), "a run of stage=ldm")
     runs = [last]
     while earlier := run_folder.read_config(runs[0])["init_from"]:
         runs.insert(0, Path(earlier))
-    autoencoder = Path(run_folder.read_config(last)["autoencoder"])
+    autoencoder = Path(config["autoencoder"])
 
     def reconstruct(folder: Path, images: Tensor) -> Tensor:
         loaded = checkpoint.load(run_folder.weights_file(folder))

@@ -47,6 +47,7 @@ CASES = {
     "cached text that learns": ((*PLANNED, "--cached", "both"), ("--cached", "'text'", "trained")),
     "sweep of something": ((*PLANNED, "--sweep", "gpus=8"), ("--sweep", "'gpus=8'", "nodes=")),
     "sweep of nothing": ((*PLANNED, "--sweep", "nodes=1,x"), ("--sweep", "nodes=1,x")),
+    "sweep of too much": ((*PLANNED, "--sweep", f"nodes={10**20}"), ("--sweep", "1,000,000")),
     "a folder that is not there": (
         (*PLANNED, "--sweep", "nodes=1", "--out", "no/a.png"),
         ("--out", "no/a.png"),
