@@ -22,9 +22,9 @@ def run(arguments: list[str]) -> None:
 
     chosen = Options(options.to, options.dtype, options.ema, options.prediction, options.text, options.vae)
     conversion = prepare(Path(options.source), Path(options.out), chosen)
-    console.print(f"Reading {options.source}: {conversion.parts.kind}", markup=False)
+    console.print(f"Reading {options.source}: {conversion.parts.kind}")
     for note in conversion.parts.notes:
-        console.print(note, markup=False)
+        console.print(note)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("weights", total=conversion.num_bytes)
@@ -32,7 +32,6 @@ def run(arguments: list[str]) -> None:
     gigabytes = conversion.num_bytes / 1e9
     console.print(
         f"Wrote {options.out}: {conversion.to}, {conversion.dtype}, {gigabytes:.2f} GB of weights",
-        markup=False,
     )
 
 

@@ -91,9 +91,8 @@ def run(arguments: list[str]) -> None:
             console.print(
                 f"{flag} has {counter.count(text)} tokens, of which the text encoder takes {counter.max_tokens}: "
                 f"{cut!r} is left out.",
-                markup=False,
             )
-    console.print(f"Drawing with {path}", markup=False)
+    console.print(f"Drawing with {path}")
     draw_files_with_bar(generator, request, options.batch_size, Path(options.out), recipe)
 
 
@@ -167,7 +166,6 @@ def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
     for run in passed_over:
         console.print(
             f"Passed over {run}, which did not come to its end: --checkpoint {run} draws with it.",
-            markup=False,
         )
     return run_folder.weights_file(newest)
 

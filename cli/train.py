@@ -109,7 +109,7 @@ def train(composed: DictConfig) -> None:
             f"Stopped and saved: {result.folder} ({rate}). To go on: the same command with resume=latest"
         )
     if config.logger.wandb == "offline":
-        console.print(f"To bring it to wandb: {sync_command(result.folder)}", markup=False)
+        console.print(f"To bring it to wandb: {sync_command(result.folder)}")
 
 
 def out_of_memory(config: RunConfig) -> str:
