@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
     from t2i.training.fit import FitResult
 
+# A shell starts what runs in its background with Ctrl-C ignored, and processes hand that on: tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("without_clock", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("without_clock")
