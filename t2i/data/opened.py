@@ -64,7 +64,7 @@ class OpenShards(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._open
 
-    def get(self, key: Key, name: str, open_now: Callable[[], Opened]) -> Opened:
+    def get(self, key: Key, name: Callable[[], str], open_now: Callable[[], Opened]) -> Opened:
         """The shard, or why it could not be opened. name: for the sample that such a failure is counted as"""
         found = self._open.get(key)
         if found is not None and (found.failure is None or time.monotonic() - found.since_s < RETRY_S):
@@ -73,11 +73,11 @@ class OpenShards(Generic[Key]):
         try:
             return self._keep(key, open_now())
         except SourceError as error:
-            return self.fail(key, name, "missing" if error.missing else "unreadable", str(error))
+            return self.fail(key, name(), "missing" if error.missing else "unreadable", str(error))
         except DataError as error:
-            return self.fail(key, name, "damaged", str(error))
+            return self.fail(key, name(), "damaged", str(error))
         except OSError as error:
-            return self.fail(key, name, "unreadable", str(error))
+            return self.fail(key, name(), "unreadable", str(error))
 
     def close(self) -> None:
         """Closes what is open; what could not be opened is still left alone."""

@@ -233,7 +233,7 @@ class Shards:
             return BadSample("unreadable", key, f"{self.url(shard)}: {error}")
 
     def _opened(self, shard: int) -> Opened:
-        return self._open.get(shard, _stem(self.url(shard)), lambda: self._open_now(shard))
+        return self._open.get(shard, lambda: _stem(self.url(shard)), lambda: self._open_now(shard))
 
     def _open_now(self, shard: int) -> Opened:
         self._prefetched.discard(shard)
