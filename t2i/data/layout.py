@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from t2i.data.index import MAX_WASTE_BYTES, ShardIndex
+from t2i.data.mapped import Mapped
 from t2i.data.members import among
 from t2i.data.tar import BLOCK
 
 MAX_READ_BYTES = 64 << 20
 
+# What of a tar header is looked at.
+HEADER = np.dtype(
+    {"names": ["name", "size"], "formats": ["S100", ("u1", 11)], "offsets": [0, 124], "itemsize": BLOCK}
+)
+OCTAL_SHIFTS = 3 * np.arange(10, -1, -1)
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # only Linux has it
 
 
@@ -36,6 +44,7 @@ class Layout:
     rows: (n,) of the index, the samples; -1 for what is not there
     endings: of the members that are wanted, see `members.among`; None: all
     prefix: see `Opened`
+    mapped: the shard's bytes, whose headers are then all looked at now
     """
 
     def __init__(
@@ -46,17 +55,18 @@ class Layout:
         endings: tuple[str, ...] | None,
         prefix: str = "",
         bare: str | tuple[str, ...] = "",
+        mapped: Mapped | None = None,
     ) -> None:
-        self.endings, self._prefix, self._bare = endings, prefix, bare
+        self.endings, self.mapped, self._prefix, self._bare = endings, mapped, prefix, bare
         self._file, self._keys = file, index.keys
-        self._readable = file >= 0 and NOWAIT > 0
+        data = None if mapped is None else mapped.data
         offsets, sizes = index.offsets[rows], index.sizes[rows]
         there = offsets >= 0
         patterns, pattern = np.ones((1, there.shape[1]), dtype=bool), np.zeros(len(rows), dtype=np.int64)
         if not there.all():
             patterns, pattern = np.unique(there, axis=0, return_inverse=True)
         # Of each sample: its row and its pattern; where its read starts, and how long it is, 0 for those that are not
-        # read here; and of each wanted member, where it lies in what was read, and its size.
+        # read here; and of each wanted member, where its bytes begin and end in what was read, or mapped.
         records = np.zeros((len(rows), 4 + 2 * there.shape[1]), dtype=np.int64)
         records[:, 0], records[:, 1] = rows, pattern
         self._wanted = []
@@ -64,24 +74,44 @@ class Layout:
             extensions = tuple(e for e, is_there in zip(index.extensions, present, strict=True) if is_there)
             meant = frozenset(extensions) if endings is None else among(extensions, endings)
             columns = [column for column, e in enumerate(index.extensions) if e in meant]
-            self._wanted.append(
-                [(index.extensions[c], f".{index.extensions[c]}\0".encode()) for c in columns]
-            )
+            self._wanted.append([(index.extensions[c], 4 + 2 * i) for i, c in enumerate(columns)])
             here = np.flatnonzero((pattern == number) & (rows >= 0))
             if columns and len(here):
                 laid_out = _laid_out(offsets[here][:, columns], sizes[here][:, columns], index.file_bytes)
+                if data is not None:
+                    laid_out[:, 2:] += laid_out[:, :1]
+                    keys = [index.keys[row] for row in rows[here].tolist()]
+                    for column in columns:
+                        name = f".{index.extensions[column]}"
+                        as_indexed = _are_headers(
+                            data, keys, name, offsets[here, column], sizes[here, column]
+                        )
+                        laid_out[~as_indexed, 1] = 0
                 records[here, 2 : 2 + laid_out.shape[1]] = laid_out
-        records[np.isin(rows, [*index.flaws, *index.repeated]), 3] = 0
-        self._records, self._width = memoryview(records.ravel()), records.shape[1]  # type: ignore[arg-type]
+        unread = np.isin(rows, [*index.flaws, *index.repeated])
+        records[unread | (mapped is None and (file < 0 or not NOWAIT)), 3] = 0
+        self._record = struct.Struct(f"{records.shape[1]}q")
+        self._records = records.tobytes()
 
     def read(self, place: int) -> Raw | None:
         """A sample whose bytes are at hand; None for any other, and for whatever is not as it should be."""
-        at = self._width * place
-        if not self._readable:
+        if not self._records:  # of a shard that could not be opened
             return None
-        row, pattern, start, length, *places = self._records[at : at + self._width]
-        if not length:
+        record = self._record.unpack_from(self._records, self._record.size * place)
+        if not record[3]:
             return None
+        key = self._keys[record[0]]
+        members: dict[str, bytes] | None = None
+        if self.mapped is None:
+            members = self._read_now(key, record)
+        elif (data := self.mapped.data) is not None:
+            members = {extension: data[record[i] : record[i + 1]] for extension, i in self._wanted[record[1]]}
+        if members is None:
+            return None
+        return Raw(key if key.startswith(self._bare) else self._prefix + key, key, members)
+
+    def _read_now(self, key: str, record: tuple[int, ...]) -> dict[str, bytes] | None:
+        start, length = record[2:4]
         data = _own.buffer
         if length > len(data):
             data = _own.buffer = bytearray(2 * length)
@@ -92,18 +122,18 @@ class Layout:
                 return None
         except OSError:
             return None
-        key = self._keys[row]
         name = key.encode("utf-8", "surrogateescape")
         members = {}
-        i = 0
-        for extension, ending in self._wanted[pattern]:
-            at, size = places[i], places[i + 1]
-            i += 2
+        for extension, i in self._wanted[record[1]]:
+            at, end = record[i : i + 2]
             # The header of the member, as nearly all programs write it.
-            if not data.startswith(name + ending, at - BLOCK) or data[at - 388 : at - 377] != b"%011o" % size:
+            header = f".{extension}\0".encode()
+            if not data.startswith(name + header, at - BLOCK) or data[at - 388 : at - 377] != b"%011o" % (
+                end - at
+            ):
                 return None
-            members[extension] = bytes(view[at : at + size])
-        return Raw(key if key.startswith(self._bare) else self._prefix + key, key, members)
+            members[extension] = bytes(view[at:end])
+        return members
 
 
 class _Own(threading.local):
@@ -125,5 +155,22 @@ def _laid_out(offsets: np.ndarray, sizes: np.ndarray, file_bytes: int) -> np.nda
     one_read = (length <= MAX_READ_BYTES) & (waste <= MAX_WASTE_BYTES) & (start + length <= file_bytes)
     found = np.empty((len(offsets), 2 + 2 * offsets.shape[1]), dtype=np.int64)
     found[:, 0], found[:, 1] = start, np.where(one_read, length, 0)
-    found[:, 2::2], found[:, 3::2] = offsets - start[:, None], sizes
+    found[:, 2::2] = offsets - start[:, None]
+    found[:, 3::2] = found[:, 2::2] + sizes
     return found
+
+
+def _are_headers(
+    data: mmap.mmap, keys: list[str], ending: str, offsets: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """(n,) whether the headers before these offsets are those of members named by key and ending, with these sizes, as
+    nearly all programs write them."""
+    blocks = np.frombuffer(data, HEADER, len(data) // BLOCK)
+    at = offsets // BLOCK - 1
+    there = (offsets % BLOCK == 0) & (at >= 0) & (at < len(blocks)) & (offsets + sizes <= len(data))
+    at = np.where(there, at, 0)
+    names = f"{ending}\0".join([*keys, ""]).encode("utf-8", "surrogateescape").split(b"\0")[:-1]
+    if len(names) != len(keys):  # one has a zero byte in it
+        return np.zeros(len(keys), dtype=bool)
+    same_size = ((sizes[:, None] >> OCTAL_SHIFTS & 7) == blocks["size"][at] ^ ord("0")).all(axis=1)
+    return there & same_size & (blocks["name"][at] == np.array(names, dtype="S101"))

@@ -44,6 +44,7 @@ class CaptionedImages(Dataset):
         self._bad: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # a key for each cause
         self._say = FewOfEach(log)
+        self._read_from: dict[str, set[tuple[int, int]]] = {}  # epochs and shards of the last batch of a part
 
     def __len__(self) -> int:
         """Positions in an epoch of all parts together."""
@@ -145,10 +146,14 @@ class CaptionedImages(Dataset):
     def _prefetch(self, part: Part, epochs: np.ndarray, indices: np.ndarray) -> None:
         """Brings the shards closer that come after those of a batch."""
         shards, _ = part.reader.places(indices)
-        for epoch, shard in dict.fromkeys(zip(epochs.tolist(), shards.tolist(), strict=True)):
+        before, here = self._read_from.get(part.name), set(zip(epochs.tolist(), shards.tolist(), strict=True))
+        if here == before:
+            return
+        for epoch, shard in sorted(here):
             following = part.order.following(epoch, shard)
             if following is not None:
                 part.reader.shards.prefetch(following)
+        self._read_from[part.name] = here
 
     def _count_bad(self, part: Part, error: BadSample) -> None:
         self._bad[error.cause] += 1

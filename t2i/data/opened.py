@@ -15,6 +15,7 @@ from t2i.data import sources
 from t2i.data.decode import BadSample
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.layout import Layout
+from t2i.data.mapped import Mapped, map_file
 from t2i.data.scans import keep_scan, kept_scan
 from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore, read_ahead
@@ -31,7 +32,8 @@ Key = TypeVar("Key", int, str)
 class Opened:
     """An open shard. rows: of its index, those that belong to the dataset, in order; -1 where one is not there.
     file: closed when nobody holds it any more, so that a read that comes too late reads nothing else
-    prefix: what makes its keys unique among the shards, but for those that begin with `bare`, which are as they are"""
+    prefix: what makes its keys unique among the shards, but for those that begin with `bare`, which are as they are
+    whole: its bytes, where they are mapped"""
 
     index: ShardIndex
     rows: np.ndarray
@@ -40,13 +42,19 @@ class Opened:
     since_s: float = 0.0
     prefix: str = ""
     bare: str | tuple[str, ...] = ""
+    whole: Mapped | None = None
     layout: Layout | None = None
 
-    def laid_out(self, endings: tuple[str, ...] | None) -> Layout:
-        """Where the members lie that `endings` mean."""
+    def laid_out(self, endings: tuple[str, ...] | None, deadline_s: float) -> Layout:
+        """Where the members lie that `endings` mean. To be asked for each batch: a shard that has changed since it was
+        mapped is read sample by sample from then on."""
+        if self.layout is None and self.file is not None:
+            self.whole = map_file(self.file.fileno(), deadline_s)
+        elif self.whole is not None and not self.whole.holds():
+            self.whole = self.layout = None
         if self.layout is None or self.layout.endings is not endings:
             file = -1 if self.file is None else self.file.fileno()
-            self.layout = Layout(file, self.index, self.rows, endings, self.prefix, self.bare)
+            self.layout = Layout(file, self.index, self.rows, endings, self.prefix, self.bare, self.whole)
         return self.layout
 
 

@@ -169,7 +169,8 @@ class Shards:
         """The samples at (shard, place in it), or why they cannot be read; of their members those meant by
         `endings` where that is given. A shard that is silent for the deadline counts as unreadable."""
         opened = {shard: self._opened(shard) for shard in dict.fromkeys(shard for shard, _ in places)}
-        read = {shard: each.laid_out(endings).read for shard, each in opened.items()}
+        deadline_s = self.store.limits.deadline_s
+        read = {shard: each.laid_out(endings, deadline_s).read for shard, each in opened.items()}
         answers: list[Raw | BadSample | None] = [read[shard](place) for shard, place in places]
         late = [i for i, answer in enumerate(answers) if answer is None]
         for i, answer in zip(late, self._wait_for([places[i] for i in late], opened, endings), strict=True):

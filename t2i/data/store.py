@@ -66,9 +66,7 @@ class ShardStore:
         for attempt in range(self.limits.attempts + 1):
             path = self.path(url)
             try:
-                if not within(self.limits.deadline_s, path.is_file):  # else opening a named pipe would wait
-                    raise FileNotFoundError
-                return within(self.limits.deadline_s, lambda path=path: path.open("rb", buffering=0))  # type: ignore[misc]
+                return within(self.limits.deadline_s, partial(_open_file, path))
             except FileNotFoundError:
                 if sources.is_local(url) or attempt == self.limits.attempts:
                     raise SourceError(url, "", missing=sources.is_local(url)) from None
@@ -175,6 +173,12 @@ class ShardStore:
             if path != but:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _open_file(path: Path) -> IO[bytes]:
+    if not path.is_file():  # else opening a named pipe would wait
+        raise FileNotFoundError
+    return path.open("rb", buffering=0)
 
 
 def read_ahead(file: IO[bytes]) -> None:

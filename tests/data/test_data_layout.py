@@ -15,9 +15,10 @@ import pytest
 from data_samples import good_members
 from open_shards import everything, opened
 
-from t2i.data import layout
+from t2i.data import layout, mapped
 from t2i.data.index import ShardIndex
 from t2i.data.layout import Layout
+from t2i.data.mapped import map_file
 from t2i.data.members import SAMPLE_ENDINGS
 from t2i.data.sources import within
 
@@ -48,13 +49,21 @@ def mixed(tmp_path):
     return path
 
 
+@pytest.fixture
+def unmapped(monkeypatch):
+    """As on a file system that asks a server."""
+    monkeypatch.setattr(mapped, "LOCAL", ())
+
+
 @needs_nowait
+@pytest.mark.parametrize("is_mapped", [True, False])
 @pytest.mark.parametrize("endings", [None, SAMPLE_ENDINGS, ("txt",)])
-def test_what_is_read_at_once_is_what_the_index_reads(mixed, endings):
+def test_what_is_read_at_once_is_what_the_index_reads(mixed, endings, is_mapped):
     index = ShardIndex.scan(mixed)
     rows = np.array([5, 0, 1, -1, 2, 3, 4, 6, 7, 8])
     with mixed.open("rb") as file:
-        at_hand = Layout(file.fileno(), index, rows, endings)
+        whole = map_file(file.fileno(), 5) if is_mapped else None
+        at_hand = Layout(file.fileno(), index, rows, endings, mapped=whole)
         found = [at_hand.read(place) for place in range(len(rows))]
         for row, raw in zip(rows.tolist(), found, strict=True):
             if raw is not None:
@@ -67,7 +76,7 @@ def test_what_is_read_at_once_is_what_the_index_reads(mixed, endings):
 
 
 @needs_nowait
-def test_nothing_is_handed_to_a_thread_where_the_bytes_are_at_hand(shard, monkeypatch):
+def test_nothing_is_handed_to_a_thread_where_the_bytes_are_at_hand(shard, monkeypatch, unmapped):
     shards = opened([shard(0, 4), shard(1, 4)])
     wanted = everything(shards)
     monkeypatch.setattr("t2i.data.shards.within", None)
@@ -77,7 +86,7 @@ def test_nothing_is_handed_to_a_thread_where_the_bytes_are_at_hand(shard, monkey
 
 
 @pytest.mark.parametrize("refusal", [errno.EAGAIN, errno.EOPNOTSUPP, "part"])
-def test_what_is_not_at_hand_is_waited_for(shard, monkeypatch, refusal):
+def test_what_is_not_at_hand_is_waited_for(shard, monkeypatch, unmapped, refusal):
     shards = opened([shard(0, 4), shard(1, 4)])
     wanted = everything(shards)
     asked = []

@@ -141,6 +141,7 @@ def test_a_shard_that_is_late_is_left_and_what_comes_late_changes_nothing(shard,
 
     monkeypatch.setattr(ShardIndex, "read", slow)
     monkeypatch.setattr("t2i.data.layout.NOWAIT", 0)  # as if nothing were at hand
+    monkeypatch.setattr("t2i.data.mapped.LOCAL", ())
     places = [(s, i) for i in range(4) for s in (1, 0)]
     found = shards.read(places)
     assert back.wait(5)
