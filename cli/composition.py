@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
+from t2i.config import RECIPE
 from t2i.errors import ConfigError
 from t2i.schema import check
 
@@ -21,7 +23,7 @@ from .train_help import groups
 COMMA = r",(?![^{}]*\})"  # outside of braces
 # Keys whose values are names and paths: there "5" and "true" are text, too.
 TEXTS = {
-    *("name", "runs_dir", "init_from", "resume", "autoencoder"),
+    *("name", "runs_dir", "init_from", "resume", "builds_on.codec"),
     *(
         "text.model",
         "text.weights",
@@ -42,7 +44,6 @@ def composed_run(
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     overrides = [quoted(override) for override in overrides]
     if config_dir is not None:
@@ -56,10 +57,34 @@ def composed_run(
                     f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
                 )
             composed = hydra.compose("train", overrides)
-        values: Any = OmegaConf.to_container(composed, resolve=True)
+        return checked(composed, overrides)
+
+
+def checked(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """The plain values of a composition, interpolations resolved. Raises ConfigError for what no stage can mean.
+
+    overrides: key=value as the command line has them
+    """
+    values: Any = OmegaConf.to_container(composed, resolve=True)
     check_experiment(values)
+    check_recipe(composed, overrides)
     check_pipes(values, overrides)
     return values
+
+
+def check_recipe(composed: DictConfig, overrides: list[str]) -> None:
+    """Raises ConfigError where a key of the resolution's recipe is given and nothing in the composition refers to
+    it: it would change nothing."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    referred = set(_texts(OmegaConf.to_container(composed, resolve=False)))
+    for given in OverridesParser.create().parse_overrides(overrides):
+        group, _, key = given.key_or_group.partition(".")
+        if group == "resolution" and key in RECIPE and f"${{resolution.{key}}}" not in referred:
+            raise ConfigError(
+                f"{given.key_or_group}={given.value()} would change nothing: nothing in this run refers to it; "
+                f"`t2i train stage={composed.get('stage')} --cfg job` prints the keys that count."
+            )
 
 
 def check_experiment(values: dict[str, Any]) -> None:

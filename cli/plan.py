@@ -130,4 +130,4 @@ def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig
     if values["data"]["shards"] == MISSING:
         values["data"]["shards"] = "unread.tar"  # a plan reads no pictures
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
-    return parse_run(values, families.load(values["family"], "config").Config), cluster
+    return parse_run(values, families.get(values["family"]).load_config()), cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.schema import check
@@ -37,19 +38,19 @@ def run(arguments: list[str]) -> None:
     runs = [last]
     while earlier := run_folder.read_config(runs[0])["init_from"]:
         runs.insert(0, Path(earlier))
-    autoencoder = Path(config["autoencoder"])
+    autoencoder = Path(config["builds_on"]["codec"])
 
     def reconstruct(folder: Path, images: Tensor) -> Tensor:
         loaded = checkpoint.load(run_folder.weights_file(folder))
-        codec = families.load(loaded.config["family"], "codec").from_checkpoint(loaded.config).eval()
+        codec: Any = families.get(loaded.config["family"]).load_codec()(loaded.config).eval()
         checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
         with torch.inference_mode():
             return torch.cat([codec.decode(codec.encode(part)) for part in images.split(32)])
 
     def draw_prompts(folder: Path, prompts: list[str]) -> Tensor:
         loaded = checkpoint.load(run_folder.weights_file(folder))
-        generator = families.load(loaded.config["family"], "generator").Generator(loaded)
-        request = SampleRequest.by_default(prompts, generator.default_size_px, generator.defaults)
+        generator = families.get(loaded.config["family"]).load_generator()(loaded, None)
+        request = SampleRequest.of_size(prompts, generator.default_size_px)
         console.print(f"Drawing {len(prompts)} prompts with {folder}")
         return draw_with_bar(generator, request, batch_size=64)
 

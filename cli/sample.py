@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-from t2i.config import check
+from t2i.config import check, parse_run
 from t2i.diffusion.config import SamplerName
 from t2i.errors import UserError
 
@@ -33,10 +33,9 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from t2i import families
-    from t2i.config import TextConfig
     from t2i.generation.text_to_image import check_folder, read_image
     from t2i.interfaces import SampleRequest
-    from t2i.schema import parse
+    from t2i.schema import to_dict
     from t2i.text.tokens import token_counter
     from t2i.training import checkpoint
 
@@ -47,23 +46,21 @@ def run(arguments: list[str]) -> None:
     path = weights_path(options.checkpoint, options.runs_dir)
     check_folder(Path(options.out))
     loaded = checkpoint.load(path)
-    loaded.config = with_overrides(loaded.config, overrides)
-    text = loaded.config.get("text")
-    if isinstance(text, dict) and text.get("allow_download") is True:
+    loaded.config = with_overrides(loaded.config, [*sampling_flags(options), *overrides])
+    family = loaded.config.get("family")
+    text = parse_run(loaded.config, families.get(family).load_config()).model.text_encoder()
+    if text is not None and text.allow_download:
         hub.allow()
-    family = loaded.config["family"]
-    try:
-        module = families.load(family, "generator")
-    except ModuleNotFoundError as error:
-        if error.name != f"t2i.families.{family}.generator":
-            raise
+    record = families.get(family)
+    if record.generator is None:
+        drawing = ", ".join(families.stages_with("generator"))
         raise UserError(
-            f"{path} is of the family {family}, which draws nothing for prompts; give an ldm run."
-        ) from error
-    generator = module.Generator(loaded, device=options.device)
+            f"{path} is of the family {family}, which draws nothing for prompts; allowed: a run of stage {drawing}."
+        )
+    generator = record.load_generator()(loaded, options.device)
     count = options.num_images
     size_px = options.height or generator.default_size_px, options.width or generator.default_size_px
-    recipe = {"checkpoint": str(path)}
+    recipe: dict[str, Any] = {"checkpoint": str(path), "sampling": to_dict(generator.sampling)}
     image = None
     if options.image is not None:
         recipe["image"] = options.image
@@ -73,25 +70,22 @@ def run(arguments: list[str]) -> None:
         seeds=[options.seed + i for _ in options.prompt for i in range(count)],
         height_px=size_px[0],
         width_px=size_px[1],
-        steps=options.steps or generator.defaults.steps,
-        sampler=options.sampler or generator.defaults.sampler,
-        guidance_scale=generator.defaults.guidance_scale
-        if options.guidance_scale is None
-        else options.guidance_scale,
         negative_prompt=options.negative_prompt,
         image=image,
         strength=0.8 if options.strength is None else options.strength,
     )
-    counter = token_counter(parse(TextConfig, loaded.config["text"], "text."))
-    for flag, text in [
+    given = [
         *(("--prompt", prompt) for prompt in options.prompt),
         ("--negative-prompt", options.negative_prompt),
-    ]:
-        if cut := counter.cut(text):
-            console.print(
-                f"{flag} has {counter.count(text)} tokens, of which the text encoder takes {counter.max_tokens}: "
-                f"{cut!r} is left out.",
-            )
+    ]
+    if text is not None:
+        counter = token_counter(text)
+        for flag, words in given:
+            if cut := counter.cut(words):
+                console.print(
+                    f"{flag} has {counter.count(words)} tokens, of which the text encoder takes {counter.max_tokens}: "
+                    f"{cut!r} is left out.",
+                )
     console.print(f"Drawing with {path}")
     draw_files_with_bar(generator, request, options.batch_size, Path(options.out), recipe)
 
@@ -117,6 +111,12 @@ def check_numbers(options: argparse.Namespace) -> None:
     check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
 
 
+def sampling_flags(options: argparse.Namespace) -> list[str]:
+    """The flags that stand for the family's own options, as key=value."""
+    given = {name: getattr(options, name) for name in ("steps", "sampler", "guidance_scale")}
+    return [f"sampling.{name}={value}" for name, value in given.items() if value is not None]
+
+
 def is_unicode(text: str) -> bool:
     """False for what was typed in another encoding: Python then has surrogates in the place of its bytes."""
     try:
@@ -137,10 +137,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--negative-prompt", default="", help="what guidance moves away from")
     made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
     made.add_argument("--strength", type=float, help="how far from --image, above 0 to 1; default: 0.8")
-    made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest ldm run")
-    made.add_argument("--steps", type=int, help="denoiser calls per picture")
-    made.add_argument("--sampler", metavar="NAME", help=", ".join(get_args(SamplerName)))
-    made.add_argument("--guidance-scale", type=float, help="1: no guidance")
+    made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest run that draws")
+    made.add_argument("--steps", type=int, help="denoiser calls per picture: sampling.steps")
+    made.add_argument(
+        "--sampler", metavar="NAME", help=f"sampling.sampler: {', '.join(get_args(SamplerName))}"
+    )
+    made.add_argument("--guidance-scale", type=float, help="sampling.guidance_scale; 1: no guidance")
     made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     made.add_argument("--num-images", type=int, default=4, help="per prompt")
     made.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
@@ -154,15 +156,18 @@ def parser() -> argparse.ArgumentParser:
 
 def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
     """The weights to draw with."""
+    from t2i import families
     from t2i.training import run_folder
 
     from .console import console
 
     if checkpoint is not None:
         return run_folder.weights_file(checkpoint)
-    newest, passed_over = run_folder.newest_finished(runs_dir, "ldm")
+    stages = families.stages_with("generator")
+    newest, passed_over = run_folder.newest_finished(runs_dir, stages)
     if newest is None:
-        raise UserError(f"{runs_dir}/ldm holds no trained run: train one, or give --checkpoint RUN or FILE.")
+        folders = " and ".join(f"{runs_dir}/{stage}" for stage in stages)
+        raise UserError(f"There is no trained run in {folders}: train one, or give --checkpoint RUN or FILE.")
     for run in passed_over:
         console.print(
             f"Passed over {run}, which did not come to its end: --checkpoint {run} draws with it.",

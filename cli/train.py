@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError, UserError
 from t2i.schema import check
 
 from . import hub
-from .composition import check_experiment, check_pipes, explained, quoted, sentence
+from .composition import checked, explained, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def run(arguments: list[str]) -> None:
     def task(composed: DictConfig) -> None:
         sys.argv = typed
         try:
-            overrides = list(HydraConfig.get().overrides.task)
-            check_pipes(OmegaConf.to_container(composed, resolve=True), overrides)  # type: ignore[arg-type]
-            train(composed)
+            train(checked(composed, list(HydraConfig.get().overrides.task)))
         except OmegaConfBaseException as error:
             failed.append(ConfigError(sentence(error)))
         except Exception as error:  # raised below, apart from what Hydra itself raises
@@ -84,9 +82,9 @@ def flags_last(arguments: list[str]) -> list[str]:
     return overrides + flags
 
 
-def train(composed: DictConfig) -> None:
-    """One run, from Hydra's composition on."""
-    config = validated(composed)
+def train(values: dict[str, Any]) -> None:
+    """One run, of the plain values that were composed."""
+    config = typed_run(values)
     # Heavy imports only now: a wrong key is reported at once.
     import torch
 
@@ -98,7 +96,7 @@ def train(composed: DictConfig) -> None:
 
     say_what_is_logged()
     try:
-        result = fit(config, families.load(config.family, "stage").Stage, console)
+        result = fit(config, families.get(config.family).load_stage(config.stage), console)
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(config)) from error
     rate = f"{result.images_seen} images, {result.seconds:.0f} s of training"
@@ -116,6 +114,7 @@ def out_of_memory(config: RunConfig) -> str:
     """What the plan says of this batch on this GPU, and what would fit."""
     import torch
 
+    from t2i.config import run_to_dict
     from t2i.planning.fits import what_fits
     from t2i.planning.model import build_model
     from t2i.training import checkpoint, run_folder
@@ -128,7 +127,7 @@ def out_of_memory(config: RunConfig) -> str:
     )
     try:
         check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
-        place = config.model.autoencoder
+        place = run_to_dict(config)["builds_on"]["codec"]
         if place == "latest":
             place = str(run_folder.newest_run(config.runs_dir, "autoencoder"))
         loaded = checkpoint.load(run_folder.weights_file(place))
@@ -138,21 +137,14 @@ def out_of_memory(config: RunConfig) -> str:
     return f"{said}; {what_fits(config, model, total_bytes)}"
 
 
-def validated(composed: DictConfig) -> RunConfig:
-    """The typed configuration, its embedded data in place. Raises ConfigError."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    check_experiment(values)
-    return typed_run(values)
-
-
 def typed_run(values: dict[str, Any]) -> RunConfig:
-    """The same of plain values."""
+    """The typed configuration, its embedded data in place, of what was composed. Raises ConfigError."""
     from t2i import families
     from t2i.config import parse_run
 
     from .embedded import with_embedded_data
 
-    config = parse_run(values, families.load(values["family"], "config").Config)
-    if (text := getattr(config.model, "text", None)) and text.allow_download:
+    config = parse_run(values, families.get(values["family"]).load_config())
+    if (text := config.model.text_encoder()) and text.allow_download:
         hub.allow()
     return with_embedded_data(config)

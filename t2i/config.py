@@ -53,36 +53,33 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ResolutionConfig:
-    """One step of the progressive ladder, with the recipe that belongs to it.
+    """One step of the progressive ladder.
 
     size_px: side of the square pictures that are trained on
     min_original_px: sources smaller than this are left out (the published Stable Diffusion filters)
     text_dropout: share of captions replaced by "" for classifier-free guidance (2207.12598)
-    learning_rate: peak learning rate of the generator at this size
-    num_images: how many pictures this step sees
-    batch_size: pictures per process and step
-    init_from: "lower" continues the newest lower-resolution run of the same stage; None starts afresh
-    patch_size: latent positions along each side of a transformer's token. Where it grows with the resolution,
-        the number of tokens stays
     """
 
     size_px: int
     min_original_px: int
     text_dropout: float
-    learning_rate: float
-    num_images: int
-    batch_size: int
-    init_from: Literal["lower"] | None
-    patch_size: int
 
     def __post_init__(self) -> None:
         check(self.size_px >= 16, "resolution.size_px", self.size_px, "16 or more")
         check(self.min_original_px >= 0, "resolution.min_original_px", self.min_original_px, "0 or more")
         check(0 <= self.text_dropout <= 1, "resolution.text_dropout", self.text_dropout, "0 to 1")
-        ok = 0 < self.learning_rate < math.inf
-        check(ok, "resolution.learning_rate", self.learning_rate, "more than 0")
-        for name in ("num_images", "batch_size", "patch_size"):
-            check(getattr(self, name) >= 1, f"resolution.{name}", getattr(self, name), "1 or more")
+
+
+# What conf/resolution/ has besides: recipes that the files of stages refer to, as in ${resolution.batch_size}. A run's
+# configuration has what they came to in its own keys (trainer.batch_size).
+#
+# learning_rate: peak learning rate of the generator at this size
+# num_images: how many pictures this step of the ladder sees
+# batch_size: pictures per process and step
+# init_from: "lower" continues the newest lower-resolution run of the same stage; null starts afresh
+# patch_size: latent positions along each side of a transformer's token. Where it grows with the resolution, the number
+#     of tokens stays
+RECIPE = ("learning_rate", "num_images", "batch_size", "init_from", "patch_size")
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,7 @@ class TrainerConfig:
 
     num_images: the run ends when this many pictures were seen, over all processes
     batch_size: pictures per process and step
+    micro_batches: in how many parts a process takes its batch: less memory, the same step
     precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
@@ -147,6 +145,7 @@ class TrainerConfig:
 
     num_images: int
     batch_size: int
+    micro_batches: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
@@ -160,12 +159,15 @@ class TrainerConfig:
         for name in (
             "num_images",
             "batch_size",
+            "micro_batches",
             "devices",
             "num_nodes",
             "log_every_steps",
             "keep_checkpoints",
         ):
             check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        parts = self.micro_batches
+        check(self.batch_size % parts == 0, "trainer.micro_batches", parts, f"divisors of {self.batch_size}")
         for name in ("sample_every_images", "checkpoint_every_images"):
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
 
@@ -180,6 +182,20 @@ class LoggerConfig:
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "t2i"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a family's own dataclass derives from."""
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A top-level mapping that an older version may have written, with the keys of today."""
+        return dict(values)
+
+    def text_encoder(self) -> TextConfig | None:
+        """Which text encoder the model needs."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -207,7 +223,7 @@ class RunConfig:
     ema: EMAConfig | None
     trainer: TrainerConfig
     logger: LoggerConfig
-    model: Any
+    model: ModelConfig
     allow_other_shards: bool = False
 
     def __post_init__(self) -> None:
@@ -225,11 +241,14 @@ class RunConfig:
         check(length <= MAX_NAME_BYTES, "name", name, f"{MAX_NAME_BYTES} bytes at most (this has {length})")
 
 
-def parse_run(values: Mapping[str, Any], model_class: type) -> RunConfig:
+def parse_run(values: Mapping[str, Any], model_class: type[ModelConfig]) -> RunConfig:
     """The composed top-level mapping as a RunConfig: keys that are fields of `model_class` (the family's
     Config) go there, the others must be the shared ones."""
+    values = model_class.upgraded(values)
     model_keys = {f.name for f in dataclasses.fields(model_class)}
     shared = {f.name for f in dataclasses.fields(RunConfig)} - {"model"}
+    if isinstance(resolution := values.get("resolution"), Mapping):
+        values["resolution"] = {key: value for key, value in resolution.items() if key not in RECIPE}
     for key in values:
         if key not in model_keys | shared:
             near = difflib.get_close_matches(key, sorted(model_keys | shared), n=1)
@@ -237,7 +256,7 @@ def parse_run(values: Mapping[str, Any], model_class: type) -> RunConfig:
                 f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(model_keys | shared))}."
             )
             raise ConfigError(f"{key} is not a known key of stage {values.get('stage')}; {hint}")
-    model: Any = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
+    model = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
     return parse(RunConfig, {k: v for k, v in values.items() if k in shared} | {"model": model})
 
 

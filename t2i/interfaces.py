@@ -46,6 +46,7 @@ class Batch:
     original_size: (B, 2) int64, height and width in pixels of the source picture
     crop: (B, 2) int64, top and left of the crop in pixels after resizing
     metadata: B dictionaries, the sample's JSON
+    position: (B,) int64, the samples' places in the endless stream of the run; what is drawn for a sample depends on it
     bad: how many samples could not be read while this batch was filled, by cause
     moments: (B, M, h, w) float32, what the codec's `moments` gives of the pictures, where it was computed before
     text: the features of the captions, where they were computed before
@@ -57,6 +58,7 @@ class Batch:
     original_size: Tensor
     crop: Tensor
     metadata: list[dict[str, Any]]
+    position: Tensor
     bad: dict[str, int] = field(default_factory=dict)
     moments: Tensor | None = None
     text: TextFeatures | None = None
@@ -73,6 +75,17 @@ class Batch:
             there.image = there.image.to(dtype).div_(127.5).sub_(1.0)
         return there._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
+    def split(self, parts: int) -> list[Batch]:
+        """Views of the batch in so many parts of one size. The bad samples are counted in the first."""
+        size = len(self) // parts
+        return [self._rows(slice(i * size, (i + 1) * size), self.bad if i == 0 else {}) for i in range(parts)]
+
+    def _rows(self, rows: slice, bad: dict[str, int]) -> Batch:
+        part = self._mapped(lambda tensor: tensor[rows])
+        part.caption, part.key, part.metadata = self.caption[rows], self.key[rows], self.metadata[rows]
+        part.bad = bad
+        return part
+
     def pin_memory(self) -> Batch:
         """A copy with its tensors in page-locked memory (called by the DataLoader)."""
         return self._mapped(lambda tensor: tensor.pin_memory())
@@ -84,6 +97,7 @@ class Batch:
             image=change(self.image),
             original_size=change(self.original_size),
             crop=change(self.crop),
+            position=change(self.position),
             moments=None if self.moments is None else change(self.moments),
             text=text and TextFeatures(change(text.tokens), change(text.pooled), change(text.mask)),
         )
@@ -151,21 +165,11 @@ class FeatureMakers:
     made_by: dict[str, str]
 
 
-class SamplingDefaults(Protocol):
-    """What a request takes where a person says nothing."""
-
-    @property
-    def sampler(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def guidance_scale(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw. Picture i takes prompts[i] and its noise from `torch.Generator("cpu")` seeded with
-    seeds[i], so that it depends neither on the batch nor on the device.
+    """What to draw: all that every family understands. What only some do (steps, guidance, temperature, ...) is in
+    `Generator.sampling`. Picture i takes prompts[i] and its noise from `torch.Generator("cpu")` seeded with seeds[i],
+    so that it depends neither on the batch nor on the device.
 
     image: (N, 3, height_px, width_px) float32 in [-1, 1] to start from, or None to start from noise
     strength: above 0, at most 1: how much of the way from noise is walked; with `image` only
@@ -175,34 +179,30 @@ class SampleRequest:
     seeds: Sequence[int]
     height_px: int
     width_px: int
-    steps: int
-    sampler: str
-    guidance_scale: float
     negative_prompt: str = ""
     image: Tensor | None = None
     strength: float = 0.8
 
     @classmethod
-    def by_default(cls, prompts: Sequence[str], size_px: int, defaults: SamplingDefaults) -> SampleRequest:
+    def of_size(cls, prompts: Sequence[str], size_px: int) -> SampleRequest:
         """One square picture per prompt, seeds counting from 0."""
-        return cls(
-            prompts=prompts,
-            seeds=range(len(prompts)),
-            height_px=size_px,
-            width_px=size_px,
-            steps=defaults.steps,
-            sampler=defaults.sampler,
-            guidance_scale=defaults.guidance_scale,
-        )
+        return cls(prompts=prompts, seeds=range(len(prompts)), height_px=size_px, width_px=size_px)
+
+
+Progress = Callable[[int, int], None]  # steps done, steps
 
 
 class Generator(Protocol):
-    """Any family's way from prompts to pictures."""
+    """Any family's way from prompts to pictures.
+
+    sampling: a dataclass, the family's own options: the entry `sampling` of its configuration
+    """
 
     default_size_px: int
-    defaults: SamplingDefaults
+    sampling: Any
 
-    def generate(self, request: SampleRequest) -> Tensor:
+    def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture
-        came to numbers that are not finite."""
+        came to numbers that are not finite. progress: called after each step, and may raise to stop.
+        Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from."""
         ...

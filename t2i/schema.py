@@ -71,6 +71,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         check(isinstance(value, Mapping), key, value, "a mapping")
         return {k: _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         check(isinstance(value, Mapping), key, value, "a mapping")
         return parse(typing.cast(type, hint), value, key + ".")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

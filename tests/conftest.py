@@ -87,12 +87,13 @@ def compose_run(shapes_overrides: list[str]) -> Callable[..., RunConfig]:
     """What `t2i train` makes of its arguments, on `shapes_shards`."""
     from hydra import compose, initialize_config_module
 
-    from t2i_cli.train import validated
+    from t2i_cli.composition import checked
+    from t2i_cli.train import typed_run
 
     def compose_run(*overrides: str) -> RunConfig:
         with initialize_config_module("t2i_conf", version_base="1.3"):
             composed = compose("train", overrides=[*shapes_overrides, "logger.tensorboard=false", *overrides])
-        return validated(composed)
+        return typed_run(checked(composed, list(overrides)))
 
     return compose_run
 
@@ -110,6 +111,6 @@ def train() -> Callable[[RunConfig], FitResult]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     def train(config: RunConfig) -> FitResult:
-        return fit(config, families.load(config.family, "stage").Stage, Console(quiet=True))
+        return fit(config, families.get(config.family).load_stage(config.stage), Console(quiet=True))
 
     return train

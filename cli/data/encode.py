@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.ranks import rank_of
 
     rank = rank_of(os.environ)
-    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
     makers = stage.feature_makers()
     if makers is None:
         raise ConfigError(

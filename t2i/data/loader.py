@@ -83,11 +83,11 @@ class CaptionedImages(Dataset):
                 part = self.stream.parts[int(seats.part[seat])]
                 epochs[seat], indices[seat], samples[seat] = self._substitute(part, int(seats.own[seat]))
         filled = [sample for sample in samples if sample is not None]
-        return self._collated(seats.part, epochs, indices, filled, dict(bad))
+        return self._collated(seats, epochs, indices, filled, dict(bad))
 
     def _collated(
         self,
-        parts: np.ndarray,
+        seats: Seats,
         epochs: np.ndarray,
         indices: np.ndarray,
         samples: list[Sample],
@@ -99,8 +99,9 @@ class CaptionedImages(Dataset):
             choose_caption(sample.captions, choice, chance, self.text_dropout)
             for sample, choice, chance in zip(samples, choices, chances, strict=True)
         ]
+        parts = seats.part
         readers = [self.stream.parts[number].reader for number in parts.tolist()]
-        batch = collate(samples, captions, bad, readers[0].encoded)
+        batch = collate(samples, captions, seats.position.copy(), bad, readers[0].encoded)
         if len(self.stream.parts) > 1:
             names = [self.stream.parts[number].name for number in parts.tolist()]
             batch.key = [f"{name}:{key}" for name, key in zip(names, batch.key, strict=True)]

@@ -222,7 +222,11 @@ def bucket_shapes_of(data: DataConfig, size_px: tuple[int, int]) -> list[tuple[i
 
 
 def collate(
-    samples: Sequence[Sample], captions: list[str], bad: dict[str, int], encoded: EncodedShards | None = None
+    samples: Sequence[Sample],
+    captions: list[str],
+    positions: np.ndarray,
+    bad: dict[str, int],
+    encoded: EncodedShards | None = None,
 ) -> Batch:
     """One batch, its pixels 0..255 as uint8 (see `Batch.to`)."""
     moments, text = None, None
@@ -241,6 +245,7 @@ def collate(
         original_size=torch.tensor([sample.original_size for sample in samples]),
         crop=torch.tensor([sample.crop for sample in samples]),
         metadata=[sample.metadata for sample in samples],
+        position=torch.from_numpy(positions),
         bad=bad,
         moments=moments,
         text=text,
@@ -275,7 +280,9 @@ def read_all(
             samples.append(sample)
     if not samples:
         raise DataError(f"{reader.key}: none of {len(reader)} samples can be read ({causes(bad)}).")
-    return collate(samples, [next(iter(sample.captions)) for sample in samples], dict(bad)).to("cpu")
+    return collate(
+        samples, [next(iter(sample.captions)) for sample in samples], np.arange(len(samples)), dict(bad)
+    ).to("cpu")
 
 
 def as_pair(size_px: int | tuple[int, int]) -> tuple[int, int]:

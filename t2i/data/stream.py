@@ -29,11 +29,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Seats:
-    """The positions of one batch and what stands there, (B,) int64 each.
+    """What stands at the positions of one batch, (B,) int64 each.
 
+    position: in the endless stream of all parts
     part: number of the dataset; own: position in the dataset's own stream; epoch, index: of it, the epoch and sample
     """
 
+    position: np.ndarray
     part: np.ndarray
     own: np.ndarray
     epoch: np.ndarray
@@ -58,7 +60,7 @@ class CaptionedStream:
         for number in np.unique(part).tolist():
             here = part == number
             epoch[here], index[here] = self.parts[number].order.locate(own[here])
-        return Seats(part, own, epoch, index)
+        return Seats(positions, part, own, epoch, index)
 
     def fingerprint(self) -> str:
         """A digest of the sizes of all shards, on which the order depends, and of what tells local shards apart (see
@@ -104,7 +106,7 @@ class Positions:
             at = self.stream.locate(self.positions(done, count).ravel())
             for i in range(0, count * self.batch_size, self.batch_size):
                 here = slice(i, i + self.batch_size)
-                yield Seats(at.part[here], at.own[here], at.epoch[here], at.index[here])
+                yield Seats(at.position[here], at.part[here], at.own[here], at.epoch[here], at.index[here])
             done += count
 
     def positions(self, first: int, count: int) -> np.ndarray:

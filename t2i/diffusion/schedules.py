@@ -75,8 +75,8 @@ class Schedule(ABC):
         """alpha_t and sigma_t, shaped and placed as t; float64 where t is, else float32."""
 
     @abstractmethod
-    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """(n,) times to train at, drawn with `generator` on its own device."""
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """(B,) uniform in [0, 1) -> (B,) times to train at."""
 
     @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
@@ -143,10 +143,9 @@ class DiscreteSchedule(Schedule):
         low = (torch.searchsorted(log, level.log(), right=True) - 1).clamp(0, self.num_train_steps - 2)
         return low + ((level.log() - log[low]) / (log[low + 1] - log[low])).clamp(0, 1)
 
-    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """(n,) int64, uniform over 0 to T - 1."""
-        source = generator.device if generator else device
-        return torch.randint(self.num_train_steps, (n,), generator=generator, device=source).to(device)
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """(B,) int64, uniform over 0 to T - 1."""
+        return (uniform * self.num_train_steps).long().clamp(max=self.num_train_steps - 1)
 
     def model_time(self, t: Tensor) -> Tensor:
         return t if t.is_floating_point() else widened(t)
@@ -194,14 +193,10 @@ class FlowSchedule(Schedule):
         t = widened(t)
         return 1 - t, t
 
-    def sample_times(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """(n,) float32 in [0, 1]."""
-        source = generator.device if generator else device
-        if self.time_distribution == "logit_normal":
-            t = torch.randn(n, generator=generator, device=source).sigmoid()
-        else:
-            t = torch.rand(n, generator=generator, device=source)
-        return self._shifted(t).to(device)
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """(B,) floating point in [0, 1]."""
+        logit_normal = self.time_distribution == "logit_normal"
+        return self._shifted(torch.special.ndtri(uniform).sigmoid() if logit_normal else uniform)
 
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.num_train_steps

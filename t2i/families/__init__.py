@@ -1,17 +1,13 @@
-"""One folder per family of models. A family is found by its folder name alone:
-
-config.py     `Config`: its dataclass (imports no torch)
-stage.py      `Stage`: the LightningModule that trains it
-generator.py  `Generator`: prompts in, pictures out (absent where the stage draws nothing by itself)
-"""
+"""One folder per family of models. Each declares a `Family` record as FAMILY in its `__init__.py`: all that the rest of
+the program knows of it."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
 
 from t2i.errors import ConfigError
+from t2i.families.family import Family
 
 
 def names() -> list[str]:
@@ -19,9 +15,15 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
-def load(family: str, part: str) -> ModuleType:
-    """The module `part` ("config", "stage" or "generator") of a family. The family's name may come from a
-    stranger's checkpoint, so only folders beside this file are ever imported."""
-    if family not in names():
-        raise ConfigError(f"family is {family!r}; allowed: {', '.join(names())}.")
-    return importlib.import_module(f"t2i.families.{family}.{part}")
+def get(name: object) -> Family:
+    """The record of a family. Its name may come from a checkpoint that someone else made, so only folders beside this
+    file are ever imported."""
+    if name not in names():
+        raise ConfigError(f"family is {name!r}; allowed: {', '.join(names())}.")
+    return importlib.import_module(f"t2i.families.{name}").FAMILY
+
+
+def stages_with(part: str) -> list[str]:
+    """The stages of those families that have a "codec" or a "generator"."""
+    records = [get(name) for name in names()]
+    return [stage for record in records if getattr(record, part) is not None for stage in record.stages]

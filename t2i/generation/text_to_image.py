@@ -44,7 +44,7 @@ def draw(
         parts.append(generator.generate(part))
         progress(len(part.prompts))
     images = torch.cat(parts)
-    check_all_finite(request, finite_pictures(images).tolist())
+    check_all_finite(request, finite_pictures(images).tolist(), generator.sampling)
     return images
 
 
@@ -70,7 +70,7 @@ def draw_files(
         progress(len(part.prompts))
     if sum(finite) > 1:
         yield save_grid(torch.cat(drawn), _chosen(request, finite), folder, recipe)
-    check_all_finite(request, finite)
+    check_all_finite(request, finite, generator.sampling)
 
 
 def finite_pictures(images: Tensor) -> Tensor:
@@ -78,17 +78,17 @@ def finite_pictures(images: Tensor) -> Tensor:
     return images.isfinite().flatten(1).all(1)
 
 
-def check_all_finite(request: SampleRequest, finite: list[bool]) -> None:
-    """Raises UserError that names the pictures which are not."""
+def check_all_finite(request: SampleRequest, finite: list[bool], sampling: Any) -> None:
+    """Raises UserError that names the pictures which are not. sampling: the generator's options"""
     bad = [i for i, good in enumerate(finite) if not good]
     if bad:
         named = [f"{request.prompts[i]!r} seed {request.seeds[i]}" for i in bad[:3]] + ["..."] * (
             len(bad) > 3
         )
+        options = ", ".join(f"sampling.{name}={value}" for name, value in vars(sampling).items())
         raise UserError(
             f"{len(bad)} of {len(finite)} pictures came out with numbers that are not finite and were not written "
-            f"({', '.join(named)}); guidance_scale is {request.guidance_scale:g}, the sampler {request.sampler} with "
-            f"{request.steps} steps: with smaller guidance or another sampler they may be finite."
+            f"({', '.join(named)}); with other options they may be finite (here: {options or 'none'})."
         )
 
 

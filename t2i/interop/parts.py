@@ -5,6 +5,7 @@ Configurations are plain mappings as config.yaml has them, weights are unread an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,14 +112,14 @@ def autoencoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
 def codec_shapes(config: Mapping[str, Any]) -> Shapes:
     """The codec's weights by name, as the configuration makes them: nothing is allocated. Raises ConfigError."""
     with torch.device("meta"):
-        codec = families.load("autoencoder", "codec").from_checkpoint(autoencoder_values(config))
+        codec = families.get("autoencoder").load_codec()(autoencoder_values(config))
     return {name: tuple(value.shape) for name, value in codec.state_dict().items() if name not in OWN_BUFFERS}
 
 
 def denoiser_shapes(config: Mapping[str, Any], latent_channels: int, context_dim: int) -> Shapes:
     """The same of the UNet, for a codec's channels and a text encoder's width."""
-    model = families.load("latent_diffusion", "model")
-    settings = families.load("latent_diffusion", "config")
+    model = importlib.import_module("t2i.families.latent_diffusion.model")
+    settings = importlib.import_module("t2i.families.latent_diffusion.config")
     parsed = parse(settings.UNetDenoiserConfig, config, "denoiser.")
     with torch.device("meta"):
         unet = model.build_denoiser(parsed, latent_channels, context_dim, context_dim)

@@ -51,13 +51,13 @@ def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
     check(
         family in allowed, f"family in {path}", family, ", ".join(allowed) + " (others have no foreign form)"
     )
-    run = to_dict(parse_run(config, families.load(str(family), "config").Config))
+    run = to_dict(parse_run(config, families.get(family).load_config()))
     model = run["model"]
     if family == "autoencoder":
         return Parts(
             "a t2i autoencoder", _codec(run["model"], under(weights, "codec."), path), run=run, notes=notes
         )
-    codec_values = parse_run(extra.get("codec", {}), families.load("autoencoder", "config").Config)
+    codec_values = parse_run(extra.get("codec", {}), families.get("autoencoder").load_config())
     codec = _codec(to_dict(codec_values.model), under(weights, "model.codec."), path)
     _check_portable(model)
     text = _text(model["text"], text_model, under(weights, "model.text."), path)

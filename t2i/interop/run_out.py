@@ -14,6 +14,7 @@ from t2i.config import (
     DataConfig,
     EMAConfig,
     LoggerConfig,
+    ModelConfig,
     OptimizerConfig,
     ResolutionConfig,
     RunConfig,
@@ -47,7 +48,9 @@ def run_values(parts: Parts) -> dict[str, Any]:
         assert text is not None
         stage = {"stage": "ldm", "family": "latent_diffusion"}
         model = {
-            "autoencoder": "latest",  # of a run that goes on from here: the codec that these weights come with
+            "builds_on": {
+                "codec": "latest"
+            },  # of a run that goes on from here: the codec that these weights come with
             "denoiser": denoiser.config,
             "schedule": denoiser.schedule,
             "objective": {"prediction": denoiser.prediction},
@@ -56,7 +59,7 @@ def run_values(parts: Parts) -> dict[str, Any]:
             "mask_padding": False,
         }
     values = shared_values(size_px) | model | stage
-    settings = families.load(values["family"], "config").Config
+    settings = families.get(values["family"]).load_config()
     return run_to_dict(parse_run(values, settings))
 
 
@@ -85,17 +88,12 @@ def shared_values(size_px: int) -> dict[str, Any]:
             size_px=size_px,
             min_original_px=size_px,
             text_dropout=0.1,
-            learning_rate=1e-4,
-            num_images=1,
-            batch_size=8,
-            init_from=None,
-            patch_size=1,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         ema=EMAConfig(half_life_images=14_195_000, rampup_ratio=None),
         trainer=TrainerConfig(num_images=1, batch_size=8),
         logger=LoggerConfig(),
-        model=None,
+        model=ModelConfig(),
     )
     values = to_dict(config)
     del values["model"]

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from t2i.nn.blocks import blocks_of
+
 Inputs = Callable[[int], dict[str, Tensor]]  # batch size -> keyword arguments, on the current default device
 INPUTS, BETWEEN = "inputs", "between"  # of and between blocks: what checkpointing keeps
 
@@ -67,16 +69,6 @@ def flops(forward: Callable[[], Tensor], with_backward: bool) -> Flops:
     with FlopCounterMode(display=False) as backward_count:
         out.sum().backward()
     return Flops(forward_count.get_total_flops(), backward_count.get_total_flops())
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """What activation checkpointing runs again, one at a time: the members of the network's outermost lists, and
-    what stands beside those lists."""
-    found: list[nn.Module] = []
-    for child in network.children():
-        holds_list = any(isinstance(inner, nn.ModuleList) for inner in child.children())
-        found += blocks(child) if holds_list or isinstance(child, nn.ModuleList) else [child]
-    return found
 
 
 def activations(network: nn.Module, inputs: Inputs, precision: str, device: str = "cuda") -> Activations:
@@ -133,7 +125,7 @@ def _saved(
         tracker = _SavedBytes(state)
         handles = [
             handle
-            for i, block in enumerate(blocks(network))
+            for i, block in enumerate(blocks_of(network))
             for handle in (
                 block.register_forward_pre_hook(tracker.entering(i), with_kwargs=True),
                 block.register_forward_hook(tracker.leaving),

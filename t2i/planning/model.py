@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig, check
+from t2i.nn.blocks import blocks_of
 from t2i.planning.count import (
     Activations,
     Flops,
     activations,
-    blocks,
     flops,
     num_parameters,
     peak_bytes_per_image,
@@ -63,19 +64,20 @@ def build_model(config: RunConfig, codec_values: Mapping[str, Any], device: str 
     Raises ConfigError where the family is not planned for, or the size does not fit the model.
     """
     check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
+    settings: Any = config.model
     precision = config.trainer.precision
     check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
     size = config.resolution.size_px
-    network = families.load(config.family, "model")
+    network = importlib.import_module(f"t2i.families.{config.family}.model")
     with torch.device("meta"):
-        codec: Any = families.load(codec_values["family"], "codec").from_checkpoint(codec_values)
-        text = build_architecture(config.model.text)
+        codec: Any = families.get(codec_values["family"]).load_codec()(codec_values)
+        text = build_architecture(settings.text)
         denoiser = network.build_denoiser(
-            config.model.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim
+            settings.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim
         )
-    unit = codec.downsampling * network.latent_unit(config.model.denoiser)
+    unit = codec.downsampling * network.latent_unit(settings.denoiser)
     check(size % unit == 0, "resolution.size_px", size, f"multiples of {unit} with this model")
-    length = config.model.text.max_tokens
+    length = settings.text.max_tokens
     takes = inspect.signature(denoiser.forward).parameters
 
     def inputs(batch: int) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def build_model(config: RunConfig, codec_values: Mapping[str, Any], device: str 
             "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
             "pooled": torch.empty(batch, text.pooled_dim, requires_grad=text.trainable),
         }
-        if config.model.mask_padding:
+        if settings.mask_padding:
             given["context_mask"] = torch.ones(batch, length, dtype=torch.bool)
         return {name: value for name, value in given.items() if name in takes}
 
@@ -116,7 +118,7 @@ def build_model(config: RunConfig, codec_values: Mapping[str, Any], device: str 
             muon=sum(p.numel() for p in hidden),
             averaged=count if config.ema is not None else 0,
             frozen=num_parameters(codec) + (0 if text.trainable else num_parameters(text.network)),
-            largest_block=max(num_parameters(block) for part in trained for block in blocks(part)),
+            largest_block=max(num_parameters(block) for part in trained for block in blocks_of(part)),
             compute_bytes=4 if config.trainer.precision == "32-true" else 2,
         ),
         activations=kept,

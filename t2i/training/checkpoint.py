@@ -7,22 +7,17 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from t2i.config import run_to_dict
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
 from t2i.training.finite import check_before_writing
 from t2i.weight_file import check_finite, named_by_content, weights_format
-
-if TYPE_CHECKING:
-    from t2i.training.stage import BaseStage
-
 
 # At the start of a value in a weights file's configuration: the folder that the file lies in. A run folder that
 # brings its text encoder along can so be moved.
@@ -63,17 +58,10 @@ def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
     return _checked(path, (saved.get("state_dict"), averaged), saved.get("t2i"))
 
 
-def save_final(stage: BaseStage, path: Path) -> None:
-    """The weights for use, averaged where the stage has an EMA, with config, extras and the images seen in the header.
-    Raises TrainingError where they are not finite."""
-    header = {
-        "config": run_to_dict(stage.config),
-        "extra": stage.checkpoint_extra(),
-        "images_seen": stage.images_seen,
-    }
-    contiguous = {
-        name: value.detach().cpu().contiguous() for name, value in stage.inference_weights().items()
-    }
+def save_final(weights: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
+    """The weights for use. header: config, extra and images_seen of the run. Raises TrainingError where the weights are
+    not finite."""
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     check_before_writing(contiguous.items(), path)
     with written_whole(path) as unfinished:
         save_file(contiguous, unfinished, metadata={"t2i": json.dumps(header)})

@@ -33,13 +33,17 @@ class SkippedSteps:
         self.total = torch.full((), total, dtype=torch.int64, device=device)
         self.in_row = torch.zeros((), dtype=torch.int64, device=device)
 
-    def count(self, gradient_norms: Sequence[Tensor]) -> Tensor:
-        """Counts a step by the norms of its gradients, () each; returns () float32, 1 where it is to be left out: what
-        a fused optimizer calls found_inf. All processes have the same gradients, and so the same answer."""
-        self.last = ~torch.stack([norm.isfinite() for norm in gradient_norms]).all()
+    def count(self, gradient_norms: Sequence[Tensor]) -> None:
+        """Counts a step by the norms of its gradients, () each. All processes have the same gradients, and so the same
+        answer."""
+        self.last = any_not_finite(gradient_norms).bool()
         self.total = self.total + self.last
         self.in_row = (self.in_row + 1) * self.last
-        return self.last.float()
+
+
+def any_not_finite(norms: Sequence[Tensor]) -> Tensor:
+    """() each -> () float32, 1 where one is not finite: what a fused optimizer calls found_inf."""
+    return (~torch.stack([norm.isfinite() for norm in norms]).all()).float()
 
 
 class BatchKeys:

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -95,7 +95,7 @@ def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, co
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
-            strategy=DDPStrategy(gradient_as_bucket_view=True) if _is_distributed(config) else "auto",
+            strategy=_strategy(config, stage),
             precision=config.trainer.precision,
             max_epochs=-1,
             logger=loggers,
@@ -185,7 +185,7 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
         "init_from",
         "resume",
         "allow_other_shards",
-        "autoencoder",
+        "builds_on",
         "trainer",
         "logger",
         "sampling",
@@ -238,8 +238,11 @@ def fresh_start(config: RunConfig) -> tuple[RunConfig, LoadedCheckpoint | None]:
     return config, load(run_folder.weights_file(config.init_from)) if config.init_from else None
 
 
-def _is_distributed(config: RunConfig) -> bool:
-    return config.trainer.devices * config.trainer.num_nodes > 1
+def _strategy(config: RunConfig, stage: BaseStage) -> Strategy | str:
+    """Where a step has several turns, each leaves the parameters of the others without gradients."""
+    if config.trainer.devices * config.trainer.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=len(stage.turns()) > 1)
 
 
 def _device_name(trainer: L.Trainer) -> str:

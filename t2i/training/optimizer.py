@@ -36,11 +36,7 @@ def build_optimizer(
     optimizer = torch.optim.AdamW if config.muon_scale is None else MuonAdamW
     betas = (config.betas[0], config.betas[1])
     filled = [group for group in parameter_groups if group["params"]]
-    made = optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)
-    # With precision=16-mixed, PyTorch and Lightning leave it to a fused step to undo the scale of the gradients, but
-    # they are clipped before it, and Muon's step does not: say that ours wants them unscaled.
-    made._step_supports_amp_scaling = False
-    return made
+    return optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def _group(

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -172,13 +172,12 @@ def newest_run(runs_dir: str | Path, stage: str, below_px: int | None = None) ->
     return found[-1] if found else None
 
 
-def newest_finished(runs_dir: str | Path, stage: str) -> tuple[Path | None, list[Path]]:
-    """The run of `stage` with the newest final weights, of training or of `t2i convert`, or else the newest with a
+def newest_finished(runs_dir: str | Path, stages: Iterable[str]) -> tuple[Path | None, list[Path]]:
+    """The run of these stages with the newest final weights, of training or of `t2i convert`, or else the newest with a
     checkpoint; and the unfinished ones that are newer, newest first."""
-    parent = Path(runs_dir) / stage
-    if not parent.is_dir():
-        return None, []
-    folders = [p for p in parent.iterdir() if not p.is_symlink() and (p / "config.yaml").is_file()]
+    parents = [Path(runs_dir) / stage for stage in stages]
+    there = [p for parent in parents if parent.is_dir() for p in parent.iterdir()]
+    folders = [p for p in there if not p.is_symlink() and (p / "config.yaml").is_file()]
     weights = {p: weights_file(p) for p in folders if checkpoints(p) or (p / FINAL_WEIGHTS).is_file()}
     newest_first = sorted(weights, key=lambda p: weights[p].stat().st_mtime, reverse=True)
     for i, folder in enumerate(newest_first):

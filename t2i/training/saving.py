@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from t2i.config import RunConfig
+from t2i.config import RunConfig, run_to_dict
 from t2i.errors import TrainingError
 from t2i.files import written_whole
 from t2i.interfaces import Batch
@@ -87,7 +87,8 @@ class Checkpoints(Callback):
         path = self.folder / "checkpoints" / f"step_{stage.steps_done:06d}.ckpt"
         averages = stage.ema.state_dict() if stage.ema is not None else {}
         averaged = ((f"the average of {name}", value) for name, value in averages.items())
-        state = [*stage.state_dict().items(), *averaged, *optimizer_tensors(trainer.optimizers[0])]
+        moments = (pair for optimizer in trainer.optimizers for pair in optimizer_tensors(optimizer))
+        state = [*stage.state_dict().items(), *averaged, *moments]
         check_before_writing(state, path)
         trainer.save_checkpoint(path)
         self.saved_step = stage.steps_done
@@ -118,4 +119,9 @@ class Finish(Callback):
         self.pictures.draw(trainer, stage)
         self.saver.save(trainer, stage)
         if trainer.is_global_zero:
-            save_final(stage, self.folder / run_folder.FINAL_WEIGHTS)
+            header = {
+                "config": run_to_dict(stage.config),
+                "extra": stage.checkpoint_extra(),
+                "images_seen": stage.images_seen,
+            }
+            save_final(stage.inference_weights(), header, self.folder / run_folder.FINAL_WEIGHTS)

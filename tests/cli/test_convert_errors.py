@@ -171,7 +171,7 @@ def test_an_autoencoder_of_a_vqgan_is_what_ldm_builds_on(t2i, vqgan):
     t2i("convert", "vqgan.ckpt", "run")
     loaded = checkpoint.load(run_folder.weights_file("run"))
     assert loaded.config["family"] == "autoencoder"
-    codec = families.load("autoencoder", "codec").from_checkpoint(loaded.config)
+    codec = families.get("autoencoder").load_codec()(loaded.config)
     checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
     assert codec.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 8, 8)
 

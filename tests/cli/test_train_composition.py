@@ -9,9 +9,9 @@ import yaml
 from hydra import compose, initialize_config_module
 
 from t2i_cli import embedded
-from t2i_cli.composition import composed_run
+from t2i_cli.composition import checked, composed_run, quoted, sentence
 from t2i_cli.sample import with_overrides
-from t2i_cli.train import quoted, sentence, validated
+from t2i_cli.train import typed_run
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_names_and_paths_reach_every_entry_point(t2i, monkeypatch, value):
     own.mkdir(parents=True)
     (own / "tiny.yaml").write_text("# @package _global_\nseed: 17\n")
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append((composed.name, composed.seed)))
+    monkeypatch.setattr(
+        "t2i_cli.train.train", lambda composed: seen.append((composed["name"], composed["seed"]))
+    )
     typed = ["stage=ldm", "experiment=tiny", f"name={value}"]
     assert t2i("train", f"--config-dir={own.parent}", *typed).err == ""
     assert seen == [(value, 17)]
@@ -114,18 +116,20 @@ def test_what_is_written_for_hydra_is_left_to_hydra():
 
 def test_multirun_takes_each_of_several_names(t2i, monkeypatch):
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.name))
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed["name"]))
     assert t2i("train", "stage=ldm", "name=it's,{0,1}.tar,b c", "-m").code == 0
     assert seen == ["it's", "{0,1}.tar", "b c"]
 
 
 @pytest.mark.parametrize("value", ["5", "20241126", "1e3", "0.5", "true", "nan"])
 def test_names_may_look_like_numbers(t2i, monkeypatch, value):
-    composed = composed_run(["stage=ldm", *(f"{key}={value}" for key in ("name", "runs_dir", "autoencoder"))])
-    assert [composed[key] for key in ("name", "runs_dir", "autoencoder")] == [value] * 3
+    composed = composed_run(
+        ["stage=ldm", *(f"{key}={value}" for key in ("name", "runs_dir", "builds_on.codec"))]
+    )
+    assert [composed["name"], composed["runs_dir"], composed["builds_on"]["codec"]] == [value] * 3
     assert composed_run(["stage=ldm", "seed=5"])["seed"] == 5
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.name))
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed["name"]))
     assert t2i("train", "stage=ldm", f"name={value},b c,null", "-m").code == 0
     assert seen == [value, "b c", None]
 
@@ -134,7 +138,9 @@ def test_flags_may_stand_between_key_and_value_pairs(t2i, monkeypatch):
     Path("mine/experiment").mkdir(parents=True)
     Path("mine/experiment/tiny.yaml").write_text("# @package _global_\nseed: 17\n")
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append((composed.name, composed.seed)))
+    monkeypatch.setattr(
+        "t2i_cli.train.train", lambda composed: seen.append((composed["name"], composed["seed"]))
+    )
     assert t2i("train", "stage=ldm", "--config-dir", "mine", "experiment=tiny", "-m", "name=a,b").err == ""
     assert seen == [("a", 17), ("b", 17)]
     result = t2i("train", "stage=ldm", "--cfg", "job", "seed=3", "-p", "trainer", "trainer.devices=2")
@@ -153,7 +159,9 @@ def test_cfg_job_prints_the_composition(t2i, size):
 
 def test_multirun_takes_each_resolution(t2i, monkeypatch):
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed.resolution.size_px))
+    monkeypatch.setattr(
+        "t2i_cli.train.train", lambda composed: seen.append(composed["resolution"]["size_px"])
+    )
     assert t2i("train", "stage=ldm", "resolution=32,64", "--multirun").code == 0
     assert seen == [32, 64]
     assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/multirun.yaml"]
@@ -223,7 +231,7 @@ def configuration(*overrides: str):
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("t2i_conf", version_base="1.3"):
-        return validated(compose("train", ["stage=ldm", *overrides]))
+        return typed_run(checked(compose("train", ["stage=ldm", *overrides]), overrides))
 
 
 def test_emoji_that_were_never_made_give_way_to_shapes(cache, small_shapes, capsys):

@@ -46,10 +46,10 @@ CASES = {
     ),
     "no autoencoder": (
         ("stage=ldm", *OWN_SHARDS),
-        ("stage=ldm", "t2i train stage=autoencoder", "autoencoder="),
+        ("stage=ldm", "t2i train stage=autoencoder", "builds_on.codec="),
     ),
     "autoencoder absent": (
-        ("stage=ldm", *OWN_SHARDS, "autoencoder=runs/none"),
+        ("stage=ldm", *OWN_SHARDS, "builds_on.codec=runs/none"),
         ("runs/none", "does not exist"),
     ),
     "nothing to resume": (
@@ -90,7 +90,18 @@ CASES = {
     "unknown reference": (("stage=ldm", "name=${nobody}"), ("nobody",)),
     "nothing to start from": (("stage=ldm", "data=shapes", "init_from="), ("init_from", "''", "null")),
     "nothing to go on with": (("stage=ldm", "data=shapes", "resume="), ("resume", "''", "null")),
-    "nothing to build on": (("stage=ldm", "data=shapes", "autoencoder="), ("autoencoder", "''", "latest")),
+    "nothing to build on": (
+        ("stage=ldm", "data=shapes", "builds_on.codec="),
+        ("builds_on.codec", "''", "latest"),
+    ),
+    "a recipe that the stage does not read": (
+        ("stage=autoencoder", "resolution.batch_size=7"),
+        ("resolution.batch_size=7", "nothing in this run refers to it", "stage=autoencoder --cfg job"),
+    ),
+    "a recipe that another key replaced": (
+        ("stage=ldm", "resolution.batch_size=7", "trainer.batch_size=3"),
+        ("resolution.batch_size=7",),
+    ),
     "own shards beside shapes": (
         ("stage=ldm", "data=shapes", "data.shards=mine.tar"),
         ("data.shards", "'mine.tar'", "data=shapes", "data=shards"),

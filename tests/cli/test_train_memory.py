@@ -61,7 +61,7 @@ def small_gpu(monkeypatch):
 
 
 def test_train_says_what_would_fit(t2i, codec, small_gpu, shapes_overrides):
-    sentence = t2i("train", *shapes_overrides, *LDM, f"autoencoder={codec}").sentence
+    sentence = t2i("train", *shapes_overrides, *LDM, f"builds_on.codec={codec}").sentence
     assert "trainer.batch_size=64 at 32 px with trainer.precision=bf16-mixed" in sentence
     assert "the plan counts" in sentence
     assert "would fit" in sentence

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from t2i import families
 from t2i.config import (
+    RECIPE,
     DataConfig,
     EMAConfig,
     OptimizerConfig,
@@ -175,11 +176,6 @@ RESOLUTION = ResolutionConfig(
     size_px=32,
     min_original_px=0,
     text_dropout=0.1,
-    learning_rate=1e-3,
-    num_images=1,
-    batch_size=1,
-    init_from=None,
-    patch_size=1,
 )
 INTEGERS = st.integers(-3, 40)
 NUMBERS = st.floats(-2, 2) | st.sampled_from([0.0, 1.0, float("nan")])
@@ -194,8 +190,6 @@ RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
     (RESOLUTION, "resolution.size_px", INTEGERS, lambda x: x >= 16),
     (RESOLUTION, "resolution.min_original_px", INTEGERS, lambda x: x >= 0),
     (RESOLUTION, "resolution.text_dropout", NUMBERS, lambda x: 0 <= x <= 1),
-    (RESOLUTION, "resolution.learning_rate", NUMBERS, lambda x: x > 0),
-    (RESOLUTION, "resolution.patch_size", INTEGERS, lambda x: x >= 1),
     (OptimizerConfig(1e-3), "optimizer.learning_rate", NUMBERS, lambda x: x > 0),
     (OptimizerConfig(1e-3), "optimizer.weight_decay", NUMBERS, lambda x: x >= 0),
     (OptimizerConfig(1e-3), "optimizer.warmup_images", INTEGERS, lambda x: x >= 0),
@@ -293,7 +287,7 @@ RUNS = [
 @pytest.mark.parametrize("overrides", RUNS, ids=" ".join)
 def test_a_run_comes_back_from_its_mapping(overrides):
     values = composed(*overrides)
-    config_class = families.load(values["family"], "config").Config
+    config_class = families.get(values["family"]).load_config()
     config = parse_run(values, config_class)
     assert parse_run(run_to_dict(config), config_class) == config
     assert set(run_to_dict(config)) == set(values)
@@ -305,7 +299,7 @@ def test_a_run_comes_back_from_its_folder(overrides, tmp_path):
 
     values = composed(*overrides) | {"name": "Läufer: 1e-4", "runs_dir": "a {b}, [c] #d", "init_from": "null"}
     values["optimizer"]["weight_decay"] = 1e-30
-    config_class = families.load(values["family"], "config").Config
+    config_class = families.get(values["family"]).load_config()
     config = parse_run(values, config_class)
     write_config(tmp_path, run_to_dict(config))
     assert parse_run(read_config(tmp_path), config_class) == config
@@ -313,6 +307,21 @@ def test_a_run_comes_back_from_its_folder(overrides, tmp_path):
     assert f"stage: {config.stage}" in lines
     assert "  size_px: 64" in lines or "  size_px: 32" in lines
     assert not any("!!" in line for line in lines)
+
+
+def test_a_run_of_an_older_version_is_read():
+    """The codec was the key `autoencoder`, and the resolution held its whole recipe."""
+    values = composed("stage=ldm")
+    config_class = families.get(values["family"]).load_config()
+    old = {key: value for key, value in values.items() if key != "builds_on"} | {"autoencoder": "runs/a"}
+    assert set(old["resolution"]) == {"size_px", "min_original_px", "text_dropout", *RECIPE}
+    config = parse_run(old, config_class)
+    assert config.model.builds_on.codec == "runs/a"
+    assert run_to_dict(config) == run_to_dict(
+        parse_run(values | {"builds_on": {"codec": "runs/a"}}, config_class)
+    )
+    with pytest.raises(ConfigError, match="autoencoder is not a known key"):
+        parse_run(values | {"autoencoder": "runs/a"}, config_class)
 
 
 def test_config_yaml_may_be_edited_by_hand(tmp_path):
@@ -326,7 +335,7 @@ def test_config_yaml_may_be_edited_by_hand(tmp_path):
 @pytest.mark.parametrize("stage", ["autoencoder", "ldm"])
 def test_unknown_keys_of_a_run(stage):
     values = composed(f"stage={stage}")
-    config_class = families.load(values["family"], "config").Config
+    config_class = families.get(values["family"]).load_config()
     with pytest.raises(
         ConfigError, match=f"trainr is not a known key of stage {stage}; did you mean trainer?"
     ):

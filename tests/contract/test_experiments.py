@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import nn
 
 from t2i import families
 from t2i.config import RunConfig, parse_run, run_to_dict
+from t2i.families.autoencoder.codec import build_codec
+from t2i.families.latent_diffusion.model import build_denoiser
 from t2i.generation.text_to_image import draw, save
 from t2i.interfaces import SampleRequest
 from t2i.text.architecture import build_architecture
@@ -30,10 +33,9 @@ def network(config: RunConfig) -> nn.Module:
     model = config.model
     with torch.device("meta"):
         if config.family == "autoencoder":
-            return families.load(config.family, "codec").build_codec(model)
+            return build_codec(model)
         text = build_architecture(model.text)
-        build = families.load(config.family, "model").build_denoiser
-        return build(model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
+        return build_denoiser(model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -103,7 +105,7 @@ def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tm
         arguments += ["ema.half_life_images=32", "ema.rampup_ratio=null"]
     builds_on_autoencoder = name.startswith("latent_diffusion/")
     if builds_on_autoencoder:
-        arguments.append(f"autoencoder={run_folder.newest_run(runs_dir, 'autoencoder')}")
+        arguments.append(f"builds_on.codec={run_folder.newest_run(runs_dir, 'autoencoder')}")
     result = train(compose_run(*arguments, f"runs_dir={tmp_path / 'whole'}"))
     whole = result.folder
     assert result.complete
@@ -128,16 +130,14 @@ def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tm
 
     if builds_on_autoencoder:
         loaded = checkpoint.load(run_folder.weights_file(cut))
-        generator = families.load(loaded.config["family"], "generator").Generator(loaded, device="cpu")
+        generator = families.get(loaded.config["family"]).load_generator()(loaded, "cpu")
         request = SampleRequest(
             prompts=["a red circle", "a blue star"],
             seeds=[0, 1],
             height_px=32,
             width_px=48,
-            steps=2,
-            sampler=generator.defaults.sampler,
-            guidance_scale=2.0,
         )
+        generator.sampling = dataclasses.replace(generator.sampling, steps=2, guidance_scale=2.0)
         images = draw(generator, request, batch_size=2, progress=lambda done: None)
         assert images.shape == (2, 3, 32, 48)
         assert images.isfinite().all()
@@ -154,7 +154,7 @@ def test_a_text_transformer_learns_with_the_unet(compose_run, train, runs_dir, t
     config = compose_run(
         *("experiment=latent_diffusion/tiny_unet_eps", "text=ldm_bert", f"text.model={tmp_path}"),
         *("text.width=32", "text.depth=1", "text.heads=1", "text.max_tokens=16", "trainer.num_images=64"),
-        *(f"autoencoder={run_folder.newest_run(runs_dir, 'autoencoder')}", f"runs_dir={tmp_path}"),
+        *(f"builds_on.codec={run_folder.newest_run(runs_dir, 'autoencoder')}", f"runs_dir={tmp_path}"),
     )
     folder = train(config).folder
     first, last = (
@@ -165,6 +165,6 @@ def test_a_text_transformer_learns_with_the_unet(compose_run, train, runs_dir, t
     assert weights[first].shape == (64, 32)
     assert weights[last].abs().max() > 0  # starts at zero
     loaded = checkpoint.load(run_folder.weights_file(folder))
-    generator = families.load(loaded.config["family"], "generator").Generator(loaded, device="cpu")
+    generator = families.get(loaded.config["family"]).load_generator()(loaded, "cpu")
     read_back = generator.model.state_dict()
     assert torch.equal(read_back[last.removeprefix("model.")], weights[last])

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from t2i import families
 from t2i.config import RunConfig, TextConfig
+from t2i.families.autoencoder.codec import build_codec
+from t2i.families.latent_diffusion.model import build_denoiser
 from t2i.text.architecture import Architecture, build_architecture
 
 CODEC_CHANNELS = 4
@@ -56,9 +57,8 @@ def text_network(config: TextConfig) -> Architecture:
 
 def denoiser(config: RunConfig) -> nn.Module:
     text = text_network(config.model.text)
-    build = families.load(config.family, "model").build_denoiser
     with torch.device("meta"):
-        return build(config.model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
+        return build_denoiser(config.model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
 
 
 def unet_with_context(width: int) -> Callable[[], nn.Module]:
@@ -153,7 +153,7 @@ def test_autoencoders(name, mults, num_with_attention, channels, codes, compose_
         "latent_channels": channels,
     }
     with torch.device("meta"):
-        codec = families.load("autoencoder", "codec").build_codec(config.model)
+        codec = build_codec(config.model)
         theirs = AutoencoderKL(**shape) if codes is None else VQModel(**shape, num_vq_embeddings=codes)
     ours = count(codec)
     if codes is not None:  # codes are buffers here: moving averages, not gradients, change them
@@ -195,9 +195,8 @@ def test_text_dropout_of_stable_diffusion_1(compose_run):
 def output_shape(network: Any, text_config: TextConfig) -> tuple[int, ...]:
     """Of a denoiser of this configuration on 32 x 32 latents."""
     text = text_network(text_config)
-    build = families.load("latent_diffusion", "model").build_denoiser
     with torch.device("meta"):
-        built = build(network, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
+        built = build_denoiser(network, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
         context = torch.empty(2, text_config.max_tokens, text.token_dim)
         return tuple(built(torch.empty(2, CODEC_CHANNELS, 32, 32), torch.empty(2), context).shape)
 

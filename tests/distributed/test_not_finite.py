@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from t2i.config import OptimizerConfig
-from t2i.training.finite import BatchKeys, SkippedSteps
+from t2i.training.finite import BatchKeys, SkippedSteps, any_not_finite
 from t2i.training.optimizer import build_optimizer
 
 STEPS = 4
@@ -33,7 +33,9 @@ def worker(rank: int, folder: str) -> None:
         optimizer.zero_grad()
         spoil = float("nan") if (rank, step) == (1, SPOILT) else 1.0
         (parallel(torch.full((2, 3), step + rank + 1.0)).square().mean() * spoil).backward()
-        optimizer.found_inf = skipped.count([nn.utils.get_total_norm([p.grad for p in module.parameters()])])
+        norm = nn.utils.get_total_norm([p.grad for p in module.parameters()])
+        optimizer.found_inf = any_not_finite([norm])
+        skipped.count([norm])
         optimizer.step()
         seen.append([bool(skipped.last), *module.weight.flatten().tolist()])
     keys.write(Path(folder), SPOILT)

@@ -93,7 +93,7 @@ def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp
 
 def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_overrides, tmp_path):
     check_two_equal_one(
-        ["experiment=latent_diffusion/tiny_dit_flow", f"autoencoder={autoencoder}"],
+        ["experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={autoencoder}"],
         ["loss", "gradient_norm"],
         *(compose_run, train, shapes_overrides, tmp_path),
     )

@@ -17,7 +17,9 @@ from t2i.interfaces import Batch
 def batch(image: torch.Tensor, metadata: list[dict[str, Any]]) -> Batch:
     count = len(image)
     zeros = torch.zeros(count, 2, dtype=torch.int64)
-    return Batch(image, ["?"] * count, [str(i) for i in range(count)], zeros, zeros, metadata)
+    return Batch(
+        image, ["?"] * count, [str(i) for i in range(count)], zeros, zeros, metadata, torch.arange(count)
+    )
 
 
 @pytest.fixture(scope="module")

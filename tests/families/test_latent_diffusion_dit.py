@@ -130,7 +130,7 @@ def test_larger_patches_continue_smaller_ones():
     """Of a latent upsampled twice, patches twice as large draw what the smaller ones drew, upsampled."""
     small, given = build(dataclasses.replace(CONFIG, refiner_depth=0)), inputs()
     large = build(dataclasses.replace(CONFIG, refiner_depth=0, patch_size=2 * CONFIG.patch_size))
-    large.load_state_dict(large.fit_patches(small.state_dict()))
+    large.load_state_dict(large.fitted(small.state_dict()))
     upsampled = nn.functional.interpolate(given["x"], scale_factor=2)
     expected = nn.functional.interpolate(small(**given), scale_factor=2)
     assert expected.abs().max() > 0.1
@@ -140,7 +140,7 @@ def test_larger_patches_continue_smaller_ones():
 def test_larger_patches_give_the_refiner_the_same_features():
     small, large = build(), build(dataclasses.replace(CONFIG, patch_size=4))
     tokens = torch.randn(2, 16, CONFIG.width)
-    large.load_state_dict(large.fit_patches(small.state_dict()))
+    large.load_state_dict(large.fitted(small.state_dict()))
     maps = [unpatchify(dit.refiner.features(tokens), 4, dit.patch_size) for dit in (small, large)]
     torch.testing.assert_close(maps[1], nn.functional.interpolate(maps[0], scale_factor=2))
 
@@ -148,7 +148,7 @@ def test_larger_patches_give_the_refiner_the_same_features():
 def test_patches_of_the_same_size_keep_their_weights_and_smaller_ones_do_not_fit():
     dit, small = build(), build(dataclasses.replace(CONFIG, patch_size=1))
     state = dit.state_dict()
-    for fitted in (dit.fit_patches(state), small.fit_patches(state)):
+    for fitted in (dit.fitted(state), small.fitted(state)):
         assert all(torch.equal(fitted[name], value) for name, value in state.items())
 
 

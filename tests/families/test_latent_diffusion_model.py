@@ -16,6 +16,7 @@ from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import AdversarialConfig, KLConfig, PatchBackboneConfig, PerceptualConfig
 from t2i.families.autoencoder.config import Config as CodecConfig
 from t2i.families.latent_diffusion.config import (
+    BuildsOn,
     Config,
     DiTConfig,
     ObjectiveConfig,
@@ -49,7 +50,7 @@ def build(name: str, denoiser: DiTConfig | UNetDenoiserConfig = DIT, **changes: 
         AdversarialConfig(None),
     )
     config = Config(
-        autoencoder="latest",
+        builds_on=BuildsOn("latest"),
         denoiser=denoiser,
         schedule=SCHEDULES[name],
         objective=ObjectiveConfig(name),
@@ -145,15 +146,17 @@ def test_only_the_denoiser_and_a_learned_text_encoder_are_trained():
     assert not model.codec.training
 
 
-def request(
+def draw(
+    model: LatentDiffusion,
     prompts: list[str],
     seeds: list[int],
     scale: float = 3.0,
-    height: int = 32,
-    width: int = 32,
     sampler: str = "ddim",
-) -> SampleRequest:
-    return SampleRequest(prompts, seeds, height, width, 3, sampler, scale)
+    size_px: tuple[int, int] = (32, 32),
+    negative_prompt: str = "",
+) -> torch.Tensor:
+    request = SampleRequest(prompts, seeds, *size_px, negative_prompt)
+    return model.generate(request, SamplingConfig(sampler, 3, scale))
 
 
 @pytest.mark.parametrize(
@@ -163,26 +166,26 @@ def request(
 )
 def test_a_picture_is_the_same_in_every_batch(objective, denoiser, sampler):
     model = build(objective, denoiser)
-    together = model.generate(request(CAPTIONS, [5, 6, 5], sampler=sampler))
+    together = draw(model, CAPTIONS, [5, 6, 5], sampler=sampler)
     assert together.shape == (3, 3, 32, 32)
     assert together.abs().max() <= 1
     for i, seed in enumerate([5, 6, 5]):
-        alone = model.generate(request(CAPTIONS[i : i + 1], [seed], sampler=sampler))
+        alone = draw(model, CAPTIONS[i : i + 1], [seed], sampler=sampler)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-9)
     assert (together[0] - together[1]).abs().max() > 0.1  # not all saturated
 
 
 def test_prompt_and_seed_and_guidance_and_negative_prompt_matter():
     model = build("flow")
-    first = model.generate(request(CAPTIONS[:1], [5], sampler="euler"))
+    first = draw(model, CAPTIONS[:1], [5], sampler="euler")
     other = [
-        request(CAPTIONS[1:2], [5], sampler="euler"),
-        request(CAPTIONS[:1], [6], sampler="euler"),
-        request(CAPTIONS[:1], [5], scale=1.0, sampler="euler"),
-        dataclasses.replace(request(CAPTIONS[:1], [5], sampler="euler"), negative_prompt="green"),
+        draw(model, CAPTIONS[1:2], [5], sampler="euler"),
+        draw(model, CAPTIONS[:1], [6], sampler="euler"),
+        draw(model, CAPTIONS[:1], [5], scale=1.0, sampler="euler"),
+        draw(model, CAPTIONS[:1], [5], sampler="euler", negative_prompt="green"),
     ]
     for changed in other:
-        assert (model.generate(changed) - first).abs().max() > 1e-3
+        assert (changed - first).abs().max() > 1e-3
 
 
 def test_guidance_of_one_is_the_unguided_model():
@@ -190,21 +193,19 @@ def test_guidance_of_one_is_the_unguided_model():
     negative prompt plays no part."""
     model, sizes = build("flow"), []
     model.denoiser.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    plain = model.generate(request(CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler"))
+    plain = draw(model, CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler")
     assert sizes == [3, 3, 3]
     sizes.clear()
-    guided = model.generate(request(CAPTIONS, [5, 6, 7], scale=1.0 + 1e-6, sampler="euler"))
+    guided = draw(model, CAPTIONS, [5, 6, 7], scale=1.0 + 1e-6, sampler="euler")
     assert sizes == [6, 6, 6]
     torch.testing.assert_close(guided, plain, rtol=0, atol=1e-4)
-    negative = dataclasses.replace(
-        request(CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler"), negative_prompt="green"
-    )
-    assert torch.equal(model.generate(negative), plain)
+    negative = draw(model, CAPTIONS, [5, 6, 7], scale=1.0, sampler="euler", negative_prompt="green")
+    assert torch.equal(negative, plain)
 
 
 def test_guidance_of_zero_ignores_the_prompt():
     model = build("flow")
-    images = model.generate(request(CAPTIONS, [5, 5, 5], scale=0.0, sampler="euler"))
+    images = draw(model, CAPTIONS, [5, 5, 5], scale=0.0, sampler="euler")
     torch.testing.assert_close(images, images[:1].expand_as(images), rtol=0, atol=1e-9)
 
 
@@ -216,8 +217,8 @@ def test_sizes_that_do_not_divide_are_refused(denoiser):
         with pytest.raises(
             ConfigError, match=f"{key} is {min(size) if key == 'width' else size[0]}; allowed: multiples of 8"
         ):
-            model.generate(request(CAPTIONS[:1], [0], height=size[0], width=size[1]))
-    assert model.generate(request(CAPTIONS[:1], [0], height=24, width=40)).shape == (1, 3, 24, 40)
+            draw(model, CAPTIONS[:1], [0], size_px=size)
+    assert draw(model, CAPTIONS[:1], [0], size_px=(24, 40)).shape == (1, 3, 24, 40)
 
 
 def test_a_frozen_text_encoder_stays_out_of_the_weights(monkeypatch):

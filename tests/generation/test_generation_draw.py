@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,9 +32,6 @@ def request(prompts: list[str], **changes) -> SampleRequest:
         "seeds": range(7, 7 + len(prompts)),
         "height_px": 4,
         "width_px": 6,
-        "steps": 3,
-        "sampler": "euler",
-        "guidance_scale": 2.5,
         "negative_prompt": "blur",
     }
     return SampleRequest(**values | changes)
@@ -43,11 +41,12 @@ class FakeGenerator:
     """Pictures that depend on prompt and seed alone, as the Protocol asks; remembers what it was asked."""
 
     default_size_px = 4
+    sampling = SimpleNamespace(steps=3, guidance_scale=2.5)
 
     def __init__(self) -> None:
         self.requests: list[SampleRequest] = []
 
-    def generate(self, request: SampleRequest) -> torch.Tensor:
+    def generate(self, request: SampleRequest, progress=None) -> torch.Tensor:
         self.requests.append(request)
         rows = []
         for prompt, seed in zip(request.prompts, request.seeds, strict=True):
@@ -121,9 +120,6 @@ def test_a_picture_holds_its_recipe(tmp_path, prompt):
         "seed": 7,
         "height_px": 4,
         "width_px": 6,
-        "steps": 3,
-        "sampler": "euler",
-        "guidance_scale": 2.5,
         "negative_prompt": "blur",
     }
 
@@ -170,7 +166,9 @@ class Failing(FakeGenerator):
 
 def test_pictures_that_are_not_finite_are_named_and_the_others_are_written(tmp_path):
     asked = request(PROMPTS[:4])
-    with pytest.raises(UserError, match=r"2 of 4 .* not finite .*'bb' seed 8, 'dddd' seed 10.*is 2\.5"):
+    with pytest.raises(
+        UserError, match=r"2 of 4 .* not finite .*'bb' seed 8, 'dddd' seed 10.*guidance_scale=2\.5"
+    ):
         list(draw_files(Failing(), asked, 3, tmp_path, {}, lambda done: None))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_7.png", "ccc_9.png", "grid.png"]
     assert recipe_of(tmp_path / "grid.png")["seeds"] == [7, 9]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,12 @@ def generator_of(run: Path) -> Any:
     from t2i.training import checkpoint, run_folder
 
     loaded = checkpoint.load(run_folder.weights_file(run))
-    return families.load("latent_diffusion", "generator").Generator(loaded, device="cpu")
+    return families.get("latent_diffusion").load_generator()(loaded, "cpu")
+
+
+def set_sampling(generator: Any, **options: Any) -> None:
+    """As sampling.key=value does."""
+    generator.sampling = dataclasses.replace(generator.sampling, **options)
 
 
 def all_weights(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -293,7 +293,7 @@ def test_a_vq_autoencoder_equals_diffusers(tmp_path, convert):
     model.save_pretrained(tmp_path / "vqmodel")
     run = convert(tmp_path / "vqmodel", "run")
     loaded = checkpoint.load(run_folder.weights_file(run))
-    codec = families.load("autoencoder", "codec").from_checkpoint(loaded.config).eval()
+    codec = families.get("autoencoder").load_codec()(loaded.config).eval()
     checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
     codec.double()
     model.double()
@@ -331,7 +331,7 @@ def test_training_goes_on_from_the_codes_of_a_vqgan(tmp_path, convert):
     model = vqgan()
     model.save_pretrained(tmp_path / "vqmodel")
     loaded = checkpoint.load(run_folder.weights_file(convert(tmp_path / "vqmodel", "run")))
-    codec = families.load("autoencoder", "codec").from_checkpoint(loaded.config).train()
+    codec = families.get("autoencoder").load_codec()(loaded.config).train()
     checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
     before = codec.codebook.codes.clone()
     with torch.no_grad():

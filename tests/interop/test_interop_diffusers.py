@@ -106,7 +106,7 @@ def test_a_run_folder_can_be_moved(sd1_folder, convert, tmp_path):
     moved.parent.mkdir()
     folder.rename(moved)
     assert "{run}/text_encoder" in (moved / "config.yaml").read_text()
-    request = SampleRequest(CAPTIONS[:1], [0], 32, 32, 1, "ddim", 1.0)
+    request = SampleRequest(CAPTIONS[:1], [0], 32, 32)
     assert generator_of(moved).generate(request).shape == (1, 3, 32, 32)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_models import all_weights, clip_tokenizer, generator_of, same_weights
+from interop_models import all_weights, clip_tokenizer, generator_of, same_weights, set_sampling
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +46,7 @@ def trained(compose_run, train, tmp_path_factory) -> Path:
             ),
             *("schedule=scaled_linear", "objective=v", "sampling=ddim", "optimizer.muon_scale=null"),
             *("text=clip", f"text.model={runs_dir / 'clip'}", "text.max_tokens=20", "mask_padding=false"),
-            *("trainer.num_images=16", f"runs_dir={runs_dir}", f"autoencoder={autoencoder}"),
+            *("trainer.num_images=16", f"runs_dir={runs_dir}", f"builds_on.codec={autoencoder}"),
             "trainer.checkpoint_every_images=8",
         )
     ).folder
@@ -71,7 +71,8 @@ def test_diffusers_draws_what_t2i_draws(trained, convert):
         output_type="pt",
     ).images
     ours = generator_of(trained)
-    actual = ours.generate(SampleRequest(["a large red circle"], [4], 32, 32, 6, "ddim", 3.0)) / 2 + 0.5
+    set_sampling(ours, sampler="ddim", steps=6, guidance_scale=3.0)
+    actual = ours.generate(SampleRequest(["a large red circle"], [4], 32, 32)) / 2 + 0.5
     assert (actual - expected).abs().max() < 1 / 255
 
 

@@ -59,7 +59,7 @@ def ldm_folder(pipeline, tmp_path_factory) -> Path:
 def test_every_part_equals_diffusers(pipeline, ldm_folder, convert):
     run = convert(ldm_folder, "run")
     loaded = checkpoint.load(run_folder.weights_file(run))
-    ours = families.load("latent_diffusion", "generator").Generator(loaded, device="cpu").model.double()
+    ours = families.get("latent_diffusion").load_generator()(loaded, "cpu").model.double()
     pipeline = copy.deepcopy(pipeline)
     for part in (pipeline.vqvae, pipeline.bert, pipeline.unet):
         part.double()

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from interop_models import generator_of
+from interop_models import generator_of, set_sampling
 from torch import Tensor
 
 from t2i.interfaces import SampleRequest
@@ -79,12 +79,11 @@ def draw_theirs(pipeline: Any, sampler: str, guidance: str, size: str, image: Te
     ).images
 
 
-def request(sampler: str, guidance: str, size: str, image: Tensor | None, rows: slice) -> SampleRequest:
+def draw_ours(ours: Any, sampler: str, guidance: str, size: str, image: Tensor | None, rows: slice) -> Tensor:
     scale, negative = GUIDANCE[guidance]
     image = image if image is None else image[rows]
-    return SampleRequest(
-        PROMPTS[rows], SEEDS[rows], *SIZES[size], 10, sampler, scale, negative, image, STRENGTH
-    )
+    set_sampling(ours, sampler=sampler, steps=10, guidance_scale=scale)
+    return ours.generate(SampleRequest(PROMPTS[rows], SEEDS[rows], *SIZES[size], negative, image, STRENGTH))
 
 
 def start_picture(size: str) -> Tensor:
@@ -101,11 +100,11 @@ def test_pictures_are_those_of_diffusers(both, sampler, guidance, size, start):
     theirs, ours = both
     image = start_picture(size) if start == "img2img" else None
     expected = draw_theirs(theirs, sampler, guidance, size, image)
-    whole = ours.generate(request(sampler, guidance, size, image, slice(0, 2)))
+    whole = draw_ours(ours, sampler, guidance, size, image, slice(0, 2))
     assert whole.shape == (2, 3, *SIZES[size])
     assert (whole / 2 + 0.5 - expected).abs().max() < 1 / 255
     # Alone, the second picture is the same one.
-    alone = ours.generate(request(sampler, guidance, size, image, slice(1, 2)))
+    alone = draw_ours(ours, sampler, guidance, size, image, slice(1, 2))
     torch.testing.assert_close(alone, whole[1:], atol=1e-3, rtol=0)
 
 
@@ -113,8 +112,8 @@ def test_pictures_depend_on_all_that_is_compared(both):
     """What the comparison above would be blind to where these pictures were alike."""
     image = start_picture("square")
     pictures = {
-        (sampler, guidance, start is None): both[1].generate(
-            request(sampler, guidance, "square", start, slice(0, 1))
+        (sampler, guidance, start is None): draw_ours(
+            both[1], sampler, guidance, "square", start, slice(0, 1)
         )
         for sampler in SCHEDULERS
         for guidance in GUIDANCE

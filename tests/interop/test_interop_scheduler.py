@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from interop_models import generator_of
+from interop_models import generator_of, set_sampling
 from torch import Tensor
 
 from t2i.interfaces import SampleRequest
@@ -63,8 +63,9 @@ def draw_theirs(folder: Path, kind: str | None) -> Tensor:
 
 def draw_ours(run: Path, kind: str | None) -> Tensor:
     generator = generator_of(run)
-    sampler = generator.defaults.sampler if kind is None else CLASSES[kind]
-    return generator.generate(SampleRequest(["a red fox"], [3], 32, 32, 9, sampler, 4.0)) / 2 + 0.5
+    sampler = generator.sampling.sampler if kind is None else CLASSES[kind]
+    set_sampling(generator, sampler=sampler, steps=9, guidance_scale=4.0)
+    return generator.generate(SampleRequest(["a red fox"], [3], 32, 32)) / 2 + 0.5
 
 
 @pytest.mark.parametrize(

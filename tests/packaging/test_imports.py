@@ -26,7 +26,7 @@ FLOORS = (
     {"cli", "data_pipelines", "conf"},
 )
 # On one floor, only these: what configures raises errors, training reads batches, the command line makes data,
-# planning and interop build whatever networks a family has (through families.load).
+# planning and interop build whatever networks a family has (through its record).
 SIDEWAYS = {
     ("schema", "errors"),
     ("weight_file", "errors"),
@@ -118,7 +118,9 @@ def floor_of(room: str) -> int:
 
 def family_of(module: str) -> str | None:
     parts = module.split(".")
-    return parts[2] if parts[:2] == ["t2i", "families"] and len(parts) > 2 else None
+    return (
+        parts[2] if parts[:2] == ["t2i", "families"] and parts[2:] and parts[2] in families.names() else None
+    )
 
 
 def goes_up(found: Import) -> bool:

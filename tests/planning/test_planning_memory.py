@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from t2i.config import EMAConfig, OptimizerConfig
 from t2i.families.latent_diffusion.config import DiTConfig, UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser
-from t2i.planning.count import Activations, activations, blocks, num_parameters, peak_bytes_per_image
+from t2i.nn.blocks import blocks_of
+from t2i.planning.count import Activations, activations, num_parameters, peak_bytes_per_image
 from t2i.planning.memory import STRATEGIES, Memory, Trained, memory
 from t2i.training.ema import EMA
 from t2i.training.optimizer import build_optimizer
@@ -62,7 +63,7 @@ def planned(config, batch, precision, checkpointing, muon_scale) -> Memory:
         muon=sum(p.numel() for p in hidden),
         averaged=count,
         frozen=0,
-        largest_block=max(num_parameters(block) for block in blocks(network)),
+        largest_block=max(num_parameters(block) for block in blocks_of(network)),
         compute_bytes=2,
     )
     kept = activations(network, inputs_for(config), precision, "cpu")
@@ -73,7 +74,7 @@ def trained_for_real(config, batch, precision, checkpointing, muon_scale) -> int
     """The most bytes at a time during the second of two steps, in Lightning's order."""
     network = build_denoiser(config, 4, WIDTH, WIDTH)
     if checkpointing:
-        for block in blocks(network):
+        for block in blocks_of(network):
             block.forward = again_in_backward(block.forward)
     optimizer = build_optimizer(
         [network.parameters()],
@@ -212,7 +213,7 @@ def test_memory_of_sharded_training(eight_processes, name, strategy):
     """torch's FSDP (`fully_shard`) and its own tracker. It refuses weights in channels-last order."""
     config, batch = MODELS[name], 8
     network = build_denoiser(config, 4, WIDTH, WIDTH).to(memory_format=torch.contiguous_format)
-    for module in (*blocks(network), network):
+    for module in (*blocks_of(network), network):
         fully_shard(module, mesh=eight_processes, reshard_after_forward=strategy == "full_shard")
     optimizer = torch.optim.AdamW(network.parameters(), foreach=False)
     tracker = FSDPMemTracker(network, optimizer)
@@ -228,7 +229,7 @@ def test_memory_of_sharded_training(eight_processes, name, strategy):
 
     with torch.device("meta"):
         network = build_denoiser(config, 4, WIDTH, WIDTH)
-    count, largest = num_parameters(network), max(map(num_parameters, blocks(network)))
+    count, largest = num_parameters(network), max(map(num_parameters, blocks_of(network)))
     kept = activations(network, inputs_for(config), "32-true", "cpu")
     trained = Trained(count, 0, 0, 0, largest, compute_bytes=4)
     expected = memory(trained, kept, 0, batch, strategy, False, num_gpus=8, gpus_per_node=8)

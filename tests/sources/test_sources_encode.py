@@ -51,7 +51,7 @@ def run_of(compose_run, runs_dir) -> Callable:
 
 
 def encode_for(config, out: Path, dtype="fp32", rank=ONE, text=True) -> Report:
-    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
     makers = stage.feature_makers()
     if not text:
         makers = dataclasses.replace(makers, text=None)
@@ -93,7 +93,7 @@ def test_latents_alone(run_of, train, tmp_path):
 def test_what_lies_in_a_shard_is_what_the_codec_and_the_text_encoder_say(run_of, tmp_path):
     config = run_of("data.horizontal_flip=true")
     encode_for(config, tmp_path / "cache")
-    stage = families.load(config.family, "stage").Stage(*fresh_start(config))
+    stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
     makers = stage.feature_makers()
     (picture, *_) = wds.WebDataset(config.data.shards[0], shardshuffle=False).decode("torchrgb")
     name = f"{Path(config.data.shards[0]).parent.name}/{Path(config.data.shards[0]).name}"

@@ -106,7 +106,7 @@ def test_the_generators_average_leaves_the_frozen_codec_out(ldm_run):
 
 
 def test_a_generator_takes_the_newest_autoencoder_says_so_and_keeps_it(codec_run, ldm_run):
-    assert run_folder.read_config(ldm_run)["autoencoder"] == str(codec_run)
+    assert run_folder.read_config(ldm_run)["builds_on"] == {"codec": str(codec_run)}
     codec = load_file(codec_run / run_folder.FINAL_WEIGHTS)
     final = load_file(ldm_run / run_folder.FINAL_WEIGHTS)
     for name, value in codec.items():
@@ -146,7 +146,7 @@ def test_nothing_to_resume_or_to_build_on_is_one_sentence(compose_run, train, tm
     ):
         train(compose_run(KL, f"runs_dir={tmp_path}", "resume=latest"))
     with pytest.raises(
-        CheckpointError, match=r"builds on an autoencoder, and .*/autoencoder holds none: train one"
+        CheckpointError, match=r"builds on a codec, and there is none in .*/autoencoder: train one"
     ):
         train(compose_run("experiment=latent_diffusion/tiny_dit_flow", f"runs_dir={tmp_path}"))
     assert list(tmp_path.iterdir()) == []

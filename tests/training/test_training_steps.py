@@ -30,19 +30,6 @@ def test_any_seed_trains_and_resumes(compose_run, train, tmp_path, seed):
     assert train(compose_run(*longer, f"runs_dir={tmp_path / 'a'}")).images_seen == 32
 
 
-def test_seeds_that_always_worked_draw_what_they_drew(compose_run, monkeypatch):
-    from t2i.families.autoencoder.stage import Stage
-
-    stage = Stage(compose_run(*KL, "seed=281469837", "ema=none"))
-    seeded = []
-    monkeypatch.setattr(torch, "manual_seed", seeded.append)
-    stage._trainer = types.SimpleNamespace(global_rank=0, optimizers=[types.SimpleNamespace(param_groups=[])])
-    stage.images_seen = 64
-    stage.on_train_batch_start(None, 0)
-    assert seeded == [(281469837 * 1_000_003 + 64) * 65_537]
-    assert stage.step_generator().initial_seed() == 281469837 * 1_000_003 + 64
-
-
 def test_the_discriminators_first_step_is_as_large_as_any_optimizers_first(compose_run, train, tmp_path):
     """Adam's (1412.6980): the learning rate for each parameter, whatever its gradient."""
     arguments = ("adversarial.start_images=24", "optimizer.warmup_images=0", "optimizer.schedule=constant")

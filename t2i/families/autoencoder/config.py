@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from t2i.config import check
+from t2i.config import ModelConfig, check
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
 
@@ -117,7 +117,7 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     """What stage=autoencoder trains."""
 
     codec: KLConfig | VQConfig

@@ -21,8 +21,11 @@ from t2i.families.autoencoder.losses import (
 )
 from t2i.families.autoencoder.perceptual import build_perceptual
 from t2i.interfaces import Batch
+from t2i.nn.blocks import blocks_of
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
+from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
+from t2i.training.step import Turn
 
 
 class Stage(BaseStage):
@@ -30,7 +33,9 @@ class Stage(BaseStage):
 
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config)
-        model: Config = config.model
+        model = config.model
+        assert isinstance(model, Config)
+        self.model_config = model
         model.check_resolution(config.resolution.size_px)
         self.codec = build_codec(model)
         if start is not None:
@@ -44,10 +49,9 @@ class Stage(BaseStage):
                 3, model.adversarial.base_channels, model.adversarial.num_layers
             )
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        model: Config = self.config.model
-        image = batch.image
-        noise = self.noise(self.step_generator(), self.codec.latent_shape(*image.shape[2:]))
+    def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
+        model, image = self.model_config, batch.image
+        noise = random.normal("posterior", *self.codec.latent_shape(*image.shape[2:]))
         reconstruction = self.codec.reconstruct(image, noise)
 
         l1 = (reconstruction.image - image).abs().mean()
@@ -74,7 +78,8 @@ class Stage(BaseStage):
     ) -> Tensor:
         """Scalar: weight * lambda * L_G + L_D, lambda the adaptive weight of 2012.09841, equation 7; before
         start_images a zero that still uses every parameter, as DDP wants."""
-        config = self.config.model.adversarial
+        config = self.model_config.adversarial
+        assert config.start_images is not None
         if self.images_seen < config.start_images:
             return 0.0 * torch.stack([p.sum() for p in discriminator.parameters()]).sum()
         hinge = config.loss == "hinge"
@@ -96,17 +101,22 @@ class Stage(BaseStage):
             loss = loss + 0.5 * config.r1_weight * metrics["r1"]
         return loss
 
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
+    def turns(self) -> list[Turn]:
+        """One: both learn from the same backward pass, each by its own loss."""
         discriminator = [] if self.discriminator is None else [list(self.discriminator.parameters())]
-        return [list(self.codec.parameters()), *discriminator]
+        return [Turn("codec", [list(self.codec.parameters()), *discriminator], self.config.optimizer)]
+
+    def blocks(self) -> list[nn.Module]:
+        discriminator = [] if self.discriminator is None else blocks_of(self.discriminator)
+        return [*blocks_of(self.codec), *discriminator]
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """The discriminator's, before it learns: steps with gradients of zero would make its first real step larger
         (Adam's averages, 1412.6980, would be taken for those of many steps)."""
-        waits = self.images_seen < (self.config.model.adversarial.start_images or 0)
+        waits = self.images_seen < (self.model_config.adversarial.start_images or 0)
         return [] if self.discriminator is None or not waits else list(self.discriminator.parameters())
 
-    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+    def averages(self) -> dict[str, nn.Parameter]:
         return {f"codec.{name}": p for name, p in self.codec.named_parameters()}
 
     def inference_weights(self) -> dict[str, Tensor]:

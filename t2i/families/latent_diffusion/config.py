@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from t2i.config import TextConfig, check
+from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 
@@ -105,15 +106,25 @@ class SamplingConfig(GridConfig):
 
 
 @dataclass(frozen=True)
-class Config:
+class BuildsOn:
+    """codec: "latest", a run folder or a file. A run that continues another keeps that one's codec unless a path is
+    given here"""
+
+    codec: str
+
+    def __post_init__(self) -> None:
+        allowed = "latest, a run or a file (an empty variable of the shell?)"
+        check(self.codec != "", "builds_on.codec", "", allowed)
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
     """What stage=ldm trains.
 
-    autoencoder: "latest", a run folder or a file. A run that continues another keeps that one's codec
-        unless a path is given here
     mask_padding: hides padding tokens from cross-attention; Stable Diffusion does not
     """
 
-    autoencoder: str
+    builds_on: BuildsOn
     denoiser: DiTConfig | PixArtConfig | UNetDenoiserConfig
     schedule: ScheduleConfig
     objective: ObjectiveConfig
@@ -122,10 +133,15 @@ class Config:
     mask_padding: bool = True
 
     def __post_init__(self) -> None:
-        check(
-            self.autoencoder != "",
-            "autoencoder",
-            "",
-            "latest, a run or a file (an empty variable of the shell?)",
-        )
         check_objective(self.objective.prediction, self.schedule)
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The codec's run was the entry `autoencoder` once."""
+        if "builds_on" in values or "autoencoder" not in values:
+            return dict(values)
+        others = {key: value for key, value in values.items() if key != "autoencoder"}
+        return others | {"builds_on": {"codec": values["autoencoder"]}}
+
+    def text_encoder(self) -> TextConfig:
+        return self.text

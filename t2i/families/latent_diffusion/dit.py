@@ -12,6 +12,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from t2i.families.latent_diffusion.config import DiTConfig
+from t2i.families.latent_diffusion.denoiser import Denoiser
+from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import group_norm
@@ -102,7 +104,7 @@ class Refiner(nn.Module):
         return self.out(nn.functional.silu(self.norm(h) * (1 + scale) + shift))
 
 
-class DiT(nn.Module):
+class DiT(Denoiser):
     """Denoiser over latents (B, channels, h, w); h and w must be multiples of patch_size."""
 
     def __init__(self, config: DiTConfig, channels: int, context_dim: int, pooled_dim: int) -> None:
@@ -121,6 +123,9 @@ class DiT(nn.Module):
         if config.refiner_depth > 0:
             self.refiner = Refiner(config, channels).to(memory_format=torch.channels_last)
 
+    def conditioned(self, x: Tensor, t: Tensor, text: TextFeatures, mask: Tensor | None) -> Tensor:
+        return self(x, t, text.tokens, text.pooled, mask)
+
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between hidden layers, which Muon may step: those of attention, MLPs and convolutions,
         without embeddings, modulations and outputs."""
@@ -130,7 +135,7 @@ class DiT(nn.Module):
             if "blocks." in name and "modulation" not in name and p.ndim >= 2
         ]
 
-    def fit_patches(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fitted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a DiT whose patches are a whole number of times smaller, for these patches: for a
         latent upsampled by that number, tokens are what they were and the output is upsampled too. For the
         embedding that is FlexiViT's pseudo-inverse resize (2212.08013, section 3.4)."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from t2i import families
 from t2i.config import check
 from t2i.diffusion.guidance import classifier_free
 from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
-from t2i.families.latent_diffusion.config import Config, DiTConfig, PixArtConfig, UNetDenoiserConfig
+from t2i.families.latent_diffusion.config import (
+    Config,
+    DiTConfig,
+    PixArtConfig,
+    SamplingConfig,
+    UNetDenoiserConfig,
+)
+from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
-from t2i.interfaces import SampleRequest, TextFeatures
+from t2i.interfaces import Progress, SampleRequest, TextFeatures
 from t2i.nn.precision import widened
 from t2i.text import build_text_encoder
 from t2i.text.cache import CachedTextEncoder
@@ -40,7 +48,7 @@ class LatentDiffusion(nn.Module):
             self.text: Any = encoder
         else:
             object.__setattr__(self, "text", CachedTextEncoder(encoder))
-        self.denoiser: DiT | PixArt | UNet = build_denoiser(
+        self.denoiser = build_denoiser(
             config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
         )
 
@@ -59,9 +67,7 @@ class LatentDiffusion(nn.Module):
         """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule."""
         mask = text.mask if self.config.mask_padding else None
         time = self.schedule.model_time(t).to(widened(x).dtype)
-        if isinstance(self.denoiser, DiT):
-            return self.denoiser(x, time, text.tokens, text.pooled, mask)
-        return self.denoiser(x, time, text.tokens, mask)
+        return self.denoiser.conditioned(x, time, text, mask)
 
     def loss(self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> Tensor:
         """(B,) weighted squared errors of the prediction (DDPM, algorithm 1; flow matching, 2210.02747).
@@ -76,13 +82,15 @@ class LatentDiffusion(nn.Module):
         return weight * error.square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def generate(self, request: SampleRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def generate(
+        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
         text = self.text(list(request.prompts))
         negative = self.text([request.negative_prompt] * len(request.prompts))
-        model = classifier_free(self.denoise, text, negative, request.guidance_scale)
+        model = classifier_free(self.denoise, text, negative, sampling.guidance_scale)
 
         def predict(x: Tensor, t: Tensor) -> Any:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
@@ -98,16 +106,23 @@ class LatentDiffusion(nn.Module):
             predict,
             draw_noise(generators, shape).to(device),
             self.schedule,
-            request.sampler,
-            request.steps,
+            sampling.sampler,
+            sampling.steps,
             progress,
-            grid=self.config.sampling,
+            grid=sampling,
             generators=generators,
             init=init,
             strength=request.strength,
         )
         image = self.codec.decode(latent)
         return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+
+
+def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffusion:
+    """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level
+    mapping of the codec's run) says."""
+    codec = families.get(codec_config["family"]).load_codec()(codec_config)
+    return LatentDiffusion(config, codec)
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
@@ -122,7 +137,7 @@ def latent_unit(config: DiTConfig | PixArtConfig | UNetDenoiserConfig) -> int:
 
 def build_denoiser(
     config: DiTConfig | PixArtConfig | UNetDenoiserConfig, channels: int, context_dim: int, pooled_dim: int
-) -> DiT | PixArt | UNet:
+) -> Denoiser:
     """The network that the configuration names, for a codec's channels and a text encoder's widths."""
     if isinstance(config, DiTConfig):
         return DiT(config, channels, context_dim, pooled_dim)

@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn, randn
 
 from t2i.families.latent_diffusion.config import PixArtConfig
+from t2i.families.latent_diffusion.denoiser import Denoiser
+from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.residual import zero_init
@@ -92,7 +94,7 @@ class PixArtBlock(nn.Module):
         return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class PixArt(nn.Module):
+class PixArt(Denoiser):
     """Denoiser over latents (B, channels, h, w); h and w must be multiples of patch_size."""
 
     def __init__(self, config: PixArtConfig, channels: int, context_dim: int) -> None:
@@ -105,6 +107,9 @@ class PixArt(nn.Module):
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
         self.scale_shift_table = nn.Parameter(randn(2, width) / width**0.5)
         self.proj_out = zero_init(nn.Linear(width, p * p * channels))
+
+    def conditioned(self, x: Tensor, t: Tensor, text: TextFeatures, mask: Tensor | None) -> Tensor:
+        return self(x, t, text.tokens, mask)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between hidden layers, which Muon may step: those of attention and MLPs."""

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from t2i import families
 from t2i.config import RunConfig
 from t2i.errors import CheckpointError
-from t2i.families.latent_diffusion.config import Config
-from t2i.families.latent_diffusion.dit import DiT
-from t2i.families.latent_diffusion.model import LatentDiffusion
+from t2i.families.latent_diffusion.config import BuildsOn, Config
+from t2i.families.latent_diffusion.model import build_model
 from t2i.interfaces import Batch, FeatureMakers, SampleRequest
+from t2i.nn.blocks import blocks_of
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
+from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
+from t2i.training.step import Turn
 
 log = logging.getLogger(__name__)
 
@@ -28,41 +30,47 @@ class Stage(BaseStage):
 
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config)
-        model: Config = config.model
-        if start is not None and model.autoencoder == "latest":
-            builds_on, autoencoder = start, start.config["autoencoder"]
+        model = config.model
+        assert isinstance(model, Config)
+        if start is not None and model.builds_on.codec == "latest":
+            builds_on, place = start, Config.upgraded(start.config)["builds_on"]["codec"]
         else:
-            builds_on, autoencoder = _autoencoder(config)
-        model = dataclasses.replace(model, autoencoder=autoencoder)
+            builds_on, place = _codec_run(config, model.builds_on.codec)
+        model = dataclasses.replace(model, builds_on=BuildsOn(place))
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
+        self.model_config = model
         self.codec_config: dict[str, Any] = builds_on.extra.get("codec", builds_on.config)
         self.model = build_model(model, self.codec_config)
         size = config.resolution.size_px
         self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
         if start is not None:
-            load_into(self.model, _fitted(start.weights, self.model.denoiser), start.path, prefix="model.")
+            load_into(self.model, self._fitted(start.weights), start.path, prefix="model.")
         if builds_on is not start:
             load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         with torch.no_grad():
             moments = self.model.codec.moments(batch.image) if batch.moments is None else batch.moments
         shape = (self.model.codec.latent_channels, *moments.shape[2:])
-        generator = self.step_generator()
-        t = self.this_process(self.model.schedule.sample_times(self.images_per_step, generator, self.device))
-        eps = self.noise(generator, shape)
-        latent = self.model.codec.latent(moments, self.noise(generator, shape))
+        t = self.model.schedule.training_times(random.uniform("time"))
+        eps = random.normal("noise", *shape)
+        latent = self.model.codec.latent(moments, random.normal("posterior", *shape))
         text = self.model.text(batch.caption) if batch.text is None else batch.text
         losses = self.model.loss(latent, text, t, eps)
         return {"loss": losses.mean()}
 
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        return self.model.denoiser.hidden_matrices()
+    def turns(self) -> list[Turn]:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        hidden = self.model.denoiser.hidden_matrices()
+        return [Turn("denoiser", [parameters], self.config.optimizer, hidden)]
+
+    def blocks(self) -> list[nn.Module]:
+        return blocks_of(self.model.denoiser)
 
     def feature_makers(self) -> FeatureMakers:
-        text, config = self.model.text, self.config.model
+        text, config = self.model.text, self.model_config
         made_by = {
-            "autoencoder": config.autoencoder,
+            "autoencoder": config.builds_on.codec,
             "text encoder": " ".join(
                 filter(None, (config.text.name, config.text.model, config.text.weights))
             ),
@@ -78,39 +86,30 @@ class Stage(BaseStage):
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""
-        sampling, size = self.config.model.sampling, self.config.resolution.size_px
-        request = SampleRequest.by_default(batch.caption, size, sampling)
-        return {"samples": self.model.generate(request)}
+        request = SampleRequest.of_size(batch.caption, self.config.resolution.size_px)
+        return {"samples": self.model.generate(request, self.model_config.sampling)}
+
+    def _fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a run at a lower resolution, as this denoiser takes them."""
+        prefix = "model.denoiser."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        return weights | {prefix + name: value for name, value in self.model.denoiser.fitted(own).items()}
 
 
-def build_model(config: Config, codec_config: dict[str, Any]) -> LatentDiffusion:
-    """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level
-    mapping of the autoencoder's run) says."""
-    codec = families.load(codec_config["family"], "codec").from_checkpoint(codec_config)
-    return LatentDiffusion(config, codec)
-
-
-def _fitted(weights: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
-    """The weights of a run at a lower resolution; a DiT's patches may have been smaller there."""
-    if not isinstance(denoiser, DiT):
-        return weights
-    prefix = "model.denoiser."
-    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return weights | {prefix + name: value for name, value in denoiser.fit_patches(own).items()}
-
-
-def _autoencoder(config: RunConfig) -> tuple[LoadedCheckpoint, str]:
-    """The autoencoder that config.model.autoencoder means, and its place."""
-    place = config.model.autoencoder
+def _codec_run(config: RunConfig, place: str) -> tuple[LoadedCheckpoint, str]:
+    """The run that builds_on.codec means, and its place."""
     if place == "latest":
-        found, passed_over = run_folder.newest_finished(config.runs_dir, "autoencoder")
+        stages = families.stages_with("codec")
+        found, passed_over = run_folder.newest_finished(config.runs_dir, stages)
         for run in passed_over:
             log.info("passes over %s, which did not come to its end", run)
         if found is None:
+            folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
             raise CheckpointError(
-                f"stage={config.stage} builds on an autoencoder, and {config.runs_dir}/autoencoder holds none: "
-                "train one with `t2i train stage=autoencoder`, or give autoencoder=RUN or FILE."
+                f"stage={config.stage} builds on a codec, and there is none in {folders}: train one with "
+                f"`t2i train stage={stages[0]}`, or give builds_on.codec=RUN or FILE."
             )
         place = str(found)
-    log.info("builds on the autoencoder %s", place)
-    return load(run_folder.weights_file(place)), place
+    log.info("builds on the codec %s", place)
+    loaded = load(run_folder.weights_file(place))
+    return loaded, place

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.families.latent_diffusion.unet_config import UNetConfig
+from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
 from t2i.nn.embeddings import timestep_embedding
 from t2i.nn.norm import group_norm
@@ -115,7 +117,7 @@ class Stack(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Denoiser):
     """Predicts noise, or v, of a noisy latent given the time and the text."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -165,6 +167,9 @@ class UNet(nn.Module):
 
         out_conv = zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(), out_conv)
+
+    def conditioned(self, x: Tensor, t: Tensor, text: TextFeatures, mask: Tensor | None) -> Tensor:
+        return self(x, t, text.tokens, mask)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between hidden layers, which Muon may step: those of convolutions, attention and MLPs,

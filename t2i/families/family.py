@@ -1,0 +1,66 @@
+"""What the rest of the program knows of a family of models: one record, which the family's folder declares."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from t2i.schema import check
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from t2i.config import ModelConfig
+    from t2i.interfaces import Generator
+    from t2i.training.checkpoint import LoadedCheckpoint
+    from t2i.training.stage import BaseStage
+
+
+@dataclass(frozen=True)
+class Family:
+    """Parts are named "module:name", the module within the family's own folder, and imported when they are asked for:
+    listing families imports no torch. What a family does not have is None.
+
+    package: of the folder: `__name__`
+    config: its dataclass, a `t2i.config.ModelConfig`; imports no torch
+    stages: the stages that it trains, each a `t2i.training.stage.BaseStage`
+    generator: (checkpoint, device) -> a `t2i.interfaces.Generator`: prompts to pictures
+    codec: (the top-level mapping of a run's configuration) -> an `nn.Module` that is a `t2i.interfaces.ImageCodec`,
+        randomly initialised. Its weights begin with "codec." in the run's files
+    builds_on: by key of the entry `builds_on` in its configuration, which part another family's run has to have there:
+        {"codec": "codec"}
+    """
+
+    package: str
+    config: str
+    stages: Mapping[str, str]
+    generator: str | None = None
+    codec: str | None = None
+    builds_on: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.package.rpartition(".")[2]
+
+    def load_config(self) -> type[ModelConfig]:
+        return self._part(self.config)
+
+    def load_stage(self, stage: str) -> type[BaseStage]:
+        """Raises ConfigError for a stage that this family does not train."""
+        check(stage in self.stages, "stage", stage, f"{', '.join(self.stages)}, with family={self.name}")
+        return self._part(self.stages[stage])
+
+    def load_generator(self) -> Callable[[LoadedCheckpoint, torch.device | str | None], Generator]:
+        return self._part(self.generator)
+
+    def load_codec(self) -> Callable[[Mapping[str, Any]], nn.Module]:
+        return self._part(self.codec)
+
+    def _part(self, reference: str | None) -> Any:
+        assert reference is not None, f"{self.name} has no such part"
+        module, _, name = reference.partition(":")
+        return getattr(importlib.import_module(f"{self.package}.{module}"), name)

@@ -1,0 +1,15 @@
+"""The blocks that a network is made of, one at a time."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The members of the network's outermost lists, and what stands beside those lists: what activation checkpointing
+    runs again, and compilation and sharding take, one at a time."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        holds_list = any(isinstance(inner, nn.ModuleList) for inner in child.children())
+        found += blocks_of(child) if holds_list or isinstance(child, nn.ModuleList) else [child]
+    return found
