@@ -20,7 +20,7 @@ FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": 
 FLOORS = (
     {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
-    {"diffusion"},
+    {"diffusion", "adversarial"},
     {"training", "data", "text"},
     {"families", "generation", "evaluation", "interop", "launch", "planning"},
     {"cli", "data_pipelines", "conf"},
@@ -159,7 +159,7 @@ def reached_from(module: str) -> dict[str, str]:
 PLAIN_TORCH = [
     name
     for name in FILES
-    if room_of(name) in ("nn", "diffusion")
+    if room_of(name) in ("nn", "diffusion", "adversarial")
     or (family_of(name) and name.split(".")[-1] not in ("stage", "generator", "config"))
 ]
 
@@ -301,6 +301,7 @@ def late():
         ("t2i.training.fit", "t2i_cli.console", True),
         ("t2i.training.fit", "t2i.data.loader", False),
         ("t2i.families.autoencoder.model", "t2i.nn.norm", False),
+        ("t2i.adversarial.losses", "t2i.families.autoencoder.losses", True),
         ("t2i_cli.embedded", "t2i_pipelines.sources.shapes", False),
         ("t2i_pipelines.sources.shapes", "t2i.evaluation.shapes", False),
     ],

@@ -12,35 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.adversarial.losses import frozen_forward, hinge_discriminator_loss, hinge_generator_loss
 from t2i.nn.precision import widened
-
-
-def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Scalar: half the mean hinge of both sides (Lim & Ye, 1705.02894; the half is VQGAN's)."""
-    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
-
-
-def vanilla_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Scalar: half the binary cross-entropy of both sides (Goodfellow et al., 1406.2661)."""
-    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
-
-
-def hinge_generator_loss(logits_fake: Tensor) -> Tensor:
-    """Scalar: -mean D(fake); VQGAN uses it with either discriminator loss."""
-    return -logits_fake.mean()
-
-
-def r1_penalty(real: Tensor, logits: Tensor) -> Tensor:
-    """Scalar: E ||grad_x D(x)||^2 over real pictures (Mescheder et al., 1801.04406, equation 9); the factor
-    gamma / 2 is the caller's. A picture's patch logits are summed.
-
-    real: (B, ...) with requires_grad; logits: the discriminator's, computed from `real`.
-    """
-    (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return grad.flatten(1).square().sum(dim=1).mean()
 
 
 def adaptive_weight(
@@ -59,12 +34,6 @@ def adaptive_weight(
         grads = grads / dist.get_world_size()
     rec_norm, gan_norm = widened(grads).flatten(1).norm(dim=1)
     return (rec_norm / (gan_norm + 1e-4)).clamp(max=max_weight).detach()
-
-
-def frozen_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) with its parameters taken as constants: gradients reach x and nothing else."""
-    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, constants, (x,))
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from t2i.adversarial.losses import hinge_discriminator_loss, r1_penalty, vanilla_discriminator_loss
 from t2i.config import RunConfig
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
-from t2i.families.autoencoder.losses import (
-    adaptive_weight,
-    gan_losses,
-    hinge_discriminator_loss,
-    r1_penalty,
-    vanilla_discriminator_loss,
-)
+from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
 from t2i.families.autoencoder.perceptual import build_perceptual
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
