@@ -16,6 +16,7 @@ from torch import nn
 from t2i import families
 from t2i.config import RunConfig, parse_run, run_to_dict
 from t2i.families.autoencoder.codec import build_codec
+from t2i.families.gan_int_cls.model import build_networks
 from t2i.families.latent_diffusion.model import build_denoiser
 from t2i.generation.text_to_image import draw, save
 from t2i.interfaces import SampleRequest
@@ -35,6 +36,8 @@ def network(config: RunConfig) -> nn.Module:
         if config.family == "autoencoder":
             return build_codec(model)
         text = build_architecture(model.text)
+        if config.family == "gan_int_cls":
+            return nn.ModuleList(build_networks(model, text.pooled_dim, config.resolution.size_px))
         return build_denoiser(model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
 
 

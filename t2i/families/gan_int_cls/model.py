@@ -1,0 +1,57 @@
+"""Both networks and the text encoder as one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import check
+from t2i.families.gan_int_cls.config import Config, SamplingConfig
+from t2i.families.gan_int_cls.networks import Discriminator, GeneratorNetwork
+from t2i.interfaces import Progress, SampleRequest
+from t2i.text import build_text_encoder
+from t2i.text.cache import CachedTextEncoder
+
+
+class GanIntCls(nn.Module):
+    """The frozen text encoder's weights are not part of the state dict: it is loaded from where the configuration
+    says."""
+
+    def __init__(self, config: Config, size_px: int) -> None:
+        super().__init__()
+        self.size_px = size_px
+        encoder: Any = build_text_encoder(config.text)
+        self.text: CachedTextEncoder
+        object.__setattr__(self, "text", CachedTextEncoder(encoder))
+        self.generator, self.discriminator = build_networks(config, encoder.pooled_dim, size_px)
+
+    @torch.no_grad()
+    def generate(
+        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
+        `t2i.interfaces.Generator`."""
+        for key, value in (("height", request.height_px), ("width", request.width_px)):
+            check(
+                value == self.size_px, key, value, f"{self.size_px}, the size that this model was trained at"
+            )
+        check(not request.negative_prompt, "negative_prompt", request.negative_prompt, "none with this model")
+        check(request.image is None, "image", "a picture to start from", "none with this model")
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        dim = self.generator.noise_dim
+        noise = torch.stack([torch.randn(dim, generator=generator) for generator in generators])
+        pooled = self.text(list(request.prompts)).pooled
+        image = self.generator(sampling.noise_scale * noise.to(pooled), pooled)
+        if progress is not None:
+            progress(1, 1)
+        return torch.where(image.isfinite(), image, torch.nan)
+
+
+def build_networks(config: Config, pooled_dim: int, size_px: int) -> tuple[GeneratorNetwork, Discriminator]:
+    """For captions that are vectors of `pooled_dim` numbers. Raises ConfigError for a size that they cannot have."""
+    return (
+        GeneratorNetwork(config.generator, pooled_dim, size_px),
+        Discriminator(config.discriminator, pooled_dim, size_px),
+    )
