@@ -17,11 +17,14 @@ class Prediction:
     """The clean picture and the noise that a denoiser sees in x_t = alpha x0 + sigma eps, shaped as x_t.
 
     objective: what the network itself put out
+    variance_share: where the variance of a step is said too, how far the logarithm of each number's has come from
+        the least to the most that it may be, from 0 to 1 (`t2i.diffusion.variance.log_variance`)
     """
 
     x0: Tensor
     eps: Tensor
     objective: Objective = "eps"
+    variance_share: Tensor | None = None
 
 
 def target(objective: Objective, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

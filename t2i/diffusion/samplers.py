@@ -16,17 +16,10 @@ from torch import Tensor
 
 from t2i.config import check
 from t2i.diffusion.config import GridConfig
-from t2i.diffusion.levels import (
-    CLEAN,
-    Level,
-    NoiseLevels,
-    as_tensors,
-    first_level,
-    karras_levels,
-    levels_at,
-)
+from t2i.diffusion.levels import CLEAN, Level, NoiseLevels, as_tensors, first_level, karras_levels, levels_at
 from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
+from t2i.diffusion.variance import log_variance, posterior
 
 # denoise(x_t, t) with x_t: (B, ...) and t: (B,) floating point, in the schedule's own time.
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -119,7 +112,10 @@ class DDIM(Sampler):
         return first_level(schedule) if grid.set_alpha_to_one is False else CLEAN
 
     def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
-        p = self.predict(denoise, x, i)
+        return self.walk(self.predict(denoise, x, i), x, i)
+
+    def walk(self, p: Prediction, x: Tensor, i: int) -> Tensor:
+        """x after step i, which `p` was predicted for."""
         (alpha, sigma), (alpha_next, sigma_next) = self.levels.level(i), self.levels.end(i)
         fresh = self.eta**2 * (1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2)  # share of sigma'^2
         x = alpha_next * p.x0 + sigma_next * math.sqrt(1 - fresh) * p.eps
@@ -129,7 +125,7 @@ class DDIM(Sampler):
 
 class DDPM(DDIM):
     """Ho et al. 2006.11239, algorithm 2, on a subset of the times and with the posterior's variance: DDIM with
-    eta = 1."""
+    eta = 1. Where the model says the variance of its steps, with that (2102.09672)."""
 
     by_stride = False
     eta = 1.0
@@ -137,6 +133,15 @@ class DDPM(DDIM):
     @classmethod
     def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
         return CLEAN
+
+    def walk(self, p: Prediction, x: Tensor, i: int) -> Tensor:
+        if p.variance_share is None:
+            return super().walk(p, x, i)
+        q = posterior(*self.levels.level(i), *self.levels.end(i))
+        x = q.x0_weight * p.x0 + q.x_weight * x
+        if q.variance > 0:
+            x = x + (0.5 * log_variance(p.variance_share, q)).exp() * self.noise_like(x)
+        return x
 
 
 class Euler(DDIM):
@@ -337,8 +342,7 @@ def sample(
     sampler: a name in SAMPLERS
     steps: levels of the grid. Samplers call the denoiser once per level; heun calls it twice and pndm once more
     progress: called with (steps done, steps) after every step
-    grid: None for that of Stable Diffusion 1's scheduler config
-    generators: see `Sampler`
+    grid: None for that of Stable Diffusion 1's scheduler config; generators: see `Sampler`
     init: (B, ...) data to start from in place of nothing (SDEdit, Meng et al. 2108.01073)
     strength: above 0, at most 1: how much of the walk is taken from `init`; int(steps * strength) levels
     Raises ConfigError for a sampler, spacing, strength or number of steps that is not to be had.
