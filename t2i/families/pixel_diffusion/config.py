@@ -1,0 +1,96 @@
+"""Configuration of pixel diffusion conditioned on text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i.config import ModelConfig, TextConfig, check
+from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
+from t2i.families.pixel_diffusion.unet_config import UNetConfig
+
+Variance = Literal["fixed_small", "fixed_large", "learned"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The network that tells from a noisy picture how well a caption fits: ADM's classifier with a caption in place of
+    a class, trained as GLIDE's noised CLIP is (2112.10741, section 2.4).
+
+    encoder: the picture's side, half a UNet
+    embed_dim: width in which picture and caption are compared
+    """
+
+    encoder: UNetConfig
+    embed_dim: int
+
+    def __post_init__(self) -> None:
+        check(self.embed_dim >= 1, "classifier.embed_dim", self.embed_dim, "1 or more")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """prediction: what the network says of the picture
+    min_snr_gamma: loss weighting of 2303.09556; null weighs all times alike"""
+
+    prediction: Objective
+    min_snr_gamma: float | None
+
+    def __post_init__(self) -> None:
+        ok = self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf
+        check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(GridConfig):
+    """How pictures are drawn while training, and what `t2i sample` does where nothing else is said. guidance_scale is
+    of classifier-free guidance.
+
+    clip_x0: brings each prediction of the picture to [-1, 1], as DDPM and ADM do
+    classifier_scale: of classifier guidance (2105.05233, algorithm 2); 0 for none, and where no classifier was trained
+    """
+
+    sampler: SamplerName
+    steps: int
+    guidance_scale: float
+    clip_x0: bool
+    classifier_scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        for key in ("guidance_scale", "classifier_scale"):
+            check(0 <= getattr(self, key) < math.inf, f"sampling.{key}", getattr(self, key), "0 or more")
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """What stage=pixel_diffusion trains.
+
+    variance: of the steps of sampler ddpm: the posterior's ("fixed_small"), that of the step forward ("fixed_large"),
+        or between them as the network says ("learned", trained by the hybrid loss of 2102.09672)
+    text_width: width to which the caption's tokens are brought before attention sees them
+    classifier: for classifier guidance, trained beside the denoiser; null for none
+    """
+
+    denoiser: UNetConfig
+    text_width: int
+    schedule: ScheduleConfig
+    objective: ObjectiveConfig
+    variance: Variance
+    text: TextConfig
+    sampling: SamplingConfig
+    classifier: ClassifierConfig | None
+
+    def __post_init__(self) -> None:
+        check(self.text_width >= 1, "text_width", self.text_width, "1 or more")
+        check_objective(self.objective.prediction, self.schedule)
+        ok = self.variance == "fixed_small" or self.schedule.name != "flow"
+        check(ok, "variance", self.variance, "fixed_small with schedule.name=flow")
+        ok = self.classifier is not None or self.sampling.classifier_scale == 0
+        allowed = "0 where no classifier is trained (classifier: null)"
+        check(ok, "sampling.classifier_scale", self.sampling.classifier_scale, allowed)
+
+    def text_encoder(self) -> TextConfig:
+        return self.text

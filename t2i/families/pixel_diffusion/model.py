@@ -1,0 +1,195 @@
+"""Text-conditioned pixel diffusion: text encoder, denoiser, noise schedule and classifier as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import check
+from t2i.diffusion.guidance import guided
+from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
+from t2i.diffusion.samplers import sample
+from t2i.diffusion.schedules import DiscreteSchedule, build_schedule, per_sample
+from t2i.diffusion.variance import ReverseSteps
+from t2i.families.pixel_diffusion.classifier import NoisyMatcher, towards
+from t2i.families.pixel_diffusion.config import Config, SamplingConfig
+from t2i.families.pixel_diffusion.unet import UNet
+from t2i.interfaces import Progress, SampleRequest, TextFeatures
+from t2i.nn.precision import widened
+from t2i.text import build_text_encoder
+from t2i.text.cache import CachedTextEncoder
+
+CHANNELS = 3
+
+
+class PixelDiffusion(nn.Module):
+    """size_px: height and width of the pictures that it is trained on.
+
+    A frozen text encoder's weights are not among the model's: it is loaded from where the configuration says.
+    """
+
+    def __init__(self, config: Config, size_px: int) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = build_schedule(config.schedule)
+        encoder: Any = build_text_encoder(config.text)
+        if encoder.trainable:
+            self.text: Any = encoder
+        else:
+            object.__setattr__(self, "text", CachedTextEncoder(encoder))
+        self.denoiser = build_denoiser(config, encoder.token_dim, encoder.pooled_dim)
+        self.classifier = build_classifier(config, size_px, encoder.token_dim)
+        self.steps: ReverseSteps | None = None
+        if config.variance == "learned":
+            assert isinstance(self.schedule, DiscreteSchedule)  # the configuration was checked
+            self.steps = ReverseSteps(self.schedule)
+
+    def check_size(self, height_px: int, width_px: int, keys: tuple[str, str]) -> None:
+        """Raises ConfigError where height or width cannot be halved as often as the networks do."""
+        unit = self.config.denoiser.downsampling
+        if self.config.classifier is not None:
+            unit = max(unit, self.config.classifier.encoder.downsampling)
+        for key, value in zip(keys, (height_px, width_px), strict=True):
+            check(value >= unit and value % unit == 0, key, value, f"multiples of {unit} with this model")
+
+    def model_time(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.model_time(t).to(widened(x).dtype)
+
+    def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        """The denoiser's output for x_t (B, 3, H, W) at times t (B,) of the schedule: (B, 3, H, W), or (B, 6, H, W)
+        with the variance after the prediction."""
+        return self.denoiser(x, self.model_time(x, t), text)
+
+    def losses(self, image: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """(B,) each: "loss", and what it is made of where it has parts: the weighted squared error "mse" (2006.11239,
+        eq. 14) and, of a learned variance, "bits" per number of the variational bound. Their sum is the hybrid loss of
+        2102.09672, eq. 16, in which the bound trains the variance alone.
+
+        image, eps: (B, 3, H, W); t: (B,) times of the schedule
+        """
+        objective = self.config.objective
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        x_t = self.schedule.add_noise(image, eps, t)
+        output = widened(self.denoise(x_t, t, text))
+        prediction = output[:, :CHANNELS]
+        error = prediction - target(objective.prediction, image, eps, alpha, sigma)
+        weight = loss_weight(objective.prediction, self.schedule.snr(t), objective.min_snr_gamma)
+        mse = weight * error.square().flatten(1).mean(1)
+        if self.steps is None:
+            return {"loss": mse}
+        x0 = to_x0_eps(objective.prediction, prediction.detach(), x_t, alpha, sigma).x0
+        bits = self.steps.bound(image, x_t, t, x0, variance_share(output))
+        return {"loss": mse + bits * self.schedule.num_train_steps / 1000, "mse": mse, "bits": bits}
+
+    def classifier_loss(
+        self, image: Tensor, text: TextFeatures, captions: Sequence[str], t: Tensor, eps: Tensor
+    ) -> Tensor:
+        """() of the classifier on pictures as noisy as those that it will guide."""
+        assert self.classifier is not None
+        x_t = self.schedule.add_noise(image, eps, t)
+        return self.classifier.loss(x_t, self.model_time(x_t, t), text, captions)
+
+    def predictor(
+        self, text: TextFeatures, negative: TextFeatures, sampling: SamplingConfig
+    ) -> Callable[[Tensor, Tensor], Prediction]:
+        """(x_t, t) -> what the guided model predicts."""
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            if sampling.guidance_scale == 1:
+                return self.denoise(x, t, text)
+            both = TextFeatures(
+                torch.cat([negative.tokens, text.tokens]),
+                torch.cat([negative.pooled, text.pooled]),
+                torch.cat([negative.mask, text.mask]),
+            )
+            uncond, cond = self.denoise(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            mean = guided(cond[:, :CHANNELS], uncond[:, :CHANNELS], sampling.guidance_scale)
+            return torch.cat([mean, cond[:, CHANNELS:]], dim=1)  # a learned variance is not guided (GLIDE)
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = self.schedule.alpha_sigma(t)
+            out = output(x, t)
+            p = to_x0_eps(self.config.objective.prediction, out[:, :CHANNELS], x, alpha, sigma)
+            if sampling.classifier_scale > 0:
+                assert self.classifier is not None  # the configuration was checked
+                gradient = self.classifier.gradient(x, self.model_time(x, t), text)
+                p = towards(p, gradient, sampling.classifier_scale, alpha, sigma)
+            if sampling.clip_x0:
+                x0 = p.x0.clamp(-1, 1)
+                p = Prediction(x0, (x - per_sample(alpha, x) * x0) / per_sample(sigma, x), "x0")
+            share = {
+                "fixed_small": lambda: None,
+                "fixed_large": lambda: torch.ones_like(x),
+                "learned": lambda: variance_share(out),
+            }[self.config.variance]()
+            return Prediction(p.x0, p.eps, p.objective, share)
+
+        return predict
+
+    @torch.no_grad()
+    def generate(
+        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
+        device; see `t2i.interfaces.Generator`."""
+        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        text = self.text(list(request.prompts))
+        negative = self.text([request.negative_prompt] * len(request.prompts))
+        # All randomness of picture i comes from its own generator: the first noise, then what the sampler adds.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        shape = (CHANNELS, request.height_px, request.width_px)
+        noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+        device = text.tokens.device
+        image = sample(
+            self.predictor(text, negative, sampling),
+            noise.to(device),
+            self.schedule,
+            sampling.sampler,
+            sampling.steps,
+            progress,
+            grid=sampling,
+            generators=generators,
+            init=None if request.image is None else request.image.to(device),
+            strength=request.strength,
+        )
+        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+
+
+def variance_share(output: Tensor) -> Tensor:
+    """Of (B, 6, H, W): the last three channels run from -1 to 1 between the least and the largest variance."""
+    return (output[:, CHANNELS:] + 1) / 2
+
+
+class TextUNet(nn.Module):
+    """ADM's UNet given a caption: its pooled vector is added to the time embedding, its tokens are attended to."""
+
+    def __init__(self, config: Config, token_dim: int, pooled_dim: int) -> None:
+        super().__init__()
+        self.pooled = nn.LayerNorm(pooled_dim)
+        self.tokens: nn.Module | None = None
+        if config.denoiser.cross_attention:
+            self.tokens = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, config.text_width))
+        out_channels = CHANNELS * (2 if config.variance == "learned" else 1)
+        unet = UNet(config.denoiser, CHANNELS, out_channels, pooled_dim, config.text_width)
+        self.unet = unet.to(memory_format=torch.channels_last)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return self.unet.hidden_matrices()
+
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        """x: (B, 3, H, W), t: (B,) in [0, 1000) -> (B, 3 or 6, H, W)."""
+        context = None if self.tokens is None else self.tokens(text.tokens)
+        return self.unet(x, t, self.pooled(text.pooled), context, text.mask)
+
+
+def build_denoiser(config: Config, token_dim: int, pooled_dim: int) -> TextUNet:
+    """The network that the configuration names, for a text encoder's widths."""
+    return TextUNet(config, token_dim, pooled_dim)
+
+
+def build_classifier(config: Config, size_px: int, token_dim: int) -> NoisyMatcher | None:
+    """The classifier of noisy pictures, where there is one."""
+    return None if config.classifier is None else NoisyMatcher(config.classifier, size_px, token_dim)
