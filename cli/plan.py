@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from t2i import families
 from t2i.config import check, parse, parse_run
 from t2i.errors import UserError
 from t2i.planning.config import Assumptions, ClusterConfig
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
 
 MAX_NODES = 1_000_000
+AUTOENCODER = "autoencoder/kl_f8"
 CACHED = ("none", "latents", "text", "both")
 
 
 def run(arguments: list[str]) -> None:
-    """Composes the run and its autoencoder, counts, prints; with --sweep draws too."""
+    """Composes the run and what it builds on, counts, prints; with --sweep draws too."""
     options, overrides = parse_with_overrides(parser(), arguments)
     assumed = Assumptions(
         options.mfu,
@@ -34,9 +36,7 @@ def run(arguments: list[str]) -> None:
     )
     nodes = sweep_nodes(options.sweep)
     config, cluster = planned_run(overrides, options.config_dir)
-    codec = composed_run([f"experiment={options.autoencoder}"], options.config_dir)
-    allowed = "an experiment of stage autoencoder"
-    check(codec["stage"] == "autoencoder", "--autoencoder", options.autoencoder, allowed)
+    builds_on = built_on(config, options.autoencoder, options.config_dir)
     # Heavy imports only now: a wrong key is reported at once.
     from t2i.planning.model import build_model
     from t2i.planning.plan import make_plan, sweep
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> None:
     from .console import console
     from .plan_tables import memory_table, networks_table, run_table, sweep_table
 
-    model = build_model(config, codec)
+    model = build_model(config, builds_on)
     if nodes is None:
         plan = make_plan(config, model, cluster, assumed)
         for table in (networks_table(plan), memory_table(plan), run_table(plan, config)):
@@ -87,9 +87,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--autoencoder",
-        default="autoencoder/kl_f8",
         metavar="EXPERIMENT",
-        help="of the autoencoder that the run builds on; default: autoencoder/kl_f8",
+        help=f"of the autoencoder that the run builds on, where it does; default: {AUTOENCODER}",
     )
     made.add_argument("--sweep", metavar="nodes=1,8,32", help="the same run on several numbers of nodes")
     made.add_argument("--out", default="plan.png", metavar="FILE", help="picture of the sweep")
@@ -123,11 +122,28 @@ def sweep_nodes(given: str | None) -> list[int] | None:
 
 def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, ClusterConfig]:
     """The typed configuration of a run and of the cluster that it is planned on. Raises ConfigError."""
-    from t2i import families
-
     group = ["+" + each if each.startswith("cluster=") else each for each in overrides]
     values = composed_run(group, config_dir, needed="cluster")
     if values["data"]["shards"] == MISSING:
         values["data"]["shards"] = "unread.tar"  # a plan reads no pictures
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
     return parse_run(values, families.get(values["family"]).load_config()), cluster
+
+
+def built_on(config: RunConfig, experiment: str | None, config_dir: str | None) -> dict[str, dict[str, Any]]:
+    """What the run builds on, by key of its entry `builds_on`: the composed mapping of an experiment, None for the
+    default. Raises ConfigError for one that is not what the run's family needs."""
+    needs = families.get(config.family).builds_on
+    check(
+        experiment is None or len(needs) > 0,
+        "--autoencoder",
+        experiment,
+        "nothing, as this run builds on none",
+    )
+    found = {}
+    for key, part in needs.items():
+        found[key] = composed_run([f"experiment={experiment or AUTOENCODER}"], config_dir)
+        stages = families.stages_with(part)
+        allowed = f"an experiment of stage {' or '.join(stages)}"
+        check(found[key]["stage"] in stages, "--autoencoder", experiment, allowed)
+    return found

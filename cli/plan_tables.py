@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
+    from t2i.planning.model import Part
     from t2i.planning.plan import Plan
 
 GIGA, GIB = 1e9, 2**30
@@ -17,7 +18,7 @@ LABELS = {
     "copies": "16-bit weights",
     "buffers": "gradient buckets",
     "ema": "EMA",
-    "encoding": "codec at work",
+    "encoding": "frozen, at work",
 }
 
 
@@ -26,14 +27,19 @@ def networks_table(plan: Plan) -> Table:
     rows = []
     for part in plan.model.parts:
         forward = f"{part.flops.forward / GIGA:,.1f}" if part.flops else "-"
-        backward = f"{part.flops.backward / GIGA:,.1f}" if part.flops and part.trained else "-"
+        backward = f"{part.flops.backward / GIGA:,.1f}" if part.flops and part.flops.backward else "-"
         rows.append((part.name, "yes" if part.trained else "no", f"{part.parameters:,}", forward, backward))
-    cached = plan.work.forward_flops + plan.work.backward_flops
-    online = sum(part.flops.total for part in plan.model.parts if part.flops)
-    rows.append(("together, encoders on", "", "", "", f"{online / GIGA:,.1f}"))
-    rows.append(("together, encoders cached", "", "", "", f"{cached / GIGA:,.1f}"))
+    rows.append(("together", "", "", "", together(plan.model.parts)))
+    if features := plan.model.cacheable:
+        read = " and ".join(sorted(features))
+        rows.append((f"together, {read} cached", "", "", "", together(plan.model.needed(features))))
     header = ("Networks: GFLOP per picture", "trained", "parameters", "forward", "backward")
     return _table(header, rows)
+
+
+def together(parts: Iterable[Part]) -> str:
+    """GFLOP of one training picture."""
+    return f"{sum(part.flops.total for part in parts if part.flops) / GIGA:,.1f}"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -98,7 +104,7 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
         ),
         ("checkpoint", f"{files.training / GIGA:.2f} GB"),
         ("weights", f"{files.weights / GIGA:.2f} GB (model.safetensors)"),
-        ("export", f"{files.export / GIGA:.2f} GB (averaged weights, codec and text encoder, float32)"),
+        ("export", f"{files.export / GIGA:.2f} GB (averaged weights and frozen encoders, float32)"),
     ]
     return _table(("The run", ""), rows, right=False)
 

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError, UserError
-from t2i.schema import check
 
 from . import hub
 from .composition import checked, explained, quoted, sentence
@@ -114,10 +113,8 @@ def out_of_memory(config: RunConfig) -> str:
     """What the plan says of this batch on this GPU, and what would fit."""
     import torch
 
-    from t2i.config import run_to_dict
     from t2i.planning.fits import what_fits
     from t2i.planning.model import build_model
-    from t2i.training import checkpoint, run_folder
 
     size, batch = config.resolution.size_px, config.trainer.batch_size
     total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -126,15 +123,27 @@ def out_of_memory(config: RunConfig) -> str:
         f"trainer.precision={config.trainer.precision}"
     )
     try:
-        check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
-        place = run_to_dict(config)["builds_on"]["codec"]
-        if place == "latest":
-            place = str(run_folder.newest_run(config.runs_dir, "autoencoder"))
-        loaded = checkpoint.load(run_folder.weights_file(place))
-        model = build_model(config, loaded.extra.get("codec", loaded.config))
+        model = build_model(config, built_on(config))
     except UserError:
         return f"{said}; try trainer.batch_size={max(1, batch // 2)}, or trainer.precision=bf16-mixed."
     return f"{said}; {what_fits(config, model, total_bytes)}"
+
+
+def built_on(config: RunConfig) -> dict[str, Any]:
+    """The configurations of the runs that this one builds on, by key of its entry `builds_on`. Raises CheckpointError
+    for one that is not there."""
+    from t2i import families
+    from t2i.config import run_to_dict
+    from t2i.training import checkpoint, run_folder
+
+    found = {}
+    for key, part in families.get(config.family).builds_on.items():
+        place = run_to_dict(config)["builds_on"][key]
+        if place == "latest":
+            place, _ = run_folder.newest_finished(config.runs_dir, families.stages_with(part))
+        loaded = checkpoint.load(run_folder.weights_file(place))
+        found[key] = loaded.extra.get(key, loaded.config)
+    return found
 
 
 def typed_run(values: dict[str, Any]) -> RunConfig:

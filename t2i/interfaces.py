@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -206,3 +206,40 @@ class Generator(Protocol):
         came to numbers that are not finite. progress: called after each step, and may raise to stop.
         Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from."""
         ...
+
+
+Features = Literal["latents", "text"]  # what `t2i data encode` makes
+
+
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """One network of a run as its family's `plan` gives it: what parameters, FLOPs and memory are counted from.
+
+    module: on the meta device; its forward gives one tensor
+    inputs: batch size -> keyword arguments of module.forward, made on the current default device. Where one of them
+        requires a gradient, the backward pass goes through this network
+    trained: its own parameters learn
+    calls_per_image: forward passes, each with its backward pass, per training picture; 0 where training does not run it
+    hidden: of its parameters, those that Muon may step
+    averaged: of a trained network, whether the EMA and model.safetensors have it
+    cached_as: which features of `t2i data encode` stand in for it; None for a trained network. A frozen network that
+        has one is drawn with, and where it makes latents it is saved with the run
+    num_parameters: where the module holds more than this network
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Callable[[int], dict[str, Tensor]]
+    trained: bool
+    calls_per_image: float = 1.0
+    hidden: Sequence[nn.Parameter] = ()
+    averaged: bool = True
+    cached_as: Features | None = None
+    num_parameters: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        if self.num_parameters is not None:
+            return self.num_parameters
+        return sum(p.numel() for p in self.module.parameters())

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from t2i.config import ModelConfig
-    from t2i.interfaces import Generator
+    from t2i.config import ModelConfig, RunConfig
+    from t2i.interfaces import Generator, PlannedNetwork
     from t2i.training.checkpoint import LoadedCheckpoint
     from t2i.training.stage import BaseStage
 
@@ -30,6 +30,9 @@ class Family:
     generator: (checkpoint, device) -> a `t2i.interfaces.Generator`: prompts to pictures
     codec: (the top-level mapping of a run's configuration) -> an `nn.Module` that is a `t2i.interfaces.ImageCodec`,
         randomly initialised. Its weights begin with "codec." in the run's files
+    plan: (the run's configuration, builds_on) -> its networks on the meta device, as `t2i plan` counts them. The second
+        argument has by key of `builds_on` the top-level mapping of the configuration of the run that is meant there.
+        Raises ConfigError for a size that the model does not take
     builds_on: by key of the entry `builds_on` in its configuration, which part another family's run has to have there:
         {"codec": "codec"}
     """
@@ -39,6 +42,7 @@ class Family:
     stages: Mapping[str, str]
     generator: str | None = None
     codec: str | None = None
+    plan: str | None = None
     builds_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -59,6 +63,9 @@ class Family:
 
     def load_codec(self) -> Callable[[Mapping[str, Any]], nn.Module]:
         return self._part(self.codec)
+
+    def load_plan(self) -> Callable[[RunConfig, Mapping[str, Mapping[str, Any]]], list[PlannedNetwork]]:
+        return self._part(self.plan)
 
     def _part(self, reference: str | None) -> Any:
         assert reference is not None, f"{self.name} has no such part"

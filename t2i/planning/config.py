@@ -72,3 +72,9 @@ class Assumptions:
             value = getattr(self, name)
             ok = value is None or 0 < value < math.inf
             check(ok, "--" + name.replace("_", "-"), value, "more than 0")
+
+    @property
+    def cached(self) -> set[str]:
+        """The features of `t2i data encode` that are read."""
+        given = {"latents": self.latents_cached, "text": self.text_cached}
+        return {features for features, read in given.items() if read}

@@ -88,16 +88,14 @@ def activations(network: nn.Module, inputs: Inputs, precision: str, device: str 
     )
 
 
-def peak_bytes_per_image(
-    network: nn.Module, image_shape: tuple[int, ...], precision: str, device: str
-) -> int:
+def peak_bytes_per_image(network: nn.Module, inputs: Inputs, precision: str, device: str) -> int:
     """The most that is alive at a time while `network` (on the meta device) runs without gradients, its weights
-    left out: of one picture of (3, H, W)."""
+    left out: of one picture."""
 
     def peak(batch: int) -> int:
         live = _LiveBytes()
         with _pretended(network, device) as state, torch.no_grad(), _as_trained(device, precision), live:
-            torch.func.functional_call(network, state, torch.empty(batch, *image_shape))
+            torch.func.functional_call(network, state, kwargs=inputs(batch))
         return live.peak
 
     return (peak(4) - peak(2)) // 2
@@ -108,7 +106,8 @@ def _pretended(network: nn.Module, device: str) -> Iterator[dict[str, Tensor]]:
     """Within this context new tensors pretend to be on `device`; so do the network's state that it gives."""
     with FakeTensorMode(), torch.device(device):
         state: dict[str, Tensor] = {
-            name: torch.empty_like(b, device=device) for name, b in network.named_buffers()
+            name: torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)
+            for name, b in network.named_buffers()
         }
         for name, p in network.named_parameters():
             fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)

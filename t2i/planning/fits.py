@@ -12,9 +12,9 @@ def bytes_of_batch(config: RunConfig, model: Model, batch_size: int) -> int:
     """What one GPU takes with so many pictures at a time, as `t2i train` runs it."""
     encoded = all(part.encoded is not None for part in config.data.parts().values())
     gpus = config.trainer.devices * config.trainer.num_nodes
-    encoding = 0 if encoded else model.encoding_per_image
+    encoding = model.frozen_peak_per_image(model.cacheable if encoded else ())
     planned = memory(
-        model.trained, model.activations, encoding, batch_size, "ddp", False, gpus, config.trainer.devices
+        model.trained(), model.activations, encoding, batch_size, "ddp", False, gpus, config.trainer.devices
     )
     return planned.total
 

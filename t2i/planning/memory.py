@@ -20,7 +20,7 @@ class Trained:
     parameters: trained ones
     muon: of those, stepped by Muon
     averaged: of those, with a moving average
-    frozen: weights of frozen encoders that run online
+    frozen: weights of frozen networks
     largest_block: parameters of the largest block that FSDP gathers at a time
     compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
     """
@@ -45,7 +45,7 @@ class Memory:
     weights: those kept in float32, and under FSDP also the gathered ones
     copies: autocast's 16-bit copies of the weights (FSDP gathers in 16 bits instead)
     buffers: DDP's buckets, a second copy of all gradients
-    encoding: what the frozen codec's encoder takes while it runs, before the trained networks do
+    encoding: what the largest frozen network takes while it runs, before the trained networks do
     """
 
     weights: int

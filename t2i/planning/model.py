@@ -1,18 +1,16 @@
-"""The networks of a run, built on the meta device, and what one picture takes of each."""
+"""What one picture takes of each network of a run, whatever its family."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig, check
+from t2i.interfaces import Features, PlannedNetwork
 from t2i.nn.blocks import blocks_of
 from t2i.planning.count import (
     Activations,
@@ -23,106 +21,118 @@ from t2i.planning.count import (
     peak_bytes_per_image,
 )
 from t2i.planning.memory import Trained
-from t2i.text.architecture import build_architecture
+
+NONE = Activations(0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Part:
-    """flops: of one training picture; None where training does not run it"""
+    """One network, counted.
+
+    flops: of one training picture; None where training does not run it
+    activations: kept for the backward pass, where one goes through it
+    peak_per_image: bytes while it runs, where no backward pass follows
+    muon, averaged: of its parameters, those that Muon steps and those with a moving average
+    inference: whether the weights that are drawn with have it
+    largest_block: parameters of the largest of its blocks
+    cached_as: as `t2i.interfaces.PlannedNetwork` has it
+    """
 
     name: str
     parameters: int
     trained: bool
     flops: Flops | None
+    activations: Activations = NONE
+    peak_per_image: int = 0
+    muon: int = 0
+    averaged: int = 0
+    inference: bool = True
+    largest_block: int = 0
+    cached_as: Features | None = None
 
 
 @dataclass(frozen=True)
 class Model:
     """What is planned for.
 
-    trained: with frozen encoders online
-    encoding_per_image: bytes while the codec's encoder runs
+    compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
     """
 
-    denoiser: Part
-    encoder: Part
-    decoder: Part
-    text: Part
-    trained: Trained
-    activations: Activations
-    encoding_per_image: int
+    parts: tuple[Part, ...]
+    compute_bytes: int
+
+    def needed(self, cached: Collection[str] = ()) -> list[Part]:
+        """Those that are there where the features `cached` are read instead of computed."""
+        return [part for part in self.parts if part.cached_as not in cached]
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.denoiser, self.encoder, self.decoder, self.text
+    def cacheable(self) -> set[Features]:
+        """The features that can be read instead."""
+        return {part.cached_as for part in self.parts if part.cached_as is not None}
+
+    def trained(self, cached: Collection[str] = ()) -> Trained:
+        """What a training step holds beside activations."""
+        learning = [part for part in self.parts if part.trained]
+        return Trained(
+            parameters=sum(part.parameters for part in learning),
+            muon=sum(part.muon for part in learning),
+            averaged=sum(part.averaged for part in learning),
+            frozen=sum(part.parameters for part in self.needed(cached) if not part.trained),
+            largest_block=max(part.largest_block for part in learning),
+            compute_bytes=self.compute_bytes,
+        )
+
+    @property
+    def activations(self) -> Activations:
+        """Of all networks together: one backward pass goes through them all."""
+        kept = zip(*(vars(part.activations).values() for part in self.parts), strict=True)
+        return Activations(*map(sum, kept))
+
+    def frozen_peak_per_image(self, cached: Collection[str] = ()) -> int:
+        """Bytes while the largest of the frozen networks runs: they run one after another."""
+        return max((part.peak_per_image for part in self.needed(cached)), default=0)
 
 
-def build_model(config: RunConfig, codec_values: Mapping[str, Any], device: str = "cuda") -> Model:
-    """The model that `config` trains, on the codec that another run's top-level mapping describes.
+def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], device: str = "cuda") -> Model:
+    """The model that `config` trains.
 
+    builds_on: by key of the configuration's entry `builds_on`, the top-level mapping of the run that is meant
     device: whose kernels decide what is kept for the backward pass, "cuda" or "cpu"
     Raises ConfigError where the family is not planned for, or the size does not fit the model.
     """
-    check(config.family == "latent_diffusion", "family", config.family, "latent_diffusion, for a plan")
-    settings: Any = config.model
-    precision = config.trainer.precision
+    family, precision = families.get(config.family), config.trainer.precision
+    check(family.plan is not None, "family", family.name, "a family with a plan")
     check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
-    size = config.resolution.size_px
-    network = importlib.import_module(f"t2i.families.{config.family}.model")
-    with torch.device("meta"):
-        codec: Any = families.get(codec_values["family"]).load_codec()(codec_values)
-        text = build_architecture(settings.text)
-        denoiser = network.build_denoiser(
-            settings.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim
-        )
-    unit = codec.downsampling * network.latent_unit(settings.denoiser)
-    check(size % unit == 0, "resolution.size_px", size, f"multiples of {unit} with this model")
-    length = settings.text.max_tokens
-    takes = inspect.signature(denoiser.forward).parameters
-
-    def inputs(batch: int) -> dict[str, Tensor]:
-        given = {
-            "x": torch.empty(batch, *codec.latent_shape(size, size)),
-            "t": torch.empty(batch),
-            "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
-            "pooled": torch.empty(batch, text.pooled_dim, requires_grad=text.trainable),
-        }
-        if settings.mask_padding:
-            given["context_mask"] = torch.ones(batch, length, dtype=torch.bool)
-        return {name: value for name, value in given.items() if name in takes}
-
-    def ids(batch: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.zeros(batch, length, dtype=torch.int64)}
-
-    with torch.device("meta"):
-        denoising = flops(lambda: denoiser(**inputs(1)), with_backward=True)
-        encoding = flops(lambda: codec.encode(torch.empty(1, 3, size, size)), with_backward=False)
-        reading = flops(lambda: text.network(**ids(1)), with_backward=text.trainable)
-    kept = activations(denoiser, inputs, config.trainer.precision, device)
-    trained: list[nn.Module] = [denoiser]
-    if text.trainable:
-        trained.append(text.network)
-        of_text = activations(text.network, ids, config.trainer.precision, device)
-        kept = Activations(*(a + b for a, b in zip(vars(kept).values(), vars(of_text).values(), strict=True)))
-    encoder = num_parameters(codec.encoder, codec.quant_conv)
-    decoder = num_parameters(codec) - encoder
-    count = num_parameters(*trained)
-    hidden = denoiser.hidden_matrices() if config.optimizer.muon_scale is not None else []
     return Model(
-        denoiser=Part("denoiser", num_parameters(denoiser), True, denoising),
-        encoder=Part("codec encoder", encoder, False, encoding),
-        decoder=Part("codec decoder", decoder, False, None),
-        text=Part("text encoder", num_parameters(text.network), text.trainable, reading),
-        trained=Trained(
-            parameters=count,
-            muon=sum(p.numel() for p in hidden),
-            averaged=count if config.ema is not None else 0,
-            frozen=num_parameters(codec) + (0 if text.trainable else num_parameters(text.network)),
-            largest_block=max(num_parameters(block) for part in trained for block in blocks_of(part)),
-            compute_bytes=4 if config.trainer.precision == "32-true" else 2,
+        parts=tuple(counted(network, config, device) for network in family.load_plan()(config, builds_on)),
+        compute_bytes=4 if precision == "32-true" else 2,
+    )
+
+
+def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
+    """What one picture takes of it. device: as in `build_model`"""
+    module, calls, precision = network.module, network.calls_per_image, config.trainer.precision
+    with torch.device("meta"):
+        gradients = network.trained or any(x.requires_grad for x in network.inputs(1).values())
+        once = flops(lambda: module(**network.inputs(1)), with_backward=gradients) if calls else Flops(0)
+    kept, peak = NONE, 0
+    if calls and gradients:
+        kept = activations(module, network.inputs, precision, device)
+    elif calls:
+        peak = peak_bytes_per_image(module, network.inputs, precision, device)
+    muon = network.hidden if config.optimizer.muon_scale is not None else []
+    return Part(
+        name=network.name,
+        parameters=network.parameters,
+        trained=network.trained,
+        flops=Flops(round(calls * once.forward), round(calls * once.backward)) if calls else None,
+        activations=Activations(
+            kept.fixed, round(calls * kept.per_image), round(calls * kept.per_image_checkpointed)
         ),
-        activations=kept,
-        encoding_per_image=peak_bytes_per_image(
-            codec.encoder, (3, size, size), config.trainer.precision, device
-        ),
+        peak_per_image=peak,
+        muon=sum(p.numel() for p in muon),
+        averaged=network.parameters if network.trained and network.averaged and config.ema is not None else 0,
+        inference=network.averaged,
+        largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
+        cached_as=network.cached_as,
     )

@@ -19,8 +19,8 @@ USABLE_MEMORY = 0.9  # the rest: CUDA's context, kernels' workspaces, fragmentat
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Bytes. training: weights, moments, average and codec; weights: model.safetensors; export: the averaged
-    weights with codec and text encoder in float32, as a diffusers directory has them."""
+    """Bytes. training: weights, moments, average and the frozen codec; weights: model.safetensors; export: the averaged
+    weights with all frozen encoders in float32, as a diffusers directory has them."""
 
     training: int
     weights: int
@@ -63,12 +63,9 @@ def reader_processes(config: RunConfig, cluster: ClusterConfig) -> int:
 
 def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: Assumptions) -> Plan:
     """The plan of a run whose devices and nodes are those of `cluster`."""
-    check(
-        not (assumed.text_cached and model.text.trained),
-        "--cached",
-        "text",
-        "latents or none, since this text encoder is trained",
-    )
+    for features in sorted(assumed.cached - model.cacheable):
+        allowed = " or ".join([*sorted(model.cacheable), "none"])
+        check(False, "--cached", features, f"{allowed}: what no trained network makes")
     work = work_of(config, model, assumed)
     mfu = assumed.mfu or cluster.mfu
     if assumed.images_per_second_per_gpu is not None:
@@ -77,9 +74,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
     per_gpu = math.ceil(work.global_batch / cluster.num_gpus)
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
-    codec = model.encoder.parameters + model.decoder.parameters
-    text_online = not assumed.text_cached and not model.text.trained
-    frozen = (0 if assumed.latents_cached else codec) + (model.text.parameters if text_online else 0)
+    text_online = any(part.cached_as == "text" for part in model.needed(assumed.cached))
     plan = Plan(
         cluster=cluster,
         model=model,
@@ -89,9 +84,9 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         images_per_gpu=per_gpu,
         memory={
             (strategy, checkpointing): memory(
-                dataclasses.replace(model.trained, frozen=frozen),
+                model.trained(assumed.cached),
                 model.activations,
-                0 if assumed.latents_cached else model.encoding_per_image,
+                model.frozen_peak_per_image(assumed.cached),
                 per_gpu,
                 strategy,
                 checkpointing,
@@ -114,20 +109,13 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
 
 def work_of(config: RunConfig, model: Model, assumed: Assumptions) -> Work:
     """What the run computes and sends."""
-    assert model.denoiser.flops
-    assert model.encoder.flops
-    assert model.text.flops
-    encoders = 0 if assumed.latents_cached else model.encoder.flops.total
-    forward, backward = model.denoiser.flops.forward, model.denoiser.flops.backward
-    if model.text.trained:
-        forward, backward = forward + model.text.flops.forward, backward + model.text.flops.backward
-    elif not assumed.text_cached:
-        encoders += model.text.flops.total
+    run = [part.flops for part in model.needed(assumed.cached) if part.flops is not None]
+    through = [flops for flops in run if flops.backward]
     return Work(
-        forward_flops=forward,
-        backward_flops=backward,
-        encoder_flops=encoders,
-        gradient_bytes=FP32 * model.trained.parameters,
+        forward_flops=sum(flops.forward for flops in through),
+        backward_flops=sum(flops.backward for flops in through),
+        encoder_flops=sum(flops.forward for flops in run if not flops.backward),
+        gradient_bytes=FP32 * model.trained().parameters,
         global_batch=global_batch(config),
         num_images=config.trainer.num_images,
     )
@@ -135,11 +123,14 @@ def work_of(config: RunConfig, model: Model, assumed: Assumptions) -> Work:
 
 def checkpoints(model: Model) -> Checkpoints:
     """Sizes of the files that a run writes."""
-    trained, codec = model.trained, model.encoder.parameters + model.decoder.parameters
+    trained = model.trained()
+    drawn_with = sum(part.parameters for part in model.parts if part.trained and part.inference)
+    codec = sum(part.parameters for part in model.parts if part.cached_as == "latents")
+    encoders = sum(part.parameters for part in model.parts if part.cached_as is not None)
     return Checkpoints(
         training=FP32 * (trained.parameters + trained.moments + trained.averaged + codec),
-        weights=FP32 * (trained.parameters + codec),
-        export=FP32 * (model.denoiser.parameters + codec + model.text.parameters),
+        weights=FP32 * (drawn_with + codec),
+        export=FP32 * (drawn_with + encoders),
     )
 
 

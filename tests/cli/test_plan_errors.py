@@ -33,7 +33,7 @@ CASES = {
     ),
     "an autoencoder's own plan": (
         ("plan", "stage=autoencoder", "cluster=a100x8"),
-        ("family", "'autoencoder'", "latent_diffusion"),
+        ("family", "'autoencoder'", "with a plan"),
     ),
     "size of the model": (
         (*PLANNED, "resolution.size_px=40"),

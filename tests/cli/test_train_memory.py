@@ -18,7 +18,7 @@ LDM = ("experiment=latent_diffusion/tiny_dit_flow", "trainer.batch_size=64", "tr
 @pytest.fixture(scope="module")
 def counted(compose_run):
     config = compose_run(*LDM)
-    return config, build_model(config, composed_run(["experiment=autoencoder/tiny_kl"]))
+    return config, build_model(config, {"codec": composed_run(["experiment=autoencoder/tiny_kl"])})
 
 
 @pytest.mark.parametrize("fits", [0, 1, 17, 63])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from t2i.config import EMAConfig, OptimizerConfig
 from t2i.families.latent_diffusion.config import DiTConfig, UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser
-from t2i.planning.count import activations, blocks, num_parameters
+from t2i.nn.blocks import blocks_of
+from t2i.planning.count import activations, num_parameters
 from t2i.planning.memory import Trained, memory
 from t2i.training.ema import EMA
 from t2i.training.optimizer import build_optimizer
@@ -166,7 +167,7 @@ def test_memory_is_as_planned(config, precision):
         muon=0,
         averaged=count,
         frozen=0,
-        largest_block=max(num_parameters(block) for block in blocks(planned)),
+        largest_block=max(num_parameters(block) for block in blocks_of(planned)),
         compute_bytes=4 if precision == "32-true" else 2,
     )
     kept = activations(planned, on_meta, precision, "cuda")

@@ -48,7 +48,7 @@ def planned() -> Callable[..., Planned]:
             ],
             None,
         )
-        return config, cluster, build_model(config, composed_run(["experiment=autoencoder/kl_f8"]))
+        return config, cluster, build_model(config, {"codec": composed_run(["experiment=autoencoder/kl_f8"])})
 
     def planned(unet: str, size_px: int, num_images: int = 1_000_000) -> Planned:
         config, cluster, model = counted(unet, size_px)

@@ -12,7 +12,6 @@ from rich.console import Console
 from t2i.errors import ConfigError
 from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.planning.count import Activations, Flops
-from t2i.planning.memory import Trained
 from t2i.planning.model import Model, Part
 from t2i.planning.picture import draw_scaling
 from t2i.planning.plan import make_plan, sweep
@@ -41,15 +40,23 @@ WORK = Work(
     global_batch=320,
     num_images=3_200_000,
 )
-MODEL = Model(
-    denoiser=Part("denoiser", 250_000_000, True, Flops(500 * 10**9, 10**12)),
-    encoder=Part("codec encoder", 30_000_000, False, Flops(400 * 10**9)),
-    decoder=Part("codec decoder", 50_000_000, False, None),
-    text=Part("text encoder", 100_000_000, False, Flops(100 * 10**9)),
-    trained=Trained(250_000_000, 0, 250_000_000, 180_000_000, 10_000_000, 2),
+DENOISER = Part(
+    "denoiser",
+    250_000_000,
+    trained=True,
+    flops=Flops(500 * 10**9, 10**12),
     activations=Activations(fixed=500_000_000, per_image=2**30, per_image_checkpointed=2**27),
-    encoding_per_image=2**26,
+    averaged=250_000_000,
+    largest_block=10_000_000,
 )
+CODEC = (
+    Part("codec encoder", 30_000_000, False, Flops(400 * 10**9), peak_per_image=2**26, cached_as="latents"),
+    Part("codec decoder", 50_000_000, False, None, cached_as="latents"),
+)
+TEXT = Part("text encoder", 100_000_000, False, Flops(100 * 10**9), peak_per_image=2**20, cached_as="text")
+LEARNED = Part("text encoder", 100_000_000, True, Flops(100 * 10**9, 200 * 10**9))
+MODEL = Model((DENOISER, *CODEC, TEXT), compute_bytes=2)
+LEARNS_TO_READ = Model((DENOISER, *CODEC, LEARNED), compute_bytes=2)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +120,7 @@ def test_features_of_captions_that_are_kept_take_memory_of_the_host(config):
     online = make_plan(config, MODEL, CLUSTER, Assumptions())
     assert online.text_bytes_per_node == node == 8 * 2 * 2**30
     assert make_plan(config, MODEL, CLUSTER, Assumptions(text_cached=True)).text_bytes_per_node == 0
-    learned = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained=True))
-    assert make_plan(config, learned, CLUSTER, Assumptions()).text_bytes_per_node == 0
+    assert make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions()).text_bytes_per_node == 0
     console = Console(width=160, file=io.StringIO())
     console.print(run_table(online, config))
     assert "up to 16 GiB per node for features of captions" in console.file.getvalue()
@@ -191,14 +197,12 @@ def test_precision_of_the_peak(config):
 
 
 def test_a_text_encoder_that_learns_cannot_be_cached(config):
-    learned = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained=True))
     with pytest.raises(ConfigError, match=r"--cached.*trained"):
-        make_plan(config, learned, CLUSTER, Assumptions(text_cached=True))
+        make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions(text_cached=True))
 
 
 def test_a_text_encoder_that_learns_is_work_of_the_backward_pass(config):
-    text = Part("text encoder", 100_000_000, True, Flops(100 * 10**9, 200 * 10**9))
-    work = make_plan(config, dataclasses.replace(MODEL, text=text), CLUSTER, Assumptions()).work
+    work = make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions()).work
     assert (work.forward_flops, work.backward_flops) == (600 * 10**9, 1_200 * 10**9)
     assert work.encoder_flops == 400 * 10**9
 

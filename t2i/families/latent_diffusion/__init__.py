@@ -7,5 +7,6 @@ FAMILY = Family(
     config="config:Config",
     stages={"ldm": "stage:Stage"},
     generator="generator:Generator",
+    plan="plan:planned_networks",
     builds_on={"codec": "codec"},
 )

@@ -26,7 +26,7 @@ from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
-from t2i.interfaces import Progress, SampleRequest, TextFeatures
+from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures
 from t2i.nn.precision import widened
 from t2i.text import build_text_encoder
 from t2i.text.cache import CachedTextEncoder
@@ -59,9 +59,8 @@ class LatentDiffusion(nn.Module):
 
     def check_size(self, height_px: int, width_px: int, keys: tuple[str, str]) -> None:
         """Raises ConfigError where pictures of this size cannot be made of whole latents and tokens."""
-        unit = self.codec.downsampling * latent_unit(self.config.denoiser)
         for key, value in zip(keys, (height_px, width_px), strict=True):
-            check(value >= unit and value % unit == 0, key, value, f"multiples of {unit} with this model")
+            check_side(self.config.denoiser, self.codec, value, key)
 
     def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule."""
@@ -128,6 +127,15 @@ def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffus
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """(N, *shape) ~ N(0, I) on the CPU, row i from generators[i] alone."""
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+
+def check_side(
+    config: DiTConfig | PixArtConfig | UNetDenoiserConfig, codec: ImageCodec, side_px: int, key: str
+) -> None:
+    """Raises ConfigError, with this key, where the denoiser cannot make a side of so many pixels of whole latents and
+    tokens."""
+    unit = codec.downsampling * latent_unit(config)
+    check(side_px >= unit and side_px % unit == 0, key, side_px, f"multiples of {unit} with this model")
 
 
 def latent_unit(config: DiTConfig | PixArtConfig | UNetDenoiserConfig) -> int:
