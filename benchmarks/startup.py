@@ -18,6 +18,11 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
+def seconds_of_python(code: str) -> float:
+    """Of a fresh interpreter that runs `code`."""
+    return seconds([sys.executable, "-c", code])
+
+
 def main() -> None:
     """Prints both medians and their ratio."""
     t2i = str(Path(sys.executable).with_name("t2i"))

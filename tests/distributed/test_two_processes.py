@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ SHARED = [
     "name=run",
 ]
 TWO = ["trainer.batch_size=4", "trainer.devices=2", "trainer.accelerator=cpu"]
+MICRO = ["trainer.micro_batches=2"]
 
 
 @pytest.fixture
@@ -43,12 +45,19 @@ def column(folder: Path, name: str) -> torch.Tensor:
 
 
 def check_two_equal_one(
-    arguments: list[str], means: list[str], compose_run, train, shapes_overrides: list[str], folder: Path
+    arguments: list[str],
+    means: list[str],
+    compose_run,
+    train,
+    shapes_overrides: list[str],
+    folder: Path,
+    of_two: Sequence[str] = (),
 ) -> None:
+    """of_two: what only the two processes are told"""
     one = train(compose_run(*arguments, *SHARED, f"runs_dir={folder / 'one'}")).folder
     called_in = folder / "empty"
     called_in.mkdir()
-    typed = [*shapes_overrides, *arguments, *SHARED, *TWO, f"runs_dir={folder / 'two'}"]
+    typed = [*shapes_overrides, *arguments, *SHARED, *TWO, *of_two, f"runs_dir={folder / 'two'}"]
     printed = train_by_command(typed, called_in)
     assert list(called_in.iterdir()) == []
     two = folder / "two" / one.parent.name / "run"
@@ -92,8 +101,10 @@ def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp
 
 
 def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_overrides, tmp_path):
+    """Each process in two micro-batches."""
     check_two_equal_one(
         ["experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={autoencoder}"],
         ["loss", "gradient_norm"],
         *(compose_run, train, shapes_overrides, tmp_path),
+        of_two=MICRO,
     )

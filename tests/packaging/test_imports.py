@@ -205,6 +205,16 @@ def test_only_training_knows_lightning():
     assert not wrong
 
 
+@pytest.mark.parametrize("family", [name for name in families.names() if families.get(name).generator])
+def test_sampling_from_a_checkpoint_never_imports_lightning(family):
+    code = (
+        f"import sys; from t2i import families; families.get({family!r}).load_generator(); "
+        "import t2i.generation.text_to_image, t2i.training.checkpoint, t2i.training.run_folder, t2i_cli.sample; "
+        "sys.exit('lightning' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_only_the_command_line_knows_hydra():
     wrong = [str(found) for found in outside("hydra") if room_of(found.importer) != "cli"]
     assert not wrong
