@@ -108,3 +108,15 @@ def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_over
         *(compose_run, train, shapes_overrides, tmp_path),
         of_two=MICRO,
     )
+
+
+def test_two_turns_run_in_two_processes(shapes_overrides, tmp_path):
+    """Each turn leaves the parameters of the other without gradients, which DDP has to be told. Numbers cannot be those
+    of one process: wrong captions and batch norm's statistics are those of a process's own batch."""
+    arguments = ["experiment=gan_int_cls/tiny_r1", *SHARED, *TWO, *MICRO, f"runs_dir={tmp_path}"]
+    printed = train_by_command([*shapes_overrides, *arguments], tmp_path)
+    assert printed.count("Done:") == 1
+    run = tmp_path / "gan_int_cls" / "run"
+    for name in ("discriminator", "generator", "gradient_norm", "gradient_norm_1"):
+        assert column(run, name).isfinite().all(), name
+        assert len(set(column(run, name).tolist())) == 4, name
