@@ -8,6 +8,8 @@ from t2i.config import parse_run, run_to_dict
 from t2i.errors import ConfigError
 from t2i.families.gan_int_cls.config import Config
 from t2i.families.gan_int_cls.networks import Discriminator, GeneratorNetwork, num_levels
+from t2i.families.gan_int_cls.plan import planned_networks
+from t2i.planning.model import build_model
 
 
 def count(module: nn.Module) -> int:
@@ -128,3 +130,28 @@ def test_the_published_settings(compose_run):
     assert model.halve_every_images == 100 * 8855
     assert config.resolution.text_dropout == 0.0
     assert parse_run(run_to_dict(config), Config) == config
+
+
+def test_the_plan_counts_the_published_networks_and_their_calls(compose_run):
+    networks = {n.name: n for n in planned_networks(compose_run("experiment=gan_int_cls/64"), {})}
+    assert {name for name, network in networks.items() if network.trained} == {"generator", "discriminator"}
+    assert networks["generator"].parameters == 18_905_472
+    assert networks["discriminator"].parameters == 4_030_080
+    assert networks["generator"].calls_per_image == pytest.approx(1.5 + 1 / 3)
+    assert networks["discriminator"].calls_per_image == pytest.approx(3 + 1.5 * 2 / 3)
+    plain = planned_networks(
+        compose_run(
+            "stage=gan_int_cls", "wrong_weight=0", "interpolation_weight=0", "r1_weight=1", "r1_every=4"
+        ),
+        {},
+    )
+    assert [n.calls_per_image for n in plain[:2]] == pytest.approx([1 + 1 / 3, 2 + 1 / 4 + 2 / 3])
+
+
+def test_a_plan_is_made(compose_run):
+    model = build_model(compose_run("stage=gan_int_cls"), {}, device="cpu")
+    generator, discriminator, text = model.parts
+    assert generator.flops.forward > 0
+    assert discriminator.flops.backward > discriminator.flops.forward
+    assert (text.trained, text.flops.backward) == (False, 0)
+    assert (generator.averaged, discriminator.averaged) == (generator.parameters, 0)

@@ -7,4 +7,5 @@ FAMILY = Family(
     config="config:Config",
     stages={"gan_int_cls": "stage:Stage"},
     generator="generator:Generator",
+    plan="plan:planned_networks",
 )
