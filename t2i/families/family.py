@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from t2i.config import ModelConfig, RunConfig
+    from t2i.families.formats import Formats
     from t2i.interfaces import Generator, PlannedNetwork
     from t2i.training.checkpoint import LoadedCheckpoint
     from t2i.training.stage import BaseStage
@@ -35,6 +36,7 @@ class Family:
         Raises ConfigError for a size that the model does not take
     builds_on: by key of the entry `builds_on` in its configuration, which part another family's run has to have there:
         {"codec": "codec"}
+    formats: a `t2i.families.formats.Formats`: what `t2i convert` needs to know, where its models have foreign forms
     """
 
     package: str
@@ -44,6 +46,7 @@ class Family:
     codec: str | None = None
     plan: str | None = None
     builds_on: Mapping[str, str] = field(default_factory=dict)
+    formats: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,6 +69,9 @@ class Family:
 
     def load_plan(self) -> Callable[[RunConfig, Mapping[str, Mapping[str, Any]]], list[PlannedNetwork]]:
         return self._part(self.plan)
+
+    def load_formats(self) -> Formats:
+        return self._part(self.formats)
 
     def _part(self, reference: str | None) -> Any:
         assert reference is not None, f"{self.name} has no such part"

@@ -5,21 +5,18 @@ Configurations are plain mappings as config.yaml has them, weights are unread an
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from t2i import families
-from t2i.config import check, parse
+from t2i.config import check
 from t2i.errors import CheckpointError
+from t2i.families.formats import Formats, Shapes
 from t2i.interop.clip import ClipText
 from t2i.interop.ldm_bert import LDMBertText
 from t2i.interop.weights import Weights
 
-Shapes = dict[str, tuple[int, ...]]
 Text = ClipText | LDMBertText
 
 # What a codebook counts while it learns, and the codec's scale: no published file has these.
@@ -28,8 +25,8 @@ OWN_BUFFERS = ("latent_scale", "codebook.cluster_size", "codebook.cluster_sum", 
 
 @dataclass
 class CodecPart:
-    """config: the entries codec and backbone of an autoencoder run
-    weights: by the names of t2i.families.autoencoder, without OWN_BUFFERS
+    """config: the entries codec and backbone of a run
+    weights: by our own names, without OWN_BUFFERS
     latent_scale: what latents are multiplied by to have about unit variance
     """
 
@@ -48,8 +45,8 @@ class CodecPart:
 
 @dataclass
 class DenoiserPart:
-    """config: the entry denoiser of an ldm run, a UNet
-    weights: by the names of t2i.families.latent_diffusion.unet, which are CompVis'
+    """config: the entry denoiser of a run, a UNet
+    weights: by our own names, which are CompVis'
     schedule: the entry of that name
     prediction: "eps", "x0" or "v"
     sampling: the entry of that name
@@ -98,29 +95,24 @@ def scale(value: Any, key: str) -> float:
     return value
 
 
-def autoencoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's part of an autoencoder run's configuration, the losses left out."""
-    return {
-        "family": "autoencoder",
-        "codec": config["codec"],
-        "backbone": config["backbone"],
-        "perceptual": {"name": "none", "weight": 0.0, "weights": None},
-        "adversarial": {"start_images": None},
-    }
+def foreign_forms() -> dict[str, Formats]:
+    """By name, those families whose models have foreign forms."""
+    records = [families.get(name) for name in families.names()]
+    return {record.name: record.load_formats() for record in records if record.formats is not None}
+
+
+def formats_of(kind: Literal["codec", "text_to_image"]) -> Formats:
+    """Of the family that foreign models of this kind become: the first by name."""
+    return next(formats for formats in foreign_forms().values() if formats.kind == kind)
 
 
 def codec_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The codec's weights by name, as the configuration makes them: nothing is allocated. Raises ConfigError."""
-    with torch.device("meta"):
-        codec = families.get("autoencoder").load_codec()(autoencoder_values(config))
-    return {name: tuple(value.shape) for name, value in codec.state_dict().items() if name not in OWN_BUFFERS}
+    """The weights by name of a codec with these entries, without OWN_BUFFERS. Raises ConfigError."""
+    shapes = formats_of("codec").shapes(config)
+    return {name: shape for name, shape in shapes.items() if name not in OWN_BUFFERS}
 
 
 def denoiser_shapes(config: Mapping[str, Any], latent_channels: int, context_dim: int) -> Shapes:
     """The same of the UNet, for a codec's channels and a text encoder's width."""
-    model = importlib.import_module("t2i.families.latent_diffusion.model")
-    settings = importlib.import_module("t2i.families.latent_diffusion.config")
-    parsed = parse(settings.UNetDenoiserConfig, config, "denoiser.")
-    with torch.device("meta"):
-        unet = model.build_denoiser(parsed, latent_channels, context_dim, context_dim)
-    return {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    fitted = {"in_channels": latent_channels, "out_channels": latent_channels, "context_dim": context_dim}
+    return formats_of("text_to_image").shapes({**config, **fitted})

@@ -10,6 +10,7 @@ from typing import Any
 from t2i import families
 from t2i.config import check, parse_run, to_dict
 from t2i.errors import CheckpointError, ConfigError
+from t2i.families.formats import Formats
 from t2i.interop import clip, ldm_bert
 from t2i.interop.clip import ClipText, without_prefix
 from t2i.interop.compvis_in import open_clip_text
@@ -22,7 +23,7 @@ from t2i.interop.parts import (
     DenoiserPart,
     Parts,
     codec_shapes,
-    denoiser_shapes,
+    foreign_forms,
     scale,
 )
 from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
@@ -46,35 +47,34 @@ def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
     extra = header.get("extra")
     if not isinstance(config, dict) or not isinstance(extra, dict):
         raise CheckpointError(f"{path} was not written by t2i: it has no entry 't2i' with config and extra.")
-    family = config.get("family")
-    allowed = ("latent_diffusion", "autoencoder")
-    check(
-        family in allowed, f"family in {path}", family, ", ".join(allowed) + " (others have no foreign form)"
-    )
-    run = to_dict(parse_run(config, families.get(family).load_config()))
-    model = run["model"]
-    if family == "autoencoder":
-        return Parts(
-            "a t2i autoencoder", _codec(run["model"], under(weights, "codec."), path), run=run, notes=notes
-        )
-    codec_values = parse_run(extra.get("codec", {}), families.get("autoencoder").load_config())
-    codec = _codec(to_dict(codec_values.model), under(weights, "model.codec."), path)
-    _check_portable(model)
-    text = _text(model["text"], text_model, under(weights, "model.text."), path)
+    run, formats = _understood(config, f"family in {path}")
+    model = formats.from_run(run["model"])
+    if formats.kind == "codec":
+        codec = _codec(model, under(weights, formats.prefixes["codec"]), path)
+        return Parts("a t2i autoencoder", codec, run=run, notes=notes)
+    codec_run, codec_formats = _understood(extra.get("codec"), f"family of the codec in {path}", "codec")
+    codec_model = codec_formats.from_run(codec_run["model"])
+    codec = _codec(codec_model, under(weights, formats.prefixes["codec"]), path)
+    text = _text(model["text"], text_model, under(weights, formats.prefixes["text"]), path)
     latent = codec.config["backbone"]["latent_channels"]
-    denoiser = model["denoiser"] | {
-        "in_channels": latent,
-        "out_channels": latent,
-        "context_dim": text.token_dim,
-    }
-    found = fit(
-        under(weights, "model.denoiser."), denoiser_shapes(denoiser, latent, text.token_dim), path, "UNet"
-    )
-    prediction, size_px = model["objective"]["prediction"], run["resolution"]["size_px"]
+    fitted = {"in_channels": latent, "out_channels": latent, "context_dim": text.token_dim}
+    denoiser = model["denoiser"] | fitted
+    unet = under(weights, formats.prefixes["denoiser"])
+    found = fit(unet, formats.shapes(denoiser), path, "UNet")
+    prediction, size_px = model["prediction"], run["resolution"]["size_px"]
     parts = Parts("a t2i run", codec, run=run, notes=notes)
     parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, model["sampling"], size_px)
     parts.text = text
     return parts
+
+
+def _understood(config: Any, key: str, kind: str | None = None) -> tuple[dict[str, Any], Formats]:
+    """The checked configuration of a run (its model's entries under model) and the formats of its family, which are of
+    the kind that is asked for. Raises ConfigError."""
+    allowed = {name: each for name, each in foreign_forms().items() if kind in (None, each.kind)}
+    name: Any = config.get("family") if isinstance(config, dict) else None
+    check(name in tuple(allowed), key, name, f"{', '.join(allowed)} (others have no foreign form)")
+    return to_dict(parse_run(config, families.get(name).load_config())), allowed[name]
 
 
 def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]:
@@ -98,27 +98,10 @@ def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]
     return weights, header if isinstance(header, dict) else {}, notes
 
 
-def _check_portable(model: Mapping[str, Any]) -> None:
-    """Raises ConfigError where the model is not what CompVis and diffusers have."""
-    wanted = {
-        "denoiser.name": (model["denoiser"]["name"], ("unet",)),
-        "schedule.name": (model["schedule"]["name"], ("linear", "scaled_linear", "cosine")),
-        "objective.prediction": (model["objective"]["prediction"], ("eps", "v", "x0")),
-        "mask_padding": (model["mask_padding"], (False,)),
-        "text.name": (model["text"]["name"], ("clip", "open_clip", "ldm_bert")),
-    }
-    for key, (value, allowed) in wanted.items():
-        words = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed)
-        check(value in allowed, key, value, f"{words} (other kinds have no foreign form)")
-
-
-def _codec(model: Mapping[str, Any], weights: Weights, path: Path) -> CodecPart:
-    name = model["backbone"]["name"]
-    check(name == "ldm", "backbone.name", name, "ldm (other kinds have no foreign form)")
+def _codec(config: dict[str, Any], weights: Weights, path: Path) -> CodecPart:
     saved = weights.get("latent_scale")
     if saved is None or saved.shape:
         raise CheckpointError(f"{path} lacks the codec's latent_scale.")
-    config = {"codec": model["codec"], "backbone": model["backbone"]}
     published = {name: weight for name, weight in weights.items() if name not in OWN_BUFFERS}
     # The shortest decimal of the stored float32: 0.18215, and not 0.1821500062942505.
     latent_scale = scale(float(str(saved.read().float().numpy())), f"latent_scale in {path}")

@@ -27,7 +27,7 @@ from t2i.interop import clip
 from t2i.interop.card import UNKNOWN
 from t2i.interop.clip import ClipText
 from t2i.interop.ldm_bert import LDMBertText
-from t2i.interop.parts import CodecPart, Parts, autoencoder_values
+from t2i.interop.parts import CodecPart, Parts, formats_of
 from t2i.interop.weights import Weights, in_memory, renamed
 from t2i.interop.writing import Progress, write_safetensors
 from t2i.training import run_folder
@@ -40,27 +40,20 @@ def run_values(parts: Parts) -> dict[str, Any]:
     """The configuration of the run. What no foreign file says (data, learning rate, batch size) is Stable
     Diffusion's recipe, to go on from. Raises ConfigError where the parts ask for what a run cannot have."""
     denoiser, text = parts.denoiser, parts.text
-    size_px = denoiser.size_px if denoiser is not None else 256
     if denoiser is None:
-        model = autoencoder_values(parts.codec.config)
-        stage = {"stage": "autoencoder"}
+        model = formats_of("codec").to_run(parts.codec.config)
     else:
         assert text is not None
-        stage = {"stage": "ldm", "family": "latent_diffusion"}
-        model = {
-            "builds_on": {
-                "codec": "latest"
-            },  # of a run that goes on from here: the codec that these weights come with
+        entries = {
             "denoiser": denoiser.config,
             "schedule": denoiser.schedule,
-            "objective": {"prediction": denoiser.prediction},
+            "prediction": denoiser.prediction,
             "text": text_values(text),
             "sampling": denoiser.sampling,
-            "mask_padding": False,
         }
-    values = shared_values(size_px) | model | stage
-    settings = families.get(values["family"]).load_config()
-    return run_to_dict(parse_run(values, settings))
+        model = formats_of("text_to_image").to_run(entries)
+    values = shared_values(denoiser.size_px if denoiser is not None else 256) | model
+    return run_to_dict(parse_run(values, families.get(values["family"]).load_config()))
 
 
 def text_values(text: ClipText | LDMBertText) -> dict[str, Any]:
@@ -138,10 +131,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def _weights(parts: Parts) -> Weights:
     codec = codec_weights(parts.codec)
     if parts.denoiser is None:
-        return renamed(codec, "codec.")
-    weights = renamed(codec, "model.codec.") | renamed(parts.denoiser.weights, "model.denoiser.")
+        return renamed(codec, formats_of("codec").prefixes["codec"])
+    prefixes = formats_of("text_to_image").prefixes
+    weights = renamed(codec, prefixes["codec"]) | renamed(parts.denoiser.weights, prefixes["denoiser"])
     if isinstance(parts.text, LDMBertText):
-        weights |= renamed(parts.text.weights, "model.text.")
+        weights |= renamed(parts.text.weights, prefixes["text"])
     return weights
 
 

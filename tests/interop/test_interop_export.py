@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from t2i.errors import CheckpointError, ConfigError
+from t2i.families import latent_diffusion
 from t2i.interfaces import SampleRequest
 from t2i.interop.convert import Options, prepare, write
 from t2i.training import run_folder
@@ -163,6 +165,25 @@ def test_what_has_no_foreign_form(trained, tmp_path, changes, words):
         write(prepare(path, tmp_path / "out.safetensors", Options()))
     assert words in str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["changed.safetensors"]
+
+
+def test_a_family_without_formats_has_no_foreign_form(trained, tmp_path, monkeypatch):
+    record = dataclasses.replace(latent_diffusion.FAMILY, formats=None)
+    monkeypatch.setattr(latent_diffusion, "FAMILY", record)
+    words = r"family in .* is 'latent_diffusion'; allowed: autoencoder \(others have no foreign form\)"
+    with pytest.raises(ConfigError, match=words):
+        prepare(trained, tmp_path / "out", Options())
+
+
+@pytest.mark.parametrize("codec", [None, "a codec", {"family": ["autoencoder"]}], ids=str)
+def test_a_run_whose_codec_is_not_said(trained, tmp_path, codec):
+    path = with_config(trained, tmp_path / "changed.safetensors")
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["t2i"])
+    header["extra"]["codec"] = codec
+    save_file(load_file(path), path, metadata={"t2i": json.dumps(header)})
+    with pytest.raises(ConfigError, match=r"family of the codec in .* allowed: autoencoder"):
+        prepare(path, tmp_path / "out", Options())
 
 
 def test_a_patch_autoencoder_has_no_foreign_form(compose_run, train, tmp_path):

@@ -193,6 +193,27 @@ def test_what_shares_families_knows_none_of_them():
     assert not wrong
 
 
+def looks_up(node: ast.AST) -> bool:
+    """Whether a family is got by a name that stands in the code, or a module by any name."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
+    return called.endswith("import_module") or (called == "families.get" and constant)
+
+
+def test_nothing_reaches_a_family_by_its_name():
+    """Converting finds families by what they offer."""
+    wrong = [
+        f"{module}:{node.lineno} has {ast.unparse(node)}"  # type: ignore[attr-defined]
+        for module, path in FILES.items()
+        if room_of(module) == "interop"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if looks_up(node)
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("module", PLAIN_TORCH)
 def test_models_and_losses_are_plain_torch(module):
     """Neither they nor anything that they import, at any distance."""

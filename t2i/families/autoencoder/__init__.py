@@ -7,4 +7,5 @@ FAMILY = Family(
     config="config:Config",
     stages={"autoencoder": "stage:Stage"},
     codec="codec:from_checkpoint",
+    formats="formats:FORMATS",
 )

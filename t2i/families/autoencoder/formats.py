@@ -1,0 +1,40 @@
+"""Autoencoders of LDM and taming-transformers, as what `t2i convert` reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from t2i.config import check
+from t2i.families.autoencoder.codec import from_checkpoint
+from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes
+
+
+def shapes(entries: Mapping[str, Any]) -> Shapes:
+    """Of the codec's whole state dict."""
+    with torch.device("meta"):
+        codec = from_checkpoint(to_run(entries))
+    return {name: tuple(value.shape) for name, value in codec.state_dict().items()}
+
+
+def to_run(entries: Mapping[str, Any]) -> Entries:
+    """The losses are left out: no foreign file has their networks."""
+    return {
+        "stage": "autoencoder",
+        "family": "autoencoder",
+        "codec": entries["codec"],
+        "backbone": entries["backbone"],
+        "perceptual": {"name": "none", "weight": 0.0, "weights": None},
+        "adversarial": {"start_images": None},
+    }
+
+
+def from_run(model: Mapping[str, Any]) -> Entries:
+    name = model["backbone"]["name"]
+    check(name == "ldm", "backbone.name", name, f"ldm {NO_FOREIGN_FORM}")
+    return {"codec": model["codec"], "backbone": model["backbone"]}
+
+
+FORMATS = Formats("codec", {"codec": "codec."}, shapes, to_run, from_run)
