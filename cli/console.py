@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from t2i.launch.ranks import is_first
+
 from .trouble import one_line
 
 if TYPE_CHECKING:
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
 
     from t2i.interfaces import Generator, SampleRequest
 
-# Lightning starts the further processes of a run with LOCAL_RANK set: only the first one speaks.
-is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+is_first_process = is_first(os.environ)  # only this one speaks
 
 
 class _Plain(Console):

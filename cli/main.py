@@ -59,7 +59,9 @@ def _leave(verb: str, sentence: str, code: int) -> None:
     """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it."""
     if os.environ.get("T2I_TRACEBACK"):
         raise
-    if code != STOPPED or os.environ.get("LOCAL_RANK", "0") == "0":
+    from t2i.launch.ranks import is_first
+
+    if code != STOPPED or is_first(os.environ):
         from .trouble import one_line
 
         print(f"t2i {verb}: {one_line(sentence)}", file=sys.stderr)

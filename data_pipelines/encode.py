@@ -31,9 +31,9 @@ from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i.files import written_whole
 from t2i.interfaces import FeatureMakers
+from t2i.launch.ranks import Rank
 
 from .places import first_same
-from .ranks import Rank
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 

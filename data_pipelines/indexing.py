@@ -29,7 +29,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import written_whole
 
 from .places import places
-from .ranks import leave_interrupts
+from .processes import leave_interrupts
 
 VERSION = 1
 TOGETHER = 32  # shards that a process takes at a time

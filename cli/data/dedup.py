@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.deduplication.dedup import find, hash_shards, write_kept
     from t2i_pipelines.deduplication.report import contact_sheet, write_report
     from t2i_pipelines.places import check_writable
-    from t2i_pipelines.ranks import cores
+    from t2i_pipelines.processes import cores
 
     written = selection_path(options.out)
     report = Path(options.report) if options.report else written.with_suffix(".report.json")

@@ -25,9 +25,9 @@ def run(arguments: list[str]) -> None:
     from t2i import families
     from t2i.data.reader import as_pair
     from t2i.errors import ConfigError
+    from t2i.launch.ranks import rank_of
     from t2i.training.fit import fresh_start
     from t2i_pipelines.encode import Encoder, encode
-    from t2i_pipelines.ranks import rank_of
 
     rank = rank_of(os.environ)
     stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))

@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> None:
 
     from t2i.data.sources import expand
     from t2i_pipelines.indexing import index_shards
-    from t2i_pipelines.ranks import cores
+    from t2i_pipelines.processes import cores
 
     urls = list(dict.fromkeys(expand(options.shards, "SHARDS")))
     with Progress(console=console, transient=True) as bar:

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.inspecting.contact_sheet import contact_sheet
     from t2i_pipelines.inspecting.inspection import inspect_shards
     from t2i_pipelines.places import check_writable
-    from t2i_pipelines.ranks import cores
+    from t2i_pipelines.processes import cores
 
     if not 1 <= options.samples <= 1000:
         raise ConfigError(f"--samples is {options.samples}; allowed: 1 to 1000.")

@@ -23,9 +23,10 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
+    from t2i.launch.ranks import rank_of
     from t2i_pipelines.optional import need
     from t2i_pipelines.places import check_writable
-    from t2i_pipelines.ranks import cores, rank_of
+    from t2i_pipelines.processes import cores
     from t2i_pipelines.scoring.score import SUFFIX, score_shards
     from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 

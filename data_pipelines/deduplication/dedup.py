@@ -20,7 +20,7 @@ import numpy as np
 from t2i.errors import ConfigError
 
 from ..optional import need
-from ..ranks import leave_interrupts
+from ..processes import leave_interrupts
 from ..selection import listed_once, write_selection
 from .hashing import HASHES, THUMBNAIL_PX, Hashes, hash_shard
 from .near_duplicates import MAX_DISTANCE, group

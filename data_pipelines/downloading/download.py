@@ -23,7 +23,7 @@ from t2i.data.decode import BadSample
 from t2i.errors import ConfigError, DataError
 
 from ..pictures import Picture, prepare
-from ..ranks import cores
+from ..processes import cores
 from ..shard_writer import check_samples_per_shard, sample_key
 from ..tables import Table, json_records
 from .fetch import FetchError, FetchLimits, fetch, open_session

@@ -23,7 +23,7 @@ from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
 
-from ..ranks import leave_interrupts
+from ..processes import leave_interrupts
 from ..shard_metadata import local_copy
 from .facts import ASPECT_EDGES, Facts, Tile, look_at
 

@@ -17,11 +17,11 @@ from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local, local_path, size
 from t2i.errors import DataError
 from t2i.files import written_whole
+from t2i.launch.ranks import Rank
 
 from ..inspecting.facts import CAPTION_KEYS, read_sample
 from ..optional import arrow_file, need
 from ..places import places
-from ..ranks import Rank
 from ..shard_metadata import local_copy, scan
 from .scorer import Loaded, Scorer
 

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
+from t2i.launch.ranks import job_name
 
 RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
 FINAL_WEIGHTS = "model.safetensors"
@@ -36,7 +37,7 @@ def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
     """
     if inherited := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(inherited)
-    name = name or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = name or job_name(os.environ) or time.strftime("%Y-%m-%d_%H-%M-%S")
     parent, copy = Path(runs_dir) / stage, 1
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / name
@@ -55,17 +56,17 @@ def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
 def opened(runs_dir: str | Path, stage: str, name: str | None, resumed: Path | None) -> Iterator[Path]:
     """The folder of a run while it goes on: `resumed`, or a new one (see `create`). A new one is removed again where an
     error ends the block before anything was trained."""
-    is_first = not os.environ.get(RUN_FOLDER_VARIABLE)
+    own = not os.environ.get(RUN_FOLDER_VARIABLE)  # and no other process's that started this one
     link = Path(runs_dir) / stage / "latest"
     latest = link.readlink() if link.is_symlink() else None
     folder = enter(resumed) if resumed else create(runs_dir, stage, name)
-    if is_first:
+    if own:
         for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
             left.unlink()  # of a process that was killed while it wrote
     try:
         yield folder
     except BaseException:
-        if resumed is None and is_first and not _holds_results(folder):
+        if resumed is None and own and not _holds_results(folder):
             shutil.rmtree(folder, ignore_errors=True)
             link.unlink(missing_ok=True)
             if latest is not None:

@@ -102,8 +102,12 @@ def test_ctrl_c_is_said_once_and_exits_as_the_shell_expects(t2i, monkeypatch, ve
     monkeypatch.setattr(importlib.import_module(f"t2i_cli.{verb}"), "run", stop)
     outcome = t2i(verb)
     assert (outcome.code, outcome.out, outcome.err) == (130, "", f"t2i {verb}: stopped by Ctrl-C.\n")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (t2i(verb).code, t2i(verb).err) == (130, "")
+    further = {"LOCAL_RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    for environment in further:  # Lightning's second process; the first one on torchrun's second machine
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert (t2i(verb).code, t2i(verb).err) == (130, "")
 
 
 def test_a_reader_that_went_away_ends_it_silently():

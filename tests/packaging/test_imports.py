@@ -21,12 +21,12 @@ FLOORS = (
     {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
     {"diffusion", "adversarial"},
-    {"training", "data", "text"},
-    {"families", "generation", "evaluation", "interop", "launch", "planning"},
+    {"launch", "training", "data", "text"},
+    {"families", "generation", "evaluation", "interop", "planning"},
     {"cli", "data_pipelines", "conf"},
 )
-# On one floor, only these: what configures raises errors, training reads batches, the command line makes data,
-# planning and interop build whatever networks a family has (through its record).
+# On one floor, only these: what configures raises errors, training reads batches and names a run as its job, the
+# command line makes data, planning and interop build whatever networks a family has (through its record).
 SIDEWAYS = {
     ("schema", "errors"),
     ("weight_file", "errors"),
@@ -35,6 +35,7 @@ SIDEWAYS = {
     ("config", "data_config"),
     ("config", "errors"),
     ("training", "data"),
+    ("training", "launch"),
     ("cli", "data_pipelines"),
     ("planning", "families"),
     ("interop", "families"),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from t2i_pipelines.ranks import Rank
+from t2i.launch.ranks import Rank
 from t2i_pipelines.scoring.score import score_shards
 from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
 

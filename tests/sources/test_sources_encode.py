@@ -21,9 +21,9 @@ from t2i import families
 from t2i.data.encoded import Record
 from t2i.data.sources import Limits
 from t2i.errors import ConfigError, DataError
+from t2i.launch.ranks import Rank
 from t2i.training.fit import fresh_start
 from t2i_pipelines.encode import Encoder, Report, encode
-from t2i_pipelines.ranks import Rank
 from t2i_pipelines.shard_writer import png_sample, write_shards
 
 # With v, the loss of the first step depends on the latents even where the network puts out zeros.

@@ -32,8 +32,8 @@ from score_files import (
 from torch import nn
 
 from t2i.errors import CheckpointError, ConfigError, DataError
+from t2i.launch.ranks import Rank
 from t2i_cli.data import score as verb
-from t2i_pipelines.ranks import Rank, rank_of
 from t2i_pipelines.scoring import score as module
 from t2i_pipelines.scoring.heads import for_watermark_detector
 from t2i_pipelines.scoring.scorer import ScorerFiles, load_scorer
@@ -195,26 +195,6 @@ def test_processes_share_the_shards(tmp_path, weights):
         np.testing.assert_allclose(ours["similarity"], theirs["similarity"], atol=1e-6)
     # more processes than shards: nothing to do is no error
     assert scored(files, paths[0], out=tmp_path / "one", rank=Rank(3, 4)).scored == 0
-
-
-def test_the_rank_in_each_environment():
-    srun = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_STEP_ID": "0",
-        "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "8",
-        "SLURM_LOCALID": "1",
-    }
-    assert rank_of({}) == Rank(0, 1, 0)
-    assert rank_of({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Rank(3, 4, 1)
-    assert rank_of(srun) == Rank(5, 8, 1)
-    assert rank_of({**srun, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == Rank(
-        0, 2, 0
-    )  # torchrun in a step
-    # sbatch's own script: SLURM counts it as task 0 of 8, but there are no seven others
-    assert rank_of({k: v for k, v in {**srun, "SLURM_PROCID": "0"}.items() if k != "SLURM_STEP_ID"}) == Rank()
-    with pytest.raises(ConfigError, match="allowed: whole numbers"):
-        rank_of({"RANK": "x", "WORLD_SIZE": "4"})
 
 
 def test_places_and_flags_that_are_refused(tmp_path, weights):

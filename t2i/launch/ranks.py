@@ -1,0 +1,63 @@
+"""Which process of a job this one is, from the environment, however it was started: by torchrun, by srun, by Lightning
+or by hand. Nothing is imported or asked that another process would have to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from t2i.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """rank: number of this process among the `world` processes of the job, from 0
+    local: its number on the machine
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+def rank_of(environment: Mapping[str, str]) -> Rank:
+    """Of a process that torchrun or srun started; any other is the only one. Raises ConfigError for values that are no
+    numbers."""
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif _in_step(environment):
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Rank()
+    return Rank(*(_number(environment, name) for name in names))
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for all of the job. Further processes that Lightning starts for a run have
+    LOCAL_RANK and NODE_RANK, and not RANK; within a step of SLURM they have the SLURM_PROCID of the one that started
+    them. Raises ConfigError for values that are no numbers."""
+    if "RANK" in environment:
+        return _number(environment, "RANK") == 0
+    names = ("SLURM_PROCID",) if _in_step(environment) else ()
+    return not any(_number(environment, name) for name in ("LOCAL_RANK", "NODE_RANK", *names))
+
+
+def job_name(environment: Mapping[str, str]) -> str | None:
+    """What the cluster calls this job, the same in each of its processes; None where there is no cluster."""
+    return environment.get("SLURM_JOB_ID") or None
+
+
+def _in_step(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process. The script that sbatch runs is one process, whatever number of tasks its job
+    has."""
+    in_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
+    return {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys() and not in_script
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """0 where it is absent or empty."""
+    value = environment.get(name) or "0"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {value!r}; allowed: whole numbers.") from error
