@@ -121,13 +121,13 @@ class T2I:
         )
 
     def raw(self) -> Iterator[Any]:
-        """Every step of the loader but decoding and collating: seats, places, read-ahead, bytes."""
+        """Every step of the loader but decoding and collating: slots, places, read-ahead, bytes."""
         stream = self.stream.build_stream(self._data(0), (256, 256), BATCH, 0, SEED)
         images = self.loader.CaptionedImages(self._data(0), stream, text_dropout=0.1, seed=SEED)
         (part,) = stream.parts
-        for seats in self.stream.Positions(stream, 0, BATCH, 0, 1, None):
-            images._prefetch(part, seats.epoch, seats.index)
-            shards, places = part.reader.places(seats.index)
+        for slots in self.stream.Positions(stream, 0, BATCH, 0, 1, None):
+            images._prefetch(part, slots.epoch, slots.index)
+            shards, places = part.reader.places(slots.index)
             for raw in part.reader.shards.read(list(zip(shards.tolist(), places.tolist(), strict=True))):
                 yield raw.members["jpg"], raw.members["txt"], raw.members["json"]
 

@@ -103,5 +103,5 @@ def _exif(image: Image.Image) -> str | None:
             if not isinstance(value, bytes | dict)
         }
         return json.dumps(named)
-    except Exception:  # metadata of strangers; the picture may be good all the same
+    except Exception:  # untrusted metadata; the picture may be good all the same
         return None

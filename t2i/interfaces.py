@@ -1,4 +1,4 @@
-"""The few records and Protocols that rooms share."""
+"""The few records and Protocols that packages share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which rows of a metadata table meet which rules, by duckdb, over Arrow tables in memory.
 
-The expressions may be a stranger's (a recipe from the web), so two things stand between them and the machine: each has
+The expressions may be untrusted (a recipe from the web), so two things stand between them and the machine: each has
 to parse as the condition of one WHERE without a query inside, and the connection has no access to files, network,
 extensions or Python's variables, which nothing can switch on again.
 """

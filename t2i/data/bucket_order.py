@@ -34,7 +34,7 @@ class BucketOrder:
     The samples of an epoch go by in the order of `order`, each into its bucket; a bucket that is full is the next
     batch. What is left in a bucket at the end of the epoch is filled up with the bucket's first samples of that
     epoch, which are then seen twice in it; so every epoch has the same number of batches. The order of
-    batches does not depend on ranks or workers, but on the size of a batch. Batches are made across all lanes, so
+    batches does not depend on ranks or workers, but on the size of a batch. Batches are made across all segments, so
     that every node reads every shard.
 
     How many samples of each bucket come before every PIECE-th position is known from those of whole shards; what lies

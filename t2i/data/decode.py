@@ -1,4 +1,4 @@
-"""Encoded bytes of strangers to RGB pictures of one size."""
+"""Untrusted encoded bytes to RGB pictures of one size."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ class ShardIndex:
                     frozenset(arrays["linked"].tolist()),
                 )
             index._check()
-        except Exception as error:  # zipfile and numpy raise nearly anything on bytes of strangers
+        except Exception as error:  # zipfile and numpy raise nearly anything on untrusted bytes
             raise DataError(f"{name} is not an index: {error}; `t2i data index` writes it anew.") from error
         return index
 

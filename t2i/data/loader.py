@@ -1,4 +1,4 @@
-"""Batches of captioned pictures: the stream of seats -> samples -> batches."""
+"""Batches of captioned pictures: the stream of slots -> samples -> batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from t2i.data.captions import choose_caption
 from t2i.data.decode import BadSample
 from t2i.data.order import Stream, uniform
 from t2i.data.reader import Sample, Wanted, as_pair, causes, collate
-from t2i.data.stream import CaptionedStream, Part, Positions, Seats, build_stream
+from t2i.data.stream import CaptionedStream, Part, Positions, Slots, build_stream
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i.few import FewOfEach
@@ -30,11 +30,11 @@ MAX_DEADLINES = 10  # and how long that may take, as a multiple of data.deadline
 
 
 class CaptionedImages(Dataset):
-    """A map from seats (see `Positions`) to batches.
+    """A map from slots (see `Positions`) to batches.
 
-    A bad sample leaves its seat to a good one (see `Order.substitutes`), so that batches keep their shape and a
+    A bad sample leaves its slot to a good one (see `Order.substitutes`), so that batches keep their shape and a
     position's content depends on nothing but (seed, position); that good one is seen twice. A bad sample is counted, by
-    cause, in the `Batch.bad` of its seat, so once an epoch; of each cause the first few are logged, once per process.
+    cause, in the `Batch.bad` of its slot, so once an epoch; of each cause the first few are logged, once per process.
     Where bad ones exceed `data.max_bad_share` of what this process has read, reading stops with a DataError.
     """
 
@@ -50,44 +50,44 @@ class CaptionedImages(Dataset):
         """Positions in an epoch of all parts together."""
         return sum(len(part.order) for part in self.stream.parts)
 
-    def __getitems__(self, seats: Seats) -> Batch | DataError:
-        """The batch of `seats`. A DataError is returned, not raised: raised, it would reach the training
+    def __getitems__(self, slots: Slots) -> Batch | DataError:
+        """The batch of `slots`. A DataError is returned, not raised: raised, it would reach the training
         process wrapped in the traceback of a worker (see `BatchLoader`)."""
         try:
-            return self._batch(seats)
+            return self._batch(slots)
         except DataError as error:
             return error
 
-    def _batch(self, seats: Seats) -> Batch:
-        count = len(seats.index)
+    def _batch(self, slots: Slots) -> Batch:
+        count = len(slots.index)
         samples: list[Sample | None] = [None] * count
-        epochs, indices = seats.epoch.copy(), seats.index.copy()
+        epochs, indices = slots.epoch.copy(), slots.index.copy()
         bad: Counter[str] = Counter()
-        for number in np.unique(seats.part).tolist():
-            here = np.flatnonzero(seats.part == number)
+        for number in np.unique(slots.part).tolist():
+            here = np.flatnonzero(slots.part == number)
             part = self.stream.parts[number]
             self._prefetch(part, epochs[here], indices[here])
             wanted = [
                 self._wanted(part, *at)
                 for at in zip(epochs[here].tolist(), indices[here].tolist(), strict=True)
             ]
-            for seat, answer in zip(here.tolist(), part.reader.read(wanted), strict=True):
+            for slot, answer in zip(here.tolist(), part.reader.read(wanted), strict=True):
                 self._reads += 1
                 if isinstance(answer, BadSample):
                     bad[answer.cause] += 1
                     self._count_bad(part, answer)
                 else:
-                    samples[seat] = answer
-        for seat in range(count):
-            if samples[seat] is None:
-                part = self.stream.parts[int(seats.part[seat])]
-                epochs[seat], indices[seat], samples[seat] = self._substitute(part, int(seats.own[seat]))
+                    samples[slot] = answer
+        for slot in range(count):
+            if samples[slot] is None:
+                part = self.stream.parts[int(slots.part[slot])]
+                epochs[slot], indices[slot], samples[slot] = self._substitute(part, int(slots.own[slot]))
         filled = [sample for sample in samples if sample is not None]
-        return self._collated(seats, epochs, indices, filled, dict(bad))
+        return self._collated(slots, epochs, indices, filled, dict(bad))
 
     def _collated(
         self,
-        seats: Seats,
+        slots: Slots,
         epochs: np.ndarray,
         indices: np.ndarray,
         samples: list[Sample],
@@ -99,9 +99,9 @@ class CaptionedImages(Dataset):
             choose_caption(sample.captions, choice, chance, self.text_dropout)
             for sample, choice, chance in zip(samples, choices, chances, strict=True)
         ]
-        parts = seats.part
+        parts = slots.part
         readers = [self.stream.parts[number].reader for number in parts.tolist()]
-        batch = collate(samples, captions, seats.position.copy(), bad, readers[0].encoded)
+        batch = collate(samples, captions, slots.position.copy(), bad, readers[0].encoded)
         if len(self.stream.parts) > 1:
             names = [self.stream.parts[number].name for number in parts.tolist()]
             batch.key = [f"{name}:{key}" for name, key in zip(names, batch.key, strict=True)]

@@ -70,7 +70,7 @@ class Order(Protocol):
         ...
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """(epoch, sample index) of what may fill the seat at `position` if its own sample is bad, the best first: read
+        """(epoch, sample index) of what may fill the slot at `position` if its own sample is bad, the best first: read
         from the shards that this rank reads anyway, and of the same shape. Ends after about an epoch."""
         ...
 
@@ -80,37 +80,42 @@ class Order(Protocol):
 
 
 class ShardOrder:
-    """The stream in which whole shards follow one another in a number of lanes.
+    """The stream in which whole shards follow one another in a number of segments.
 
-    An epoch permutes the shards, and the samples within each; that makes one long sequence, which is cut into `lanes`
-    lanes of equal length (to one sample). Position p of the epoch is the next sample of lane p % lanes. So `lanes`
-    shards are open at a time, and where the number of ranks divides `lanes` (and the number of samples), rank r of R
-    only ever reads the lanes r, r + R, ...
+    An epoch permutes the shards, and the samples within each; that makes one long sequence, which is cut into
+    `segments` segments of equal length (to one sample). Position p of the epoch is the next sample of segment p %
+    segments. So `segments` shards are open at a time, and where the number of ranks divides `segments` (and the
+    number of samples), rank r of R only ever reads the segments r, r + R, ...
 
-    Is that shuffled enough? Every batch of G samples has G / lanes from each of `lanes` shards, at random places.
-    Measured on 100 shards of 1,000 samples with lanes=16 (tests/data/test_data_order.py): neighbours of a file stand on
-    average 5,330 positions apart, in a shard that a cut goes through more, and 3.2% of them within 256 of each other;
-    after a full shuffle it is 33,330 and 0.5%. Where samples are sorted by shard, a batch of 256 holds 16 classes of
-    100, after a full shuffle 92: shards that are alike inside want more lanes.
+    Is that shuffled enough? Every batch of G samples has G / segments from each of `segments` shards, at random
+    places. Measured on 100 shards of 1,000 samples with segments=16 (tests/data/test_data_order.py): neighbours of a
+    file stand on average 5,330 positions apart, in a shard that a cut goes through more, and 3.2% of them within 256
+    of each other; after a full shuffle it is 33,330 and 0.5%. Where samples are sorted by shard, a batch of 256 holds
+    16 classes of 100, after a full shuffle 92: shards that are alike inside want more segments.
 
-    Is it sequential enough? A shard is asked for whole, and read to its end while `lanes` of them are open, before the
-    next one is opened; only the `lanes` - 1 shards that a cut goes through are read in two parts, by two lanes.
+    Is it sequential enough? A shard is asked for whole, and read to its end while `segments` of them are open, before
+    the next one is opened; only the `segments` - 1 shards that a cut goes through are read in two parts, by two
+    segments.
 
     Looking a position up takes the sizes of the shards and permutations of the open shards, never one of the epoch.
 
     shard_sizes: samples per shard; sample j of shard i has the global index sum(shard_sizes[:i]) + j
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, lanes: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, segments: int) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed = seed
-        self.lanes = min(lanes, len(self))
+        self.segments = min(segments, len(self))
         self._shards = lru_cache(maxsize=2)(self._permuted_shards)  # a batch may straddle two epochs
         self._samples: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()  # by epoch and shard
 
     def __reduce__(self) -> tuple[type[ShardOrder], tuple[np.ndarray, int, int]]:
-        return ShardOrder, (self.sizes, self.seed, self.lanes)  # the caches do not travel to another process
+        return ShardOrder, (
+            self.sizes,
+            self.seed,
+            self.segments,
+        )  # the caches do not travel to another process
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -119,9 +124,9 @@ class ShardOrder:
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Order`."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
-        length, longer = divmod(len(self), self.lanes)
-        rounds, lanes = np.divmod(offsets, self.lanes)
-        places = lanes * length + np.minimum(lanes, longer) + rounds  # in the sequence
+        length, longer = divmod(len(self), self.segments)
+        rounds, segments = np.divmod(offsets, self.segments)
+        places = segments * length + np.minimum(segments, longer) + rounds  # in the sequence
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             shards, ends, _ = self._shards(epoch)
@@ -135,10 +140,10 @@ class ShardOrder:
         return epochs, samples
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """What comes next in the same lane, and then, in the next epochs, in another."""
-        stop = position + (max(len(self), MIN_SUBSTITUTES) + 1) * self.lanes
-        for first in range(position + self.lanes, stop, 64 * self.lanes):
-            epochs, samples = self.locate(range(first, min(first + 64 * self.lanes, stop), self.lanes))
+        """What comes next in the same segment, and then, in the next epochs, in another."""
+        stop = position + (max(len(self), MIN_SUBSTITUTES) + 1) * self.segments
+        for first in range(position + self.segments, stop, 64 * self.segments):
+            epochs, samples = self.locate(range(first, min(first + 64 * self.segments, stop), self.segments))
             yield from zip(epochs.tolist(), samples.tolist(), strict=True)
 
     def following(self, epoch: int, shard: int) -> int | None:
@@ -158,12 +163,12 @@ class ShardOrder:
         shards, ends, _ = self._shards(epoch)
         whole = np.zeros((len(shards) + 1, of_shards.shape[1]), dtype=np.int64)
         np.cumsum(of_shards[shards], axis=0, out=whole[1:])
-        length, longer = divmod(len(self), self.lanes)
-        lanes = np.arange(self.lanes)
-        rounds, extra = np.divmod(positions[:, None], self.lanes)
-        starts = lanes * length + np.minimum(lanes, longer)  # in the sequence
+        length, longer = divmod(len(self), self.segments)
+        segments = np.arange(self.segments)
+        rounds, extra = np.divmod(positions[:, None], self.segments)
+        starts = segments * length + np.minimum(segments, longer)  # in the sequence
         places, which = np.unique(
-            np.concatenate([starts[None], starts + rounds + (lanes < extra)]), return_inverse=True
+            np.concatenate([starts[None], starts + rounds + (segments < extra)]), return_inverse=True
         )
         nth = np.searchsorted(ends, places, side="right")
         found = whole[nth]
@@ -177,7 +182,7 @@ class ShardOrder:
                 rank = int(places[at] - (ends[nth[at]] - self.sizes[shard]))
                 seen = labels[self.starts[shard] + permuted[shard][:rank]]
                 found[at] += np.bincount(seen, minlength=found.shape[1])
-        before = found[which.reshape(len(positions) + 1, self.lanes)]
+        before = found[which.reshape(len(positions) + 1, self.segments)]
         return (before[1:] - before[0]).sum(axis=1)
 
     def label_counts(self, labels: np.ndarray, count: int) -> np.ndarray:
@@ -214,11 +219,11 @@ class ShardOrder:
         permuted = within[np.lexsort((bits, of))]
         made = dict(zip(missing, np.split(permuted, begins[1:]), strict=True)) if missing else {}
         found = [made[shard] if shard in made else self._samples[epoch, shard] for shard in shards]
-        for shard, order in list(zip(shards, found, strict=True))[-4 * self.lanes :]:
+        for shard, order in list(zip(shards, found, strict=True))[-4 * self.segments :]:
             # Copied: a piece would hold on to all that was made with it.
             self._samples[epoch, shard] = order if shard not in made else order.copy()
             self._samples.move_to_end((epoch, shard))
-        while len(self._samples) > 4 * self.lanes:
+        while len(self._samples) > 4 * self.segments:
             self._samples.popitem(last=False)
         return found
 

@@ -61,7 +61,7 @@ class ShardStore:
         return copied
 
     def open(self, url: str) -> IO[bytes]:
-        """The local file of `url`, open and unbuffered. A copy that another process removed for want of room, before it
+        """The local file of `url`, open and unbuffered. A copy that another process removed to free space, before it
         could be opened here, is made again. Raises SourceError or OSError."""
         for attempt in range(self.limits.attempts + 1):
             path = self.path(url)
@@ -87,7 +87,7 @@ class ShardStore:
                 log.info("compressed shards such as %s are unpacked to %s first", url, unpacked.parent)
             for _ in range(self.limits.attempts + 1):
                 self._make(url, unpacked, lambda part: unpack(file, url, part, self.max_bytes))
-                with contextlib.suppress(FileNotFoundError):  # another process removed it for want of room
+                with contextlib.suppress(FileNotFoundError):  # another process removed it to free space
                     return unpacked.open("rb", buffering=0)
         raise SourceError(url, "its unpacked copy is removed before it is read; raise data.shard_cache_gib")
 

@@ -1,4 +1,4 @@
-"""One endless stream of seats over one or several datasets, and each rank's share of it."""
+"""One endless stream of slots over one or several datasets, and each rank's share of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Seats:
+class Slots:
     """What stands at the positions of one batch, (B,) int64 each.
 
     position: in the endless stream of all parts
@@ -52,7 +52,7 @@ class CaptionedStream:
         self.parts, self.unit = parts, unit
         self.mixture = MixtureOrder(weights, seed, columns, unit) if len(parts) > 1 else None
 
-    def locate(self, positions: np.ndarray) -> Seats:
+    def locate(self, positions: np.ndarray) -> Slots:
         part, own = np.zeros_like(positions), positions
         if self.mixture is not None:
             part, own = self.mixture.locate(positions)
@@ -60,7 +60,7 @@ class CaptionedStream:
         for number in np.unique(part).tolist():
             here = part == number
             epoch[here], index[here] = self.parts[number].order.locate(own[here])
-        return Seats(positions, part, own, epoch, index)
+        return Slots(positions, part, own, epoch, index)
 
     def fingerprint(self) -> str:
         """A digest of the sizes of all shards, on which the order depends, and of what tells local shards apart (see
@@ -80,7 +80,7 @@ class CaptionedStream:
 
 
 class Positions:
-    """A rank's batches of seats, in order; the batch sampler of a DataLoader, which keeps that order for any number of
+    """A rank's batches of slots, in order; the batch sampler of a DataLoader, which keeps that order for any number of
     workers.
 
     start: global position of the first batch
@@ -99,14 +99,14 @@ class Positions:
         self.stream, self.start, self.batch_size = stream, start, batch_size
         self.rank, self.world_size, self.batches = rank, world_size, batches
 
-    def __iter__(self) -> Iterator[Seats]:
+    def __iter__(self) -> Iterator[Slots]:
         done = 0
         while self.batches is None or done < self.batches:
             count = BATCHES_LOCATED if self.batches is None else min(BATCHES_LOCATED, self.batches - done)
             at = self.stream.locate(self.positions(done, count).ravel())
             for i in range(0, count * self.batch_size, self.batch_size):
                 here = slice(i, i + self.batch_size)
-                yield Seats(at.position[here], at.part[here], at.own[here], at.epoch[here], at.index[here])
+                yield Slots(at.position[here], at.part[here], at.own[here], at.epoch[here], at.index[here])
             done += count
 
     def positions(self, first: int, count: int) -> np.ndarray:
@@ -128,21 +128,21 @@ def build_stream(
     data: DataConfig, size_px: tuple[int, int], batch_size: int, min_original_px: int, seed: int
 ) -> CaptionedStream:
     """Opens the datasets of `data`. Raises DataError."""
-    lanes, parts, weights = data.shuffle_window_shards, [], []
+    segments, parts, weights = data.shuffle_window_shards, [], []
     for number, (key, own) in enumerate(data.parts().items()):
         name = key.removeprefix("data.mixture.") if data.mixture else ""
         part = data.mixture.get(name)
         minimum = min_original_px if part is None or part.min_original_px is None else part.min_original_px
         reader = SampleReader(own, size_px, minimum if data.filter_by_size else 0, key, allow_pipes=True)
         # Parts of one size would otherwise be read in step.
-        order: Order = ShardOrder(reader.shards.sizes, seed + number, lanes)
+        order: Order = ShardOrder(reader.shards.sizes, seed + number, segments)
         if reader.buckets is not None:
             order = BucketOrder(
-                ShardOrder(reader.shards.sizes, seed + number, lanes), reader.buckets, batch_size
+                ShardOrder(reader.shards.sizes, seed + number, segments), reader.buckets, batch_size
             )
         parts.append(Part(name, reader, order))
         weights.append(1.0 if part is None else part.weight)
     with_text = {bool(p.reader.encoded and p.reader.encoded.record.text) for p in parts}
     if len({p.reader.encoded is None for p in parts}) > 1 or len(with_text) > 1:
         raise DataError("data.mixture: either all parts have `encoded` features, of one kind, or none has.")
-    return CaptionedStream(parts, weights, seed, lanes, 1 if data.bucket_step_px is None else batch_size)
+    return CaptionedStream(parts, weights, seed, segments, 1 if data.bucket_step_px is None else batch_size)

@@ -1,4 +1,4 @@
-"""Reading the files of a folder that a stranger made."""
+"""Reading the files of an untrusted folder."""
 
 from __future__ import annotations
 

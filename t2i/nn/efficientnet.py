@@ -66,7 +66,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        import timm  # seconds to import, and most users of this room never build this network
+        import timm  # seconds to import, and most users of this package never build this network
 
         path = Path(weights) if weights is not None else _packaged_weights()
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)

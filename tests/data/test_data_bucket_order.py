@@ -32,12 +32,12 @@ def piece(request, monkeypatch):
     monkeypatch.setattr(bucket_order, "PIECE", request.param)
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 16])
+@pytest.mark.parametrize("segments", [1, 3, 16])
 @pytest.mark.parametrize("largest", [1, 2, 40])
-def test_batches_are_those_of_the_definition(piece, lanes, largest):
-    random = np.random.default_rng(lanes * largest)
+def test_batches_are_those_of_the_definition(piece, segments, largest):
+    random = np.random.default_rng(segments * largest)
     sizes = random.integers(0, largest + 1, 60)
-    shards = ShardOrder(sizes, 3, lanes)
+    shards = ShardOrder(sizes, 3, segments)
     # One bucket has none, one has one sample, one has most.
     buckets = random.choice([0, 1, 2, 5], len(shards), p=[0.7, 0.2, 0.1, 0.0]).astype(np.int16)
     buckets[0] = 4

@@ -24,8 +24,8 @@ def now_mib():
         resident, shared = map(int, file.read().split()[1:3])
     return [pages * resource.getpagesize() / 2**20 for pages in (resident, resident - shared)]
 
-url, lanes, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-data = DataConfig(source=None, shards=url, shuffle_window_shards=lanes)
+url, segments, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+data = DataConfig(source=None, shards=url, shuffle_window_shards=segments)
 loader = build_loader(
     data, size_px=8, batch_size=32, text_dropout=0, min_original_px=0, seed=0, num_images=32 * batches
 )
@@ -46,10 +46,10 @@ def write(path: Path, count: int, extra: bytes = b"") -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
-def measured(url: str, lanes: int, batches: int) -> tuple[list[float], list[float]]:
+def measured(url: str, segments: int, batches: int) -> tuple[list[float], list[float]]:
     """MiB of a process before reading and after each batch: resident, and of that its own. Pages of shards that are
     mapped are resident but not its own: they are the system's cache, shared, and go when anybody needs memory."""
-    command = [sys.executable, "-c", MEASURE, url, str(lanes), str(batches)]
+    command = [sys.executable, "-c", MEASURE, url, str(segments), str(batches)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     resident, own = zip(*json.loads(output), strict=True)
     return list(resident), list(own)

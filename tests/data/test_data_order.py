@@ -30,16 +30,16 @@ def read(stream, start, stop, batch_size, world_size, workers) -> list[tuple[int
     for rank in range(world_size):
         mine = list(Positions(stream, start, batch_size, rank, world_size, batches))
         assert len(mine) == batches  # the same for every rank
-        assert all(len(seats.index) == batch_size for seats in mine)
+        assert all(len(slots.index) == batch_size for slots in mine)
         for worker in range(max(1, workers)):  # what a DataLoader hands to each of its workers
-            for seats in mine[worker :: max(1, workers)]:
-                seen += zip(seats.part.tolist(), seats.epoch.tolist(), seats.index.tolist(), strict=True)
+            for slots in mine[worker :: max(1, workers)]:
+                seen += zip(slots.part.tolist(), slots.epoch.tolist(), slots.index.tolist(), strict=True)
     return seen
 
 
 @given(sizes, seeds, st.integers(0, 5), st.integers(1, 9))
-def test_an_epoch_reads_every_sample_exactly_once(shard_sizes, seed, epoch, lanes):
-    order = ShardOrder(shard_sizes, seed, lanes)
+def test_an_epoch_reads_every_sample_exactly_once(shard_sizes, seed, epoch, segments):
+    order = ShardOrder(shard_sizes, seed, segments)
     size = len(order)
     epochs, samples = order.locate(np.arange(epoch * size, (epoch + 1) * size))
     assert set(epochs.tolist()) == {epoch}
@@ -56,10 +56,10 @@ def test_an_epoch_reads_every_sample_exactly_once(shard_sizes, seed, epoch, lane
     st.integers(0, 20),
 )
 def test_stopped_and_resumed_otherwise_each_sample_of_each_epoch_is_read_exactly_once(
-    shard_sizes, seed, lanes, before, after, steps
+    shard_sizes, seed, segments, before, after, steps
 ):
     """before, after: batch per rank, ranks, workers; stopped after `steps` steps of the first run."""
-    order = ShardOrder(shard_sizes, seed, lanes)
+    order = ShardOrder(shard_sizes, seed, segments)
     size = len(order)
     stop = steps * before[0] * before[1]
     first = read(stream_of(order), 0, stop, *before) if steps else []
@@ -72,11 +72,11 @@ def test_stopped_and_resumed_otherwise_each_sample_of_each_epoch_is_read_exactly
 
 
 @given(sizes, seeds, st.integers(1, 9), st.data())
-def test_a_position_looked_up_alone_is_the_same(shard_sizes, seed, lanes, data):
-    order = ShardOrder(shard_sizes, seed, lanes)
+def test_a_position_looked_up_alone_is_the_same(shard_sizes, seed, segments, data):
+    order = ShardOrder(shard_sizes, seed, segments)
     position = data.draw(st.integers(0, 4 * len(order)))
     epochs, samples = order.locate(range(4 * len(order) + 1))
-    epoch, sample = ShardOrder(shard_sizes, seed, lanes).locate([position])
+    epoch, sample = ShardOrder(shard_sizes, seed, segments).locate([position])
     assert (epoch.item(), sample.item()) == (epochs[position], samples[position])
 
 
@@ -92,24 +92,24 @@ def test_a_shard_is_read_by_one_rank_from_end_to_end(world_size):
         mine = shards[rank::world_size]
         others = np.delete(shards, np.s_[rank::world_size])
         assert not set(mine) & set(others)
-    for lane in range(8):  # one shard after the other, each opened once
-        changes = np.flatnonzero(np.diff(shards[lane::8]))
+    for segment in range(8):  # one shard after the other, each opened once
+        changes = np.flatnonzero(np.diff(shards[segment::8]))
         assert len(changes) == 4
-        assert len(set(shards[lane::8].tolist())) == 5
-        assert [order.following(0, int(shards[lane::8][c])) for c in changes] == shards[lane::8][
+        assert len(set(shards[segment::8].tolist())) == 5
+        assert [order.following(0, int(shards[segment::8][c])) for c in changes] == shards[segment::8][
             changes + 1
         ].tolist()
 
 
 @given(sizes, seeds, st.integers(1, 9))
-def test_each_lane_reads_one_shard_after_the_other(shard_sizes, seed, lanes):
-    order = ShardOrder(shard_sizes, seed, lanes)
+def test_each_lane_reads_one_shard_after_the_other(shard_sizes, seed, segments):
+    order = ShardOrder(shard_sizes, seed, segments)
     shards = shards_of(order, np.arange(len(order)))
     opened = []
-    for lane in range(order.lanes):
-        own = shards[lane :: order.lanes]
+    for segment in range(order.segments):
+        own = shards[segment :: order.segments]
         opened += own[np.flatnonzero(np.diff(own, prepend=-1))].tolist()
-    assert len(opened) <= np.count_nonzero(shard_sizes) + order.lanes - 1
+    assert len(opened) <= np.count_nonzero(shard_sizes) + order.segments - 1
 
 
 def test_epochs_and_seeds_differ():
@@ -137,8 +137,8 @@ def test_the_shuffle_is_as_good_as_the_docstring_says():
     order = ShardOrder([1000] * 100, 0, 16)
     samples = order.locate(np.arange(100_000))[1]
     apart = np.abs(np.diff(np.argsort(samples)))[np.arange(99_999) % 1000 != 999]  # of neighbours in a file
-    lane = np.argsort(samples) % 16
-    uncut = np.repeat([len(set(part)) == 1 for part in lane.reshape(100, 1000).tolist()], 999)
+    segment = np.argsort(samples) % 16
+    uncut = np.repeat([len(set(part)) == 1 for part in segment.reshape(100, 1000).tolist()], 999)
     assert uncut.sum() == 88 * 999  # of 15 cuts 3 fall between two shards
     assert 5250 < apart[uncut].mean() < 5420
     assert 0.031 < (apart <= 256).mean() < 0.033
@@ -148,11 +148,11 @@ def test_the_shuffle_is_as_good_as_the_docstring_says():
 
 
 @given(sizes, seeds, st.integers(1, 9), st.data())
-def test_substitutes_are_other_samples_of_the_same_lane(shard_sizes, seed, lanes, data):
-    order = ShardOrder(shard_sizes, seed, lanes)
+def test_substitutes_are_other_samples_of_the_same_lane(shard_sizes, seed, segments, data):
+    order = ShardOrder(shard_sizes, seed, segments)
     position = data.draw(st.integers(0, 2 * len(order)))
-    found = [seat for seat, _ in zip(order.substitutes(position), range(5), strict=False)]
-    wanted = [position + order.lanes * k for k in range(1, 6)]
+    found = [slot for slot, _ in zip(order.substitutes(position), range(5), strict=False)]
+    wanted = [position + order.segments * k for k in range(1, 6)]
     epochs, samples = order.locate(wanted)
     assert found == list(zip(epochs.tolist(), samples.tolist(), strict=True))[: len(found)]
     assert len(found) >= 1
@@ -221,9 +221,9 @@ def test_in_buckets_a_mixture_changes_parts_between_batches_only():
     orders = [BucketOrder(ShardOrder([30], i, 1), np.arange(30) % 2, 3) for i in range(2)]
     stream = stream_of(*orders, columns=2, unit=3)
     for rank in range(2):
-        for seats in Positions(stream, 0, 3, rank, 2, 20):
-            assert len(set(seats.part.tolist())) == 1
-            assert len(set((seats.index % 2).tolist())) == 1
+        for slots in Positions(stream, 0, 3, rank, 2, 20):
+            assert len(set(slots.part.tolist())) == 1
+            assert len(set((slots.index % 2).tolist())) == 1
 
 
 def test_bucket_shapes_are_sdxls():

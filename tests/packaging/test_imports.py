@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom, read from the source with ast."""
+"""Which package may import which, read from the source with ast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from t2i import families
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
-# Imports point from a higher floor to a lower one.
-FLOORS = (
+# Imports point from a higher layer to a lower one.
+LAYERS = (
     {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
     {"diffusion", "adversarial"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"families", "generation", "evaluation", "interop", "planning"},
     {"cli", "data_pipelines", "conf"},
 )
-# On one floor, only these: what configures raises errors, training reads batches and names a run as its job, the
+# In one layer, only these: what configures raises errors, training reads batches and names a run as its job, the
 # command line makes data, planning and interop build whatever networks a family has (through its record).
 SIDEWAYS = {
     ("schema", "errors"),
@@ -103,18 +103,18 @@ IMPORTS = [
 ]
 
 
-def room_of(module: str) -> str:
-    """The room of one of our modules: "training", "families", "cli", ..."""
+def package_of(module: str) -> str:
+    """The package of one of our modules: "training", "families", "cli", ..."""
     top, *rest = module.split(".")
     if top != "t2i":
         return FOLDERS[top]
     return rest[0] if rest else "t2i"
 
 
-def floor_of(room: str) -> int:
-    floors = [number for number, rooms in enumerate(FLOORS) if room in rooms]
-    assert floors, f"{room} has no floor: add it to FLOORS and to the architecture page"
-    return floors[0]
+def layer_of(package: str) -> int:
+    layers = [number for number, packages in enumerate(LAYERS) if package in packages]
+    assert layers, f"{package} has no layer: add it to LAYERS and to the architecture page"
+    return layers[0]
 
 
 def family_of(module: str) -> str | None:
@@ -125,8 +125,8 @@ def family_of(module: str) -> str | None:
 
 
 def goes_up(found: Import) -> bool:
-    here, there = room_of(found.importer), room_of(found.target)
-    return here != there and (here, there) not in SIDEWAYS and floor_of(there) >= floor_of(here)
+    here, there = package_of(found.importer), package_of(found.target)
+    return here != there and (here, there) not in SIDEWAYS and layer_of(there) >= layer_of(here)
 
 
 def between_ours() -> list[Import]:
@@ -160,14 +160,14 @@ def reached_from(module: str) -> dict[str, str]:
 PLAIN_TORCH = [
     name
     for name in FILES
-    if room_of(name) in ("nn", "diffusion", "adversarial")
+    if package_of(name) in ("nn", "diffusion", "adversarial")
     or (family_of(name) and name.split(".")[-1] not in ("stage", "generator", "config"))
 ]
 
 
-def test_every_room_has_a_floor():
+def test_every_package_has_a_layer():
     for module in FILES:
-        floor_of(room_of(module))
+        layer_of(package_of(module))
 
 
 def test_imports_point_down():
@@ -187,7 +187,7 @@ def test_families_never_import_one_another():
 
 
 def test_what_shares_families_knows_none_of_them():
-    """The table of families, and the rooms beside it, stay as they are when a family moves in."""
+    """The table of families, and the packages beside it, stay as they are when a family moves in."""
     wrong = [
         str(found) for found in between_ours() if family_of(found.target) and not family_of(found.importer)
     ]
@@ -208,7 +208,7 @@ def test_nothing_reaches_a_family_by_its_name():
     wrong = [
         f"{module}:{node.lineno} has {ast.unparse(node)}"  # type: ignore[attr-defined]
         for module, path in FILES.items()
-        if room_of(module) == "interop"
+        if package_of(module) == "interop"
         for node in ast.walk(ast.parse(path.read_text()))
         if looks_up(node)
     ]
@@ -223,7 +223,7 @@ def test_models_and_losses_are_plain_torch(module):
 
 
 def test_only_training_knows_lightning():
-    wrong = [str(found) for found in outside("lightning") if room_of(found.importer) != "training"]
+    wrong = [str(found) for found in outside("lightning") if package_of(found.importer) != "training"]
     assert not wrong
 
 
@@ -238,13 +238,13 @@ def test_sampling_from_a_checkpoint_never_imports_lightning(family):
 
 
 def test_only_the_command_line_knows_hydra():
-    wrong = [str(found) for found in outside("hydra") if room_of(found.importer) != "cli"]
+    wrong = [str(found) for found in outside("hydra") if package_of(found.importer) != "cli"]
     assert not wrong
     # Run folders hold what Hydra composed, in the YAML that OmegaConf reads (1e-4 is a number there).
     wrong = [
         str(found)
         for found in outside("omegaconf", "yaml")
-        if room_of(found.importer) != "cli" and found.importer != "t2i.training.run_folder"
+        if package_of(found.importer) != "cli" and found.importer != "t2i.training.run_folder"
     ]
     assert not wrong
 
@@ -256,9 +256,9 @@ def speaks_to_a_person(node: ast.AST) -> bool:
 
 
 def test_only_the_command_line_reads_arguments_and_prints():
-    wrong = [str(found) for found in outside("argparse") if room_of(found.importer) != "cli"]
+    wrong = [str(found) for found in outside("argparse") if package_of(found.importer) != "cli"]
     for module, path in FILES.items():
-        if room_of(module) != "cli":
+        if package_of(module) != "cli":
             for node in ast.walk(ast.parse(path.read_text())):
                 if speaks_to_a_person(node):
                     wrong.append(f"{module}:{node.lineno} has {ast.unparse(node)}")  # type: ignore[attr-defined]
@@ -270,8 +270,8 @@ def test_renamed_packages_import_siblings_relatively():
     wrong = [
         str(found)
         for found in between_ours()
-        if room_of(found.importer) in ("cli", "data_pipelines")
-        and room_of(found.target) == room_of(found.importer)
+        if package_of(found.importer) in ("cli", "data_pipelines")
+        and package_of(found.target) == package_of(found.importer)
         and not found.relative
     ]
     assert not wrong
