@@ -43,8 +43,8 @@ def posterior(alpha: Number, sigma: Number, alpha_end: Number, sigma_end: Number
 class ReverseSteps:
     """The steps from each training time t to t - 1, from 0 to clean data.
 
-    steps: the posterior at each t, (T,) float64 on the CPU. That at 0 has no variance; as published, its place is taken
-        by the one at 1
+    steps: the posterior at each t, (T,) float64 on the CPU. The variance at 0 is none; as published, that at
+        1 stands there
     """
 
     def __init__(self, schedule: DiscreteSchedule) -> None:
@@ -53,16 +53,16 @@ class ReverseSteps:
         self.num_train_steps = schedule.num_train_steps
         self.steps = posterior(alpha, sigma, torch.cat([one, alpha[:-1]]), torch.cat([zero, sigma[:-1]]))
         self.steps.variance[0] = self.steps.variance[1]
+        # One copy per device, so that a train step moves nothing there.
+        self._placed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
     def posterior(self, t: Tensor, like: Tensor) -> Posterior[Tensor]:
         """t: (B,) whole times -> numbers (B, 1, ..., 1) of the dtype and on the device of `like` (B, ...)."""
-        step, index = self.steps, t.long().cpu()
-        return Posterior(
-            *(
-                per_sample(table[index].to(like), like)
-                for table in (step.x0_weight, step.x_weight, step.variance, step.beta)
-            )
-        )
+        key, step = (like.device, like.dtype), self.steps
+        if key not in self._placed:
+            tables = (step.x0_weight, step.x_weight, step.variance, step.beta)
+            self._placed[key] = [table.to(like) for table in tables]
+        return Posterior(*(per_sample(table[t.long()], like) for table in self._placed[key]))
 
     def bound(self, x0: Tensor, x_t: Tensor, t: Tensor, predicted_x0: Tensor, share: Tensor) -> Tensor:
         """(B,) bits per number of the term L_t of the variational bound (2102.09672, eq. 4 to 6): how far the step that
