@@ -18,6 +18,7 @@ from t2i.config import RunConfig, parse_run, run_to_dict
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.gan_int_cls.model import build_networks
 from t2i.families.latent_diffusion.model import build_denoiser
+from t2i.families.pixel_diffusion.model import build_denoiser as build_pixel_denoiser
 from t2i.generation.text_to_image import draw, save
 from t2i.interfaces import SampleRequest
 from t2i.text.architecture import build_architecture
@@ -38,6 +39,8 @@ def network(config: RunConfig) -> nn.Module:
         text = build_architecture(model.text)
         if config.family == "gan_int_cls":
             return nn.ModuleList(build_networks(model, text.pooled_dim, config.resolution.size_px))
+        if config.family == "pixel_diffusion":
+            return build_pixel_denoiser(model, text.token_dim, text.pooled_dim)
         return build_denoiser(model.denoiser, CODEC_CHANNELS, text.token_dim, text.pooled_dim)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from t2i import families
 from t2i.config import TextConfig
 from t2i.diffusion.config import ScheduleConfig
 from t2i.diffusion.objectives import Prediction, to_x0_eps
@@ -266,7 +267,7 @@ def test_the_classifiers_gradient_is_that_of_the_fit() -> None:
     step[0, 1, 3, 4] = step[1, 2, 8, 9] = 1e-6
 
     def fit(x: Tensor) -> Tensor:
-        pictures, texts = made.embed(x, t, text)
+        pictures, texts = made.embed(x, t, text.tokens, text.mask)
         return (pictures * texts).sum(1)
 
     with torch.no_grad():
@@ -281,7 +282,7 @@ def test_the_classifiers_loss_is_clips_without_dropped_captions() -> None:
     t, text = torch.tensor([100.0, 700.0, 5.0, 300.0]), features(4)
     loss = made.loss(x, t, text, ["a", "b", "", "c"])
     rows = [0, 1, 3]
-    pictures_, texts = (each[rows] for each in made.embed(x, t, text))
+    pictures_, texts = (each[rows] for each in made.embed(x, t, text.tokens, text.mask))
     logits = pictures_ @ texts.T
     answer = torch.arange(3)
     expected = (
@@ -297,7 +298,7 @@ def test_equal_captions_share_the_answer() -> None:
     one = features(1)
     twice = TextFeatures(one.tokens.repeat(2, 1, 1), one.pooled.repeat(2, 1), one.mask.repeat(2, 1))
     loss = made.loss(x, torch.tensor([100.0, 700.0]), twice, ["a", "a"])
-    pictures_, texts = made.embed(x, torch.tensor([100.0, 700.0]), twice)
+    pictures_, texts = made.embed(x, torch.tensor([100.0, 700.0]), twice.tokens, twice.mask)
     by_picture = (pictures_ @ texts.T).T.log_softmax(1)  # which of two pictures a caption has cannot be told
     expected = (math.log(2) - by_picture.mean()) / 2
     torch.testing.assert_close(loss, expected)
@@ -315,3 +316,17 @@ def test_classifier_guidance_moves_what_is_drawn() -> None:
     plain = model.generate(request(), SAMPLING)
     guided = model.generate(request(), dataclasses.replace(SAMPLING, classifier_scale=5.0))
     assert not torch.allclose(plain, guided, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny_cosine_learned", "tiny_linear_x0_classifier"])
+def test_the_plan_has_the_networks_of_the_run(name: str, compose_run: Any) -> None:
+    config = compose_run(f"experiment=pixel_diffusion/{name}")
+    networks = {each.name: each for each in families.get("pixel_diffusion").load_plan()(config, {})}
+    model = PixelDiffusion(config.model, 32)
+    assert networks["denoiser"].parameters == sum(p.numel() for p in model.denoiser.parameters())
+    assert ("classifier" in networks) == (model.classifier is not None)
+    if model.classifier is not None:
+        assert networks["classifier"].parameters == sum(p.numel() for p in model.classifier.parameters())
+    with torch.device("meta"):
+        for each in networks.values():
+            assert each.module(**each.inputs(3)).shape[0] == 3

@@ -7,4 +7,5 @@ FAMILY = Family(
     config="config:Config",
     stages={"pixel_diffusion": "stage:Stage"},
     generator="generator:Generator",
+    plan="plan:planned_networks",
 )

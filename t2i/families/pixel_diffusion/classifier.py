@@ -80,26 +80,32 @@ class NoisyMatcher(nn.Module):
         self.caption = nn.Linear(hidden, config.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def embed(self, x: Tensor, t: Tensor, text: TextFeatures) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, embed_dim) twice: of the pictures, of length 1, and of the captions, of the length of the scale."""
-        mask = text.mask[..., None].to(x.dtype)
-        words = (self.words(text.tokens) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        mask = context_mask[..., None].to(x.dtype)
+        words = (self.words(context) * mask).sum(1) / mask.sum(1).clamp(min=1)
         scale = self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
         return F.normalize(self.encoder(x, t), dim=1), scale * F.normalize(self.caption(words), dim=1)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """(B, B): how well picture i fits caption j.
+
+        x: (B, 3, H, W) noisy, t: (B,) in [0, 1000); context: (B, L, token_dim); context_mask: (B, L) bool, True where
+        the token is the caption's
+        """
+        pictures, captions = self.embed(x, t, context, context_mask)
+        return pictures @ captions.T
 
     def loss(self, x: Tensor, t: Tensor, text: TextFeatures, captions: Sequence[str]) -> Tensor:
         """() cross-entropy of telling which caption of the batch a picture has, and which picture a caption has. Equal
         captions share the answer; pictures whose caption was dropped are left out."""
         rows = [i for i, caption in enumerate(captions) if caption]
-        pictures, texts = (each[rows] for each in self.embed(x, t, text))
+        logits = self(x, t, text.tokens, text.mask)[rows][:, rows]
         kept = [captions[i] for i in rows]
         same = (
-            torch.tensor([[float(a == b) for b in kept] for a in kept])
-            .view(len(rows), len(rows))
-            .to(pictures)
+            torch.tensor([[float(a == b) for b in kept] for a in kept]).view(len(rows), len(rows)).to(logits)
         )
         answer = same / same.sum(1, keepdim=True)
-        logits = pictures @ texts.T
         both = -(answer * logits.log_softmax(1)).sum() - (answer * logits.T.log_softmax(1)).sum()
         return both / (2 * max(len(rows), 1))
 
@@ -107,8 +113,8 @@ class NoisyMatcher(nn.Module):
         """(B, 3, H, W): of each picture's fit with its caption, by the picture."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
-            pictures, texts = self.embed(x, t, text)
-            return torch.autograd.grad((pictures * texts).sum(), x)[0]
+            pictures, captions = self.embed(x, t, text.tokens, text.mask)
+            return torch.autograd.grad((pictures * captions).sum(), x)[0]
 
 
 def towards(p: Prediction, gradient: Tensor, scale: float, alpha: Tensor, sigma: Tensor) -> Prediction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,21 +48,13 @@ class PixelDiffusion(nn.Module):
             assert isinstance(self.schedule, DiscreteSchedule)  # the configuration was checked
             self.steps = ReverseSteps(self.schedule)
 
-    def check_size(self, height_px: int, width_px: int, keys: tuple[str, str]) -> None:
-        """Raises ConfigError where height or width cannot be halved as often as the networks do."""
-        unit = self.config.denoiser.downsampling
-        if self.config.classifier is not None:
-            unit = max(unit, self.config.classifier.encoder.downsampling)
-        for key, value in zip(keys, (height_px, width_px), strict=True):
-            check(value >= unit and value % unit == 0, key, value, f"multiples of {unit} with this model")
-
     def model_time(self, x: Tensor, t: Tensor) -> Tensor:
         return self.schedule.model_time(t).to(widened(x).dtype)
 
     def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """The denoiser's output for x_t (B, 3, H, W) at times t (B,) of the schedule: (B, 3, H, W), or (B, 6, H, W)
         with the variance after the prediction."""
-        return self.denoiser(x, self.model_time(x, t), text)
+        return self.denoiser(x, self.model_time(x, t), text.tokens, text.pooled, text.mask)
 
     def losses(self, image: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """(B,) each: "loss", and what it is made of where it has parts: the weighted squared error "mse" (2006.11239,
@@ -135,7 +128,8 @@ class PixelDiffusion(nn.Module):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
-        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        check_side(self.config, request.height_px, "height")
+        check_side(self.config, request.width_px, "width")
         text = self.text(list(request.prompts))
         negative = self.text([request.negative_prompt] * len(request.prompts))
         # All randomness of picture i comes from its own generator: the first noise, then what the sampler adds.
@@ -156,6 +150,14 @@ class PixelDiffusion(nn.Module):
             strength=request.strength,
         )
         return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+
+
+def check_side(config: Config, side_px: int, key: str) -> None:
+    """Raises ConfigError where the side of a picture cannot be halved as often as the networks do."""
+    unit = config.denoiser.downsampling
+    if config.classifier is not None:
+        unit = math.lcm(unit, config.classifier.encoder.downsampling)
+    check(side_px >= unit and side_px % unit == 0, key, side_px, f"multiples of {unit} with this model")
 
 
 def variance_share(output: Tensor) -> Tensor:
@@ -179,10 +181,11 @@ class TextUNet(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         return self.unet.hidden_matrices()
 
-    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """x: (B, 3, H, W), t: (B,) in [0, 1000) -> (B, 3 or 6, H, W)."""
-        context = None if self.tokens is None else self.tokens(text.tokens)
-        return self.unet(x, t, self.pooled(text.pooled), context, text.mask)
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor) -> Tensor:
+        """x: (B, 3, H, W), t: (B,) in [0, 1000); context: (B, L, token_dim); pooled: (B, pooled_dim);
+        context_mask: (B, L) bool, True where attended -> (B, 3 or 6, H, W)."""
+        states = None if self.tokens is None else self.tokens(context)
+        return self.unet(x, t, self.pooled(pooled), states, context_mask)
 
 
 def build_denoiser(config: Config, token_dim: int, pooled_dim: int) -> TextUNet:

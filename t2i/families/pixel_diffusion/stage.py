@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig
 from t2i.families.pixel_diffusion.config import Config
-from t2i.families.pixel_diffusion.model import PixelDiffusion
+from t2i.families.pixel_diffusion.model import PixelDiffusion, check_side
 from t2i.interfaces import Batch, SampleRequest, TextFeatures
 from t2i.nn.blocks import blocks_of
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
@@ -23,8 +23,8 @@ class Stage(BaseStage):
         assert isinstance(config.model, Config)
         self.model_config = config.model
         size = config.resolution.size_px
+        check_side(config.model, size, "resolution.size_px")
         self.model = PixelDiffusion(config.model, size)
-        self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
         if start is not None:
             load_into(self.model, start.weights, start.path, prefix="model.")
 
