@@ -141,7 +141,7 @@ def built_on(config: RunConfig) -> dict[str, Any]:
         place = run_to_dict(config)["builds_on"][key]
         if place == "latest":
             place, _ = run_folder.newest_finished(config.runs_dir, families.stages_with(part))
-        loaded = checkpoint.load(run_folder.weights_file(place))
+        loaded = checkpoint.load(run_folder.weights_file(str(place)))
         found[key] = loaded.extra.get(key, loaded.config)
     return found
 

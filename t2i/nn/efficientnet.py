@@ -58,19 +58,21 @@ class EfficientNetLite0(nn.Module):
     """The frozen network (Tan & Le, 1905.11946; "lite": ReLU6, no squeeze-and-excitation).
 
     weights: a local file of the package's format, None for the package's own
+    pretrained: False for random weights, for which no file is needed
     Raises CheckpointError where the weights are absent or do not fit.
     """
 
     widths = (16, 24, 40, 80, 112, 192, 320)
     """Channels of the seven stages' maps; the picture's sides are divided by 2, 4, 8, 16, 16, 32, 32."""
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path | None = None, pretrained: bool = True) -> None:
         super().__init__()
         import timm  # seconds to import, and most users of this package never build this network
 
-        path = Path(weights) if weights is not None else _packaged_weights()
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        self.network.load_state_dict(self._renamed(read_weights(path), path))
+        if pretrained:
+            path = Path(weights) if weights is not None else _packaged_weights()
+            self.network.load_state_dict(self._renamed(read_weights(path), path))
         self.to(memory_format=torch.channels_last)  # a quarter to a third faster on a CPU
         self.requires_grad_(False)
         self.eval()

@@ -31,9 +31,13 @@ CASES = {
         (*PLANNED, "--autoencoder", "latent_diffusion/tiny_dit_flow"),
         ("--autoencoder", "tiny_dit_flow", "stage autoencoder"),
     ),
-    "an autoencoder's own plan": (
-        ("plan", "stage=autoencoder", "cluster=a100x8"),
-        ("family", "'autoencoder'", "with a plan"),
+    "an autoencoder for an autoencoder": (
+        ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--autoencoder", "autoencoder/kl_f8"),
+        ("--autoencoder", "'autoencoder/kl_f8'", "nothing"),
+    ),
+    "what an autoencoder cannot read": (
+        ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--cached", "latents"),
+        ("--cached", "'latents'", "none"),
     ),
     "size of the model": (
         (*PLANNED, "resolution.size_px=40"),

@@ -60,15 +60,24 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
-def test_train_says_what_would_fit(t2i, codec, small_gpu, shapes_overrides):
-    sentence = t2i("train", *shapes_overrides, *LDM, f"builds_on.codec={codec}").sentence
+@pytest.mark.parametrize("found", ["named", "latest"])
+def test_train_says_what_would_fit(t2i, codec, small_gpu, shapes_overrides, found):
+    place = f"builds_on.codec={codec}" if found == "named" else f"runs_dir={codec.parents[1]}"
+    sentence = t2i("train", *shapes_overrides, *LDM, place).sentence
     assert "trainer.batch_size=64 at 32 px with trainer.precision=bf16-mixed" in sentence
     assert "the plan counts" in sentence
     assert "would fit" in sentence
 
 
-def test_an_autoencoder_which_is_not_planned_for(t2i, small_gpu, shapes_overrides):
-    typed = ("experiment=autoencoder/tiny_kl", "trainer.batch_size=64")
+def test_a_family_that_builds_on_none(t2i, small_gpu, shapes_overrides):
+    typed = ("experiment=autoencoder/tiny_vq", "trainer.batch_size=64")
     sentence = t2i("train", *shapes_overrides, *typed).sentence
+    assert "trainer.batch_size=64 at 32 px" in sentence
+    assert "the plan counts" in sentence
+    assert "would fit" in sentence
+
+
+def test_where_no_plan_can_be_made(t2i, small_gpu, shapes_overrides):
+    sentence = t2i("train", *shapes_overrides, *LDM, "builds_on.codec=nowhere").sentence
     assert "trainer.batch_size=64 at 32 px" in sentence
     assert "try trainer.batch_size=32" in sentence

@@ -7,5 +7,6 @@ FAMILY = Family(
     config="config:Config",
     stages={"autoencoder": "stage:Stage"},
     codec="codec:from_checkpoint",
+    plan="plan:planned_networks",
     formats="formats:FORMATS",
 )

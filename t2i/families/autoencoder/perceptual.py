@@ -41,7 +41,16 @@ def build_perceptual(
             f"LPIPS needs torchvision's VGG16 weights, and {trunk} does not exist; "
             f"allowed: a local copy of {_VGG_FILE}, as .pth or .safetensors."
         )
-    return LPIPS(trunk, _installed_heads() if heads is None else heads)
+    distance = LPIPS()
+    distance.load(trunk, _installed_heads() if heads is None else heads)
+    return distance
+
+
+def build_architecture(name: PerceptualName) -> nn.Module | None:
+    """The same module with random weights, which can be counted where no weights are."""
+    if name == "none":
+        return None
+    return LPIPS() if name == "lpips_vgg" else EfficientNetDistance(pretrained=False)
 
 
 def _installed_heads() -> Path:
@@ -59,10 +68,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 over VGG16 (Zhang et al., 1801.03924, equation 1), frozen.
-
-    weights: file of torchvision's VGG16 state dict; heads: file of the `lpips` package's linear heads
-    """
+    """LPIPS v0.1 over VGG16 (Zhang et al., 1801.03924, equation 1), frozen; random until `load`."""
 
     mean: Tensor
     std: Tensor
@@ -70,7 +76,7 @@ class LPIPS(nn.Module):
     _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
     _WIDTHS = (64, 128, 256, 512, 512)
 
-    def __init__(self, weights: str | Path, heads: str | Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = 3
@@ -82,13 +88,16 @@ class LPIPS(nn.Module):
                 width = channels
         self.features = nn.Sequential(*layers)  # torchvision's numbering
         self.heads = nn.ParameterList(torch.empty(1, c, 1, 1) for c in self._WIDTHS)
-        _load(self.features, read_weights(weights), "features.{}", weights)
-        _load(self.heads, read_weights(heads), "lin{}.model.1.weight", heads)
         # ImageNet's mean and deviation for pictures in [-1, 1], rounded as LPIPS was trained.
         mean, std = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False)
+
+    def load(self, weights: str | Path, heads: str | Path) -> None:
+        """weights: file of torchvision's VGG16 state dict; heads: file of the `lpips` package's linear heads"""
+        _load(self.features, read_weights(weights), "features.{}", weights)
+        _load(self.heads, read_weights(heads), "lin{}.model.1.weight", heads)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         a, b = (image - self.mean) / self.std, (target - self.mean) / self.std
@@ -124,12 +133,15 @@ class EfficientNetDistance(nn.Module):
     stages: which of the seven stages' maps are compared, counted from 0. The default costs about half of all
         seven and fits pictures of 32 px. Stage 0 belongs among them: without it, pixels fitted to the
         distance alone keep nine tenths of their error at the finest scale.
+    weights, pretrained: as `EfficientNetLite0` has them
     """
 
-    def __init__(self, stages: Sequence[int] = (0, 1, 2), weights: str | Path | None = None) -> None:
+    def __init__(
+        self, stages: Sequence[int] = (0, 1, 2), weights: str | Path | None = None, pretrained: bool = True
+    ) -> None:
         super().__init__()
         self.stages = tuple(stages)
-        self.network = EfficientNetLite0(weights)
+        self.network = EfficientNetLite0(weights, pretrained)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         num_stages = max(self.stages) + 1

@@ -1,0 +1,76 @@
+"""The networks of a run, for `t2i plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.config import RunConfig
+from t2i.families.autoencoder.codec import build_codec
+from t2i.families.autoencoder.config import AdversarialConfig, Config
+from t2i.families.autoencoder.discriminator import PatchDiscriminator
+from t2i.families.autoencoder.perceptual import build_architecture
+from t2i.interfaces import PlannedNetwork
+
+
+def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]]) -> list[PlannedNetwork]:
+    """See `t2i.families.family.Family`. The discriminator counts from the first picture on. Left out: a codebook's
+    distances, and the adaptive weight's own backward pass through the perceptual network (2% of kl_f8's FLOPs)."""
+    model, size = config.model, config.resolution.size_px
+    assert isinstance(model, Config)
+    model.check_resolution(size)
+    adversarial = model.adversarial
+    with torch.device("meta"):
+        codec = build_codec(model)
+        perceptual = build_architecture(model.perceptual.name)
+        discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
+    latent_shape = codec.latent_shape(size, size)
+
+    def image(batch: int, learned: bool = False) -> Tensor:
+        return torch.empty(batch, 3, size, size, requires_grad=learned)
+
+    networks = [
+        PlannedNetwork(
+            "encoder",
+            nn.Sequential(codec.encoder, codec.quant_conv),
+            lambda batch: {"input": image(batch)},
+            trained=True,
+        ),
+        PlannedNetwork(
+            "decoder",
+            nn.Sequential(codec.post_quant_conv, codec.decoder),
+            lambda batch: {"input": torch.empty(batch, *latent_shape, requires_grad=True)},
+            trained=True,
+        ),
+    ]
+    if adversarial.start_images is not None:
+        networks.append(
+            PlannedNetwork(
+                "discriminator",
+                discriminator,
+                lambda batch: {"image": image(batch)},
+                trained=True,
+                calls_per_image=calls_of_discriminator(adversarial),
+                averaged=False,
+            )
+        )
+    if perceptual is not None:
+        networks.append(
+            PlannedNetwork(
+                "perceptual network",
+                perceptual,
+                lambda batch: {"image": image(batch, learned=True), "target": image(batch)},
+                trained=False,
+            )
+        )
+    return networks
+
+
+def calls_of_discriminator(config: AdversarialConfig) -> int:
+    """It judges the real picture, the reconstruction, and the reconstruction again for the codec's own loss, whose two
+    backward passes (one for the adaptive weight) leave out the weights: as much as one whole. The gradient penalty's
+    pass and the backward pass through its backward pass are as much as two."""
+    return 3 + 2 * (config.r1_weight > 0)
