@@ -36,11 +36,15 @@ TEXTS = {
 
 
 def composed_run(
-    overrides: list[str], config_dir: str | None = None, needed: str | None = None
+    overrides: list[str],
+    config_dir: str | None = None,
+    needed: str | None = None,
+    config_name: str | None = "train",
 ) -> dict[str, Any]:
     """What `t2i train` composes, as plain values. Raises ConfigError.
 
     needed: a group that has to be chosen
+    config_name: the file in conf/ to begin with; None begins with nothing: +group=choice then gives that group alone
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -56,7 +60,12 @@ def composed_run(
                 raise ConfigError(
                     f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
                 )
-            composed = hydra.compose("train", overrides)
+            try:
+                composed = hydra.compose(config_name, overrides)
+            except ValueError as error:
+                if "Config group override" not in str(error):
+                    raise
+                raise ConfigError(f"{' '.join(overrides)}: a choice is a name, not a number.") from error
         return checked(composed, overrides)
 
 

@@ -34,7 +34,8 @@ def run(arguments: list[str]) -> None:
     makers = stage.feature_makers()
     if makers is None:
         raise ConfigError(
-            f"stage is {config.stage}; allowed to encode for: a stage that trains on latents, as ldm."
+            f"stage is {config.stage!r}; allowed to encode for: a stage that trains on what another run makes "
+            f"({', '.join(families.stages_with('builds_on'))})."
         )
     device = torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
     if options.no_text:

@@ -87,7 +87,8 @@ def text_encoder(name: str | None, settings: list[str]) -> TextConfig | None:
         if settings:
             raise ConfigError(f"{settings[0]} is given without --text; allowed: --text NAME text.key=value.")
         return None
-    config = parse(TextConfig, composed_run(["stage=ldm", f"text={name}", *settings])["text"], "text.")
+    composed = composed_run([f"+text={name}", *settings], config_name=None)
+    config = parse(TextConfig, composed["text"], "text.")
     if config.allow_download:
         hub.allow()
     token_counter(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -262,6 +263,36 @@ def test_only_the_command_line_reads_arguments_and_prints():
             for node in ast.walk(ast.parse(path.read_text())):
                 if speaks_to_a_person(node):
                     wrong.append(f"{module}:{node.lineno} has {ast.unparse(node)}")  # type: ignore[attr-defined]
+    assert not wrong
+
+
+def docstrings(tree: ast.Module) -> set[int]:
+    """The ids of the nodes that are docstrings."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    firsts = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and node.body]
+    return {id(first.value) for first in firsts if isinstance(first, ast.Expr)}
+
+
+def test_no_family_is_named_where_all_are_served():
+    """Help texts give examples: nothing else in these folders says the name of a family or a stage."""
+    stages = [stage for name in families.names() for stage in families.get(name).stages]
+    names = {*families.names(), *stages}
+    chosen = re.compile(rf"\b(?:stage|family)=(?:{'|'.join(names)})\b")
+    packages = {"cli", "data_pipelines", "evaluation", "generation", "planning"}
+    helps = {"t2i_cli.main", "t2i_cli.train_help", "t2i_cli.data"}
+    wrong = []
+    for module, path in FILES.items():
+        if package_of(module) in packages and module not in helps:
+            tree = ast.parse(path.read_text())
+            said = docstrings(tree)
+            texts = [
+                each for each in ast.walk(tree) if isinstance(each, ast.Constant) and id(each) not in said
+            ]
+            wrong += [
+                f"{module}:{each.lineno} says {each.value!r}"
+                for each in texts
+                if isinstance(each.value, str) and (each.value in names or chosen.search(each.value))
+            ]
     assert not wrong
 
 

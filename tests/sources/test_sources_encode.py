@@ -204,6 +204,15 @@ def test_the_command(shapes_overrides, runs_dir, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["autoencoder/tiny_kl", "gan_int_cls/tiny_r1"])
+def test_a_stage_that_trains_on_pictures_has_nothing_to_encode(shapes_overrides, tmp_path, name):
+    from t2i_cli.data.encode import run
+
+    with pytest.raises(ConfigError, match=r"allowed to encode for: .*makes \(ldm[,)]"):
+        run([f"experiment={name}", *shapes_overrides, str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shard_above_the_working_folder_is_encoded_within_the_named_one(run_of, tmp_path, monkeypatch):
     """It was once written beside the folder, over the pictures themselves."""
     config = run_of()

@@ -60,7 +60,8 @@ def test_the_clip_of_a_folder_that_has_no_weights(shard, tmp_path, capsys):
 def test_what_cannot_be_counted_is_refused_at_once(shard, tmp_path):
     (tmp_path / "file").write_text("x")
     for arguments, error, words in (
-        (["--text", "no-such"], ConfigError, "no-such"),
+        (["--text", "no-such"], ConfigError, "no-such does not exist; allowed for text: clip, "),
+        (["--text", "5"], ConfigError, "text=5: a choice is a name"),
         (
             ["--text", "learned", "text.max_tokens=1"],
             ConfigError,
