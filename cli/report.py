@@ -1,60 +1,194 @@
-"""`t2i report`: the newest autoencoder and ldm runs as one page."""
+"""`t2i report`: runs that draw for prompts, of whatever family, on one page, side by side."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from t2i.errors import UserError
 from t2i.schema import check
+
+from .newest import newest_that_draws
+
+if TYPE_CHECKING:
+    from t2i.evaluation.runs import Origin
 
 
 def run(arguments: list[str]) -> None:
     """Finds the runs, draws, judges, writes."""
-    parser = argparse.ArgumentParser(prog="t2i report", description="Gather the newest runs into one page.")
-    parser.add_argument("--runs-dir", default="runs", help="where the runs are")
-    parser.add_argument(
-        "--out", default="runs/demo", metavar="DIR", help="folder of report.html and report.json"
-    )
-    parser.add_argument("--checkpoint", metavar="RUN", help="the ldm run to report on; default: the newest")
-    options = parser.parse_args(arguments)
-
+    options = parser().parse_args(arguments)
+    # Heavy imports only now: a wrong flag is reported at once.
     import torch
+    from rich.table import Table
     from torch import Tensor
 
     from t2i import families
-    from t2i.evaluation.report import write_report
+    from t2i.evaluation.comparison import NOT_THE_SAME, comparison, same_prompts
+    from t2i.evaluation.report import Families, write_report
+    from t2i.evaluation.runs import LEFT_OUT
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint, run_folder
 
     from .console import console, draw_with_bar
 
-    last = Path(options.checkpoint) if options.checkpoint else run_folder.newest_run(options.runs_dir, "ldm")
-    if last is None:
-        raise UserError(f"{options.runs_dir}/ldm holds no trained run to report on.")
-    config = run_folder.read_config(last)
-    check(config.get("stage") == "ldm", "--checkpoint", str(last), "a run of stage=ldm")
-    runs = [last]
-    while earlier := run_folder.read_config(runs[0])["init_from"]:
-        runs.insert(0, Path(earlier))
-    autoencoder = Path(config["builds_on"]["codec"])
+    asked = origins(options.checkpoint or [newest_that_draws(options.runs_dir)])
+    for one in (one for each in asked for one in each.ladder()):
+        for place in one.left_out:
+            console.print(f"{one.folder} began with or builds on {place}, {LEFT_OUT}.")
+
+    def codec_of(folder: Path) -> tuple[Any, checkpoint.LoadedCheckpoint]:
+        loaded = checkpoint.load(run_folder.weights_file(folder))
+        return families.get(loaded.config["family"]).load_codec()(loaded.config).eval(), loaded
 
     def reconstruct(folder: Path, images: Tensor) -> Tensor:
-        loaded = checkpoint.load(run_folder.weights_file(folder))
-        codec: Any = families.get(loaded.config["family"]).load_codec()(loaded.config).eval()
+        codec, loaded = codec_of(folder)
         checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
         with torch.inference_mode():
             return torch.cat([codec.decode(codec.encode(part)) for part in images.split(32)])
 
-    def draw_prompts(folder: Path, prompts: list[str]) -> Tensor:
+    def num_parameters(folder: Path) -> int:
+        if folder in {one.codec for each in asked for one in each.ladder()}:
+            return sum(parameter.numel() for parameter in codec_of(folder)[0].parameters())
+        weights = checkpoint.load(run_folder.weights_file(folder)).weights
+        return sum(value.numel() for name, value in weights.items() if is_trained(name))
+
+    def draw(folder: Path, prompts: list[str]) -> Tensor:
         loaded = checkpoint.load(run_folder.weights_file(folder))
         generator = families.get(loaded.config["family"]).load_generator()(loaded, None)
         request = SampleRequest.of_size(prompts, generator.default_size_px)
         console.print(f"Drawing {len(prompts)} prompts with {folder}")
         return draw_with_bar(generator, request, batch_size=64)
 
-    page = write_report(Path(options.out), autoencoder, runs, reconstruct, draw_prompts)
-    for line in (page.parent / "report.json").read_text().splitlines():
+    def commands(origin: Origin, prompt: str) -> list[str]:
+        return next_commands(origin, prompt, asked, options.runs_dir)
+
+    page = write_report(Path(options.out), asked, Families(draw, reconstruct, num_parameters, commands))
+    figures = json.loads((page.parent / "report.json").read_text())
+    brief = {key: value for key, value in figures.items() if key not in ("codecs", "runs")}
+    for line in json.dumps(brief, indent=2).splitlines():
         console.print(line)
+    header, *rows = comparison(figures["runs"])
+    table = Table(*header, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if not same_prompts(figures["runs"]):
+        console.print(NOT_THE_SAME)
     console.print(f"The report is {page}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i report",
+        description="What runs draw for held-out prompts, how often that is right, and how they compare.",
+    )
+    made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
+    made.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="folder of report.html and report.json"
+    )
+    made.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="RUN",
+        help="may be given several times, to compare runs of any stages; default: the newest run that draws",
+    )
+    return made
+
+
+def origins(places: Iterable[str | Path]) -> list[Origin]:
+    """The runs that were asked for, with what they continue and build on. Raises ConfigError for one that draws nothing
+    for prompts, CheckpointError for what is no run folder."""
+    from t2i import families
+    from t2i.evaluation.runs import Origin
+    from t2i.training import run_folder
+
+    stages = families.stages_with("generator")
+    spelled: dict[Path, Path] = {}  # one run under several names, such as latest, is one
+
+    def once(folder: Path | None) -> Path | None:
+        return None if folder is None else spelled.setdefault(folder.resolve(), folder)
+
+    def origin(folder: Path, config: dict[str, Any]) -> Origin:
+        record = families.get(config.get("family"))
+        config = record.load_config().upgraded(config)
+        began_with, continues = config.get("init_from"), None
+        if began_with and (earlier := once(run_folder.run_of(began_with))):
+            earlier_config = run_folder.read_config(earlier)
+            if earlier_config.get("stage") in stages and earlier_config["data"].get("heldout_shards"):
+                continues = origin(earlier, earlier_config)
+        codecs = [config["builds_on"][key] for key, part in record.builds_on.items() if part == "codec"]
+        codec = once(run_folder.run_of(codecs[0])) if codecs else None
+        named = [(began_with, continues), *((place, codec) for place in codecs)]
+        return Origin(folder, continues, codec, tuple(place for place, found in named if place and not found))
+
+    found: dict[Path, Origin] = {}
+    for place in places:
+        config = run_folder.read_config(Path(place))
+        allowed = f"a run of stage {', '.join(stages)}"
+        check(config.get("stage") in stages, "--checkpoint", str(place), allowed)
+        folder = once(Path(place))
+        assert folder is not None
+        found.setdefault(folder, origin(folder, config))
+    return list(found.values())
+
+
+def is_trained(name: str) -> bool:
+    """Whether a weight in a run's file is a parameter that the run trained: neither of the codec that it builds on nor
+    what batch norm counts."""
+    *modules, last = name.split(".")
+    return "codec" not in modules and last not in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def next_commands(origin: Origin, prompt: str, asked: list[Origin], runs_dir: str) -> list[str]:
+    """What to type after a report on this run."""
+    from t2i import families
+    from t2i.training import run_folder
+
+    config = run_folder.read_config(origin.folder)
+    stage = config["stage"]
+    lines = [shlex.join(["t2i", "sample", "--checkpoint", str(origin.folder), "--prompt", prompt])]
+    shown = {run_folder.read_config(one.folder)["stage"] for each in asked for one in each.ladder()}
+    others = [each for each in families.stages_with("generator") if each not in shown]
+    other, _ = run_folder.newest_finished(runs_dir, others)
+    if other is not None:
+        runs = [*(one.folder for one in asked), other]
+        lines.append(
+            shlex.join(["t2i", "report", *(word for run in runs for word in ("--checkpoint", str(run)))])
+        )
+    if (size := larger_size(config)) is not None:
+        init_from, source = shlex.quote(f"init_from={origin.folder}"), config["data"]["source"]
+        lines.append(f"t2i train stage={stage} resolution={size} {init_from} data={source}")
+    before = [] if origin.codec is None else [run_folder.read_config(origin.codec)["stage"]]
+    own = "data=shards data.shards='path/to/{00000..00004}.tar'"
+    return lines + [f"t2i train stage={each} {own}" for each in (*before, stage)]
+
+
+def larger_size(saved: dict[str, Any]) -> int | None:
+    """The next size at which the stage's own recipe goes on from runs at a lower one; None where there is none, and for
+    a run on other data or of another recipe, whose command is not known."""
+    import dataclasses
+
+    from t2i import families
+    from t2i.config import parse_run
+
+    from .composition import composed_run
+    from .train_help import groups
+
+    stage, size = saved["stage"], saved["resolution"]["size_px"]
+    sizes = [int(each) for each in groups()["resolution"]]
+    larger = min((each for each in sizes if each > size), default=None)
+    known = stage in groups()["stage"] and size in sizes
+    if saved["data"].get("source") is None or not known or larger is None:
+        return None
+    config_class = families.get(saved["family"]).load_config()
+    usual, own = (
+        parse_run(values, config_class).model
+        for values in (composed_run([f"stage={stage}", f"resolution={size}"]), saved)
+    )
+    names = {each.name for each in dataclasses.fields(config_class)} - {"builds_on", "sampling"}
+    is_usual = all(getattr(usual, name) == getattr(own, name) for name in names)
+    goes_on = composed_run([f"stage={stage}", f"resolution={larger}"])["init_from"] == "lower"
+    return larger if is_usual and goes_on else None

@@ -13,6 +13,7 @@ from t2i.errors import UserError
 
 from . import hub
 from .arguments import parse_with_overrides
+from .newest import newest_that_draws
 
 MAX_PX = 16_384
 MAX_NUMBER = 1_000_000  # of pictures per prompt, and of steps
@@ -156,23 +157,9 @@ def parser() -> argparse.ArgumentParser:
 
 def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
     """The weights to draw with."""
-    from t2i import families
     from t2i.training import run_folder
 
-    from .console import console
-
-    if checkpoint is not None:
-        return run_folder.weights_file(checkpoint)
-    stages = families.stages_with("generator")
-    newest, passed_over = run_folder.newest_finished(runs_dir, stages)
-    if newest is None:
-        folders = " and ".join(f"{runs_dir}/{stage}" for stage in stages)
-        raise UserError(f"There is no trained run in {folders}: train one, or give --checkpoint RUN or FILE.")
-    for run in passed_over:
-        console.print(
-            f"Passed over {run}, which did not come to its end: --checkpoint {run} draws with it.",
-        )
-    return run_folder.weights_file(newest)
+    return run_folder.weights_file(checkpoint if checkpoint is not None else newest_that_draws(runs_dir))
 
 
 def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

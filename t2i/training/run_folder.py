@@ -198,6 +198,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step_"))
 
 
+def run_of(place: str | Path) -> Path | None:
+    """The run folder that a place means, itself or the one that a file of weights lies in; None where there is none."""
+    path = Path(place)
+    folders = [path] if path.is_dir() else [path.parent, path.parent.parent]
+    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
 def weights_file(place: str | Path) -> Path:
     """The file to read weights from, given a run folder or a file: of a run the final weights, or else the
     checkpoint with the most steps. Raises CheckpointError with a sentence where there is none."""

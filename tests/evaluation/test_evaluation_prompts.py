@@ -9,8 +9,7 @@ import torch
 
 from t2i.config import DataConfig
 from t2i.data.reader import read_all
-from t2i.evaluation.prompts import check_scenes, group_of, judge_for, score
-from t2i.evaluation.report import score_groups
+from t2i.evaluation.prompts import check_scenes, derangements, group_of, judge_for, score, score_groups
 from t2i.interfaces import Batch
 
 
@@ -120,7 +119,54 @@ def test_groups_are_scored_apart(scenes):
     images[groups.index("unseen")] = 0
     images[[i for i, group in enumerate(groups) if group == "unseen_two_objects"]] = 0
     scores = score_groups(check_scenes, images, scenes)
-    assert {name: (drawn.count, drawn.exact, real.exact) for name, (drawn, real) in scores.items()} == {
+    assert {name: (each.drawn.count, each.drawn.exact, each.real.exact) for name, each in scores.items()} == {
         "unseen": (8, 7 / 8, 1.0),
         "unseen_two_objects": (4, 0.0, 1.0),
     }
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 384])
+def test_each_prompt_gets_the_picture_of_another(count):
+    made = derangements(count)
+    assert len(made) == min(4, count - 1)
+    for other in made:
+        assert sorted(other.tolist()) == list(range(count))
+        assert (other != torch.arange(count)).all()
+    assert len({tuple(other.tolist()) for other in made}) == len(made)
+
+
+def test_chance_is_what_pictures_of_other_prompts_score():
+    """Five pictures of one tone and one of another: of the 30 pairs of two, 20 agree in tone, and none in number. Drawn
+    pictures do not matter."""
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 4, 4)
+    said = [{"tone": "dark" if i < 5 else "light", "number": i} for i in range(6)]
+
+    def judge(images: torch.Tensor, metadata: list[dict[str, Any]]) -> list[dict[str, bool]]:
+        shown = [said[int(image[0, 0, 0])] for image in images]
+        return [
+            {key: found[key] == wanted[key] for key in wanted}
+            for found, wanted in zip(shown, metadata, strict=True)
+        ]
+
+    chance = score_groups(judge, torch.zeros_like(images), batch(images, said))["unseen"].chance
+    assert chance is not None
+    assert chance.by_attribute == {"tone": pytest.approx(20 / 30), "number": 0.0}
+    assert (chance.count, chance.exact) == (24, 0.0)
+
+
+def test_chance_is_over_the_pictures_of_all_groups(scenes):
+    """A picture that knows nothing of its prompt may have any number of objects."""
+    scores = score_groups(check_scenes, scenes.image, scenes)
+    for group, others in (("unseen", 7), ("unseen_two_objects", 3)):
+        chance = scores[group].chance
+        assert chance is not None
+        assert 0 < chance.by_attribute["count"] < 1
+        assert abs(chance.by_attribute["count"] - others / 11) < 0.3
+        assert chance.exact < 0.3
+
+
+def test_one_prompt_alone_has_no_level_of_chance(scenes):
+    alone = batch(scenes.image[:1], scenes.metadata[:1])
+    (scores,) = score_groups(check_scenes, alone.image, alone).values()
+    assert scores.chance is None
+    assert scores.to_json().keys() == {"count", "exact", "by_attribute", "real"}

@@ -1,131 +1,22 @@
-"""The page, and the report end to end on drawn scenes and made-up runs."""
+"""The report end to end on drawn scenes and made-up runs."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from html_pages import Tags, assert_stands_alone, embedded_png
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.evaluation.page import Page
 from t2i.evaluation.prompts import group_of
-from t2i.evaluation.report import Run, psnr_db, write_report
+from t2i.evaluation.report import Families, plot_metrics, psnr_db, write_report
+from t2i.evaluation.runs import LEFT_OUT, Origin, Run
 from t2i.training.run_folder import write_config, write_summary
-
-
-class Tags(HTMLParser):
-    """Start tags with their attributes, and the text between tags."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    @property
-    def images(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "img"]
-
-
-def embedded_png(image: dict[str, str | None]) -> bytes:
-    start = "data:image/png;base64,"
-    source = image["src"]
-    assert source is not None
-    assert source.startswith(start)
-    return base64.b64decode(source.removeprefix(start), validate=True)
-
-
-def assert_stands_alone(path: Path) -> None:
-    """Nothing on the page is loaded from anywhere."""
-    read = Tags(path)
-    for tag, attributes in read.tags:
-        assert tag not in ("script", "link", "iframe", "object", "base")
-        for name, value in attributes.items():
-            if name in ("src", "href", "srcset", "data", "poster"):
-                assert str(value).startswith("data:"), (tag, name, value)
-    assert not re.search(r"url\(|@import", path.read_text())
-
-
-# The page.
-
-NASTY = """<script>alert("1")</script> & 'it' {braces}"""
-
-
-def test_everything_said_is_escaped(tmp_path):
-    page = Page(tmp_path, NASTY)
-    page.heading(NASTY)
-    page.paragraph(NASTY)
-    page.commands([NASTY, "second"])
-    page.table([(NASTY, "1")], header=(NASTY, "n"))
-    page.picture("p", torch.zeros(3, 2, 2), NASTY)
-    path = page.write("page.html")
-    assert_stands_alone(path)
-    read = Tags(path)
-    assert (
-        sum(NASTY in text for text in read.text) == 7
-    )  # title, heading, paragraph, commands, two cells, caption
-    assert read.images[0]["alt"] == NASTY
-    assert [text for text in read.text if text.endswith("\nsecond")]
-
-
-def test_a_picture_is_embedded_and_beside_the_page(tmp_path):
-    image = torch.linspace(-1, 1, 3 * 2 * 3).reshape(3, 2, 3)
-    page = Page(tmp_path, "t")
-    page.picture("small", image, "caption", enlarge=4)
-    path = page.write("page.html")
-    (embedded,) = Tags(path).images
-    data = embedded_png(embedded)
-    assert data == (tmp_path / "small.png").read_bytes()
-    pixels = np.asarray(Image.open(io.BytesIO(data)))
-    assert pixels.shape == (8, 12, 3)
-    expected = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    for y, x in np.ndindex(8, 12):
-        assert np.array_equal(pixels[y, x], expected[y // 4, x // 4])
-
-
-def test_a_plot_is_embedded(tmp_path):
-    page = Page(tmp_path, "t")
-    page.plot("line", "caption", lambda axes: axes.plot([0, 1], [1, 0]))
-    (embedded,) = Tags(page.write("page.html")).images
-    assert embedded["class"] == "plot"
-    picture = Image.open(io.BytesIO(embedded_png(embedded)))
-    assert len(picture.convert("RGB").getcolors(1 << 20)) > 2  # something is drawn
-
-
-def test_a_table_has_its_cells_in_order(tmp_path):
-    page = Page(tmp_path, "t")
-    page.table([("a", "1"), ("b", "2")], header=("name", "value"))
-    read = Tags(page.write("page.html"))
-    assert [tag for tag, _ in read.tags if tag in ("tr", "td", "th")] == [
-        "tr",
-        "th",
-        "th",
-        *["tr", "td", "td"] * 2,
-    ]
-    assert [text for text in read.text if text in ("name", "value", "a", "1", "b", "2")] == [
-        "name",
-        "value",
-        "a",
-        "1",
-        "b",
-        "2",
-    ]
-
 
 # PSNR.
 
@@ -185,6 +76,9 @@ class Fakes:
         self.right = right
         self.prompts: dict[str, list[str]] = {}
 
+    def families(self) -> Families:
+        return Families(self.draw, self.reconstruct, self.num_parameters, self.commands)
+
     def reconstruct(self, folder: Path, images: torch.Tensor) -> torch.Tensor:
         assert folder.parent.name == "autoencoder"
         return images - 0.1 * images.sign()  # towards 0, so that nothing is clamped
@@ -201,21 +95,26 @@ class Fakes:
                 images[i] = real.image[i]
         return images
 
+    def num_parameters(self, folder: Path) -> int:
+        return {"autoencoder": 1_000, "ldm": 20_000}.get(folder.parent.name, 300_000)
+
+    def commands(self, origin: Origin, prompt: str) -> list[str]:
+        return [f"draw {prompt!r} with {origin.folder}"]
+
+
+def written(folder: Path, origins: list[Origin], fakes: Fakes) -> tuple[Tags, dict]:
+    path = write_report(folder, origins, fakes.families())
+    return Tags(path), json.loads((folder / "report.json").read_text())
+
 
 @pytest.fixture(scope="module")
 def report(shapes_shards, tmp_path_factory) -> tuple[Path, dict, Fakes]:
     runs = tmp_path_factory.mktemp("runs")
     fakes = Fakes({"unseen": 6, "unseen_two_objects": 1})
-    path = write_report(
-        runs / "demo",
-        made_up_run(runs / "autoencoder" / "a", "autoencoder", 64, shapes_shards, 12.5),
-        [
-            made_up_run(runs / "ldm" / "first <32>", "ldm", 32, shapes_shards, 100.0),
-            made_up_run(runs / "ldm" / "second", "ldm", 64, shapes_shards, 50.0),
-        ],
-        fakes.reconstruct,
-        fakes.draw,
-    )
+    codec = made_up_run(runs / "autoencoder" / "a", "autoencoder", 64, shapes_shards, 12.5)
+    first = Origin(made_up_run(runs / "ldm" / "first <32>", "ldm", 32, shapes_shards, 100.0), codec=codec)
+    second = made_up_run(runs / "ldm" / "second", "ldm", 64, shapes_shards, 50.0)
+    path = write_report(runs / "demo", [Origin(second, first, codec)], fakes.families())
     return path, json.loads((path.parent / "report.json").read_text()), fakes
 
 
@@ -256,9 +155,9 @@ def test_the_page_stands_alone(report):
     read = Tags(path)
     names = [
         "data",
-        "reconstructions",
-        "samples_32",
-        "samples_64",
+        "reconstructions_autoencoder-64",
+        "samples_ldm-32",
+        "samples_ldm-64",
         "loss_autoencoder-64",
         "loss_ldm-32",
         "loss_ldm-64",
@@ -276,7 +175,7 @@ def test_the_page_stands_alone(report):
 def test_reconstructions_stand_below_their_pictures(report, shapes_shards):
     """Rows of 8 pictures of 64 px, gaps of 2 px, all enlarged twice: 8 pictures above their own."""
     path, _, _ = report
-    sheet = Image.open(path.parent / "reconstructions.png")
+    sheet = Image.open(path.parent / "reconstructions_autoencoder-64.png")
     assert sheet.width == 2 * (8 * 64 + 7 * 2)
     centre = 2 * 32
     above = np.asarray(sheet.crop((0, 0, centre, centre)), dtype=float)
@@ -284,18 +183,130 @@ def test_reconstructions_stand_below_their_pictures(report, shapes_shards):
     assert np.abs(np.abs(above - below) - 0.1 * 127.5).max() <= 1.5
 
 
-def test_a_run_that_was_killed_is_reported_without_its_times(shapes_shards, tmp_path):
+def test_a_ladder_has_its_bounds_parameters_and_times_in_all(report):
+    path, figures, _ = report
+    assert list(figures["codecs"]) == ["autoencoder-64"]
+    assert figures["codecs"]["autoencoder-64"]["psnr_db"] == figures["psnr_db"]
+    assert list(figures["runs"]) == ["ldm-32", "ldm-64"]
+    first, second = figures["runs"].values()
+    assert (second["stage"], second["size_px"], Path(second["folder"]).name) == ("ldm", 64, "second")
+    assert (second["parameters"], second["parameters_in_all"]) == (20_000, 21_000)
+    assert (first["seconds_in_all"], second["seconds_in_all"]) == (112.5, 162.5)
+    assert first["prompts"] == second["prompts"]
+    group = second["groups"]["unseen"]
+    assert (group["count"], group["exact"]) == (8, 6 / 8)
+    assert group["by_attribute"] == figures["unseen_by_attribute"]
+    assert group["real"]["exact"] == 1.0
+    assert group["chance"]["exact"] < 0.3
+    assert group["chance"].keys() == group["real"].keys() == {"exact", "by_attribute"}
+    assert 0.2 < group["chance"]["by_attribute"]["count"] < 1.0  # 7 of the 11 others have one object
+    headings = Tags(path).of("h2")
+    assert [text for text in headings if " px" in text] == [
+        *("autoencoder at 64 px", "ldm at 32 px", "ldm at 64 px")
+    ]
+
+
+def test_stages_stand_side_by_side(shapes_shards, tmp_path):
+    """One that builds on a codec and one that does not, and as the last one that was asked for the first."""
     fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})
-    path = write_report(
+    codec = made_up_run(tmp_path / "autoencoder" / "a", "autoencoder", 32, shapes_shards, 1.0)
+    latents = Origin(made_up_run(tmp_path / "ldm" / "b", "ldm", 32, shapes_shards, 2.0), codec=codec)
+    pixels = Origin(made_up_run(tmp_path / "pixels" / "c", "pixels", 32, shapes_shards, 4.0))
+    read, figures = written(tmp_path / "demo", [pixels, latents], fakes)
+    assert list(figures["runs"]) == ["pixels-32", "ldm-32"]
+    assert figures["unseen_exact_by_run"] == {"pixels-32": 1.0, "ldm-32": 1.0}
+    assert [run["parameters_in_all"] for run in figures["runs"].values()] == [300_000, 21_000]
+    assert [run["seconds_in_all"] for run in figures["runs"].values()] == [4.0, 3.0]
+    text = " ".join(read.text)
+    assert "300,000" in text
+    assert "not judged by the same" not in text
+    cells = read.of("th")
+    assert cells[-4:] == ["pixels-32", "ldm-32", "chance", "real pictures"]
+    assert f"with {pixels.folder}" in text
+    assert f"with {latents.folder}" in text
+
+
+def test_a_family_without_a_codec_has_no_section_of_one(shapes_shards, tmp_path):
+    pixels = Origin(made_up_run(tmp_path / "pixels" / "c", "pixels", 32, shapes_shards, 4.0))
+    read, figures = written(tmp_path / "demo", [pixels], Fakes({"unseen": 0, "unseen_two_objects": 0}))
+    assert "psnr_db" not in figures
+    assert figures["codecs"] == {}
+    assert read.of("h2") == ["The data", "pixels at 32 px", "Side by side", "Training", "Times", "To go on"]
+    assert not (tmp_path / "demo" / "reconstructions.png").exists()
+    assert figures["unseen_exact"] == 0.0
+
+
+def test_what_is_said_of_one_run_is_said_of_the_last_that_was_asked_for(shapes_shards, tmp_path):
+    """Though the first one continues it, so that it stands before that on the page."""
+    low = Origin(made_up_run(tmp_path / "ldm" / "low", "ldm", 32, shapes_shards, 1.0))
+    high = Origin(made_up_run(tmp_path / "ldm" / "high", "ldm", 64, shapes_shards, 1.0), low)
+    fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})
+    draw = fakes.draw
+    fakes.draw = lambda folder, prompts: draw(folder, prompts) * (folder.name == "high")  # type: ignore[method-assign]
+    _, figures = written(tmp_path / "demo", [high, low], fakes)
+    assert figures["unseen_exact_by_run"] == {"ldm-32": 0.0, "ldm-64": 1.0}
+    assert figures["unseen_exact"] == 0.0
+    _, figures = written(tmp_path / "demo", [low, high], fakes)
+    assert list(figures["unseen_exact_by_run"]) == ["ldm-32", "ldm-64"]
+    assert figures["unseen_exact"] == 1.0
+
+
+def test_runs_that_were_judged_by_other_prompts_are_said_not_to_compare(shapes_shards, tmp_path):
+    from t2i_pipelines.sources import shapes
+
+    shapes.build(tmp_path / "others", num_train=4, num_heldout_one=3, num_heldout_two=0, size_px=32, seed=1)
+    fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})
+    origins = [
+        Origin(made_up_run(tmp_path / stage / "a", stage, 32, shards, 1.0))
+        for stage, shards in (("pixels", shapes_shards), ("gan", tmp_path / "others"))
+    ]
+    read, figures = written(tmp_path / "demo", origins, fakes)
+    assert "not judged by the same held-out prompts" in " ".join(read.text)
+    assert read.of("th")[-2:] == ["pixels-32", "gan-32"]  # no bounds that hold for both
+    assert figures["runs"]["gan-32"]["groups"].keys() == {"unseen"}
+    assert "unseen_two_objects_exact" not in figures  # the last run has no such prompts
+    assert figures["unseen_two_objects_exact_by_run"] == {"pixels-32": 1.0}
+    assert (tmp_path / "demo" / "data_gan-32.png").is_file()
+
+
+def test_what_a_report_leaves_out_is_said_and_its_times_are_not_known(shapes_shards, tmp_path):
+    run = made_up_run(tmp_path / "ldm" / "b", "ldm", 32, shapes_shards, 2.0)
+    read, figures = written(
         tmp_path / "demo",
-        made_up_run(tmp_path / "autoencoder" / "a", "autoencoder", 32, shapes_shards, 1.0),
-        [made_up_run(tmp_path / "ldm" / "b", "ldm", 32, shapes_shards, None)],
-        fakes.reconstruct,
-        fakes.draw,
+        [Origin(run, left_out=("gone/away",))],
+        Fakes({"unseen": 8, "unseen_two_objects": 4}),
     )
-    figures = json.loads((path.parent / "report.json").read_text())
+    assert f"It began with or builds on gone/away, {LEFT_OUT}." in read.text
+    assert figures["runs"]["ldm-32"]["seconds_in_all"] is None
+    assert figures["seconds"]["ldm-32"] == 2.0
+
+
+def test_a_run_that_was_killed_is_reported_without_its_times(shapes_shards, tmp_path):
+    codec = made_up_run(tmp_path / "autoencoder" / "a", "autoencoder", 32, shapes_shards, 1.0)
+    run = made_up_run(tmp_path / "ldm" / "b", "ldm", 32, shapes_shards, None)
+    fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})
+    _, figures = written(tmp_path / "demo", [Origin(run, codec=codec)], fakes)
     assert set(figures["seconds"]) == {"autoencoder-32", "report"}
+    assert figures["runs"]["ldm-32"]["seconds"] is figures["runs"]["ldm-32"]["seconds_in_all"] is None
     assert figures["unseen_exact"] == figures["unseen_two_objects_exact"] == 1.0
+
+
+def test_what_a_stage_measures_is_plotted_by_whatever_name(tmp_path):
+    header = "step,images,epoch,epoch_a,denoiser,classifier,logit_real,gradient_norm,gradient_norm_1"
+    (tmp_path / "metrics.csv").write_text(
+        f"{header},learning_rate,images_per_second,skipped_steps,bad_no caption\n"
+        "1,8,0.1,0.1,0.5,,1,9,9,9,9,9,9\n2,16,0.2,0.1,0.4,0.3,1,9,9,9,9,9,9\n"
+    )
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    plot_metrics(axes, tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "denoiser": [[8, 0.5], [16, 0.4]],
+        "classifier": [[16, 0.3]],
+        "logit_real": [[8, 1], [16, 1]],
+    }
 
 
 def test_a_run_without_heldout_shards_is_one_sentence(shapes_shards, tmp_path):
@@ -312,3 +323,7 @@ def test_runs_of_one_resolution_are_told_apart_by_their_folders(shapes_shards, t
         for name, size in (("a", 32), ("b", 64), ("c", 64))
     ]
     assert [run.label for run in Run.read_all(folders)] == ["ldm-32", "ldm-64-b", "ldm-64-c"]
+    other = made_up_run(tmp_path / "elsewhere" / "b", "ldm", 64, shapes_shards, 1.0)
+    labels = [run.label for run in Run.read_all([*folders, other])]
+    assert labels == ["ldm-32", "ldm-64-b-1", "ldm-64-c", "ldm-64-b-2"]
+    assert Run.read_all(folders)[1].title == "ldm at 64 px (b)"
