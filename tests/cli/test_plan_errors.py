@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from t2i import families
+
 TINY = ("plan", "experiment=latent_diffusion/tiny_unet_eps", "trainer.precision=bf16-mixed")
 PLANNED = (*TINY, "cluster=a100x8")
 
@@ -116,8 +118,17 @@ CONF = Path(__file__).parents[2] / "conf" / "experiment"
 FULL_SIZE = [
     path.relative_to(CONF).with_suffix("").as_posix()
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name != "autoencoder" and not path.stem.startswith("tiny")
+    if not path.stem.startswith("tiny")
 ]
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_every_family_has_a_plan(t2i, family):
+    experiment = min(path.stem for path in (CONF / family).glob("tiny*.yaml"))
+    result = t2i("plan", f"experiment={family}/{experiment}", "cluster=a100x8")
+    assert (result.code, result.err) == (0, "")
+    assert "GPU-hours" in result.out
+    assert ("latents" in result.out) == (families.get(family).builds_on != {})
 
 
 @pytest.mark.slow
