@@ -209,7 +209,7 @@ def test_a_stage_that_trains_on_pictures_has_nothing_to_encode(shapes_overrides,
     from t2i_cli.data.encode import run
 
     with pytest.raises(ConfigError, match=r"allowed to encode for: .*makes \(ldm[,)]"):
-        run([f"experiment={name}", *shapes_overrides, str(tmp_path / "out")])
+        run([str(tmp_path / "out"), f"experiment={name}", *shapes_overrides])
     assert not (tmp_path / "out").exists()
 
 
