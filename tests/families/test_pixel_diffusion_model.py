@@ -83,6 +83,22 @@ def test_the_simple_loss(prediction: str) -> None:
     torch.testing.assert_close(loss["loss"], (output - expected).square().mean((1, 2, 3)))
 
 
+def test_the_snr_weighs_between_its_limits() -> None:
+    model = build(objective=ObjectiveConfig("x0", None, max_snr=5.0))
+    plain = build(objective=ObjectiveConfig("x0", None))
+    image, eps = (each.repeat(2, 1, 1, 1) for each in pictures())
+    t = torch.tensor([5.0, 300.0, 500.0, 900.0], dtype=torch.float64)
+    ratio = (
+        model.losses(image, model.text([""] * 4), t, eps)["loss"]
+        / plain.losses(image, plain.text([""] * 4), t, eps)["loss"]
+    )
+    snr = model.schedule.snr(t)
+    assert 1 < snr[1] < 5
+    torch.testing.assert_close(
+        ratio, torch.stack([t.new_tensor(5.0), snr[1], t.new_tensor(1.0), t.new_tensor(1.0)])
+    )
+
+
 def test_the_hybrid_loss_adds_the_bound_which_trains_the_variance_alone() -> None:
     model = build(variance="learned")
     image, eps = pictures()
@@ -188,6 +204,20 @@ def test_a_size_that_does_not_halve_is_refused() -> None:
 def test_config_refuses(key: str, change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} is .*; allowed: "):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("max_snr", ("x0", None, 0.5)),
+        ("max_snr", ("x0", 5.0, 5.0)),
+        ("max_snr", ("eps", None, 5.0)),
+        ("min_snr_gamma", ("eps", 0.0)),
+    ],
+)
+def test_objective_refuses(key: str, values: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"^objective\.{key} is .*; allowed: "):
+        ObjectiveConfig(*values)
 
 
 # Classifier guidance.

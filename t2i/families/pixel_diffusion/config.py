@@ -32,14 +32,22 @@ class ClassifierConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """prediction: what the network says of the picture
-    min_snr_gamma: loss weighting of 2303.09556; null weighs all times alike"""
+    min_snr_gamma: loss weighting of 2303.09556; null weighs all times alike
+    max_snr: prediction x0 only: weighs its error by the signal-to-noise ratio, but at least 1 (2202.00512, section 4:
+        "truncated SNR") and at most this; null weighs all times alike"""
 
     prediction: Objective
     min_snr_gamma: float | None
+    max_snr: float | None = None
 
     def __post_init__(self) -> None:
         ok = self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf
         check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
+        ok = self.max_snr is None or 1 <= self.max_snr < math.inf
+        check(ok, "objective.max_snr", self.max_snr, "1 or more, or null")
+        alone = self.prediction == "x0" and self.min_snr_gamma is None
+        allowed = "null but for prediction x0 without min_snr_gamma"
+        check(self.max_snr is None or alone, "objective.max_snr", self.max_snr, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,10 @@ class PixelDiffusion(nn.Module):
         output = widened(self.denoise(x_t, t, text))
         prediction = output[:, :CHANNELS]
         error = prediction - target(objective.prediction, image, eps, alpha, sigma)
-        weight = loss_weight(objective.prediction, self.schedule.snr(t), objective.min_snr_gamma)
+        snr = self.schedule.snr(t)
+        weight = loss_weight(objective.prediction, snr, objective.min_snr_gamma)
+        if objective.max_snr is not None:
+            weight = snr.clamp(1, objective.max_snr)
         mse = weight * error.square().flatten(1).mean(1)
         if self.steps is None:
             return {"loss": mse}
