@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -119,9 +120,11 @@ class TextEncoder(Protocol):
 
     def __call__(self, captions: Sequence[str]) -> TextFeatures: ...
 
+    def to(self, device: Any, dtype: torch.dtype | None = None) -> Any: ...
 
-class ImageCodec(Protocol):
-    """Pictures to latents and back. Implementations are `torch.nn.Module`s.
+
+class ImageCodec(nn.Module, ABC):
+    """Pictures to latents and back.
 
     downsampling: pixels of the picture per latent position along each side
     latent_channels: C
@@ -133,23 +136,27 @@ class ImageCodec(Protocol):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f) scaled to about unit variance: a sample of the
         posterior, made with `noise` ~ N(0, I) of that shape, or its mode where that is None."""
-        ...
+        return self.latent(self.moments(image), noise)
 
+    @abstractmethod
     def moments(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, M, H/f, W/f): all that `latent` needs to know of the picture."""
-        ...
+        """(B, 3, H, W) in [-1, 1] -> (B, M, H/f, W/f): all that `latent` needs to know of the picture; unscaled."""
 
+    @abstractmethod
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """`encode` is `latent` of `moments`."""
-        ...
 
+    @abstractmethod
     def encoding_weights(self) -> Mapping[str, Tensor]:
         """What decides `moments`, by name."""
-        ...
 
+    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w), scaled as `encode` gives them -> (B, 3, h*f, w*f), about [-1, 1], not clamped."""
-        ...
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """(C, H/f, W/f) of a picture."""
+        return self.latent_channels, height_px // self.downsampling, width_px // self.downsampling
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from t2i.schema import check
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from t2i.config import ModelConfig, RunConfig
     from t2i.families.formats import Formats
-    from t2i.interfaces import Generator, PlannedNetwork
+    from t2i.interfaces import Generator, ImageCodec, PlannedNetwork
     from t2i.training.checkpoint import LoadedCheckpoint
     from t2i.training.stage import BaseStage
 
@@ -64,7 +63,7 @@ class Family:
     def load_generator(self) -> Callable[[LoadedCheckpoint, torch.device | str | None], Generator]:
         return self._part(self.generator)
 
-    def load_codec(self) -> Callable[[Mapping[str, Any]], nn.Module]:
+    def load_codec(self) -> Callable[[Mapping[str, Any]], ImageCodec]:
         return self._part(self.codec)
 
     def load_plan(self) -> Callable[[RunConfig, Mapping[str, Mapping[str, Any]]], list[PlannedNetwork]]:

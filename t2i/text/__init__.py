@@ -6,6 +6,17 @@ from t2i.config import TextConfig
 from t2i.interfaces import TextEncoder
 
 
+def text_encoder_for_training(config: TextConfig) -> TextEncoder:
+    """The same as a part of a model: one that learns with it is a module of the model; a frozen one stands behind a
+    cache, which is no module, so that its weights enter no checkpoint: it is loaded from where `config` says."""
+    encoder = build_text_encoder(config)
+    if encoder.trainable:
+        return encoder
+    from t2i.text.cache import CachedTextEncoder
+
+    return CachedTextEncoder(encoder)
+
+
 def build_text_encoder(config: TextConfig) -> TextEncoder:
     """The encoder that `config.name` names. Raises ConfigError or CheckpointError, without waiting for a
     network, where its weights are not there and `config.allow_download` is false."""

@@ -16,6 +16,7 @@ from t2i.families.autoencoder.model import Decoder, Encoder
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
 from t2i.families.autoencoder.quantize import Codebook
+from t2i.interfaces import ImageCodec
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Reconstruction:
     metrics: dict[str, Tensor]
 
 
-class Codec(nn.Module):
+class Codec(ImageCodec):
     """What both codecs share: the backbone, the 1x1 convolutions around the bottleneck and the latent scale.
 
     latent_scale: buffer, 1 / (standard deviation of all latents), measured when training ends (LDM paper,
@@ -70,37 +71,19 @@ class Codec(nn.Module):
         latents = torch.cat([self.encode(image).flatten() for image in images])
         self.latent_scale.copy_(1.0 / latents.std().clamp_min(1e-6))
 
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `t2i.interfaces.ImageCodec`."""
-        return self.latent(self.moments(image), noise)
-
     def moments(self, image: Tensor) -> Tensor:
-        """See `t2i.interfaces.ImageCodec`; unscaled."""
         return self.quant_conv(self.encoder(image))
 
-    def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `t2i.interfaces.ImageCodec`."""
-        raise NotImplementedError
-
     def encoding_weights(self) -> dict[str, Tensor]:
-        """What decides `moments`, by name."""
         parts = (("encoder", self.encoder), ("quant_conv", self.quant_conv))
         return {
             f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()
         }
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """See `t2i.interfaces.ImageCodec`."""
-        raise NotImplementedError
-
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """(B, 3, H, W) in [-1, 1] -> through the bottleneck and back, with the bottleneck's loss. noise: as in
         `encode`."""
         raise NotImplementedError
-
-    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
-        """(C, H/f, W/f) of a picture."""
-        return self.latent_channels, height_px // self.downsampling, width_px // self.downsampling
 
 
 class KLCodec(Codec):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +9,7 @@ from t2i.config import check
 from t2i.families.gan_int_cls.config import Config, SamplingConfig
 from t2i.families.gan_int_cls.networks import Discriminator, GeneratorNetwork
 from t2i.interfaces import Progress, SampleRequest
-from t2i.text import build_text_encoder
-from t2i.text.cache import CachedTextEncoder
+from t2i.text import text_encoder_for_training
 
 
 class GanIntCls(nn.Module):
@@ -22,10 +19,8 @@ class GanIntCls(nn.Module):
     def __init__(self, config: Config, size_px: int) -> None:
         super().__init__()
         self.size_px = size_px
-        encoder: Any = build_text_encoder(config.text)
-        self.text: CachedTextEncoder
-        object.__setattr__(self, "text", CachedTextEncoder(encoder))
-        self.generator, self.discriminator = build_networks(config, encoder.pooled_dim, size_px)
+        self.text = text_encoder_for_training(config.text)
+        self.generator, self.discriminator = build_networks(config, self.text.pooled_dim, size_px)
 
     @torch.no_grad()
     def generate(

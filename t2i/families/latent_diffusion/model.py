@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2i import families
 from t2i.config import check
 from t2i.diffusion.guidance import classifier_free
-from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
+from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
 from t2i.families.latent_diffusion.config import (
@@ -28,8 +28,7 @@ from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures
 from t2i.nn.precision import widened
-from t2i.text import build_text_encoder
-from t2i.text.cache import CachedTextEncoder
+from t2i.text import text_encoder_for_training
 
 
 class LatentDiffusion(nn.Module):
@@ -38,18 +37,14 @@ class LatentDiffusion(nn.Module):
     is loaded from where the configuration says.
     """
 
-    def __init__(self, config: Config, codec: Any) -> None:
+    def __init__(self, config: Config, codec: ImageCodec) -> None:
         super().__init__()
         self.config = config
-        self.codec: Any = codec.eval().requires_grad_(False)
+        self.codec = codec.eval().requires_grad_(False)
         self.schedule = build_schedule(config.schedule)
-        encoder: Any = build_text_encoder(config.text)
-        if encoder.trainable:
-            self.text: Any = encoder
-        else:
-            object.__setattr__(self, "text", CachedTextEncoder(encoder))
+        self.text = text_encoder_for_training(config.text)
         self.denoiser = build_denoiser(
-            config.denoiser, codec.latent_channels, encoder.token_dim, encoder.pooled_dim
+            config.denoiser, codec.latent_channels, self.text.token_dim, self.text.pooled_dim
         )
 
     def train(self, mode: bool = True) -> LatentDiffusion:
@@ -91,7 +86,7 @@ class LatentDiffusion(nn.Module):
         negative = self.text([request.negative_prompt] * len(request.prompts))
         model = classifier_free(self.denoise, text, negative, sampling.guidance_scale)
 
-        def predict(x: Tensor, t: Tensor) -> Any:
+        def predict(x: Tensor, t: Tensor) -> Prediction:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
 
         # All randomness of picture i comes from its own generator: a start picture's latent, the first noise,

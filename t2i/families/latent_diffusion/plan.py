@@ -13,7 +13,7 @@ from t2i import families
 from t2i.config import RunConfig
 from t2i.families.latent_diffusion.config import Config
 from t2i.families.latent_diffusion.model import build_denoiser, check_side
-from t2i.interfaces import PlannedNetwork
+from t2i.interfaces import ImageCodec, PlannedNetwork
 from t2i.text.architecture import build_architecture
 
 
@@ -23,7 +23,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     assert isinstance(model, Config)
     values = builds_on["codec"]
     with torch.device("meta"):
-        codec: Any = families.get(values["family"]).load_codec()(values)
+        codec = families.get(values["family"]).load_codec()(values)
         text = build_architecture(model.text)
         denoiser = build_denoiser(model.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim)
     check_side(model.denoiser, codec, size, "resolution.size_px")
@@ -76,7 +76,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
 class Encoding(nn.Module):
     """A codec's way from pictures to what latents are made of."""
 
-    def __init__(self, codec: Any) -> None:
+    def __init__(self, codec: ImageCodec) -> None:
         super().__init__()
         self.codec = codec
 
@@ -87,7 +87,7 @@ class Encoding(nn.Module):
 class Decoding(nn.Module):
     """A codec's way back."""
 
-    def __init__(self, codec: Any) -> None:
+    def __init__(self, codec: ImageCodec) -> None:
         super().__init__()
         self.codec = codec
 

@@ -16,6 +16,7 @@ from t2i.families.latent_diffusion.config import BuildsOn, Config
 from t2i.families.latent_diffusion.model import build_model
 from t2i.interfaces import Batch, FeatureMakers, SampleRequest
 from t2i.nn.blocks import blocks_of
+from t2i.text.cache import CachedTextEncoder
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
 from t2i.training.randomness import Randomness
@@ -75,7 +76,9 @@ class Stage(BaseStage):
                 filter(None, (config.text.name, config.text.model, config.text.weights))
             ),
         }
-        return FeatureMakers(self.model.codec, None if text.trainable else text.encoder, made_by)
+        return FeatureMakers(
+            self.model.codec, text.encoder if isinstance(text, CachedTextEncoder) else None, made_by
+        )
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config}

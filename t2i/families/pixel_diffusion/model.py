@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from t2i.families.pixel_diffusion.config import Config, SamplingConfig
 from t2i.families.pixel_diffusion.unet import UNet
 from t2i.interfaces import Progress, SampleRequest, TextFeatures
 from t2i.nn.precision import widened
-from t2i.text import build_text_encoder
-from t2i.text.cache import CachedTextEncoder
+from t2i.text import text_encoder_for_training
 
 CHANNELS = 3
 
@@ -36,13 +34,9 @@ class PixelDiffusion(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = build_schedule(config.schedule)
-        encoder: Any = build_text_encoder(config.text)
-        if encoder.trainable:
-            self.text: Any = encoder
-        else:
-            object.__setattr__(self, "text", CachedTextEncoder(encoder))
-        self.denoiser = build_denoiser(config, encoder.token_dim, encoder.pooled_dim)
-        self.classifier = build_classifier(config, size_px, encoder.token_dim)
+        self.text = text_encoder_for_training(config.text)
+        self.denoiser = build_denoiser(config, self.text.token_dim, self.text.pooled_dim)
+        self.classifier = build_classifier(config, size_px, self.text.token_dim)
         self.steps: ReverseSteps | None = None
         if config.variance == "learned":
             assert isinstance(self.schedule, DiscreteSchedule)  # the configuration was checked
