@@ -226,7 +226,7 @@ def test_a_frozen_text_encoder_stays_out_of_the_weights(monkeypatch):
         trainable, token_dim, pooled_dim, max_tokens = False, 8, 8, 4
 
     monkeypatch.setattr(
-        "t2i.families.latent_diffusion.model.build_text_encoder",
+        "t2i.text.build_text_encoder",
         lambda config: Frozen(2, 2).requires_grad_(False),
     )
     assert not any(name.startswith("text") for name in build("flow").state_dict())
