@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from t2i.data_config import DataConfig
@@ -37,7 +37,7 @@ class TextConfig:
     name: Literal["clip", "open_clip", "t5", "minilm", "learned", "ldm_bert"]
     model: str | None = None
     weights: str | None = None
-    max_tokens: int = 77
+    max_tokens: int = field(kw_only=True)
     width: int = 128
     depth: int = 2
     heads: int = 4
@@ -95,10 +95,10 @@ class OptimizerConfig:
     learning_rate: float
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.01
-    warmup_images: int = 0
+    warmup_images: int = field(kw_only=True)
     schedule: Literal["constant", "cosine"] = "constant"
     gradient_clip: float = 1.0
-    muon_scale: float | None = None
+    muon_scale: float | None = None  # what a run had before there was this key
 
     def __post_init__(self) -> None:
         ok = 0 < self.learning_rate < math.inf
@@ -122,7 +122,7 @@ class EMAConfig:
     """
 
     half_life_images: int
-    rampup_ratio: float | None = 0.05
+    rampup_ratio: float | None
 
     def __post_init__(self) -> None:
         check(self.half_life_images >= 1, "ema.half_life_images", self.half_life_images, "1 or more")
@@ -180,7 +180,7 @@ class LoggerConfig:
     """
 
     tensorboard: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Literal["off", "offline", "online"] = field(kw_only=True)
     wandb_project: str = "t2i"
 
 

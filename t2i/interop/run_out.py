@@ -82,10 +82,10 @@ def shared_values(size_px: int) -> dict[str, Any]:
             min_original_px=size_px,
             text_dropout=0.1,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_images=0),
         ema=EMAConfig(half_life_images=14_195_000, rampup_ratio=None),
         trainer=TrainerConfig(num_images=1, batch_size=8),
-        logger=LoggerConfig(),
+        logger=LoggerConfig(wandb="off"),
         model=ModelConfig(),
     )
     values = to_dict(config)

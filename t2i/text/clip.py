@@ -18,7 +18,7 @@ class ClipTextEncoder(FrozenTextEncoder):
     Raises ConfigError, or CheckpointError where weights or vocabulary are missing.
     """
 
-    def __init__(self, model: str | None, max_tokens: int = 77, allow_download: bool = False) -> None:
+    def __init__(self, model: str | None, max_tokens: int, allow_download: bool = False) -> None:
         tokenizer, transformer = load_pretrained(model, "clip", CLIPTextModel, CLIPTokenizer, allow_download)
         check_vocabulary(model, tokenizer.vocab_size, transformer.config.vocab_size)
         check_max_tokens(max_tokens, transformer.config.max_position_embeddings, str(model))

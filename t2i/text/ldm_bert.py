@@ -107,14 +107,7 @@ class LDMBertTextEncoder(nn.Module):
 
     trainable = True
 
-    def __init__(
-        self,
-        model: str | None = None,
-        max_tokens: int = 77,
-        width: int = 1280,
-        depth: int = 32,
-        heads: int = 8,
-    ) -> None:
+    def __init__(self, model: str | None, max_tokens: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.max_tokens = max_tokens
         self.token_dim = self.pooled_dim = width

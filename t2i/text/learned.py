@@ -92,7 +92,7 @@ class LearnedTextEncoder(nn.Module):
 
     trainable = True
 
-    def __init__(self, max_tokens: int = 32, width: int = 128, depth: int = 2, heads: int = 4) -> None:
+    def __init__(self, max_tokens: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.max_tokens = max_tokens
         self.token_dim = self.pooled_dim = width

@@ -38,7 +38,7 @@ class MiniLMTextEncoder(FrozenTextEncoder):
     model takes it (not normalised). Pooled vectors barely see which word has which attribute ("red cube, blue
     ball"): condition on the tokens. Raises CheckpointError where the package is missing."""
 
-    def __init__(self, max_tokens: int = 32) -> None:
+    def __init__(self, max_tokens: int) -> None:
         folder = model_folder()
         bert_config = BertConfig.from_pretrained(folder, local_files_only=True)
         check_max_tokens(max_tokens, bert_config.max_position_embeddings, "MiniLM")

@@ -28,7 +28,7 @@ class OpenClipTextEncoder(FrozenTextEncoder):
     """
 
     def __init__(
-        self, model: str | None, weights: str | None, max_tokens: int = 77, allow_download: bool = False
+        self, model: str | None, weights: str | None, max_tokens: int, allow_download: bool = False
     ) -> None:
         check_architecture(model, max_tokens)
         if weights is None or not (allow_download or Path(weights).is_file()):

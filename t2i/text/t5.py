@@ -21,7 +21,7 @@ class T5TextEncoder(FrozenTextEncoder):
     Raises ConfigError, or CheckpointError where weights or vocabulary are missing.
     """
 
-    def __init__(self, model: str | None, max_tokens: int = 120, allow_download: bool = False) -> None:
+    def __init__(self, model: str | None, max_tokens: int, allow_download: bool = False) -> None:
         tokenizer, transformer = load_pretrained(model, "t5", T5EncoderModel, T5Tokenizer, allow_download)
         check_vocabulary(model, len(tokenizer), transformer.config.vocab_size, spare=ROUNDING - 1)
         width = transformer.config.d_model

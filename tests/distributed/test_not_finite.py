@@ -25,7 +25,7 @@ def worker(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 3)
     parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    config = OptimizerConfig(learning_rate=0.1, muon_scale=1.0)
+    config = OptimizerConfig(learning_rate=0.1, muon_scale=1.0, warmup_images=0)
     optimizer = build_optimizer([module.parameters()], [module.weight], config)
     skipped, keys, seen = SkippedSteps(torch.device("cpu")), BatchKeys(), []
     for step in range(STEPS):

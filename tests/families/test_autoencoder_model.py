@@ -1,5 +1,6 @@
 """The convolutional encoder and decoder against diffusers' AutoencoderKL and the published size."""
 
+import dataclasses
 import re
 
 import pytest
@@ -46,7 +47,9 @@ def load_diffusers(module: nn.Module, source: nn.Module, num_levels: int) -> Non
 def test_equals_diffusers(mult, attention):
     from diffusers import AutoencoderKL
 
-    config = EncoderDecoderConfig(32, mult, 2, attention_resolutions=attention, resolution_px=32)
+    config = EncoderDecoderConfig(
+        32, mult, 2, attention_resolutions=attention, resolution_px=32, latent_channels=4
+    )
     has_attention = [32 >> i in attention for i in range(len(mult))]
     torch.manual_seed(0)
     oracle = AutoencoderKL(
@@ -71,7 +74,9 @@ def test_equals_diffusers(mult, attention):
 
 
 def test_parameter_count_of_the_published_f8_autoencoder():
-    config = EncoderDecoderConfig(128, (1, 2, 4, 4), num_res_blocks=2, latent_channels=4)
+    config = EncoderDecoderConfig(
+        128, (1, 2, 4, 4), num_res_blocks=2, latent_channels=4, attention_resolutions=(), resolution_px=256
+    )
     with torch.device("meta"):
         modules = [Encoder(config, 8), Decoder(config), nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)]
     assert sum(p.numel() for module in modules for p in module.parameters()) == 83_653_863
@@ -79,7 +84,7 @@ def test_parameter_count_of_the_published_f8_autoencoder():
 
 @pytest.mark.parametrize("mult", [(1,), (1, 1), (1, 1, 2, 2, 4)])
 def test_downsampling_factor(mult):
-    config = EncoderDecoderConfig(8, mult, 1, resolution_px=32, latent_channels=3)
+    config = EncoderDecoderConfig(8, mult, 1, resolution_px=32, latent_channels=3, attention_resolutions=())
     f = 2 ** (len(mult) - 1)
     assert config.downsampling == f
     with torch.device("meta"):
@@ -90,7 +95,14 @@ def test_downsampling_factor(mult):
 
 def test_names_of_published_checkpoints():
     with torch.device("meta"):
-        config = EncoderDecoderConfig(attention_resolutions=(32,))
+        config = EncoderDecoderConfig(
+            attention_resolutions=(32,),
+            base_channels=128,
+            channel_mult=(1, 2, 4, 4),
+            num_res_blocks=2,
+            resolution_px=256,
+            latent_channels=4,
+        )
         encoder, decoder = set(Encoder(config, 8).state_dict()), set(Decoder(config).state_dict())
     assert {
         "conv_in.weight",
@@ -107,11 +119,16 @@ def test_names_of_published_checkpoints():
 
 
 def test_last_layer_is_the_weight_that_makes_the_picture():
-    decoder = Decoder(EncoderDecoderConfig(8, (1, 1), 1))
+    decoder = Decoder(
+        EncoderDecoderConfig(8, (1, 1), 1, attention_resolutions=(), resolution_px=256, latent_channels=4)
+    )
     with torch.no_grad():
         decoder.last_layer.zero_()
         picture = decoder(torch.randn(1, 4, 4, 4))
     torch.testing.assert_close(picture, decoder.conv_out.bias.detach().view(1, 3, 1, 1).expand_as(picture))
+
+
+F8 = EncoderDecoderConfig(128, (1, 2, 4, 4), 2, (), 256, 4)
 
 
 @pytest.mark.parametrize(
@@ -129,4 +146,4 @@ def test_last_layer_is_the_weight_that_makes_the_picture():
 )
 def test_bad_values_are_named(values, key):
     with pytest.raises(ConfigError, match=re.escape(key)):
-        EncoderDecoderConfig(**values)
+        EncoderDecoderConfig(**dataclasses.asdict(F8) | values)

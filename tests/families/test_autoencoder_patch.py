@@ -28,14 +28,26 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 PATCH = PatchBackboneConfig("patch", patch_px=4, latent_channels=5, width=32, depth=1)
 LDM = LDMBackboneConfig(
-    base_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, latent_channels=5, resolution_px=32
+    base_channels=32,
+    channel_mult=(1, 1, 2),
+    num_res_blocks=1,
+    latent_channels=5,
+    resolution_px=32,
+    attention_resolutions=(),
 )
 CODECS = {"kl": KLConfig("kl"), "vq": VQConfig("vq", num_codes=16)}
 
 
 def build(codec: str = "kl", backbone: PatchBackboneConfig | LDMBackboneConfig = PATCH) -> Codec:
     torch.manual_seed(0)
-    return build_codec(Config(CODECS[codec], backbone, PerceptualConfig("none"), AdversarialConfig(None)))
+    return build_codec(
+        Config(
+            CODECS[codec],
+            backbone,
+            PerceptualConfig("none", weight=0.0, weights=None),
+            AdversarialConfig(None, weight=0.5, loss="hinge", base_channels=64, num_layers=3, r1_weight=0.0),
+        )
+    )
 
 
 def smooth_pictures(number: int = 6, height: int = 32, width: int = 32) -> Tensor:
@@ -167,7 +179,12 @@ def test_the_regulariser_is_the_papers():
 
 
 def test_pictures_that_do_not_divide_are_refused():
-    config = Config(CODECS["kl"], PATCH, PerceptualConfig("none"), AdversarialConfig(None))
+    config = Config(
+        CODECS["kl"],
+        PATCH,
+        PerceptualConfig("none", weight=0.0, weights=None),
+        AdversarialConfig(None, weight=0.5, loss="hinge", base_channels=64, num_layers=3, r1_weight=0.0),
+    )
     config.check_resolution(36)
     with pytest.raises(ConfigError, match=r"resolution\.size_px is 34; allowed: multiples of 4"):
         config.check_resolution(34)

@@ -28,7 +28,7 @@ from t2i.interfaces import SampleRequest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-DIT = DiTConfig("dit", width=32, depth=1, heads=2)
+DIT = DiTConfig("dit", width=32, depth=1, heads=2, patch_size=2)
 UNET = UNetDenoiserConfig(
     model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=2
 )
@@ -46,8 +46,8 @@ def build(name: str, denoiser: DiTConfig | UNetDenoiserConfig = DIT, **changes: 
     codec = CodecConfig(
         KLConfig("kl"),
         PatchBackboneConfig("patch", 4, 4, 32, 1),
-        PerceptualConfig("none"),
-        AdversarialConfig(None),
+        PerceptualConfig("none", weight=0.0, weights=None),
+        AdversarialConfig(None, weight=0.5, loss="hinge", base_channels=64, num_layers=3, r1_weight=0.0),
     )
     config = Config(
         builds_on=BuildsOn("latest"),

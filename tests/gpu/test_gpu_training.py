@@ -139,8 +139,10 @@ def test_memory_is_as_planned(config, precision):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     built = network(config)
-    optimizer = build_optimizer([built.parameters()], [], OptimizerConfig(learning_rate=1e-4))
-    ema = EMA(dict(built.named_parameters()), EMAConfig(half_life_images=1_000))
+    optimizer = build_optimizer(
+        [built.parameters()], [], OptimizerConfig(learning_rate=1e-4, warmup_images=0)
+    )
+    ema = EMA(dict(built.named_parameters()), EMAConfig(half_life_images=1_000, rampup_ratio=0.05))
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=precision != "32-true"):

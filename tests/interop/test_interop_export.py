@@ -227,7 +227,7 @@ def test_a_model_on_open_clip_gets_its_text_encoder_in_transformers_form(trained
     path = with_config(trained, tmp_path / "sd2.safetensors", **values)
     theirs = StableDiffusionPipeline.from_pretrained(convert(path, "diffusers"))
     captions = ["a large red circle", ""]
-    encoder = OpenClipTextEncoder("t2i-test-interop", str(tmp_path / "weights.safetensors")).double()
+    encoder = OpenClipTextEncoder("t2i-test-interop", str(tmp_path / "weights.safetensors"), 77).double()
     ours = encoder(captions)
     ids = theirs.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
     expected = theirs.text_encoder.double()(ids).last_hidden_state

@@ -79,9 +79,9 @@ def trained_for_real(config, batch, precision, checkpointing, muon_scale) -> int
     optimizer = build_optimizer(
         [network.parameters()],
         network.hidden_matrices(),
-        OptimizerConfig(learning_rate=1e-4, muon_scale=muon_scale),
+        OptimizerConfig(learning_rate=1e-4, muon_scale=muon_scale, warmup_images=0),
     )
-    ema = EMA(dict(network.named_parameters()), EMAConfig(half_life_images=1_000))
+    ema = EMA(dict(network.named_parameters()), EMAConfig(half_life_images=1_000, rampup_ratio=0.05))
 
     def step() -> None:
         batch_of = {name: torch.rand_like(value) for name, value in inputs_for(config)(batch).items()}
@@ -136,7 +136,17 @@ def test_memory_of_a_frozen_encoder(precision):
     from t2i.families.autoencoder.model import Encoder
     from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
-    config, shape = EncoderDecoderConfig(base_channels=32), (3, 128, 128)
+    config, shape = (
+        EncoderDecoderConfig(
+            base_channels=32,
+            channel_mult=(1, 2, 4, 4),
+            num_res_blocks=2,
+            attention_resolutions=(),
+            resolution_px=256,
+            latent_channels=4,
+        ),
+        (3, 128, 128),
+    )
     with torch.device("meta"):
         planned_for = Encoder(config, 8)
     encoder, image = Encoder(config, 8), torch.rand(3, *shape)

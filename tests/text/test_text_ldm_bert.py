@@ -91,7 +91,7 @@ def test_a_vocabulary_file_is_enough(encoder, tmp_path):
     from t2i.text.minilm import model_folder
 
     (tmp_path / "vocab.txt").write_bytes((model_folder() / "vocab.txt").read_bytes())
-    config = TextConfig(name="ldm_bert", model=str(tmp_path), width=WIDTH, depth=1, heads=1)
+    config = TextConfig(name="ldm_bert", model=str(tmp_path), width=WIDTH, depth=1, heads=1, max_tokens=77)
     other = build_text_encoder(config)
     ids = [[encoding.ids for encoding in e.tokenizer.encode_batch(CAPTIONS)] for e in (encoder, other)]
     assert ids[0] == ids[1]
@@ -123,6 +123,8 @@ def test_another_vocabulary_is_refused(tmp_path, files, says):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError) as raised:
-        build_text_encoder(TextConfig(name="ldm_bert", model=str(tmp_path), width=64, depth=1, heads=1))
+        build_text_encoder(
+            TextConfig(name="ldm_bert", model=str(tmp_path), width=64, depth=1, heads=1, max_tokens=77)
+        )
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -69,11 +69,11 @@ def test_weights_need_not_be_there(config, tmp_path, monkeypatch):
 
 def test_what_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"text\.model is not set; allowed for clip"):
-        token_counter(TextConfig("clip"))
+        token_counter(TextConfig("clip", max_tokens=77))
     with pytest.raises(CheckpointError, match=r"text\.model 'no/such' cannot be loaded"):
-        token_counter(TextConfig("t5", "no/such"))
+        token_counter(TextConfig("t5", "no/such", max_tokens=77))
     with pytest.raises(ConfigError, match=r"text\.model is 'no-such'; allowed for open_clip"):
-        token_counter(TextConfig("open_clip", "no-such"))
+        token_counter(TextConfig("open_clip", "no-such", max_tokens=77))
 
 
 @pytest.mark.parametrize("name", ["clip", "t5"])
@@ -82,4 +82,4 @@ def test_a_folder_without_a_tokenizer_counts_nothing(request, tmp_path, name):
     folder = request.getfixturevalue(f"{name}_folder")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"tokens in its tokenizer|cannot be loaded"):
-        token_counter(TextConfig(name, str(tmp_path)))
+        token_counter(TextConfig(name, str(tmp_path), max_tokens=77))

@@ -75,7 +75,7 @@ def test_a_step_counts_half_after_the_half_life_whatever_the_batch():
 
 def test_the_average_is_applied_within_the_context_only():
     module = linear()
-    ema = EMA(dict(module.named_parameters()), EMAConfig(HALF_LIFE))
+    ema = EMA(dict(module.named_parameters()), EMAConfig(HALF_LIFE, rampup_ratio=0.05))
     *_, last = steps_of(module, 3)
 
     def interrupted() -> None:
@@ -101,6 +101,6 @@ def test_half_precision_weights_are_averaged_in_full():
 
 
 def test_other_names_are_refused():
-    ema = EMA(dict(linear().named_parameters()), EMAConfig(HALF_LIFE))
+    ema = EMA(dict(linear().named_parameters()), EMAConfig(HALF_LIFE, rampup_ratio=0.05))
     with pytest.raises(KeyError, match="bias"):
         ema.load_state_dict({"weight": torch.zeros(2, 3)})

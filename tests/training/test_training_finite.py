@@ -48,7 +48,7 @@ def two_optimizers(muon_scale: float | None) -> list[tuple[list[nn.Parameter], t
     for _ in range(2):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
-        config = OptimizerConfig(learning_rate=0.1, muon_scale=muon_scale)
+        config = OptimizerConfig(learning_rate=0.1, muon_scale=muon_scale, warmup_images=0)
         made.append(
             (list(module.parameters()), build_optimizer([module.parameters()], [module[1].weight], config))
         )

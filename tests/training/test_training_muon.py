@@ -13,7 +13,7 @@ from t2i.training.finite import any_not_finite
 from t2i.training.muon import orthogonalise
 from t2i.training.optimizer import build_optimizer
 
-CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, muon_scale=3.0)
+CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, muon_scale=3.0, warmup_images=0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 16), (16, 64)])
@@ -73,7 +73,7 @@ def test_only_hidden_matrices_are_muons_and_their_rate_is_scaled():
 
 def test_without_a_scale_all_is_adamw():
     model = nn.Linear(4, 4)
-    config = OptimizerConfig(learning_rate=0.01)
+    config = OptimizerConfig(learning_rate=0.01, warmup_images=0)
     optimizer = build_optimizer([list(model.parameters())], [model.weight], config)
     assert type(optimizer) is torch.optim.AdamW
     assert not any(group["muon"] for group in optimizer.param_groups)
@@ -82,7 +82,7 @@ def test_without_a_scale_all_is_adamw():
 @pytest.mark.parametrize("muon_scale", [None, 3.0])
 def test_scaled_gradients_are_unscaled_before_the_step_and_infinite_ones_skip_it(muon_scale):
     """As precision=16-mixed has it: gradients are clipped between unscaling and the step."""
-    config = OptimizerConfig(learning_rate=0.01, muon_scale=muon_scale)
+    config = OptimizerConfig(learning_rate=0.01, muon_scale=muon_scale, warmup_images=0)
     model = nn.Linear(4, 4)
     optimizer = build_optimizer([list(model.parameters())], [model.weight], config)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -21,7 +21,7 @@ def test_warm_up_is_a_straight_line_to_the_peak(schedule):
 
 
 def test_constant_stays():
-    config = OptimizerConfig(learning_rate=2.0, schedule="constant")
+    config = OptimizerConfig(learning_rate=2.0, schedule="constant", warmup_images=0)
     assert {learning_rate(config, images, 1_000) for images in (0, 1, 999, 1_000, 5_000)} == {2.0}
 
 
@@ -40,7 +40,7 @@ def test_a_run_shorter_than_its_warm_up_has_a_rate():
 
 def test_vectors_are_not_decayed_and_frozen_weights_are_left_out():
     first, norm, frozen = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False)
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_images=0)
     groups = [[*first.parameters(), *frozen.parameters()], list(norm.parameters())]
     optimizer = build_optimizer(groups, [], config)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

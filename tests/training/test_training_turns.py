@@ -15,7 +15,7 @@ from t2i.training.finite import SkippedSteps
 from t2i.training.randomness import Randomness
 from t2i.training.step import Turn, train_step
 
-SETTINGS = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, gradient_clip=0.0)
+SETTINGS = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, gradient_clip=0.0, warmup_images=0)
 
 
 class TwoPlayers:

@@ -84,8 +84,8 @@ class PerceptualConfig:
     """
 
     name: Literal["lpips_vgg", "efficientnet_lite0", "none"]
-    weight: float = 1.0
-    weights: str | None = None
+    weight: float
+    weights: str | None
 
     def __post_init__(self) -> None:
         check(self.weight >= 0, "perceptual.weight", self.weight, "0 or more")
@@ -101,11 +101,11 @@ class AdversarialConfig:
     """
 
     start_images: int | None
-    weight: float = 0.5
-    loss: Literal["hinge", "vanilla"] = "hinge"
-    base_channels: int = 64
-    num_layers: int = 3
-    r1_weight: float = 0.0
+    weight: float
+    loss: Literal["hinge", "vanilla"]
+    base_channels: int
+    num_layers: int
+    r1_weight: float
 
     def __post_init__(self) -> None:
         ok = self.start_images is None or self.start_images >= 0

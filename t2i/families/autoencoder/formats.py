@@ -27,7 +27,14 @@ def to_run(entries: Mapping[str, Any]) -> Entries:
         "codec": entries["codec"],
         "backbone": entries["backbone"],
         "perceptual": {"name": "none", "weight": 0.0, "weights": None},
-        "adversarial": {"start_images": None},
+        "adversarial": {
+            "start_images": None,
+            "weight": 0.5,
+            "loss": "hinge",
+            "base_channels": 64,
+            "num_layers": 3,
+            "r1_weight": 0.0,
+        },
     }
 
 

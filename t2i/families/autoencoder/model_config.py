@@ -22,12 +22,12 @@ class EncoderDecoderConfig:
     dropout: probability, in the residual blocks
     """
 
-    base_channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = ()
-    resolution_px: int = 256
-    latent_channels: int = 4
+    base_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    resolution_px: int
+    latent_channels: int
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -22,11 +22,12 @@ class DiTConfig:
     """
 
     name: Literal["dit"]
-    patch_size: int = 2
+    patch_size: int
     width: int = 128
     depth: int = 4
     heads: int = 4
     mlp_ratio: int = 4
+    # What a run had before there were these keys.
     refiner_width: int = 48
     refiner_depth: int = 0
 

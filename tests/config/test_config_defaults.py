@@ -1,0 +1,118 @@
+"""A default stands in one place: what the groups of conf/ give has no other default in the dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from t2i import families
+from t2i.config import OptimizerConfig, RunConfig
+from t2i.families.latent_diffusion.config import DiTConfig
+
+CONF = Path(__file__).parents[2] / "conf"
+TOP = [RunConfig, *(families.get(name).load_config() for name in families.names())]
+GROUPS = sorted(
+    {path.parent.name for path in CONF.glob("*/*.yaml")}
+    & {f.name for c in TOP for f in dataclasses.fields(c)}
+)
+# Runs are resumed whose config.yaml was written before there were these keys: the default is what they had.
+CAME_LATER = {"DiTConfig.refiner_depth", "ObjectiveConfig.max_snr"}
+# Still twice: shapes of published networks, what Stable Diffusion's schedule has, and what most tests' data have.
+TWICE = {
+    *(f"DataConfig.{key}" for key in ("caption_keys", "cache_mib", "filter_by_size", "num_workers")),
+    *(f"TextConfig.{key}" for key in ("model", "width", "depth", "heads")),
+    *(f"ScheduleConfig.{key}" for key in ("beta_start", "beta_end", "shift")),
+    *(
+        f"UNetDenoiserConfig.{key}"
+        for key in (
+            *("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+            *("num_heads", "num_head_channels", "use_linear_in_transformer"),
+        )
+    ),
+    *(
+        f"UNetConfig.{key}"  # ADM's
+        for key in (
+            *("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+            *("num_heads", "num_head_channels", "dropout"),
+            *("norm_groups", "patch_size", "position_embedding", "qk_norm"),
+        )
+    ),
+}
+
+
+def dataclasses_of(hint: Any) -> Iterator[type]:
+    """Those that a field may hold."""
+    for part in typing.get_args(hint) or (hint,):
+        if dataclasses.is_dataclass(part):
+            yield typing.cast(type, part)
+
+
+def named(cls: type, values: Mapping[str, Any]) -> bool:
+    """Whether the entry `name` is one of the names of `cls`."""
+    hint = typing.get_type_hints(cls).get("name")
+    return hint is None or values.get("name") in typing.get_args(hint)
+
+
+def differing(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys whose value in conf/ is not the default that the dataclass has for them. A reference is any value."""
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is dataclasses.MISSING or field.name not in values:
+            continue
+        value = values[field.name]
+        if value != (list(default) if isinstance(default, tuple) else default):
+            yield f"{cls.__name__}.{field.name}"
+
+
+def options(group: str) -> Iterator[dict[str, Any]]:
+    for path in sorted((CONF / group).glob("*.yaml")):
+        if "@package _global_" not in path.read_text():
+            yield typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def found_in(group: str) -> set[str]:
+    found: set[str] = set()
+    for top in TOP:
+        hint = typing.get_type_hints(top).get(group)
+        for values in options(group):
+            for cls in dataclasses_of(hint):
+                if named(cls, values) and values.keys() <= {f.name for f in dataclasses.fields(cls)}:
+                    found.update(differing(cls, values))
+    return found
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_value_of_a_group_has_another_default_in_the_code(group):
+    assert found_in(group) - CAME_LATER - TWICE == set()
+
+
+def test_those_that_stand_twice_are_counted_down():
+    """A key that is mended leaves the table."""
+    found = set().union(*(found_in(group) for group in GROUPS))
+    assert found >= CAME_LATER | TWICE
+
+
+def test_the_comparison_sees_what_differs():
+    assert {
+        "optimizer",
+        "text",
+        "data",
+        "denoiser",
+        "backbone",
+        "adversarial",
+        "perceptual",
+        "ema",
+        "logger",
+    } <= set(GROUPS)
+    assert list(
+        differing(OptimizerConfig, {"muon_scale": 3.0, "betas": [0.9, 0.999], "warmup_images": 7})
+    ) == ["OptimizerConfig.muon_scale"]
+    assert list(differing(DiTConfig, {"width": "${a}", "patch_size": 4})) == ["DiTConfig.width"]
