@@ -46,7 +46,7 @@ class WordCounts(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _text(monkeypatch):
-    monkeypatch.setattr("t2i.families.gan_int_cls.model.build_text_encoder", lambda config: WordCounts())
+    monkeypatch.setattr("t2i.text.build_text_encoder", lambda config: WordCounts())
     torch.manual_seed(0)
 
 
