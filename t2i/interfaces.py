@@ -199,6 +199,20 @@ class SampleRequest:
 Progress = Callable[[int, int], None]  # steps done, steps
 
 
+class TextToImage(nn.Module, ABC):
+    """A model that draws pictures for prompts.
+
+    text: a frozen encoder's weights are not among the model's: it is loaded from where the configuration says
+    """
+
+    text: TextEncoder
+
+    @abstractmethod
+    def generate(self, request: SampleRequest, sampling: Any, progress: Progress | None = None) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
+        `Generator`. sampling: the family's own options"""
+
+
 class Generator(Protocol):
     """Any family's way from prompts to pictures.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i.config import check
 from t2i.families.gan_int_cls.config import Config, SamplingConfig
 from t2i.families.gan_int_cls.networks import Discriminator, GeneratorNetwork
-from t2i.interfaces import Progress, SampleRequest
+from t2i.interfaces import Progress, SampleRequest, TextToImage
+from t2i.nn.noise import draw_noise
 from t2i.text import text_encoder_for_training
 
 
-class GanIntCls(nn.Module):
+class GanIntCls(TextToImage):
     """The frozen text encoder's weights are not part of the state dict: it is loaded from where the configuration
     says."""
 
@@ -35,8 +36,7 @@ class GanIntCls(nn.Module):
         check(not request.negative_prompt, "negative_prompt", request.negative_prompt, "none with this model")
         check(request.image is None, "image", "a picture to start from", "none with this model")
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        dim = self.generator.noise_dim
-        noise = torch.stack([torch.randn(dim, generator=generator) for generator in generators])
+        noise = draw_noise(generators, (self.generator.noise_dim,))
         pooled = self.text(list(request.prompts)).pooled
         image = self.generator(sampling.noise_scale * noise.to(pooled), pooled)
         if progress is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i import families
 from t2i.config import check
@@ -26,12 +26,13 @@ from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
-from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures
+from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
 from t2i.text import text_encoder_for_training
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(TextToImage):
     """codec: an `nn.Module` that is a `t2i.interfaces.ImageCodec`, frozen here; its weights are part of the
     state dict, so that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not: it
     is loaded from where the configuration says.
@@ -117,11 +118,6 @@ def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffus
     mapping of the codec's run) says."""
     codec = families.get(codec_config["family"]).load_codec()(codec_config)
     return LatentDiffusion(config, codec)
-
-
-def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """(N, *shape) ~ N(0, I) on the CPU, row i from generators[i] alone."""
-    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def check_side(

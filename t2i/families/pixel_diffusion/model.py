@@ -17,14 +17,15 @@ from t2i.diffusion.variance import ReverseSteps
 from t2i.families.pixel_diffusion.classifier import NoisyMatcher, towards
 from t2i.families.pixel_diffusion.config import Config, SamplingConfig
 from t2i.families.pixel_diffusion.unet import UNet
-from t2i.interfaces import Progress, SampleRequest, TextFeatures
+from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
 from t2i.text import text_encoder_for_training
 
 CHANNELS = 3
 
 
-class PixelDiffusion(nn.Module):
+class PixelDiffusion(TextToImage):
     """size_px: height and width of the pictures that it is trained on.
 
     A frozen text encoder's weights are not among the model's: it is loaded from where the configuration says.
@@ -132,11 +133,10 @@ class PixelDiffusion(nn.Module):
         # All randomness of picture i comes from its own generator: the first noise, then what the sampler adds.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         shape = (CHANNELS, request.height_px, request.width_px)
-        noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
         device = text.tokens.device
         image = sample(
             self.predictor(text, negative, sampling),
-            noise.to(device),
+            draw_noise(generators, shape).to(device),
             self.schedule,
             sampling.sampler,
             sampling.steps,

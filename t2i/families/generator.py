@@ -1,0 +1,38 @@
+"""What the families' generators have in common: a model, with a checkpoint's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i.interfaces import Progress, SampleRequest, TextToImage
+from t2i.training.checkpoint import LoadedCheckpoint, load_into
+
+
+class ModelGenerator:
+    """A `t2i.interfaces.Generator` over a checkpoint's averaged weights.
+
+    model: as the checkpoint's configuration describes it; sampling: the configuration's entry of that name
+    device: None takes a GPU where there is one
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        size_px: int,
+        sampling: Any,
+        checkpoint: LoadedCheckpoint,
+        device: torch.device | str | None,
+    ) -> None:
+        self.default_size_px, self.sampling = size_px, sampling
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.eval()
+        load_into(self.model, checkpoint.weights, checkpoint.path, prefix="model.")
+        self.model.to(self.device)
+        self.model.text.to(self.device)
+
+    def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
+        """See `t2i.interfaces.Generator`."""
+        return self.model.generate(request, self.sampling, progress).float().cpu()
