@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
+import sys
 
-from startup import seconds_of_python
+from startup import medians
 
 ROUNDS = 9
 SAMPLING = (
@@ -19,13 +19,9 @@ CODE = {
 
 def main() -> None:
     """Prints the medians, and each as a ratio to torch alone."""
-    times: dict[str, list[float]] = {name: [] for name in CODE}
-    for _ in range(ROUNDS):
-        for name, code in CODE.items():
-            times[name].append(seconds_of_python(code))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, median in medians.items():
-        print(f"{name:24} {median:6.2f} s   {median / medians['import torch']:5.2f} x torch")
+    taken = medians({name: [sys.executable, "-c", code] for name, code in CODE.items()}, ROUNDS)
+    for name, median in taken.items():
+        print(f"{name:24} {median:6.2f} s   {median / taken['import torch']:5.2f} x torch")
 
 
 if __name__ == "__main__":

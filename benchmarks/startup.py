@@ -18,23 +18,23 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def seconds_of_python(code: str) -> float:
-    """Of a fresh interpreter that runs `code`."""
-    return seconds([sys.executable, "-c", code])
+def medians(commands: dict[str, list[str]], rounds: int) -> dict[str, float]:
+    """Seconds of each command, over interleaved runs."""
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            times[name].append(seconds(command))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
     """Prints both medians and their ratio."""
     t2i = str(Path(sys.executable).with_name("t2i"))
     commands = {"python -c pass": [sys.executable, "-c", "pass"], "t2i --help": [t2i, "--help"]}
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(ROUNDS):
-        for name, command in commands.items():
-            times[name].append(seconds(command))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, median in medians.items():
+    taken = medians(commands, ROUNDS)
+    for name, median in taken.items():
         print(f"{name:16} {median * 1000:6.1f} ms")
-    print(f"ratio            {medians['t2i --help'] / medians['python -c pass']:6.2f}")
+    print(f"ratio            {taken['t2i --help'] / taken['python -c pass']:6.2f}")
 
 
 if __name__ == "__main__":
