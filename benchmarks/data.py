@@ -96,12 +96,12 @@ def decoded(run: Contenders, photos: Path, rounds: int) -> None:
     table("Decoded, each as its documentation does it, 2 workers", turns(rows, rounds))
 
 
-def raw(run: Contenders, indexed: Path, folder: Path, rounds: int) -> None:
+def raw(run: Contenders, indexed: Path, folder: Path, count: int, rounds: int) -> None:
     """The bytes alone, shuffled, in the process that reads."""
 
     def row(name: str) -> Callable[[], Any]:
         where = str(indexed if name == "t2i" else folder)
-        return lambda: run(name, "raw", folder=where, warm_up=1500, count=4000)
+        return lambda: run(name, "raw", folder=where, warm_up=1500, count=count)
 
     table(f"Raw, {folder.name}", turns({name: row(name) for name in run.pythons}, rounds))
 
@@ -257,8 +257,8 @@ def main() -> None:
         if "decoded" in options.only:
             decoded(run, photos, options.rounds)
         if "raw" in options.only:
-            raw(run, photos, photos, options.rounds)
-            raw(run, indexed, epoch, options.rounds)
+            raw(run, photos, photos, 4_000, options.rounds)
+            raw(run, indexed, epoch, 20_000, options.rounds)
         if "resume" in options.only:
             resume(run, epoch, indexed, min(3, options.rounds))
         if "memory" in options.only:

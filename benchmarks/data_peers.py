@@ -326,11 +326,12 @@ def rate(items: Iterator[Any], warm_up: int, count: int, batch: int = 1) -> dict
     """Samples per second, and CPU milliseconds per sample, of `count` samples after the first `warm_up`."""
     for _ in itertools.islice(items, warm_up // batch):
         pass
-    began, used = time.perf_counter(), cpu_s()
+    used, began = cpu_s(), time.perf_counter()
     taken = batch * sum(1 for _ in itertools.islice(items, count // batch))
+    took_s = time.perf_counter() - began
     if taken < count:
         raise SystemExit(f"only {taken} of {count} came")
-    return {"per_s": taken / (time.perf_counter() - began), "cpu_ms": 1000 * (cpu_s() - used) / taken}
+    return {"per_s": taken / took_s, "cpu_ms": 1000 * (cpu_s() - used) / taken}
 
 
 def resident_mib() -> float:

@@ -19,9 +19,8 @@ import numpy as np
 
 from t2i.data import sources
 from t2i.data.folder_index import SAMPLE_BYTES, SUMMARY, as_stored, read_folder_index, sizes_name
-from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.index import SETTLED_S, SUFFIX, ShardIndex
 from t2i.data.index import VERSION as INDEX_VERSION
-from t2i.data.scans import SETTLED_S
 from t2i.data.sources import Limits
 from t2i.data.statistics import samples_in
 from t2i.data.store import ShardStore

@@ -239,7 +239,7 @@ class EncodedShards:
 
     def _read(self, shard_url: str, key: str) -> dict[str, Tensor]:
         name = shard_name(shard_url)
-        opened = self._open.get(name, lambda: name, lambda: self._open_now(name))
+        opened = self._open.get(name) or self._open.open(name, lambda: name, lambda: self._open_now(name))
         if opened.failure is not None:
             raise BadSample(opened.failure.cause, key, str(opened.failure))
         assert isinstance(opened, OpenedByKey)

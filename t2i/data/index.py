@@ -6,13 +6,15 @@ A shard's headers are scanned once; samples are then read by offset, so any samp
 from __future__ import annotations
 
 import io
+import math
 import os
 import tarfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,6 +31,7 @@ SUFFIX = ".index.npz"  # in the place of .tar
 VERSION = 2  # 2: members of one key are one sample wherever they lie, links are followed
 MAX_MEMBER_BYTES = 512 << 20  # more than any picture that is let through has
 MAX_WASTE_BYTES = 64 << 10  # read and thrown away rather than read around
+SETTLED_S = 2
 MAX_SIDE_PX = 2**31 - 1
 MAX_INDEX_BYTES = 2 << 30  # unpacked; grouping.MAX_PLACES takes most of that
 
@@ -46,6 +49,8 @@ class ShardIndex:
         without members stand in at the end, so that each counts: as many as the bytes that are lost had room for.
     file_bytes: size of the tar file; another size says that the index is out of date
     original_px: (n, 2) int32 height and width of the source pictures, 0 where unknown; None: not looked at yet
+    changed_ns: when the tar file was last changed, as `os.stat` says, which with its size tells whether it is still the
+        one that was indexed; -1 where it may have changed again without a new time, or an older version wrote this
     linked: row * E + column of members that are links to another one, at whose place they are read, or that an extended
         header gave another name
     """
@@ -58,6 +63,7 @@ class ShardIndex:
     file_bytes: int
     original_px: np.ndarray | None = None
     linked: frozenset[int] = frozenset()
+    changed_ns: int = -1
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -136,12 +142,23 @@ class ShardIndex:
         DataError where it is not a tar file, OSError where it cannot be read at all."""
         found = Samples(PurePath(path).name)
         with open(path if descriptor is None else descriptor, "rb", closefd=descriptor is None) as file:
+            before = os.fstat(file.fileno())
             for member in members(file, str(path)):
                 found.add(member)
             found.finish(members(file, str(path)))
-            file_bytes = os.fstat(file.fileno()).st_size
+            after = os.fstat(file.fileno())
         extensions, offsets, sizes, linked = found.arrays()
-        return cls(found.keys, extensions, offsets, sizes, found.flaws, file_bytes, linked=linked)
+        unchanged = before.st_mtime_ns == after.st_mtime_ns and is_settled(after)
+        return cls(
+            found.keys,
+            extensions,
+            offsets,
+            sizes,
+            found.flaws,
+            after.st_size,
+            linked=linked,
+            changed_ns=after.st_mtime_ns if unchanged else -1,
+        )
 
     def with_sizes(self, path: Path | int) -> ShardIndex:
         """The same with `original_px`: by each sample's JSON, or else by the header of its picture.
@@ -175,6 +192,7 @@ class ShardIndex:
             "flaws": _packed([self.flaws[row] for row in rows]),
             "file_bytes": np.array(self.file_bytes),
             "linked": np.array(sorted(self.linked), dtype=np.int64),
+            "changed_ns": np.array(self.changed_ns),
         }
         if self.original_px is not None:
             arrays["original_px"] = self.original_px
@@ -187,22 +205,26 @@ class ShardIndex:
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as packed:
                 unpacked = sum(each.file_size for each in packed.infolist())
-            if unpacked > MAX_INDEX_BYTES:
-                raise ValueError(f"{unpacked} bytes, allowed: {MAX_INDEX_BYTES}")
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                if int(arrays["version"]) != VERSION:
-                    raise ValueError(f"version {arrays['version']}, allowed: {VERSION}")
-                flaws = dict(zip(arrays["flaw_rows"].tolist(), _unpacked(arrays["flaws"]), strict=True))
-                index = cls(
-                    _unpacked(arrays["keys"]),
-                    tuple(_unpacked(arrays["extensions"])),
-                    arrays["offsets"],
-                    arrays["sizes"],
-                    flaws,
-                    int(arrays["file_bytes"]),
-                    arrays.get("original_px"),
-                    frozenset(arrays["linked"].tolist()),
-                )
+                if unpacked > MAX_INDEX_BYTES:
+                    raise ValueError(f"{unpacked} bytes, allowed: {MAX_INDEX_BYTES}")
+                arrays = {
+                    each.filename.removesuffix(".npy"): _array(packed.read(each))
+                    for each in packed.infolist()
+                }
+            if int(arrays["version"]) != VERSION:
+                raise ValueError(f"version {arrays['version']}, allowed: {VERSION}")
+            flaws = dict(zip(arrays["flaw_rows"].tolist(), _unpacked(arrays["flaws"]), strict=True))
+            index = cls(
+                _unpacked(arrays["keys"]),
+                tuple(_unpacked(arrays["extensions"])),
+                arrays["offsets"],
+                arrays["sizes"],
+                flaws,
+                int(arrays["file_bytes"]),
+                arrays.get("original_px"),
+                frozenset(arrays["linked"].tolist()),
+                int(arrays.get("changed_ns", -1)),
+            )
             index._check()
         except Exception as error:  # zipfile and numpy raise nearly anything on untrusted bytes
             raise DataError(f"{name} is not an index: {error}; `t2i data index` writes it anew.") from error
@@ -225,6 +247,11 @@ class ShardIndex:
             raise ValueError(f"flaws of rows {sorted(self.flaws)} among {rows}")
 
 
+def is_settled(found: os.stat_result) -> bool:
+    """Whether a file that changes from now on gets another time of change; some systems give that in whole seconds."""
+    return time.time() - found.st_mtime >= SETTLED_S
+
+
 def original_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the source picture, where the sample's JSON says so."""
     height, width = metadata.get("original_height"), metadata.get("original_width")
@@ -244,6 +271,20 @@ def _is_header(block: bytes, name: str | None, size: int) -> bool:
     found = block[:100].partition(b"\0")[0].lower()
     sure = name is not None and len(name) <= 100 and name.isascii()
     return name is None or not sure or (found != b"" and name.lower().encode().endswith(found))
+
+
+def _array(data: bytes) -> np.ndarray:
+    """As `np.load` without pickle, which takes three times as long for arrays as small as these. Raises ValueError."""
+    begin = 10 + int.from_bytes(data[8:10], "little")
+    shape, fortran, dtype = _array_header(data[:begin])
+    return np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape, order="F" if fortran else "C")
+
+
+@lru_cache(maxsize=1024)
+def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    if data[:8] != np.lib.format.magic(1, 0):
+        raise ValueError("an array that is not in numpy's format 1.0")
+    return np.lib.format.read_array_header_1_0(io.BytesIO(data[8:]))
 
 
 def _packed(texts: Sequence[str]) -> np.ndarray:

@@ -36,6 +36,9 @@ class Raw(NamedTuple):
     members: dict[str, bytes]
 
 
+_raw = tuple.__new__  # half the time of Raw(...)
+
+
 class Layout:
     """Reads samples as `ShardIndex.read` does, those whose bytes the system has at hand. What is looked up there for
     each sample is computed here for all of a shard at once.
@@ -44,7 +47,8 @@ class Layout:
     rows: (n,) of the index, the samples; -1 for what is not there
     endings: of the members that are wanted, see `members.among`; None: all
     prefix: see `Opened`
-    mapped: the shard's bytes, whose headers are then all looked at now
+    mapped: the shard's bytes, whose headers are all looked at now, unless it is by its size and time of change the file
+        that was indexed
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Layout:
         self.endings, self.mapped, self._prefix, self._bare = endings, mapped, prefix, bare
         self._file, self._keys = file, index.keys
         data = None if mapped is None else mapped.data
+        indexed = (index.file_bytes, index.changed_ns)
+        unchanged = mapped is not None and (mapped.file_bytes, mapped.changed_ns) == indexed
         offsets, sizes = index.offsets[rows], index.sizes[rows]
         there = offsets >= 0
         patterns, pattern = np.ones((1, there.shape[1]), dtype=bool), np.zeros(len(rows), dtype=np.int64)
@@ -80,6 +86,7 @@ class Layout:
                 laid_out = _laid_out(offsets[here][:, columns], sizes[here][:, columns], index.file_bytes)
                 if data is not None:
                     laid_out[:, 2:] += laid_out[:, :1]
+                if data is not None and not unchanged:
                     keys = [index.keys[row] for row in rows[here].tolist()]
                     for column in columns:
                         name = f".{index.extensions[column]}"
@@ -108,7 +115,7 @@ class Layout:
             members = {extension: data[record[i] : record[i + 1]] for extension, i in self._wanted[record[1]]}
         if members is None:
             return None
-        return Raw(key if key.startswith(self._bare) else self._prefix + key, key, members)
+        return _raw(Raw, (key if key.startswith(self._bare) else self._prefix + key, key, members))
 
     def _read_now(self, key: str, record: tuple[int, ...]) -> dict[str, bytes] | None:
         start, length = record[2:4]

@@ -44,7 +44,7 @@ class CaptionedImages(Dataset):
         self._bad: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # a key for each cause
         self._say = FewOfEach(log)
-        self._read_from: dict[str, set[tuple[int, int]]] = {}  # epochs and shards of the last batch of a part
+        self._read_from: dict[str, tuple[bytes, bytes]] = {}  # epochs and shards of the last batch of a part
 
     def __len__(self) -> int:
         """Positions in an epoch of all parts together."""
@@ -147,10 +147,10 @@ class CaptionedImages(Dataset):
     def _prefetch(self, part: Part, epochs: np.ndarray, indices: np.ndarray) -> None:
         """Brings the shards closer that come after those of a batch."""
         shards, _ = part.reader.places(indices)
-        before, here = self._read_from.get(part.name), set(zip(epochs.tolist(), shards.tolist(), strict=True))
-        if here == before:
+        here = (epochs.tobytes(), shards.tobytes())  # the same in most batches, and quickly compared
+        if here == self._read_from.get(part.name):
             return
-        for epoch, shard in sorted(here):
+        for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             following = part.order.following(epoch, shard)
             if following is not None:
                 part.reader.shards.prefetch(following)

@@ -48,14 +48,19 @@ class Opened:
     def laid_out(self, endings: tuple[str, ...] | None, deadline_s: float) -> Layout:
         """Where the members lie that `endings` mean. To be asked for each batch: a shard that has changed since it was
         mapped is read sample by sample from then on."""
-        if self.layout is None and self.file is not None:
-            self.whole = map_file(self.file.fileno(), deadline_s)
+        if self.layout is None and self.whole is None:
+            self.map(deadline_s)
         elif self.whole is not None and not self.whole.holds():
             self.whole = self.layout = None
         if self.layout is None or self.layout.endings is not endings:
             file = -1 if self.file is None else self.file.fileno()
             self.layout = Layout(file, self.index, self.rows, endings, self.prefix, self.bare, self.whole)
         return self.layout
+
+    def map(self, deadline_s: float, ahead: bool = False) -> None:
+        """See `map_file`."""
+        if self.file is not None:
+            self.whole = map_file(self.file.fileno(), deadline_s, ahead)
 
 
 class OpenShards(Generic[Key]):
@@ -72,12 +77,17 @@ class OpenShards(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._open
 
-    def get(self, key: Key, name: Callable[[], str], open_now: Callable[[], Opened]) -> Opened:
-        """The shard, or why it could not be opened. name: for the sample that such a failure is counted as"""
+    def get(self, key: Key) -> Opened | None:
+        """The shard, or why it could not be opened; None where it is to be opened."""
         found = self._open.get(key)
-        if found is not None and (found.failure is None or time.monotonic() - found.since_s < RETRY_S):
-            self._open.move_to_end(key)
-            return found
+        if found is None or (found.failure is not None and time.monotonic() - found.since_s >= RETRY_S):
+            return None
+        self._open.move_to_end(key)
+        return found
+
+    def open(self, key: Key, name: Callable[[], str], open_now: Callable[[], Opened]) -> Opened:
+        """The shard, opened now, or why that could not be done. name: for the sample that such a failure is counted
+        as"""
         try:
             return self._keep(key, open_now())
         except SourceError as error:

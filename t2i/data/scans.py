@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from t2i.data.index import SUFFIX, ShardIndex
+from t2i.data.index import SUFFIX, ShardIndex, is_settled
 from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
 from t2i.files import user_cache, written_whole
@@ -16,7 +16,6 @@ from t2i.files import user_cache, written_whole
 log = logging.getLogger(__name__)
 
 KEPT_DAYS = 60  # after its last use
-SETTLED_S = 2  # what was written to a moment ago may change again without a new time of change
 
 
 def scans_folder() -> Path:
@@ -40,7 +39,7 @@ def kept_scan(url: str, file: int) -> ShardIndex | None:
 def keep_scan(url: str, file: int, index: ShardIndex) -> None:
     """Keeps the index of a shard; where the shard is a moment old or a copy, which may be gone by then, or the disk
     takes none, the next start scans again."""
-    if not is_local(url) or time.time() - os.fstat(file).st_mtime < SETTLED_S:
+    if not is_local(url) or not is_settled(os.fstat(file)):
         return
     try:
         with written_whole(_place(url, file)) as unfinished:

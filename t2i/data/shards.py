@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from t2i.data import sources
+from t2i.data.ahead import Ahead
 from t2i.data.decode import BadSample
 from t2i.data.folder_index import SUMMARY, FolderIndex, as_stored, open_sizes, read_folder_index
 from t2i.data.index import ShardIndex
@@ -64,7 +65,7 @@ class Shards:
         self._indexes: dict[int, ShardIndex] = {}  # of shards that have none beside them
         self._min_original_px = 0  # samples whose picture is known to be smaller are left out
         self._open = OpenShards[int](keep_open)
-        self._prefetched: set[int] = set()  # and not opened since
+        self._ahead = Ahead[int, Opened | None]()
         self._say = FewOfEach(log)
         stems = {_stem(each.url) for each in self.listed}
         self._distinct = len(stems) == len(self.listed) and len(set(map(len, stems))) == 1
@@ -96,6 +97,7 @@ class Shards:
             self.sizes[first:stop] = np.diff(kept[edges])
         self._min_original_px = min_original_px
         self._open.close()  # they are opened again without what is left out
+        self._ahead.clear()
         return largest
 
     def original_px(self) -> Iterator[np.ndarray]:
@@ -204,10 +206,17 @@ class Shards:
         return answers
 
     def prefetch(self, shard: int) -> None:
-        """Begins to bring a shard closer, once until it is opened."""
-        if shard not in self._open and shard not in self._prefetched:
-            self._prefetched.add(shard)
-            self.store.prefetch(self.url(shard))
+        """Begins to copy or to open a shard in the background; what goes wrong there comes up when it is asked for."""
+        if shard not in self._open:
+            self._ahead.begin(shard, lambda: self._bring(shard))
+
+    def _bring(self, shard: int) -> Opened | None:
+        if not sources.is_local(self.url(shard)):
+            self.store.bring(self.url(shard))
+            return None
+        opened = self._open_now(shard)
+        opened.map(self.store.limits.deadline_s, ahead=True)
+        return opened
 
     def _read_one(
         self, shard: int, place: int, opened: Opened, endings: tuple[str, ...] | None
@@ -234,10 +243,13 @@ class Shards:
             return BadSample("unreadable", key, f"{self.url(shard)}: {error}")
 
     def _opened(self, shard: int) -> Opened:
-        return self._open.get(shard, lambda: _stem(self.url(shard)), lambda: self._open_now(shard))
+        return self._open.get(shard) or self._open.open(
+            shard,
+            lambda: _stem(self.url(shard)),
+            lambda: self._ahead.take(shard) or self._open_now(shard),
+        )
 
     def _open_now(self, shard: int) -> Opened:
-        self._prefetched.discard(shard)
         url, size = self.url(shard), int(self.sizes[shard])
         found = open_indexed(url, self.store, self._indexes.get(shard))
         index = found.index

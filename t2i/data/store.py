@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +16,6 @@ from typing import IO
 from t2i.data import sources
 from t2i.data.compressed import MAX_UNPACKED_GIB, is_compressed, unpack
 from t2i.data.sources import Limits, SourceError, within
-from t2i.errors import DataError
 from t2i.files import user_cache
 
 log = logging.getLogger(__name__)
@@ -42,12 +39,8 @@ class ShardStore:
 
     def __init__(self, limits: Limits, max_gib: float = MAX_UNPACKED_GIB, allow_pipes: bool = False) -> None:
         self.limits, self.max_bytes, self.allow_pipes = limits, int(max_gib * 2**30), allow_pipes
-        self._wanted: queue.SimpleQueue[str] | None = None
         self._told = False
         self.told_of_index = False  # that one beside a shard cannot be read
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_wanted": None}  # a thread does not travel to another process
 
     def path(self, url: str) -> Path:
         """The local file of `url`, copied now if need be. Raises SourceError."""
@@ -91,24 +84,13 @@ class ShardStore:
                     return unpacked.open("rb", buffering=0)
         raise SourceError(url, "its unpacked copy is removed before it is read; raise data.shard_cache_gib")
 
-    def prefetch(self, url: str) -> None:
-        """Begins to bring `url` closer, in the background; what goes wrong there comes up in `path`."""
-        if self._wanted is None:
-            self._wanted = queue.SimpleQueue()
-            threading.Thread(target=self._fetch_wanted, args=(self._wanted,), daemon=True).start()
-        self._wanted.put(url)
-
-    def _fetch_wanted(self, wanted: queue.SimpleQueue[str]) -> None:
-        while True:
-            url = wanted.get()
-            with contextlib.suppress(DataError, OSError):
-                if sources.is_local(url):
-                    with self.open_tar(url) as file:
-                        read_ahead(file)
-                elif not (copied := self._place(url)).exists():
-                    with _locked(copied, wait=None) as mine:
-                        if mine:
-                            self._make_locked(url, copied, partial(self._fetch, url))
+    def bring(self, url: str) -> None:
+        """Copies a remote shard, if no other process does that now. Raises SourceError."""
+        copied = self._place(url)
+        if not copied.exists():
+            with _locked(copied, wait=None) as mine:
+                if mine:
+                    self._make_locked(url, copied, partial(self._fetch, url))
 
     def _place(self, url: str) -> Path:
         if url.startswith("pipe:") and not self.allow_pipes:

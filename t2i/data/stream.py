@@ -15,7 +15,7 @@ from t2i.data.reader import SampleReader
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
 
-BATCHES_LOCATED = 32  # at a time: looking up many positions costs little more than one
+BATCHES_LOCATED = 128  # at a time: looking up many positions costs little more than one
 
 
 @dataclass(frozen=True)

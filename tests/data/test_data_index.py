@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2i.data.decode import BadSample
-from t2i.data.index import ShardIndex
+from t2i.data.index import ShardIndex, _array
 from t2i.data.tar import plain_member
 from t2i.errors import DataError
 
@@ -187,6 +187,33 @@ def test_an_index_with_a_pickle_is_refused(tmp_path):
     np.savez(buffer, version=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DataError, match="is not an index"):
         ShardIndex.from_bytes(buffer.getvalue(), "s.index.npz")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(7),
+        np.zeros((0, 3)),
+        np.arange(12, dtype=np.int32).reshape(3, 4),
+        np.asfortranarray(np.eye(3)),
+    ],
+)
+def test_arrays_are_read_as_numpy_does(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    found = _array(buffer.getvalue())
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("damage", [slice(0, 1), slice(6, 7), slice(-1, None)])
+def test_a_damaged_array_is_refused(damage):
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(12))
+    data = bytearray(buffer.getvalue())
+    data[damage] = b"" if damage.stop is None else b"\xff"
+    with pytest.raises(ValueError, match=r"."):
+        _array(bytes(data))
 
 
 def test_bad_samples_say_their_cause():

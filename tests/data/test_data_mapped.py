@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import Counter
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from t2i.data_config import DataConfig
 @pytest.fixture(autouse=True)
 def mappable(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(mapped, "_made", WeakValueDictionary())
+    monkeypatch.setattr(mapped, "_made", WeakSet())
     (tmp_path / "file").write_bytes(b"x")
     with (tmp_path / "file").open("rb") as file:
         if map_file(file.fileno(), 5) is None:
@@ -176,6 +177,54 @@ def test_a_header_that_is_not_the_indexed_one_is_not_taken(write_tar, at):
         layout = Layout(file.fileno(), index, np.arange(3), None, mapped=whole)
         found = [layout.read(place) for place in range(3)]
     assert [raw is None for raw in found] == [False, True, False]
+
+
+@pytest.mark.parametrize(("aged_s", "looks"), [(60, False), (0, True)])
+def test_headers_are_looked_at_unless_the_file_is_surely_the_one_indexed(
+    write_tar, monkeypatch, aged_s, looks
+):
+    """What was written a moment ago may change again without a new time of change."""
+    path = write_tar("s.tar", {f"{i}": {"txt": b"x" * 9} for i in range(3)})
+    os.utime(path, (time.time() - aged_s,) * 2)
+    index = ShardIndex.from_bytes(ShardIndex.scan(path).to_bytes(), "s")
+    looked = []
+
+    def are_headers(*args):
+        looked.append(args)
+        return np.ones(3, dtype=bool)
+
+    monkeypatch.setattr("t2i.data.layout._are_headers", are_headers)
+
+    def read():
+        with path.open("rb") as file:
+            layout = Layout(file.fileno(), index, np.arange(3), None, mapped=map_file(file.fileno(), 5))
+            return [layout.read(place).members["txt"] for place in range(3)]
+
+    assert read() == [b"x" * 9] * 3
+    assert bool(looked) is looks
+    os.utime(path, (time.time() - 30,) * 2)
+    assert read() == [b"x" * 9] * 3
+    assert looked
+
+
+def test_what_is_mapped_ahead_leaves_the_ones_in_use_their_place(shard, monkeypatch):
+    paths = [shard(number, 4) for number in range(4)]
+    monkeypatch.setattr(mapped, "MAX_BYTES", 2 * paths[0].stat().st_size)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")).fileno() for path in paths]
+        old, used = map_file(files[0], 5), map_file(files[1], 5)
+        assert old.holds()
+        assert used.holds()
+        ahead = map_file(files[2], 5, ahead=True)
+        assert ahead is not None
+        assert old.data is None
+        assert used.holds()
+        assert ahead.holds()
+        assert used.holds()
+        assert map_file(files[3], 5) is not None
+        assert ahead.data is None  # asked for before the other
+        monkeypatch.setattr(mapped, "MAX_BYTES", paths[0].stat().st_size)
+        assert map_file(files[2], 5, ahead=True) is None
 
 
 def test_a_file_that_is_shorter_than_its_index_says_gives_no_part_of_a_sample(write_tar):

@@ -16,6 +16,7 @@ from open_shards import everything, loader, opened, take
 from servers import web_server
 from torch.utils.data import DataLoader
 
+from t2i.data.ahead import Ahead
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.shards import Raw
@@ -169,14 +170,74 @@ def test_a_scan_that_hangs_ends(shard, monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_a_prefetch_is_asked_for_once(shard, monkeypatch):
+def test_a_shard_is_opened_ahead_once_and_in_the_background(shard, monkeypatch):
     paths = [str(shard(number, 8)) for number in range(6)]
-    asked = []
-    monkeypatch.setattr(ShardStore, "prefetch", lambda self, url: asked.append(url))
+    opened_in: list[tuple[str, bool]] = []
+    open_tar = ShardStore.open_tar
+
+    def noted(self, url):
+        opened_in.append((url, threading.current_thread() is threading.main_thread()))
+        return open_tar(self, url)
+
+    monkeypatch.setattr(ShardStore, "open_tar", noted)
     data = DataConfig(source=None, shards=paths, shuffle_window_shards=2)
-    take(data, 12, batch_size=4)
-    assert 1 <= len(asked) <= 6
-    assert len(set(asked)) == len(asked)
+    made = loader(data, 48, batch_size=4)
+    opened_in.clear()
+    batches = []
+    for batch in made:
+        (part,) = made.dataset.stream.parts
+        for answer in list(part.reader.shards._ahead._answers.values()):
+            answer.exception(timeout=20)  # without it the batch might be faster
+        batches.append(batch)
+    assert sum(len(batch.key) for batch in batches) == 48
+    assert sorted(url for url, _ in opened_in) == sorted(paths)
+    assert sum(first for _, first in opened_in) == 2  # those of the first batch
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), DataError("damaged")])
+def test_what_went_wrong_ahead_is_tried_again_when_the_shard_is_asked_for(shard, monkeypatch, error):
+    shards = opened([shard(0, 4), shard(1, 4)])
+    open_now, failed = shards._open_now, []
+
+    def fails_first(number):
+        if not failed:
+            failed.append(number)
+            raise error
+        return open_now(number)
+
+    monkeypatch.setattr(shards, "_open_now", fails_first)
+    shards.prefetch(1)
+    shards._ahead._answers[1].exception(timeout=20)
+    assert failed == [1]
+    assert shards.read([(1, 2)])[0].key == "000010002"
+
+
+def test_nobody_waits_for_what_has_not_begun(shard, monkeypatch):
+    shards = opened([shard(0, 4), shard(1, 4)])
+    hang = threading.Event()
+    shards._ahead.begin(0, lambda: hang.wait(20))
+    shards.prefetch(1)
+    began = time.monotonic()
+    assert shards.read([(1, 2)])[0].key == "000010002"
+    assert time.monotonic() - began < 10
+    hang.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_forked_process_has_a_background_of_its_own():
+    ahead = Ahead()
+    ahead.begin("before", os.getpid)
+    ahead.begin("parent", os.getpid)
+    ahead._answers["parent"].result(timeout=20)
+    child = os.fork()
+    if not child:
+        nothing = ahead.take("before")
+        ahead.begin("child", os.getpid)
+        ahead._answers["child"].result(timeout=20)
+        os._exit(0 if (nothing, ahead.take("child")) == (None, os.getpid()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ahead.take("before") == ahead.take("parent") == os.getpid()
+    assert ahead.take("parent") is None
 
 
 def with_workers(data: DataConfig, context: str, batches: int, **options) -> list:

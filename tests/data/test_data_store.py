@@ -93,15 +93,13 @@ def test_processes_that_wait_do_not_fetch_again(server):
     assert sum(asked == "GET /a.tar" for asked in handler.asked) == 1
 
 
-def test_prefetched_shards_are_there_before_they_are_asked_for(server):
+def test_what_is_brought_is_there_before_it_is_asked_for(server):
     url, folder, handler = server
     (folder / "a.tar").write_bytes(b"x")
     store = ShardStore(Limits())
-    store.prefetch(f"{url}/missing.tar")  # no matter
-    store.prefetch(f"{url}/a.tar")
-    deadline = time.monotonic() + 10
-    while not any(path.suffix == ".tar" for path in parts()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    with pytest.raises(SourceError):
+        store.bring(f"{url}/missing.tar")
+    store.bring(f"{url}/a.tar")
     handler.trouble["a.tar"] = "404"
     assert store.path(f"{url}/a.tar").read_bytes() == b"x"
 
