@@ -1,8 +1,5 @@
-"""Latents and text features ahead of training: each shard of pictures gets a shard of what training makes of them.
-
-The posterior's moments are kept, not a sample of it, so that training draws a fresh sample each time it sees a picture,
-as it does online (see `t2i.data.encoded` for the format).
-"""
+"""Features ahead of training: each shard of pictures gets a shard of what training makes of its samples (see
+`t2i.data.encoded` for the format)."""
 
 from __future__ import annotations
 
@@ -11,26 +8,26 @@ import io
 import itertools
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t2i.data import encoded
 from t2i.data.decode import BadSample
-from t2i.data.encoded import EMPTY_CAPTION, RECORD, Record
+from t2i.data.encoded import EMPTY_CAPTION, FLIP, RECORD, Made, Record
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.reader import Sample, SampleReader, Wanted, preparation
 from t2i.data.sources import Limits
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i.files import written_whole
-from t2i.interfaces import FeatureMakers
+from t2i.interfaces import Feature, FeatureOf
 from t2i.launch.ranks import Rank
 
 from .places import first_same
@@ -50,26 +47,26 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoder:
-    """makers: `nn.Module`s, moved to `device` here; dtype: of what is kept; batch_size: pictures at a time; flip:
-    mirrored pictures too"""
+    """features: by name, their modules moved to `device` here; dtype: of what is kept; batch_size: pictures at a time;
+    flip: mirrored pictures too"""
 
-    makers: FeatureMakers
+    features: Mapping[str, Feature]
     device: torch.device
     dtype: Literal["fp16", "fp32"]
     batch_size: int
     flip: bool
 
     def __post_init__(self) -> None:
-        for module in (self.makers.codec, self.makers.text):
-            if isinstance(module, nn.Module):
-                module.to(self.device).eval()
+        for feature in self.features.values():
+            feature.module.to(self.device).eval()
 
     def record(self, data: DataConfig, size_px: tuple[int, int]) -> Record:
         return Record(
             preparation=preparation(data, size_px),
-            autoencoder=encoded.codec_hash(self.makers.codec),
-            text=None if self.makers.text is None else encoded.text_hash(self.makers.text),
-            made_by=self.makers.made_by,
+            features={
+                name: Made(each.of, each.tensors, encoded.feature_hash(each), each.made_by)
+                for name, each in self.features.items()
+            },
             flip=self.flip,
             dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
         )
@@ -77,42 +74,55 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Pictures of one shape and their captions -> the tensors of each sample by name."""
-        dtype = DTYPES[self.dtype]
         image = (
             torch.stack([sample.picture for sample in samples]).to(self.device).float().div_(127.5).sub_(1.0)
         )
-        moments = {"moments": self.makers.codec.moments(image)}
-        if self.flip:
-            moments["moments_flip"] = self.makers.codec.moments(image.flip(-1))
-        kept = {name: value.to("cpu", dtype) for name, value in moments.items()}
-        if not all(value.isfinite().all() for value in kept.values()):
-            raise DataError(
-                f"Moments of sample {samples[0].key} or after it do not fit {self.dtype}; allowed: fp32."
-            )
+        made: dict[str, Tensor] = {}
+        for feature in self._of("image"):
+            made |= feature.make(image)
+            if self.flip:
+                made |= {name + FLIP: value for name, value in feature.make(image.flip(-1)).items()}
+        kept = self._kept(made, f"sample {samples[0].key}")
         captions = [list(sample.captions) for sample in samples]
-        texts = self.text([caption for each in captions for caption in each])
+        texts = self.of_captions([caption for each in captions for caption in each])
         return [
             {
                 "size": torch.tensor([*sample.original_size, *sample.crop]),
                 **{name: value[i].contiguous() for name, value in kept.items()},
-                **{name: texts[name] for caption in own for name in self._names(caption) if name in texts},
+                **{stored: texts[stored] for caption in own for stored in self._names(caption).values()},
             }
             for i, (sample, own) in enumerate(zip(samples, captions, strict=True))
         ]
 
-    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of captions by name; {} where text is not encoded."""
-        if self.makers.text is None:
-            return {}
-        packed: dict[str, Tensor] = {}
+    def of_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of captions by the names that they are stored under."""
+        stored: dict[str, Tensor] = {}
         distinct = list(dict.fromkeys(captions))
         for some in (distinct[i : i + self.batch_size] for i in range(0, len(distinct), self.batch_size)):
-            packed |= encoded.pack_text(some, self.makers.text(some), DTYPES[self.dtype])
-        return packed
+            made: dict[str, Tensor] = {}
+            for feature in self._of("caption"):
+                made |= feature.make(some)
+            kept = self._kept(made, f"caption {some[0][:40]!r}")
+            for i, caption in enumerate(some):
+                stored |= {name: kept[made_as][i] for made_as, name in self._names(caption).items()}
+        return stored
 
-    @staticmethod
-    def _names(caption: str) -> list[str]:
-        return [f"{encoded.caption_hash(caption)}.{part}" for part in ("tokens", "pooled", "mask")]
+    def _of(self, kind: FeatureOf) -> list[Feature]:
+        return [feature for feature in self.features.values() if feature.of == kind]
+
+    def _names(self, caption: str) -> dict[str, str]:
+        """What the tensors of a caption are stored under, by name."""
+        prefix = encoded.caption_hash(caption)
+        return {name: f"{prefix}.{name}" for feature in self._of("caption") for name in feature.tensors}
+
+    def _kept(self, tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+        """On the CPU, the floating ones as `dtype`."""
+        dtype = DTYPES[self.dtype]
+        kept = {name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()}
+        for name, value in kept.items():
+            if not value.isfinite().all():
+                raise DataError(f"{name} of {first} or after it do not fit {self.dtype}; allowed: fp32.")
+        return kept
 
 
 def encode(
@@ -177,22 +187,27 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _write_record(encoder: Encoder, record: Record, out: Path) -> None:
     """Every process writes the same; the first that comes later than a record checks it."""
     if (out / RECORD).exists():
-        there = Record.read(str(out), Limits())
-        for one in dataclasses.fields(Record):
-            old, new = getattr(there, one.name), getattr(record, one.name)
-            if old != new and one.name != "made_by":
+        there, here = _facts(Record.read(str(out), Limits())), _facts(record)
+        for name in there | here:
+            old, new = there.get(name), here.get(name)
+            if old != new:
                 raise DataError(
-                    f"{out} holds features of {one.name}={_shown(old)}, this command makes {one.name}={_shown(new)}; "
-                    "name another folder, or remove it."
+                    f"{out} holds features of {name}={old}, this command makes {name}={new}; name another folder, or "
+                    "remove it."
                 )
         return
-    for name, content in ((EMPTY_CAPTION, save(encoder.text([""]))), (RECORD, record.to_json().encode())):
+    for name, content in (
+        (EMPTY_CAPTION, save(encoder.of_captions([""]))),
+        (RECORD, record.to_json().encode()),
+    ):
         with written_whole(out / name) as unfinished:
             unfinished.write_bytes(content)
 
 
-def _shown(value: object) -> object:
-    return value[:12] if isinstance(value, str) else value
+def _facts(record: Record) -> dict[str, object]:
+    """What a record says; of each feature the hash of the weights that make it."""
+    hashes = {name: made.hash[:12] for name, made in record.features.items()}
+    return {name: value for name, value in vars(record).items() if name != "features"} | hashes
 
 
 @dataclass(frozen=True)

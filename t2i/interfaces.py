@@ -40,8 +40,8 @@ class TextFeatures:
 class Batch:
     """One batch of captioned pictures, as the read path gives it to a stage.
 
-    image: (B, 3, H, W) float32 in [-1, 1]; (B, 3, 0, 0) where `moments` stand in for it. Between the reader processes
-        and `to` it is uint8: a quarter of the bytes to carry
+    image: (B, 3, H, W) float32 in [-1, 1]; (B, 3, 0, 0) where `features` of the pictures stand in for it. Between the
+        reader processes and `to` it is uint8: a quarter of the bytes to carry
     caption: B strings; "" where text dropout removed the caption
     key: B strings, unique within the dataset
     original_size: (B, 2) int64, height and width in pixels of the source picture
@@ -49,8 +49,8 @@ class Batch:
     metadata: B dictionaries, the sample's JSON
     position: (B,) int64, the samples' places in the endless stream of the run; what is drawn for a sample depends on it
     bad: how many samples could not be read while this batch was filled, by cause
-    moments: (B, M, h, w) float32, what the codec's `moments` gives of the pictures, where it was computed before
-    text: the features of the captions, where they were computed before
+    features: what was computed ahead of training, by the names that `Feature.make` gave it: (B, ...), floating ones
+        float32
     """
 
     image: Tensor
@@ -61,8 +61,7 @@ class Batch:
     metadata: list[dict[str, Any]]
     position: Tensor
     bad: dict[str, int] = field(default_factory=dict)
-    moments: Tensor | None = None
-    text: TextFeatures | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.caption)
@@ -92,15 +91,13 @@ class Batch:
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        text = self.text
         return replace(
             self,
             image=change(self.image),
             original_size=change(self.original_size),
             crop=change(self.crop),
             position=change(self.position),
-            moments=None if self.moments is None else change(self.moments),
-            text=text and TextFeatures(change(text.tokens), change(text.pooled), change(text.mask)),
+            features={name: change(tensor) for name, tensor in self.features.items()},
         )
 
 
@@ -159,17 +156,30 @@ class ImageCodec(nn.Module, ABC):
         return self.latent_channels, height_px // self.downsampling, width_px // self.downsampling
 
 
-@dataclass(frozen=True)
-class FeatureMakers:
-    """What turns pictures and captions into what a stage trains on, frozen, so that it can be done ahead of training.
+FeatureOf = Literal["image", "caption"]
 
-    text: None where the stage trains its text encoder
-    made_by: where "autoencoder" and "text encoder" came from, for a person to read
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a stage makes of its data by frozen weights, so that it can be computed ahead of training.
+
+    of: what it is made of: "image": pictures (B, 3, H, W) in [-1, 1], which are then not read while training; or
+        "caption": B captions
+    tensors: names of what is made; no two features of a stage share one
+    make: -> those tensors by name, each (B, ...), of pictures vectors (B, P) or maps (B, ..., h, w)
+    module: what computes it; moved to the device beforehand
+    weights: those that decide the result, by name
+    settings: whatever else decides it
+    made_by: where the weights came from, for a person to read
     """
 
-    codec: ImageCodec
-    text: TextEncoder | None
-    made_by: dict[str, str]
+    of: FeatureOf
+    tensors: tuple[str, ...]
+    make: Callable[[Any], Mapping[str, Tensor]]
+    module: nn.Module
+    weights: Callable[[], Mapping[str, Tensor]]
+    settings: tuple[object, ...]
+    made_by: str
 
 
 @dataclass(frozen=True)

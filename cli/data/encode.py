@@ -1,9 +1,8 @@
-"""`t2i data encode`: latents and text features ahead of training, by the overrides of the training command."""
+"""`t2i data encode`: features ahead of training, by the overrides of the training command."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -24,26 +23,25 @@ def run(arguments: list[str]) -> None:
 
     from t2i import families
     from t2i.data.reader import as_pair
-    from t2i.errors import ConfigError
     from t2i.launch.ranks import rank_of
+    from t2i.schema import check
     from t2i.training.fit import fresh_start
     from t2i_pipelines.encode import Encoder, encode
 
     rank = rank_of(os.environ)
     stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
-    makers = stage.feature_makers()
-    if makers is None:
-        raise ConfigError(
-            f"stage is {config.stage!r}; allowed to encode for: a stage that trains on what another run makes "
-            f"({', '.join(families.stages_with('builds_on'))})."
-        )
+    features = stage.features()
+    allowed = "a stage with a frozen codec or text encoder"
+    check(bool(features), "stage", config.stage, allowed)
+    wanted = list(features) if options.features is None else options.features.split(",")
+    for name in wanted:
+        check(name in features, "--features", name, f"{' and '.join(features)} for stage={config.stage}")
+    features = {name: feature for name, feature in features.items() if name in wanted}
     device = torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
-    if options.no_text:
-        makers = dataclasses.replace(makers, text=None)
     parts = config.data.parts()
     for key, data in parts.items():
         out = Path(options.out) / (key.removeprefix("data.mixture.") if len(parts) > 1 else "")
-        encoder = Encoder(makers, device, options.dtype, options.batch_size, data.horizontal_flip)
+        encoder = Encoder(features, device, options.dtype, options.batch_size, data.horizontal_flip)
         columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("samples", total=None)
@@ -67,13 +65,15 @@ def run(arguments: list[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="t2i data encode",
-        description="Latents (the posterior's moments) and text features of shards. Give the key=value arguments "
-        "of the training command; under torchrun or srun each process takes its own shards.",
+        description="What the training command would compute by frozen weights (latents, text features), ahead of it. "
+        "Give the key=value arguments of the training command; under torchrun or srun each process takes its own "
+        "shards.",
     )
     made.add_argument("out", help="folder; shards that are there are not made again")
     made.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of what is kept")
     made.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
     made.add_argument(
-        "--no-text", action="store_true", help="latents alone; captions are encoded while training"
+        "--features",
+        help="of what the stage names, separated by commas; the others are computed while training",
     )
     return made

@@ -1,9 +1,9 @@
-"""Latents and text features computed ahead of training by `t2i data encode`: what made them, and how they are read.
+"""Features computed ahead of training by `t2i data encode`: what made them, and how they are read.
 
 A folder holds `encoded.json` (the record), `empty_caption.safetensors`, and for each shard `a/b/00000.tar` of pictures
-a shard `b/00000.tar` of `<key>.safetensors`: "moments" (M, h, w), "moments_flip" of the mirrored picture, "size" (4,)
-int64, the height and width of the stored picture and the top and left of the crop, and for each caption, named by its
-hash, "<hash>.tokens" (L, D), "<hash>.pooled" (P,), "<hash>.mask" (L,).
+a shard `b/00000.tar` of `<key>.safetensors`: "size" (4,) int64, the height and width of the stored picture and the top
+and left of the crop; each tensor of the picture by its name ("moments"), and of the mirrored picture ("moments_flip");
+each tensor of a caption by the caption's hash and its name ("<hash>.tokens").
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i.data import sources
 from t2i.data.decode import BadSample
@@ -29,9 +30,10 @@ from t2i.data.opened import Opened, OpenShards, open_indexed
 from t2i.data.sources import SourceError, within
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
-from t2i.interfaces import FeatureMakers, ImageCodec, TextEncoder, TextFeatures
+from t2i.interfaces import Feature, FeatureOf
 
 RECORD = "encoded.json"
+FLIP = "_flip"  # ends the names of a mirrored picture's tensors
 EMPTY_CAPTION = "empty_caption.safetensors"
 VERSION = (
     3  # 3: colours of ICC profiles in sRGB; 2: pictures resized with the bicubic filter; 1: with Lanczos
@@ -48,18 +50,34 @@ class Preparation:
 
 
 @dataclass(frozen=True)
+class Made:
+    """One feature of a folder.
+
+    of: "image" or "caption"; tensors: their names; hash: of the weights that made it (see `feature_hash`)
+    made_by: where these weights came from, for a person to read
+    """
+
+    of: FeatureOf
+    tensors: tuple[str, ...]
+    hash: str
+    made_by: str = field(compare=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.of, self.hash, self.made_by, *self.tensors)
+        if self.of not in ("image", "caption") or not all(isinstance(part, str) for part in parts):
+            raise ValueError("its features are not described as they should be")
+
+
+@dataclass(frozen=True)
 class Record:
     """What made the features of a folder.
 
-    autoencoder, text: hashes of the weights that decide the features (see `weights_hash`); text None: no text features
-    made_by: where these weights came from, for a person to read
+    features: by name
     flip: whether mirrored pictures were encoded too; dtype: "float16" or "float32"
     """
 
     preparation: Preparation
-    autoencoder: str
-    text: str | None
-    made_by: dict[str, str]
+    features: Mapping[str, Made]
     flip: bool
     dtype: str
     version: int = VERSION
@@ -77,16 +95,18 @@ class Record:
                 raise ValueError(f"its version is {values.get('version')}, allowed: {VERSION}")
             how = values.pop("preparation")
             size_px = (int(how["size_px"][0]), int(how["size_px"][1]))
-            record = cls(Preparation(size_px, how["bucket_step_px"], how["max_aspect"]), **values)
-            if not isinstance(record.autoencoder, str) or not isinstance(record.text, str | None):
-                raise ValueError("its hashes are not text")
-            prepared = record.preparation
+            features = {
+                name: Made(made["of"], tuple(made["tensors"]), made["hash"], made["made_by"])
+                for name, made in _features_of(values).items()
+            }
+            prepared = Preparation(size_px, how["bucket_step_px"], how["max_aspect"])
+            record = cls(prepared, features, values["flip"], values["dtype"])
             if not isinstance(prepared.bucket_step_px, int | None) or not isinstance(
                 prepared.max_aspect, int | float
             ):
                 raise ValueError("its preparation is not in numbers")
-            if not isinstance(record.made_by, dict) or not isinstance(record.flip, bool):
-                raise ValueError("its made_by or flip is of another kind")
+            if not isinstance(record.flip, bool):
+                raise ValueError("its flip is neither true nor false")
             return record
         except SourceError as error:
             raise DataError(
@@ -104,6 +124,19 @@ class Record:
             raise DataError(f"{place} is not a record of `t2i data encode`: {error}.") from error
 
 
+def _features_of(values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The features of a record; the two that there were had keys of their own once."""
+    if "autoencoder" not in values:
+        return values["features"]
+    old = [("latents", "image", ["moments"], "autoencoder", "autoencoder")]
+    if values["text"] is not None:
+        old.append(("text", "caption", ["tokens", "pooled", "mask"], "text", "text encoder"))
+    return {
+        name: {"of": of, "tensors": tensors, "hash": values[key], "made_by": values["made_by"][maker]}
+        for name, of, tensors, key, maker in old
+    }
+
+
 def weights_hash(parts: Iterable[tuple[str, Tensor]], *settings: object) -> str:
     """SHA-256 of named tensors (by sorted name, shape, type and bytes) and of whatever else decides a result."""
     digest = hashlib.sha256(repr(settings).encode())
@@ -113,28 +146,20 @@ def weights_hash(parts: Iterable[tuple[str, Tensor]], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def codec_hash(codec: ImageCodec) -> str:
-    """Of what decides the moments of a picture: the decoder may differ."""
-    return weights_hash(codec.encoding_weights().items(), type(codec).__name__)
+def feature_hash(feature: Feature) -> str:
+    """Of what decides the feature."""
+    return weights_hash(feature.weights().items(), *feature.settings)
 
 
-def text_hash(encoder: TextEncoder) -> str:
-    """Of what decides the features of a caption. encoder: an `nn.Module`"""
-    assert isinstance(encoder, nn.Module)
-    return weights_hash(encoder.state_dict().items(), type(encoder).__name__, encoder.max_tokens)
-
-
-def check_same(folder: str, record: Record, makers: FeatureMakers) -> None:
-    """Raises DataError unless `makers` would make the features in `folder`."""
-    checks = [("autoencoder", record.autoencoder, codec_hash(makers.codec))]
-    if record.text is not None:
-        checks.append(("text encoder", record.text, "" if makers.text is None else text_hash(makers.text)))
-    for what, recorded, own in checks:
-        if recorded != own:
-            ours = f"uses one with hash {own[:12]}" if own else "trains its own"
+def check_same(folder: str, record: Record, features: Mapping[str, Feature]) -> None:
+    """Raises DataError unless a stage with these `features` would make those in `folder`."""
+    for name, made in record.features.items():
+        own = feature_hash(features[name]) if name in features else None
+        if made.hash != own:
+            ours = "by weights that learn" if own is None else f"by weights with hash {own[:12]}"
             raise DataError(
-                f"data.encoded={folder} was made by the {what} {record.made_by.get(what, '?')} (hash "
-                f"{recorded[:12]}), and this run {ours}: encode again, or take that {what}."
+                f"data.encoded={folder} holds {name} made by {made.made_by} (hash {made.hash[:12]}), this run "
+                f"makes them {ours}: encode again, or take {made.made_by}."
             )
 
 
@@ -155,15 +180,17 @@ def caption_hash(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
 
 
-def pack_text(captions: Sequence[str], features: TextFeatures, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of some captions by name."""
-    packed = {}
-    for i, caption in enumerate(captions):
-        name = caption_hash(caption)
-        packed[f"{name}.tokens"] = features.tokens[i].to("cpu", dtype)
-        packed[f"{name}.pooled"] = features.pooled[i].to("cpu", dtype)
-        packed[f"{name}.mask"] = features.mask[i].to("cpu", torch.uint8)
-    return packed
+@dataclass(frozen=True)
+class EncodedSample:
+    """original_size: height and width of the stored picture; crop: top and left after resizing
+    image: the picture's tensors by name, as stored
+    captions: those of each caption; {} where none were encoded
+    """
+
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    image: dict[str, Tensor]
+    captions: dict[str, dict[str, Tensor]]
 
 
 class EncodedShards:
@@ -174,64 +201,62 @@ class EncodedShards:
     def __init__(self, folder: str, store: ShardStore, flip: bool) -> None:
         self.folder, self.store = folder.rstrip("/"), store
         self.record = Record.read(folder, store.limits)
-        if flip and not self.record.flip:
+        # A picture that has features is not read.
+        self.of_pictures, self.of_captions = (
+            [name for made in self.record.features.values() if made.of == kind for name in made.tensors]
+            for kind in ("image", "caption")
+        )
+        if flip and self.of_pictures and not self.record.flip:
             raise DataError(
                 f"data.encoded={folder} holds no mirrored pictures; allowed: data.horizontal_flip=false, or encode "
                 "with data.horizontal_flip=true."
             )
         self._open = OpenShards[str](self.KEEP_OPEN)
-        self._moments: tuple[int, int] | None = (
-            None  # how many, and the pixels that each stands for along a side
-        )
-        self._empty: tuple[Tensor, Tensor, Tensor] | None = None
-        if self.record.text is not None:
-            self._empty = self._read_empty()
+        self._layout: dict[str, tuple[object, ...] | None] = {}  # of the tensors of pictures
+        # The tensors of "", whose shapes all captions' have.
+        self.empty_caption: dict[str, Tensor] = {}
+        if self.of_captions:
+            self.empty_caption = self._read_empty()
 
-    def moments(
-        self, shard_url: str, key: str, shape: tuple[int, int], flipped: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(M, h, w) as stored, of a picture of `shape` (H, W), and all the tensors of the sample; of them "size" is
-        (4,). Raises BadSample."""
+    def sample(
+        self, shard_url: str, key: str, captions: Iterable[str], shape: tuple[int, int], flipped: bool
+    ) -> EncodedSample:
+        """Of a picture of `shape` (H, W). Raises BadSample."""
         tensors = self._read(shard_url, key)
-        name = "moments_flip" if flipped else "moments"
+        names = {name: name + FLIP * flipped for name in self.of_pictures}
         where = f"{self.folder}/{shard_name(shard_url)}"
-        if name not in tensors or "size" not in tensors:
-            raise BadSample("missing", key, f"no {name} and size in {where}")
-        moments, size = tensors[name], tensors["size"]
-        if moments.ndim != 3 or not moments.numel() or size.shape != (4,) or size.is_floating_point():
-            raise BadSample("damaged", key, f"moments of {tuple(moments.shape)} in {where}")
-        factor = shape[0] // moments.shape[1]
-        layout = len(moments), factor
-        whole = (factor * moments.shape[1], factor * moments.shape[2]) == shape
-        if not whole or layout != (self._moments or layout) or not _finite(moments):
-            raise BadSample(
-                "damaged", key, f"moments of {tuple(moments.shape)} for {shape} pixels in {where}"
-            )
-        self._moments = layout
-        return moments, tensors
+        if not {"size", *names.values()} <= tensors.keys():
+            raise BadSample("missing", key, f"no {' and '.join([*names.values(), 'size'])} in {where}")
+        size, image = tensors["size"], {name: tensors[stored] for name, stored in names.items()}
+        layout = {name: layout_of(tensor, shape) for name, tensor in image.items()}
+        ok = size.shape == (4,) and not size.is_floating_point() and None not in layout.values()
+        if not ok or layout != (self._layout or layout) or not all(map(_finite, image.values())):
+            shapes = ", ".join(f"{name} of {tuple(tensor.shape)}" for name, tensor in image.items())
+            raise BadSample("damaged", key, f"{shapes or 'size'} for {shape} pixels in {where}")
+        self._layout = layout
+        of_captions = {
+            caption: self._caption(caption, tensors, key) for caption in captions if self.of_captions
+        }
+        height, width, top, left = size.tolist()
+        return EncodedSample((height, width), (top, left), image, of_captions)
 
-    def text(self, caption: str, tensors: dict[str, Tensor], key: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (L, D), pooled vector (P,) and mask (L,) of a caption, as stored. Raises BadSample."""
-        name = caption_hash(caption)
+    def _caption(self, caption: str, tensors: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+        """The tensors of a caption, as stored. Raises BadSample."""
+        stored = caption_hash(caption)
         try:
-            found = tensors[f"{name}.tokens"], tensors[f"{name}.pooled"], tensors[f"{name}.mask"]
+            found = {name: tensors[f"{stored}.{name}"] for name in self.of_captions}
         except KeyError:
             raise BadSample("missing", key, f"its caption {caption[:40]!r} was not encoded") from None
-        if self._empty is not None and [x.shape for x in found] != [x.shape for x in self._empty]:
+        if any(found[name].shape != tensor.shape for name, tensor in self.empty_caption.items()):
             raise BadSample("damaged", key, f"features of another shape for its caption {caption[:40]!r}")
-        if not all(map(_finite, found)):
+        if not all(map(_finite, found.values())):
             raise BadSample("damaged", key, f"features that are not finite for its caption {caption[:40]!r}")
         return found
 
-    def empty_text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of "", where text was encoded."""
-        assert self._empty is not None
-        return self._empty
-
-    def _read_empty(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_empty(self) -> dict[str, Tensor]:
         place = f"{self.folder}/{EMPTY_CAPTION}"
         try:
-            return self.text("", _load(sources.read_bytes(place, self.store.limits), place), place)
+            return self._caption("", _load(sources.read_bytes(place, self.store.limits), place), place)
         except BadSample as error:
             raise DataError(
                 f"{place} is not what `t2i data encode` writes: {error}; encode again."
@@ -271,7 +296,7 @@ class EncodedShards:
 class OpenedByKey(Opened):
     """row_of: the row of each key"""
 
-    row_of: dict[str, int] = dataclasses.field(default_factory=dict)
+    row_of: dict[str, int] = field(default_factory=dict)
 
 
 def _load(data: bytes, key: str) -> dict[str, Tensor]:
@@ -279,6 +304,19 @@ def _load(data: bytes, key: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise BadSample("damaged", key, f"not safetensors: {error}") from error
+
+
+def layout_of(tensor: Tensor, shape: tuple[int, int]) -> tuple[object, ...] | None:
+    """What all pictures' tensors of one name have in common: of a vector its length; of a map (..., h, w) what comes
+    before h and w, and the pixels that a position stands for along each side. None for what does not fit a picture of
+    `shape` (H, W)."""
+    if tensor.ndim == 1 and tensor.numel():
+        return tuple(tensor.shape)
+    if tensor.ndim < 2 or not tensor.numel():
+        return None
+    *before, height, width = tensor.shape
+    factor = shape[0] // height
+    return (*before, "x", factor) if (factor * height, factor * width) == shape else None
 
 
 def _finite(tensor: Tensor) -> bool:

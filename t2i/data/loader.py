@@ -101,12 +101,14 @@ class CaptionedImages(Dataset):
         ]
         parts = slots.part
         readers = [self.stream.parts[number].reader for number in parts.tolist()]
-        batch = collate(samples, captions, slots.position.copy(), bad, readers[0].encoded)
+        encoded = readers[0].encoded
+        empty_caption = None if encoded is None else encoded.empty_caption
+        batch = collate(samples, captions, slots.position.copy(), bad, empty_caption)
         if len(self.stream.parts) > 1:
             names = [self.stream.parts[number].name for number in parts.tolist()]
             batch.key = [f"{name}:{key}" for name, key in zip(names, batch.key, strict=True)]
         flipped = [
-            each and reader.encoded is None
+            each and reader.reads_pictures
             for each, reader in zip(self._flips(parts, epochs, indices), readers, strict=True)
         ]
         if any(flipped):
@@ -125,7 +127,7 @@ class CaptionedImages(Dataset):
                 uniform(self.seed, s, epoch, index).item() for s in (Stream.CROP_TOP, Stream.CROP_LEFT)
             )
             return Wanted(index, (top, left))
-        flipped = data.horizontal_flip and part.reader.encoded is not None
+        flipped = data.horizontal_flip and not part.reader.reads_pictures
         return Wanted(index, None, flipped and uniform(self.seed, Stream.FLIP, epoch, index).item() < 0.5)
 
     def _substitute(self, part: Part, position: int) -> tuple[int, int, Sample]:

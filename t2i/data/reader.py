@@ -1,4 +1,4 @@
-"""Samples of one dataset as pictures, or latents, of the size that training wants."""
+"""Samples of one dataset as pictures, or what was encoded of them, of the size that training wants."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from t2i.data.store import ShardStore
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i.few import FewOfEach
-from t2i.interfaces import Batch, TextFeatures
+from t2i.interfaces import Batch
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ TEXT_ENDINGS = ("txt", "json")
 class Sample:
     """One sample as read.
 
-    picture: (3, H, W) uint8; of encoded data (3, 0, 0)
+    picture: (3, H, W) uint8; (3, 0, 0) where it was encoded
     captions: with their weights
     key: unique in the dataset; key_in_shard: as the shard has it
     original_size: height and width of the source picture, from the JSON where that says so
     crop: top and left after resizing
-    moments: of encoded data the codec's moments (M, h, w), as stored
-    text: of encoded data the tokens, pooled vector and mask of each caption, where text was encoded
+    features: of encoded data the picture's tensors by name, as stored
+    of_captions: of encoded data those of each caption
     """
 
     picture: Tensor
@@ -52,8 +52,8 @@ class Sample:
     original_size: tuple[int, int]
     crop: tuple[int, int]
     metadata: dict[str, Any]
-    moments: Tensor | None = None
-    text: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    of_captions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class SampleReader:
         self.encoded: EncodedShards | None = None
         if data.encoded is not None:
             self.encoded = EncodedShards(data.encoded, store, data.horizontal_flip)
-            self._check_prepared(self.encoded.record.preparation)
+            if self.encoded.of_pictures:
+                self._check_prepared(self.encoded.record.preparation)
         self.starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
         self.shapes, self.buckets = [size_px], None
         if data.bucket_step_px is not None:
@@ -118,6 +119,11 @@ class SampleReader:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether pictures are read, and not what was encoded of them."""
+        return self.encoded is None or not self.encoded.of_pictures
 
     def shape(self, index: int) -> tuple[int, int]:
         """(H, W) of sample `index` after cropping."""
@@ -136,7 +142,7 @@ class SampleReader:
         raw = iter(
             self.shards.read(
                 list(zip(shards.tolist(), places.tolist(), strict=True)),
-                SAMPLE_ENDINGS if self.encoded is None else TEXT_ENDINGS,
+                SAMPLE_ENDINGS if self.reads_pictures else TEXT_ENDINGS,
             )
         )
         return [sample or self._made(each, next(raw)) for each, sample in zip(wanted, kept, strict=True)]
@@ -155,36 +161,27 @@ class SampleReader:
     def _sample(self, wanted: Wanted, raw: Raw) -> Sample:
         metadata = parse_metadata(raw.members, raw.key)
         captions = parse_captions(raw.members, metadata, self.data.caption_keys, raw.key)
-        if self.encoded is not None:
-            return self._encoded_sample(self.encoded, wanted, raw, captions, metadata)
         shape = self.shape(wanted.index)
-        image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
-        picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
+        features: dict[str, Tensor] = {}
+        of_captions: dict[str, dict[str, Tensor]] = {}
+        if self.encoded is not None:
+            shards, _ = self.places(np.array([wanted.index]))
+            url = self.shards.url(int(shards[0]))
+            found = self.encoded.sample(url, raw.key_in_shard, captions, shape, wanted.flipped)
+            stored_size, crop = found.original_size, found.crop
+            features, of_captions = found.image, found.captions
+        if self.reads_pictures:
+            image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
+            picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
+        else:
+            picture = torch.empty(3, 0, 0, dtype=torch.uint8)
         original = original_size(metadata) or stored_size
-        sample = Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata)
-        if wanted.place is None and len(self._cache) < self._room:
+        sample = Sample(
+            picture, captions, raw.key, raw.key_in_shard, original, crop, metadata, features, of_captions
+        )
+        if self.encoded is None and wanted.place is None and len(self._cache) < self._room:
             self._cache[wanted.index] = sample
         return sample
-
-    def _encoded_sample(
-        self,
-        encoded: EncodedShards,
-        wanted: Wanted,
-        raw: Raw,
-        captions: dict[str, float],
-        metadata: dict[str, Any],
-    ) -> Sample:
-        shards, _ = self.places(np.array([wanted.index]))
-        url = self.shards.url(int(shards[0]))
-        shape = self.shape(wanted.index)
-        moments, tensors = encoded.moments(url, raw.key_in_shard, shape, wanted.flipped)
-        text = None
-        if encoded.record.text is not None:
-            text = {caption: encoded.text(caption, tensors, raw.key) for caption in captions}
-        stored = tensors["size"].tolist()  # height and width of the stored picture, top and left of the crop
-        original = original_size(metadata) or (stored[0], stored[1])
-        picture, crop = torch.empty(3, 0, 0, dtype=torch.uint8), (stored[2], stored[3])
-        return Sample(picture, captions, raw.key, raw.key_in_shard, original, crop, metadata, moments, text)
 
     def _leave_out_small(self, min_original_px: int, found: int) -> None:
         largest = self.shards.keep(min_original_px)
@@ -226,18 +223,16 @@ def collate(
     captions: list[str],
     positions: np.ndarray,
     bad: dict[str, int],
-    encoded: EncodedShards | None = None,
+    empty_caption: dict[str, Tensor] | None = None,
 ) -> Batch:
-    """One batch, its pixels 0..255 as uint8 (see `Batch.to`)."""
-    moments, text = None, None
-    if encoded is not None:
-        moments = torch.stack([sample.moments for sample in samples if sample.moments is not None]).float()
-        if encoded.record.text is not None:
-            texts = [
-                (s.text or {}).get(c) or encoded.empty_text() for s, c in zip(samples, captions, strict=True)
-            ]
-            tokens, pooled, mask = (torch.stack(column) for column in zip(*texts, strict=True))
-            text = TextFeatures(tokens.float(), pooled.float(), mask.bool())
+    """One batch, its pixels 0..255 as uint8 (see `Batch.to`).
+
+    empty_caption: the tensors of "", where captions were encoded
+    """
+    rows = [
+        s.features | s.of_captions.get(c, empty_caption or {}) for s, c in zip(samples, captions, strict=True)
+    ]
+    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return Batch(
         image=torch.stack([sample.picture for sample in samples]),
         caption=captions,
@@ -247,8 +242,7 @@ def collate(
         metadata=[sample.metadata for sample in samples],
         position=torch.from_numpy(positions),
         bad=bad,
-        moments=moments,
-        text=text,
+        features={name: x.float() if x.is_floating_point() else x for name, x in columns.items()},
     )
 
 

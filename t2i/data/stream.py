@@ -142,7 +142,6 @@ def build_stream(
             )
         parts.append(Part(name, reader, order))
         weights.append(1.0 if part is None else part.weight)
-    with_text = {bool(p.reader.encoded and p.reader.encoded.record.text) for p in parts}
-    if len({p.reader.encoded is None for p in parts}) > 1 or len(with_text) > 1:
-        raise DataError("data.mixture: either all parts have `encoded` features, of one kind, or none has.")
+    if len({frozenset(p.reader.encoded.record.features if p.reader.encoded else ()) for p in parts}) > 1:
+        raise DataError("data.mixture: all parts have the same features in `encoded`, or none has any.")
     return CaptionedStream(parts, weights, seed, segments, 1 if data.bucket_step_px is None else batch_size)

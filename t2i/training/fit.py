@@ -152,12 +152,9 @@ def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
     """Raises DataError unless cached features are what this stage would compute."""
     for key, part in config.data.parts().items():
         if part.encoded is not None:
-            makers = stage.feature_makers()
-            if makers is None:
-                raise ConfigError(
-                    f"{key}.encoded is {part.encoded!r}; allowed for stage={config.stage}: null."
-                )
-            check_same(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)), makers)
+            features = stage.features()
+            check(bool(features), f"{key}.encoded", part.encoded, f"null for stage={config.stage}")
+            check_same(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)), features)
 
 
 def _resumed_run(config: RunConfig) -> Path | None:

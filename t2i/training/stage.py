@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
-from t2i.interfaces import Batch, FeatureMakers
+from t2i.interfaces import Batch, Feature
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
 from t2i.training.finite import SkippedSteps
@@ -84,9 +84,10 @@ class BaseStage(L.LightningModule):
     def after_training(self, images: Iterable[Tensor]) -> None:
         """Called once when the run is complete, with training pictures (B, 3, H, W) on the device."""
 
-    def feature_makers(self) -> FeatureMakers | None:
-        """What `t2i data encode` runs for this stage; None where the stage trains on pictures."""
-        return None
+    def features(self) -> Mapping[str, Feature]:
+        """What can be computed ahead of training, by name: what `t2i data encode` makes and `losses` takes from
+        `batch.features` where it is there."""
+        return {}
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Plain values (numbers, strings, lists, dictionaries) that a checkpoint needs beside the config."""

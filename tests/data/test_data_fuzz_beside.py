@@ -33,12 +33,12 @@ from fuzz_shards import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2i.data.encoded import EMPTY_CAPTION, RECORD, Preparation, Record, pack_text
+from t2i.data.encoded import EMPTY_CAPTION, RECORD, Made, Preparation, Record, caption_hash
 from t2i.data.index import ShardIndex
 from t2i.data.loader import build_loader
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
-from t2i.interfaces import Batch, TextFeatures
+from t2i.interfaces import Batch
 from t2i_pipelines.selection import write_selection
 
 
@@ -129,12 +129,16 @@ def test_a_selection_may_be_anything(folder, data):
 CHANNELS, TOKENS, WIDTH = 4, 3, 5
 
 
+def encoded_caption(caption: str) -> dict[str, torch.Tensor]:
+    tensors = {"tokens": torch.ones(TOKENS, WIDTH).half(), "pooled": torch.ones(WIDTH).half()}
+    tensors["mask"] = torch.ones(TOKENS, dtype=torch.uint8)
+    return {f"{caption_hash(caption)}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def encoded_tensors(number: int) -> dict[str, torch.Tensor]:
-    caption = [members_of(number)["txt"].decode()]
-    features = TextFeatures(torch.ones(1, TOKENS, WIDTH), torch.ones(1, WIDTH), torch.ones(1, TOKENS).bool())
     moments = torch.full((CHANNELS, SIZE_PX[0] // 2, SIZE_PX[1] // 2), float(number)).half()
     size = torch.tensor([*SIZE_PX, 0, 0])
-    return {"moments": moments, "size": size} | pack_text(caption, features, torch.float16)
+    return {"moments": moments, "size": size} | encoded_caption(members_of(number)["txt"].decode())
 
 
 @fuzzing
@@ -143,12 +147,13 @@ def test_an_encoded_shard_may_be_anything(folder, data, what):
     whole = lay_out(folder, WHOLE[1], "")
     encoded = folder / "encoded"
     (encoded / folder.name).mkdir(parents=True, exist_ok=True)
-    record = Record(Preparation(SIZE_PX, None, 2.0), "a", "t", {}, False, "float16")
+    features = {
+        "latents": Made("image", ("moments",), "a", "a run"),
+        "text": Made("caption", ("tokens", "pooled", "mask"), "t", "an encoder"),
+    }
+    record = Record(Preparation(SIZE_PX, None, 2.0), features, False, "float16")
     (encoded / RECORD).write_text(record.to_json())
-    features = TextFeatures(
-        torch.zeros(1, TOKENS, WIDTH), torch.zeros(1, WIDTH), torch.ones(1, TOKENS).bool()
-    )
-    (encoded / EMPTY_CAPTION).write_bytes(safetensors.torch.save(pack_text([""], features, torch.float16)))
+    (encoded / EMPTY_CAPTION).write_bytes(safetensors.torch.save(encoded_caption("")))
     for shard in range(SHARDS):
         with tarfile.open(encoded / folder.name / f"{shard:05d}.tar", "w") as archive:
             for number in range(PER_SHARD * shard, PER_SHARD * (shard + 1)):
@@ -168,10 +173,9 @@ def test_an_encoded_shard_may_be_anything(folder, data, what):
         return
     good = set()
     for batch in batches:
-        assert batch.moments.shape == (1, CHANNELS, SIZE_PX[0] // 2, SIZE_PX[1] // 2)
-        assert torch.isfinite(batch.moments).all()
-        assert batch.text.tokens.shape == (1, TOKENS, WIDTH)
-        assert torch.isfinite(batch.text.tokens).all()
+        assert batch.features["moments"].shape == (1, CHANNELS, SIZE_PX[0] // 2, SIZE_PX[1] // 2)
+        assert batch.features["tokens"].shape == (1, TOKENS, WIDTH)
+        assert all(torch.isfinite(tensor).all() for tensor in batch.features.values())
         good.add(batch.metadata[0]["id"])
     assert TOTAL - len(good) <= count_bad(batches)
 

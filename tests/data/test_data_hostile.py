@@ -68,7 +68,14 @@ def test_what_never_ends_is_not_read(tmp_path):
         {"preparation": {"size_px": [float("inf"), 2], "bucket_step_px": None, "max_aspect": 2}},
         {"preparation": {"size_px": [64, 64], "bucket_step_px": "a", "max_aspect": 2}},
         {"preparation": {"size_px": [64, 64], "bucket_step_px": None, "max_aspect": "q"}},
-        {"made_by": []},
+        {"features": []},
+        {"features": {"latents": []}},
+        {"features": {"latents": {"of": "sound", "tensors": ["a"], "hash": "a", "made_by": "a"}}},
+        {"features": {"latents": {"of": "image", "tensors": [1], "hash": "a", "made_by": "a"}}},
+        {"features": {"latents": {"of": "image", "tensors": ["a"], "hash": "a", "made_by": 1}}},
+        {"features": {"latents": {"of": "image", "tensors": ["a"], "hash": "a"}}},
+        {"autoencoder": "a", "text": None, "made_by": []},  # as it was once
+        {"autoencoder": 1, "text": None, "made_by": {"autoencoder": "a"}},
         {"flip": "no"},
     ],
 )
@@ -76,9 +83,7 @@ def test_a_record_of_other_kinds_is_none(change, tmp_path):
     good = {
         "version": VERSION,
         "preparation": {"size_px": [64, 64], "bucket_step_px": None, "max_aspect": 2.0},
-        "autoencoder": "a",
-        "text": None,
-        "made_by": {},
+        "features": {"latents": {"of": "image", "tensors": ["a"], "hash": "a", "made_by": "a run"}},
         "flip": False,
         "dtype": "float16",
     }

@@ -21,7 +21,9 @@ from t2i import families
 from t2i.data.encoded import Record
 from t2i.data.sources import Limits
 from t2i.errors import ConfigError, DataError
+from t2i.interfaces import Feature
 from t2i.launch.ranks import Rank
+from t2i.training.data import loader_from
 from t2i.training.fit import fresh_start
 from t2i_pipelines.encode import Encoder, Report, encode
 from t2i_pipelines.shard_writer import png_sample, write_shards
@@ -52,11 +54,9 @@ def run_of(compose_run, runs_dir) -> Callable:
 
 def encode_for(config, out: Path, dtype="fp32", rank=ONE, text=True) -> Report:
     stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
-    makers = stage.feature_makers()
-    if not text:
-        makers = dataclasses.replace(makers, text=None)
+    features = {name: feature for name, feature in stage.features().items() if text or name != "text"}
     encoder = Encoder(
-        makers, torch.device("cpu"), dtype, config.trainer.batch_size, config.data.horizontal_flip
+        features, torch.device("cpu"), dtype, config.trainer.batch_size, config.data.horizontal_flip
     )
     size = (config.resolution.size_px,) * 2
     return encode(encoder, config.data, size, 0, out, rank, lambda done, total: None)
@@ -85,7 +85,7 @@ def test_training_from_the_cache_is_training_online(run_of, train, tmp_path, opt
 
 def test_latents_alone(run_of, train, tmp_path):
     encode_for(run_of(), tmp_path / "cache", text=False)
-    assert Record.read(str(tmp_path / "cache"), Limits()).text is None
+    assert Record.read(str(tmp_path / "cache"), Limits()).features.keys() == {"latents"}
     wanted = losses(train(run_of("name=again")).folder)
     assert losses(train(run_of("name=alone", f"data.encoded={tmp_path / 'cache'}")).folder) == wanted
 
@@ -94,7 +94,7 @@ def test_what_lies_in_a_shard_is_what_the_codec_and_the_text_encoder_say(run_of,
     config = run_of("data.horizontal_flip=true")
     encode_for(config, tmp_path / "cache")
     stage = families.get(config.family).load_stage(config.stage)(*fresh_start(config))
-    makers = stage.feature_makers()
+    latents, text = (stage.features()[name].make for name in ("latents", "text"))
     (picture, *_) = wds.WebDataset(config.data.shards[0], shardshuffle=False).decode("torchrgb")
     name = f"{Path(config.data.shards[0]).parent.name}/{Path(config.data.shards[0]).name}"
     (kept, *_) = wds.WebDataset(str(tmp_path / "cache" / name), shardshuffle=False)
@@ -103,12 +103,12 @@ def test_what_lies_in_a_shard_is_what_the_codec_and_the_text_encoder_say(run_of,
     image = (picture["png"] * 2 - 1)[None]
     with torch.no_grad():
         for entry, pixels in (("moments", image), ("moments_flip", image.flip(-1))):
-            torch.testing.assert_close(tensors[entry], makers.codec.moments(pixels)[0], rtol=1e-4, atol=1e-5)
-        features = makers.text([picture["txt"]])
+            torch.testing.assert_close(tensors[entry], latents(pixels)["moments"][0], rtol=1e-4, atol=1e-5)
+        features = text([picture["txt"]])
     by_suffix = {name.partition(".")[2]: value for name, value in tensors.items() if "." in name}
-    torch.testing.assert_close(by_suffix["tokens"], features.tokens[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(by_suffix["pooled"], features.pooled[0], rtol=1e-4, atol=1e-4)
-    assert by_suffix["mask"].bool().tolist() == features.mask[0].tolist()
+    torch.testing.assert_close(by_suffix["tokens"], features["tokens"][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_suffix["pooled"], features["pooled"][0], rtol=1e-4, atol=1e-4)
+    assert by_suffix["mask"].bool().tolist() == features["mask"][0].bool().tolist()
 
 
 def test_aspect_ratio_buckets(run_of, train, tmp_path):
@@ -139,20 +139,22 @@ def test_processes_share_the_work_and_a_restart_goes_on(run_of, shapes_shards, t
 def test_other_weights_are_refused_by_name(run_of, compose_run, train, tmp_path, runs_dir):
     encode_for(run_of(), tmp_path / "cache")
     record = json.loads((tmp_path / "cache" / "encoded.json").read_text())
-    made_by = record["made_by"]["autoencoder"]
+    made_by = record["features"]["latents"]["made_by"]
     assert made_by.startswith(str(runs_dir / "autoencoder"))
     other = tmp_path / "other"
     train(
         compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", "seed=3", f"runs_dir={other}")
     )
     cached = f"data.encoded={tmp_path / 'cache'}"
-    with pytest.raises(DataError, match=f"made by the autoencoder {made_by} .*hash .*encode again"):
+    with pytest.raises(DataError, match=f"holds latents made by {made_by} .*hash .*encode again"):
         train(run_of(f"runs_dir={other}", cached))
-    record["text"] = "0" * 64
+    record["features"]["text"]["hash"] = "0" * 64
     (tmp_path / "cache" / "encoded.json").write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"made by the text encoder minilm .*this run uses one with hash"):
+    with pytest.raises(
+        DataError, match=r"holds text made by minilm .*this run makes them by weights with hash"
+    ):
         train(run_of(cached))
-    with pytest.raises(DataError, match="holds features of text=000000000000"):
+    with pytest.raises(DataError, match="holds features of text=000000000000, this command makes text="):
         encode_for(run_of(), tmp_path / "cache")
 
 
@@ -174,7 +176,7 @@ def test_a_stage_on_pictures_refuses_them(compose_run, train, run_of, tmp_path):
     config = compose_run(
         "experiment=autoencoder/tiny_kl", f"data.encoded={tmp_path / 'cache'}", f"runs_dir={tmp_path}"
     )
-    with pytest.raises(ConfigError, match="allowed for stage=autoencoder: null"):
+    with pytest.raises(ConfigError, match="allowed: null for stage=autoencoder"):
         train(config)
 
 
@@ -204,13 +206,86 @@ def test_the_command(shapes_overrides, runs_dir, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["autoencoder/tiny_kl", "gan_int_cls/tiny_r1"])
-def test_a_stage_that_trains_on_pictures_has_nothing_to_encode(shapes_overrides, tmp_path, name):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["experiment=autoencoder/tiny_kl"], "stage is 'autoencoder'; allowed: a stage with a frozen"),
+        (
+            ["experiment=gan_int_cls/tiny_r1", "--features", "latents"],
+            "--features is 'latents'; allowed: text for",
+        ),
+    ],
+)
+def test_what_a_stage_does_not_make_by_frozen_weights_is_refused(shapes_overrides, tmp_path, arguments, said):
     from t2i_cli.data.encode import run
 
-    with pytest.raises(ConfigError, match=r"allowed to encode for: .*makes \(ldm[,)]"):
-        run([str(tmp_path / "out"), f"experiment={name}", *shapes_overrides])
+    with pytest.raises(ConfigError, match=said):
+        run([str(tmp_path / "out"), *arguments, *shapes_overrides])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gan_int_cls/tiny_r1", "pixel_diffusion/tiny_linear_x0_classifier"])
+def test_text_alone_beside_pictures(compose_run, train, tmp_path, name):
+    """What a stage reads of its pictures, mirrored and all, it reads still; the captions' features do not depend on the
+    size."""
+    options = [f"experiment={name}", "text=minilm", "text.max_tokens=16", "trainer.num_images=16"]
+    options += ["resolution.text_dropout=0.3", "data.horizontal_flip=true", "trainer.log_every_steps=1"]
+
+    def rows(*overrides: str) -> list[dict[str, str]]:
+        folder = train(compose_run(*options, f"runs_dir={tmp_path}", *overrides)).folder
+        with (folder / "metrics.csv").open(newline="") as file:
+            timed = ("images_per_second", "seconds")
+            return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+    report = encode_for(compose_run(*options), tmp_path / "cache")
+    assert (report.encoded, report.bad) == (64, {})
+    cached = f"data.encoded={tmp_path / 'cache'}"
+    assert rows("name=kept", cached) == rows("name=online")
+    small = compose_run(*options, cached, "resolution.size_px=16")
+    assert next(iter(loader_from(small))).image.shape[2:] == (16, 16)
+
+
+def test_a_folder_that_an_older_version_encoded(run_of, train, tmp_path):
+    """Its record had a key for each of the two features that there were; what is missing is encoded into it."""
+    encode_for(run_of(), tmp_path / "cache")
+    place = tmp_path / "cache/encoded.json"
+    record = json.loads(place.read_text())
+    features = record.pop("features")
+    made_by = {"autoencoder": features["latents"]["made_by"], "text encoder": features["text"]["made_by"]}
+    hashes = {"autoencoder": features["latents"]["hash"], "text": features["text"]["hash"]}
+    place.write_text(json.dumps(record | hashes | {"made_by": made_by}))
+    wanted = losses(train(run_of("name=new")).folder)
+    assert losses(train(run_of("name=old", f"data.encoded={tmp_path / 'cache'}")).folder) == wanted
+    again = encode_for(run_of(), tmp_path / "cache")
+    assert (again.shards, again.skipped) == (0, 1)
+
+
+@dataclasses.dataclass
+class Codes:
+    """Features of another kind than those of today's families."""
+
+    def image(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes = (image.mean(1)[:, ::4, ::4] * 100).long()
+        return {"codes": codes, "embedding": image.flatten(1)[:, :5]}
+
+    def caption(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        return {"length": torch.tensor([[len(caption)] for caption in captions])}
+
+
+def test_features_of_any_kind_and_name_come_back_in_the_batch(run_of, tmp_path):
+    config = run_of("data.horizontal_flip=true", "resolution.text_dropout=0.3", "data.cache_mib=1")
+    made = Codes()
+    of_image = Feature("image", ("codes", "embedding"), made.image, torch.nn.Identity(), dict, (), "codes")
+    of_caption = Feature("caption", ("length",), made.caption, torch.nn.Identity(), dict, (), "counting")
+    encoder = Encoder({"image": of_image, "counts": of_caption}, torch.device("cpu"), "fp32", 8, True)
+    encode(encoder, config.data, (32, 32), 0, tmp_path / "cache", ONE, lambda done, total: None)
+    data = dataclasses.replace(config.data, encoded=str(tmp_path / "cache"))
+    loaders = loader_from(dataclasses.replace(config, data=data)), loader_from(config)
+    for kept, read, _ in zip(*loaders, range(20), strict=False):
+        assert kept.image.shape == (len(kept), 3, 0, 0)
+        for name, value in (made.image(read.image) | made.caption(read.caption)).items():
+            torch.testing.assert_close(kept.features[name], value, rtol=0, atol=0)
+        assert kept.features.keys() == {"codes", "embedding", "length"}
 
 
 def test_a_shard_above_the_working_folder_is_encoded_within_the_named_one(run_of, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from t2i.families.gan_int_cls.losses import (
     wrong_pairs,
 )
 from t2i.families.gan_int_cls.model import GanIntCls
-from t2i.interfaces import Batch, SampleRequest
+from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
+from t2i.text.features import text_feature, text_of
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
@@ -50,7 +52,7 @@ class Stage(BaseStage):
         return [Turn(name, [list(network.parameters())], optimizer) for name, network in networks.items()]
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
-        pooled = self.model.text(batch.caption).pooled
+        pooled = text_of(batch, self.model.text).pooled
         noise = random.normal(f"noise of the {turn}", self.model.generator.noise_dim)
         if turn == "discriminator":
             return self.discriminator_losses(batch, pooled, noise)
@@ -84,6 +86,9 @@ class Stage(BaseStage):
             pooled, noise = torch.cat([pooled, between]), torch.cat([noise, more])
         logits = self.model.discriminator(self.model.generator(noise, pooled), pooled)
         return {"loss": generator_loss(logits[:count], logits[count:], weight)}
+
+    def features(self) -> Mapping[str, Feature]:
+        return text_feature(self.model.text, self.model_config.text)
 
     def blocks(self) -> list[nn.Module]:
         return [*blocks_of(self.model.generator), *blocks_of(self.model.discriminator)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from t2i.config import RunConfig
 from t2i.errors import CheckpointError
 from t2i.families.latent_diffusion.config import BuildsOn, Config
 from t2i.families.latent_diffusion.model import build_model
-from t2i.interfaces import Batch, FeatureMakers, SampleRequest
+from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
-from t2i.text.cache import CachedTextEncoder
+from t2i.text.features import text_feature, text_of
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
 from t2i.training.randomness import Randomness
@@ -50,14 +51,15 @@ class Stage(BaseStage):
             load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
-        with torch.no_grad():
-            moments = self.model.codec.moments(batch.image) if batch.moments is None else batch.moments
+        moments = batch.features.get("moments")
+        if moments is None:
+            with torch.no_grad():
+                moments = self.model.codec.moments(batch.image)
         shape = (self.model.codec.latent_channels, *moments.shape[2:])
         t = self.model.schedule.training_times(random.uniform("time"))
         eps = random.normal("noise", *shape)
         latent = self.model.codec.latent(moments, random.normal("posterior", *shape))
-        text = self.model.text(batch.caption) if batch.text is None else batch.text
-        losses = self.model.loss(latent, text, t, eps)
+        losses = self.model.loss(latent, text_of(batch, self.model.text), t, eps)
         return {"loss": losses.mean()}
 
     def turns(self) -> list[Turn]:
@@ -68,17 +70,19 @@ class Stage(BaseStage):
     def blocks(self) -> list[nn.Module]:
         return blocks_of(self.model.denoiser)
 
-    def feature_makers(self) -> FeatureMakers:
-        text, config = self.model.text, self.model_config
-        made_by = {
-            "autoencoder": config.builds_on.codec,
-            "text encoder": " ".join(
-                filter(None, (config.text.name, config.text.model, config.text.weights))
-            ),
-        }
-        return FeatureMakers(
-            self.model.codec, text.encoder if isinstance(text, CachedTextEncoder) else None, made_by
+    def features(self) -> Mapping[str, Feature]:
+        """Of latents the posterior's moments, not a sample of it: that is drawn afresh each time a picture is seen."""
+        codec, config = self.model.codec, self.model_config
+        latents = Feature(
+            of="image",
+            tensors=("moments",),
+            make=lambda image: {"moments": codec.moments(image)},
+            module=codec,
+            weights=codec.encoding_weights,  # the decoder may differ
+            settings=(type(codec).__name__,),
+            made_by=config.builds_on.codec,
         )
+        return {"latents": latents, **text_feature(self.model.text, config.text)}
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion, check_side
-from t2i.interfaces import Batch, SampleRequest, TextFeatures
+from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
+from t2i.text.features import text_feature, text_of
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
@@ -41,11 +44,14 @@ class Stage(BaseStage):
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         t = self.model.schedule.training_times(random.uniform("time"))
         eps = random.normal("noise", *batch.image.shape[1:])
-        text: TextFeatures = self.model.text(batch.caption) if batch.text is None else batch.text
+        text = text_of(batch, self.model.text)
         if turn == "classifier":
             return {"loss": self.model.classifier_loss(batch.image, text, batch.caption, t, eps)}
         losses = self.model.losses(batch.image, text, t, eps)
         return {name: each.mean() for name, each in losses.items()}
+
+    def features(self) -> Mapping[str, Feature]:
+        return text_feature(self.model.text, self.model_config.text)
 
     def blocks(self) -> list[nn.Module]:
         return blocks_of(self.model.denoiser.unet)
