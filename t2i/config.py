@@ -15,22 +15,25 @@ from typing import Any, Literal
 
 from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
-from t2i.schema import check, parse, to_dict
+from t2i.schema import Upgraded, check, parse, to_dict
 
 MAX_NAME_BYTES = 240  # of the 255 that file systems take, so that "-2" can be added
 
 
+TRAINED_ENCODERS = ("learned", "ldm_bert")  # with the model
+
+
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Upgraded):
     """Which text encoder reads the captions.
 
     name: "clip" and "t5" (transformers), "open_clip", "minilm" (ships as a package); or, trained with the model,
         "learned" and "ldm_bert"
     model: local directory, hub id or, for open_clip, architecture name; for ldm_bert a directory with BERT's
-        vocabulary, null for the one that comes with minilm's package; unused by minilm and learned
+        vocabulary, null for the one that comes with minilm's package; null for minilm and learned
     weights: open_clip only: local file or the tag of published weights
     max_tokens: captions are padded or cut to this many tokens
-    width, depth, heads: learned and ldm_bert only
+    width, depth, heads: of learned and ldm_bert; null for the others
     allow_download: hub ids are fetched only where this is true
     """
 
@@ -38,17 +41,40 @@ class TextConfig:
     model: str | None = None
     weights: str | None = None
     max_tokens: int = field(kw_only=True)
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
     allow_download: bool = False
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "text.max_tokens", self.max_tokens, "2 or more")
-        check(self.depth >= 1, "text.depth", self.depth, "1 or more")
-        check(
-            self.width % self.heads == 0, "text.width", self.width, f"a multiple of text.heads ({self.heads})"
-        )
+        if self.name in TRAINED_ENCODERS:
+            for key in ("width", "depth", "heads"):
+                value = getattr(self, key)
+                check(value is not None and value >= 1, f"text.{key}", value, f"1 or more for {self.name}")
+            width, _, heads = self.shape
+            check(width % heads == 0, "text.width", width, f"a multiple of text.heads ({heads})")
+        if self.name in ("clip", "open_clip", "t5"):
+            allowed = (
+                "an architecture of open_clip's"
+                if self.name == "open_clip"
+                else "a local directory or a hub id"
+            )
+            check(self.model is not None, "text.model", self.model, f"{allowed} for {self.name}")
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Frozen encoders had a width, depth and heads that meant nothing."""
+        unused = () if values.get("name") in TRAINED_ENCODERS else ("width", "depth", "heads")
+        return {key: value for key, value in values.items() if key not in unused}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, depth and heads of an encoder that learns with the model."""
+        assert self.width is not None
+        assert self.depth is not None
+        assert self.heads is not None
+        return self.width, self.depth, self.heads
 
 
 @dataclass(frozen=True)
@@ -185,13 +211,8 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What a family's own dataclass derives from."""
-
-    @classmethod
-    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A top-level mapping that an older version may have written, with the keys of today."""
-        return dict(values)
+class ModelConfig(Upgraded):
+    """What a family's own dataclass derives from. Its `upgraded` is given the whole top-level mapping."""
 
     def text_encoder(self) -> TextConfig | None:
         """Which text encoder the model needs."""

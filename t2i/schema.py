@@ -15,6 +15,15 @@ T = TypeVar("T")
 MISSING = "???"  # how a configuration file marks a value that has to be given
 
 
+class Upgraded:
+    """What a dataclass derives from whose values older versions wrote otherwise."""
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A mapping that an older version may have written, with the keys and values of today."""
+        return dict(values)
+
+
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raises ConfigError unless `condition`: "data.batch_size is 0; allowed: 1 or more."."""
     if not condition:
@@ -23,7 +32,9 @@ def check(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """A dataclass from a plain mapping, strictly: unknown keys, missing keys and wrong types raise
-    ConfigError with the full dotted key."""
+    ConfigError with the full dotted key. What an older version wrote, the dataclass's own `upgraded` reads."""
+    if issubclass(cls, Upgraded):
+        values = cls.upgraded(values)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:

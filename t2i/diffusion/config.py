@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from t2i.config import check
+from t2i.schema import Upgraded
 
 BetaName = Literal["linear", "scaled_linear", "cosine"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -18,14 +20,14 @@ SamplerName = Literal["ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun"
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Upgraded):
     """Which noise schedule a model is trained on.
 
     name: "linear" (DDPM), "scaled_linear" (Stable Diffusion), "cosine" (improved DDPM) or "flow" (rectified
         flow)
     num_train_steps: T; for flow only the scale of the time that the denoiser is given
-    beta_start, beta_end: linear and scaled_linear only
-    shift: flow only; above 1 moves time towards noise, for pictures of higher resolution
+    beta_start, beta_end: of linear and scaled_linear; null for the others
+    shift: of flow; above 1 moves time towards noise, for pictures of higher resolution; null for the others
     time_distribution: how training draws t; logit_normal for flow only
     zero_terminal_snr: rescales the schedule so that nothing of x_0 is left at its end (Lin et al. 2305.08891,
         algorithm 1), and has samplers start there
@@ -33,9 +35,9 @@ class ScheduleConfig:
 
     name: ScheduleName
     num_train_steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    shift: float = 1.0
+    beta_start: float | None = None
+    beta_end: float | None = None
+    shift: float | None = None
     time_distribution: TimeDistribution = "uniform"
     zero_terminal_snr: bool = False
 
@@ -43,26 +45,38 @@ class ScheduleConfig:
         names = get_args(ScheduleName)
         check(self.name in names, "schedule.name", self.name, ", ".join(names))
         check(self.num_train_steps >= 2, "schedule.num_train_steps", self.num_train_steps, "2 or more")
-        check(0 < self.beta_start < 1, "schedule.beta_start", self.beta_start, "above 0 and below 1")
-        ok = self.beta_start <= self.beta_end < 1
-        check(
-            ok,
-            "schedule.beta_end",
-            self.beta_end,
-            f"schedule.beta_start ({self.beta_start}) or more, below 1",
-        )
-        check(0 < self.shift < math.inf, "schedule.shift", self.shift, "above 0")
+        where = f"with schedule.name={self.name}"
+        start, end, shift = self.beta_start, self.beta_end, self.shift
+        if self.name in ("linear", "scaled_linear"):
+            ok = start is not None and 0 < start < 1
+            check(ok, "schedule.beta_start", start, f"above 0 and below 1 {where}")
+            ok = start is not None and end is not None and start <= end < 1
+            check(ok, "schedule.beta_end", end, f"schedule.beta_start ({start}) or more, below 1")
+        else:
+            check(start is None, "schedule.beta_start", start, f"null {where}")
+            check(end is None, "schedule.beta_end", end, f"null {where}")
         distributions = get_args(TimeDistribution)
         ok = self.time_distribution in distributions
         check(ok, "schedule.time_distribution", self.time_distribution, ", ".join(distributions))
         if self.name != "flow":
-            check(self.shift == 1, "schedule.shift", self.shift, f"1 with schedule.name={self.name}")
+            check(shift is None, "schedule.shift", shift, f"null {where}")
             ok = self.time_distribution == "uniform"
-            key, allowed = "schedule.time_distribution", f"uniform with schedule.name={self.name}"
-            check(ok, key, self.time_distribution, allowed)
+            check(ok, "schedule.time_distribution", self.time_distribution, f"uniform {where}")
         else:
+            ok = shift is not None and 0 < shift < math.inf
+            check(ok, "schedule.shift", shift, f"above 0 {where}")
             key, value = "schedule.zero_terminal_snr", self.zero_terminal_snr
             check(not value, key, value, "false with schedule.name=flow, which ends on pure noise as it is")
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Each schedule had the values of the others too, unused."""
+        unused: dict[str, float] = {}
+        if values.get("name") != "flow":
+            unused["shift"] = 1.0
+        if values.get("name") not in ("linear", "scaled_linear"):
+            unused |= {"beta_start": 0.00085, "beta_end": 0.012}
+        return {key: value for key, value in values.items() if key not in unused or unused[key] != value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from t2i.nn.precision import widened
 
 def build_schedule(config: ScheduleConfig) -> Schedule:
     if config.name == "flow":
+        assert config.shift is not None
         return FlowSchedule(config.num_train_steps, config.shift, config.time_distribution)
     return DiscreteSchedule(configured_betas(config))
 
@@ -31,20 +32,22 @@ def configured_betas(config: ScheduleConfig) -> Tensor:
     return zero_terminal_snr(table) if config.zero_terminal_snr else table
 
 
-def betas(name: BetaName, num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
+def betas(name: BetaName, num_train_steps: int, beta_start: float | None, beta_end: float | None) -> Tensor:
     """(T,) float64, the variance that forward step t adds.
 
     linear: Ho et al. 2006.11239, section 4. scaled_linear: linear in sqrt(beta), Rombach et al. 2112.10752.
     cosine: Nichol & Dhariwal 2102.09672, eq. 17 (s = 0.008, beta at most 0.999); uses neither beta_start nor
     beta_end.
     """
+    if name == "cosine":
+        time = torch.linspace(0, 1, num_train_steps + 1, dtype=torch.float64)
+        alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    assert beta_start is not None
+    assert beta_end is not None
     if name == "linear":
         return torch.linspace(beta_start, beta_end, num_train_steps, dtype=torch.float64)
-    if name == "scaled_linear":
-        return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64) ** 2
-    time = torch.linspace(0, 1, num_train_steps + 1, dtype=torch.float64)
-    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64) ** 2
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -167,8 +167,8 @@ def write_scheduler(
     values: dict[str, Any] = {
         "_class_name": classes[sampler],
         "beta_schedule": names[schedule["name"]],
-        "beta_start": schedule.get("beta_start", 0.00085),
-        "beta_end": schedule.get("beta_end", 0.012),
+        "beta_start": schedule.get("beta_start") or 0.00085,
+        "beta_end": schedule.get("beta_end") or 0.012,
         "clip_sample": False,
         "num_train_timesteps": schedule["num_train_steps"],
         "prediction_type": predictions[prediction],

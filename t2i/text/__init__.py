@@ -39,7 +39,7 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     if config.name == "ldm_bert":
         from t2i.text.ldm_bert import LDMBertTextEncoder
 
-        return LDMBertTextEncoder(config.model, config.max_tokens, config.width, config.depth, config.heads)
+        return LDMBertTextEncoder(config.model, config.max_tokens, *config.shape)
     from t2i.text.learned import LearnedTextEncoder
 
-    return LearnedTextEncoder(config.max_tokens, config.width, config.depth, config.heads)
+    return LearnedTextEncoder(config.max_tokens, *config.shape)

@@ -108,12 +108,12 @@ def build_architecture(config: TextConfig) -> Architecture:
     if config.name == "ldm_bert":
         from t2i.text.ldm_bert import LDMBertTransformer
 
-        bert = LDMBertTransformer(config.max_tokens, config.width, config.depth, config.heads)
-        return Architecture(bert, config.width, config.width, trainable=True)
+        bert = LDMBertTransformer(config.max_tokens, *config.shape)
+        return Architecture(bert, config.shape[0], config.shape[0], trainable=True)
     from t2i.text.learned import LearnedTextEncoder
 
-    learned = LearnedTextEncoder(config.max_tokens, config.width, config.depth, config.heads)
-    return Architecture(LearnedStates(learned), config.width, config.width, trainable=True)
+    learned = LearnedTextEncoder(config.max_tokens, *config.shape)
+    return Architecture(LearnedStates(learned), config.shape[0], config.shape[0], trainable=True)
 
 
 class LearnedStates(nn.Module):

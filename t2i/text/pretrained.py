@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from t2i.errors import CheckpointError, ConfigError
+from t2i.errors import CheckpointError
 from t2i.weight_file import explain
 
 
@@ -52,8 +52,7 @@ def _is_local(model: str | None, allow_download: bool) -> bool:
 
 @contextmanager
 def _loading(model: str | None, name: str) -> Iterator[None]:
-    if model is None:
-        raise ConfigError(f"text.model is not set; allowed for {name}: a local directory or a hub id.")
+    assert model is not None  # TextConfig holds it
     try:
         with _quiet():
             yield

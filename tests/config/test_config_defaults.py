@@ -12,8 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from t2i import families
-from t2i.config import OptimizerConfig, RunConfig
+from t2i.config import OptimizerConfig, RunConfig, TextConfig
+from t2i.errors import ConfigError
 from t2i.families.latent_diffusion.config import DiTConfig
+from t2i.schema import parse
 
 CONF = Path(__file__).parents[2] / "conf"
 TOP = [RunConfig, *(families.get(name).load_config() for name in families.names())]
@@ -23,27 +25,8 @@ GROUPS = sorted(
 )
 # Runs are resumed whose config.yaml was written before there were these keys: the default is what they had.
 CAME_LATER = {"DiTConfig.refiner_depth", "ObjectiveConfig.max_snr"}
-# Still twice: shapes of published networks, what Stable Diffusion's schedule has, and what most tests' data have.
-TWICE = {
-    *(f"DataConfig.{key}" for key in ("caption_keys", "cache_mib", "filter_by_size", "num_workers")),
-    *(f"TextConfig.{key}" for key in ("model", "width", "depth", "heads")),
-    *(f"ScheduleConfig.{key}" for key in ("beta_start", "beta_end", "shift")),
-    *(
-        f"UNetDenoiserConfig.{key}"
-        for key in (
-            *("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
-            *("num_heads", "num_head_channels", "use_linear_in_transformer"),
-        )
-    ),
-    *(
-        f"UNetConfig.{key}"  # ADM's
-        for key in (
-            *("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
-            *("num_heads", "num_head_channels", "dropout"),
-            *("norm_groups", "patch_size", "position_embedding", "qk_norm"),
-        )
-    ),
-}
+# Still twice: what most tests' data have.
+TWICE = {f"DataConfig.{key}" for key in ("caption_keys", "cache_mib", "filter_by_size", "num_workers")}
 
 
 def dataclasses_of(hint: Any) -> Iterator[type]:
@@ -60,7 +43,8 @@ def named(cls: type, values: Mapping[str, Any]) -> bool:
 
 
 def differing(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys whose value in conf/ is not the default that the dataclass has for them. A reference is any value."""
+    """Keys whose value in conf/ is not the default that the dataclass has for them. A reference is any value. What is
+    refused without the key has no default for it, though others of the group may do without."""
     for field in dataclasses.fields(cls):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -68,8 +52,24 @@ def differing(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
         if default is dataclasses.MISSING or field.name not in values:
             continue
         value = values[field.name]
-        if value != (list(default) if isinstance(default, tuple) else default):
+        same = value == (list(default) if isinstance(default, tuple) else default)
+        if not same and not needed(cls, values, field.name):
             yield f"{cls.__name__}.{field.name}"
+
+
+def needed(cls: type, values: Mapping[str, Any], key: str) -> bool:
+    """Whether `cls` takes these values, and refuses them without this key."""
+    plain = {name: value for name, value in values.items() if "${" not in str(value)}
+    try:
+        parse(cls, plain)
+    except ConfigError:
+        return False
+    del plain[key]
+    try:
+        parse(cls, plain)
+    except ConfigError:
+        return True
+    return False
 
 
 def options(group: str) -> Iterator[dict[str, Any]]:
@@ -116,3 +116,6 @@ def test_the_comparison_sees_what_differs():
         differing(OptimizerConfig, {"muon_scale": 3.0, "betas": [0.9, 0.999], "warmup_images": 7})
     ) == ["OptimizerConfig.muon_scale"]
     assert list(differing(DiTConfig, {"width": "${a}", "patch_size": 4})) == ["DiTConfig.width"]
+    learned = {"name": "learned", "max_tokens": 8, "width": 8, "depth": 1, "heads": 1}
+    assert list(differing(TextConfig, learned)) == []
+    assert list(differing(TextConfig, learned | {"allow_download": True})) == ["TextConfig.allow_download"]

@@ -170,6 +170,22 @@ def test_parse_undoes_to_dict(width, title, scale, note, sides, places, weights)
     assert parse(Drawing, to_dict(made)) == made
 
 
+def test_what_older_runs_say_of_a_frozen_text_encoder_is_read():
+    """It had a width, depth and heads that meant nothing; one that learns has them still."""
+    older = {"model": None, "weights": None, "max_tokens": 16, "width": 128, "depth": 2, "heads": 4}
+    assert parse(TextConfig, older | {"name": "minilm"}) == TextConfig("minilm", max_tokens=16)
+    learned = TextConfig("learned", max_tokens=16, width=128, depth=2, heads=4)
+    assert parse(TextConfig, older | {"name": "learned"}) == learned
+    assert parse(TextConfig, to_dict(learned)) == learned
+
+
+@pytest.mark.parametrize("key", ["width", "depth", "heads"])
+def test_a_text_encoder_that_learns_says_its_shape(key):
+    given = {"name": "learned", "max_tokens": 16, "width": 128, "depth": 2, "heads": 4}
+    with pytest.raises(ConfigError, match=rf"text\.{key} is None; allowed: 1 or more for learned"):
+        TextConfig(**given | {key: None})
+
+
 # Ranges: for each key, which values are allowed.
 
 RESOLUTION = ResolutionConfig(
@@ -177,6 +193,7 @@ RESOLUTION = ResolutionConfig(
     min_original_px=0,
     text_dropout=0.1,
 )
+LEARNED = TextConfig("learned", max_tokens=77, width=8, depth=1, heads=4)
 INTEGERS = st.integers(-3, 40)
 NUMBERS = st.floats(-2, 2) | st.sampled_from([0.0, 1.0, float("nan")])
 RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
@@ -184,9 +201,9 @@ RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
     (DataConfig("shapes", None), "data.num_workers", INTEGERS, lambda x: x >= 0),
     (DataConfig("shapes", None), "data.cache_mib", INTEGERS, lambda x: x >= 0),
     (DataConfig("shapes", None), "data.max_bad_share", NUMBERS, lambda x: 0 <= x <= 1),
-    (TextConfig("learned", max_tokens=77), "text.max_tokens", INTEGERS, lambda x: x >= 2),
-    (TextConfig("learned", max_tokens=77), "text.depth", INTEGERS, lambda x: x >= 1),
-    (TextConfig("learned", max_tokens=77), "text.width", st.integers(1, 40), lambda x: x % 4 == 0),
+    (LEARNED, "text.max_tokens", INTEGERS, lambda x: x >= 2),
+    (LEARNED, "text.depth", INTEGERS, lambda x: x >= 1),
+    (LEARNED, "text.width", st.integers(1, 40), lambda x: x % 4 == 0),
     (RESOLUTION, "resolution.size_px", INTEGERS, lambda x: x >= 16),
     (RESOLUTION, "resolution.min_original_px", INTEGERS, lambda x: x >= 0),
     (RESOLUTION, "resolution.text_dropout", NUMBERS, lambda x: 0 <= x <= 1),

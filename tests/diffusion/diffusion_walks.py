@@ -10,8 +10,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from schedule_configs import schedule_config
 
-from t2i.diffusion.config import ScheduleConfig
 from t2i.diffusion.objectives import to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
@@ -88,7 +88,7 @@ def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, *
 
 
 def our_walk(sampler, name, objective, noise, steps, grid=None, seeds=(), zero_terminal_snr=False, **options):
-    schedule = build_schedule(ScheduleConfig(name, zero_terminal_snr=zero_terminal_snr))
+    schedule = build_schedule(schedule_config(name, zero_terminal_snr=zero_terminal_snr))
     states = []
     inner = toy_denoise(schedule, objective)
 

@@ -9,8 +9,9 @@ from diffusion_walks import (
     start,
     toy_denoise,
 )
+from schedule_configs import schedule_config
 
-from t2i.diffusion.config import GridConfig, ScheduleConfig
+from t2i.diffusion.config import GridConfig
 from t2i.diffusion.samplers import SAMPLERS, sample
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
@@ -44,14 +45,14 @@ def test_every_setting_of_a_scheduler_means_what_it_means_in_diffusers(sampler, 
 
 
 def test_karras_levels_need_an_end_with_signal():
-    schedule = build_schedule(ScheduleConfig("scaled_linear", zero_terminal_snr=True))
+    schedule = build_schedule(schedule_config("scaled_linear", zero_terminal_snr=True))
     with pytest.raises(
         ConfigError, match="use_karras_sigmas is True; allowed: false on a schedule that ends"
     ):
         sample(
             toy_denoise(schedule, "v"), start(), schedule, "euler", 5, grid=GridConfig(use_karras_sigmas=True)
         )
-    flow = build_schedule(ScheduleConfig("flow"))
+    flow = build_schedule(schedule_config("flow"))
     with pytest.raises(
         ConfigError, match=r"use_karras_sigmas is True; allowed: false with schedule\.name=flow"
     ):

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_configs import schedule_config
 
-from t2i.diffusion.config import ScheduleConfig, check_objective
+from t2i.diffusion.config import check_objective
 from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
@@ -23,7 +24,7 @@ PAIRS += [(o, "flow") for o in ("eps", "x0", "flow")]
 @deterministic
 @given(seed=st.integers(0, 2**31), share=st.floats(0.001, 0.999))
 def test_target_and_to_x0_eps_are_inverse(objective, schedule_name, seed, share):
-    schedule = build_schedule(ScheduleConfig(schedule_name))
+    schedule = build_schedule(schedule_config(schedule_name))
     x0, eps = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     last = 1.0 if schedule_name == "flow" else 999.0
     t = torch.tensor([share, share / 2, share / 3], dtype=torch.float64) * last
@@ -37,7 +38,7 @@ def test_target_and_to_x0_eps_are_inverse(objective, schedule_name, seed, share)
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
 def test_v_matches_diffusers_get_velocity(beta_schedule):
     reference = DDPMScheduler(1000, 0.00085, 0.012, beta_schedule)
-    schedule = build_schedule(ScheduleConfig(beta_schedule))
+    schedule = build_schedule(schedule_config(beta_schedule))
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 64, 3, 4, 4, generator=g)
     t = torch.randint(1000, (64,), generator=g)
@@ -46,7 +47,7 @@ def test_v_matches_diffusers_get_velocity(beta_schedule):
 
 
 def test_flow_target_is_the_velocity_of_x_t():
-    schedule = build_schedule(ScheduleConfig("flow"))
+    schedule = build_schedule(schedule_config("flow"))
     x0, eps = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
     _, velocity = torch.autograd.functional.jvp(
@@ -66,7 +67,7 @@ def test_eps_at_pure_noise_stays_finite():
 def test_min_snr_weighs_the_error_in_x0(objective, schedule_name):
     """An output error, weighted, is the x0 error times min(SNR, gamma), whatever the objective."""
     gamma = 5.0
-    schedule = build_schedule(ScheduleConfig(schedule_name))
+    schedule = build_schedule(schedule_config(schedule_name))
     g = torch.Generator().manual_seed(0)
     x0, eps, error = torch.randn(3, 40, 7, generator=g, dtype=torch.float64)
     t = torch.linspace(0.01, 0.95, 40, dtype=torch.float64) * (1 if schedule_name == "flow" else 999)
@@ -102,13 +103,13 @@ def test_weights_are_finite_at_both_ends_and_one_without_gamma(objective):
 
 def test_objectives_that_a_schedule_does_not_define_are_refused():
     for objective, schedule_name in PAIRS:
-        check_objective(objective, ScheduleConfig(schedule_name))
+        check_objective(objective, schedule_config(schedule_name))
     with pytest.raises(ConfigError, match="objective is 'flow'; allowed: eps, x0, v with"):
-        check_objective("flow", ScheduleConfig("cosine"))
+        check_objective("flow", schedule_config("cosine"))
     with pytest.raises(ConfigError, match="objective is 'v'; allowed: eps, x0, flow"):
-        check_objective("v", ScheduleConfig("flow"))
+        check_objective("v", schedule_config("flow"))
     with pytest.raises(ConfigError, match="objective is 'eps'; allowed: x0, v with"):
-        check_objective("eps", ScheduleConfig("linear", zero_terminal_snr=True))
+        check_objective("eps", schedule_config("linear", zero_terminal_snr=True))
 
 
 def test_unknown_objective_raises():

@@ -25,8 +25,9 @@ from diffusion_walks import (
     toy,
     toy_denoise,
 )
+from schedule_configs import schedule_config
 
-from t2i.diffusion.config import GridConfig, SamplerName, ScheduleConfig
+from t2i.diffusion.config import GridConfig, SamplerName
 from t2i.diffusion.objectives import Prediction
 from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
 from t2i.diffusion.schedules import build_schedule
@@ -125,7 +126,7 @@ def test_flow_euler_matches_diffusers(spacing, shift, steps):
     x = start()
     for t in reference.timesteps:
         x = reference.step(toy(x, t), t, x).prev_sample
-    schedule = build_schedule(ScheduleConfig("flow", shift=shift))
+    schedule = build_schedule(schedule_config("flow", shift=shift))
     ours = sample(
         toy_denoise(schedule, "flow"),
         start(),
@@ -143,7 +144,7 @@ def test_flow_heun_matches_diffusers():
     x = start()
     for t in reference.timesteps:
         x = reference.step(toy(x, t), t, x).prev_sample
-    schedule = build_schedule(ScheduleConfig("flow"))
+    schedule = build_schedule(schedule_config("flow"))
     ours = sample(
         toy_denoise(schedule, "flow"),
         start(),
@@ -166,7 +167,7 @@ def test_flow_dpmpp_2m_matches_diffusers():
     # Its grid starts at 0.999, as it cannot take the log of alpha = 0, and ours at 1: walk its grid.
     sigma = reference.sigmas.double()
     levels = NoiseLevels(sigma[:-1].tolist(), (1 - sigma).tolist(), sigma.tolist())
-    denoise = toy_denoise(build_schedule(ScheduleConfig("flow")), "flow")
+    denoise = toy_denoise(build_schedule(schedule_config("flow")), "flow")
     solver, ours = SAMPLERS["dpmpp_2m"](levels), start()
     for i in range(20):
         ours = solver.step(denoise, ours, i)
@@ -225,7 +226,7 @@ def test_order_of_convergence(sampler, order, path):
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "flow"])
 def test_whole_walks_end_on_the_exact_sample(sampler, name):
-    schedule = build_schedule(ScheduleConfig(name))
+    schedule = build_schedule(schedule_config(name))
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
     asked = []
 
@@ -246,7 +247,7 @@ def test_whole_walks_end_on_the_exact_sample(sampler, name):
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral"])
 def test_ancestral_sampling_draws_from_the_data(sampler):
     for name in ("scaled_linear", "flow"):
-        schedule = build_schedule(ScheduleConfig(name))
+        schedule = build_schedule(schedule_config(name))
         g = torch.Generator().manual_seed(0)
         noise = torch.randn(1, 20_000, generator=g, dtype=torch.float64)
         result = sample(
@@ -263,14 +264,14 @@ def test_ancestral_sampling_draws_from_the_data(sampler):
 
 
 def test_on_a_flow_schedule_euler_is_ddim():
-    schedule = build_schedule(ScheduleConfig("flow"))
+    schedule = build_schedule(schedule_config("flow"))
     denoise = toy_denoise(schedule, "eps")
     ddim, euler = (sample(denoise, start(), schedule, s, 10) for s in ("ddim", "euler"))
     assert torch.equal(ddim, euler)
 
 
 def test_a_picture_depends_on_its_generator_only():
-    schedule = build_schedule(ScheduleConfig("linear"))
+    schedule = build_schedule(schedule_config("linear"))
 
     def walk(noise, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -286,7 +287,7 @@ def test_a_picture_depends_on_its_generator_only():
     ("name", "objective"), [("flow", "flow"), ("flow", "eps"), ("flow", "x0"), ("cosine", "v")]
 )
 def test_calls_and_reports(sampler, name, objective):
-    schedule = build_schedule(ScheduleConfig(name))
+    schedule = build_schedule(schedule_config(name))
     inner, times, reports = toy_denoise(schedule, objective), [], []
 
     def denoise(x, t):

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_configs import needed, schedule_config
 
 from t2i.config import parse
 from t2i.diffusion.config import GridConfig, ScheduleConfig
@@ -21,7 +22,7 @@ DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine"
 
 
 def discrete(name: str = "scaled_linear") -> DiscreteSchedule:
-    schedule = build_schedule(ScheduleConfig(name))
+    schedule = build_schedule(schedule_config(name))
     assert isinstance(schedule, DiscreteSchedule)
     return schedule
 
@@ -97,7 +98,7 @@ def test_model_time_runs_up_to_the_number_of_train_steps():
     assert flow_time.tolist() == [0, 250, 1000]
 
 
-@pytest.mark.parametrize("config", [ScheduleConfig("linear"), ScheduleConfig("flow")], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [schedule_config("linear"), schedule_config("flow")], ids=lambda c: c.name)
 def test_training_times_are_uniform(config):
     schedule = build_schedule(config)
     t = schedule.training_times(torch.rand(50_000, generator=torch.Generator().manual_seed(1)))
@@ -145,16 +146,27 @@ def test_flow_times_take_the_shift_once():
         ({"name": "linear", "beta_start": 0.02, "beta_end": 0.01}, "schedule.beta_end is 0.01"),
         ({"name": "linear", "beta_end": 1.0}, "schedule.beta_end is 1.0"),
         ({"name": "flow", "shift": 0.0}, "schedule.shift is 0.0"),
-        ({"name": "linear", "shift": 3.0}, "schedule.shift is 3.0; allowed: 1 with"),
+        ({"name": "linear", "shift": 3.0}, "schedule.shift is 3.0; allowed: null with"),
+        ({"name": "cosine", "beta_start": 0.1}, "schedule.beta_start is 0.1; allowed: null with"),
+        ({"name": "flow", "beta_end": 0.1}, "schedule.beta_end is 0.1; allowed: null with"),
+        ({"name": "flow", "shift": None}, "schedule.shift is None; allowed: above 0 with"),
+        ({"name": "scaled_linear", "beta_end": None}, "schedule.beta_end is None"),
         ({"name": "flow", "time_distribution": "normal"}, "schedule.time_distribution is 'normal'"),
         ({"name": "cosine", "time_distribution": "logit_normal"}, "allowed: uniform with"),
     ],
 )
 def test_config_refuses(values, said):
     with pytest.raises(ConfigError, match=said):
-        ScheduleConfig(**values)
-    with pytest.raises(ConfigError):
-        parse(ScheduleConfig, values, "schedule.")
+        schedule_config(**values)
+    with pytest.raises(ConfigError, match=said):
+        parse(ScheduleConfig, needed(values["name"]) | values, "schedule.")
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "flow"])
+def test_what_older_runs_say_of_a_schedule_is_read(name):
+    """Each had the values of the others too."""
+    older = {"name": name, "beta_start": 0.00085, "beta_end": 0.012, "shift": 1.0, "zero_terminal_snr": False}
+    assert parse(ScheduleConfig, older) == schedule_config(name)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +213,7 @@ def test_sample_refuses(schedule, options, said):
         sample(
             lambda x, t: Prediction(x, x),
             torch.zeros(1, 2),
-            build_schedule(ScheduleConfig(schedule)),
+            build_schedule(schedule_config(schedule)),
             **options,
         )
 
@@ -228,7 +240,7 @@ def test_every_allowed_number_of_steps_works_for_every_sampler(steps):
 def test_zero_terminal_snr_matches_diffusers(name):
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-    config = ScheduleConfig(name, zero_terminal_snr=True)
+    config = schedule_config(name, zero_terminal_snr=True)
     plain = betas(name, 1000, config.beta_start, config.beta_end)
     schedule, before = build_schedule(config), DiscreteSchedule(plain)
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(plain), dim=0)
@@ -249,4 +261,4 @@ def test_zero_terminal_snr_matches_diffusers(name):
 
 def test_pure_noise_is_where_flow_begins_anyway():
     with pytest.raises(ConfigError, match="zero_terminal_snr is True; allowed: false"):
-        ScheduleConfig("flow", zero_terminal_snr=True)
+        schedule_config("flow", zero_terminal_snr=True)

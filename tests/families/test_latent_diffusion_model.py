@@ -30,11 +30,16 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 DIT = DiTConfig("dit", width=32, depth=1, heads=2, patch_size=2)
 UNET = UNetDenoiserConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=2
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(1, 2),
+    num_heads=2,
+    use_linear_in_transformer=False,
 )
 SCHEDULES = {
-    "flow": ScheduleConfig("flow"),
-    "eps": ScheduleConfig("scaled_linear"),
+    "flow": ScheduleConfig("flow", shift=1.0),
+    "eps": ScheduleConfig("scaled_linear", beta_start=0.00085, beta_end=0.012),
     "v": ScheduleConfig("cosine"),
 }
 CAPTIONS = ["a red circle", "a blue star on a green background", "a cross"]

@@ -17,16 +17,14 @@ from t2i.families.latent_diffusion.unet_config import UNetConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SD1 = UNetConfig()
+SD1 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 2, 4), num_heads=8, use_linear_in_transformer=False)
 SD2 = dataclasses.replace(
     SD1, num_heads=None, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True
 )
 LDM_1_45B = dataclasses.replace(SD1, context_dim=1280)
 
 # Two levels with transformers, one without.
-SMALL_SD1 = UNetConfig(
-    model_channels=32, channel_mult=(1, 2, 2), attention_resolutions=(1, 2), num_heads=2, context_dim=24
-)
+SMALL_SD1 = UNetConfig(32, (1, 2, 2), 2, (1, 2), num_heads=2, context_dim=24, use_linear_in_transformer=False)
 SMALL_SD2 = dataclasses.replace(
     SMALL_SD1,
     num_heads=None,

@@ -26,7 +26,8 @@ from t2i.interfaces import SampleRequest, TextFeatures
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SMALL = UNetConfig(32, (1, 2), 1, (2,), num_head_channels=16)
+ADM = {"dropout": 0.0, "patch_size": 1, "norm_groups": 32, "position_embedding": False, "qk_norm": False}
+SMALL = UNetConfig(32, (1, 2), 1, (2,), num_head_channels=16, **ADM)
 SAMPLING = SamplingConfig(sampler="ddim", steps=3, guidance_scale=1.0, clip_x0=True, classifier_scale=0.0)
 CLASSIFIER = ClassifierConfig(dataclasses.replace(SMALL, patch_size=2), embed_dim=8)
 CONFIG = Config(
@@ -193,7 +194,7 @@ def test_a_size_that_does_not_halve_is_refused() -> None:
         (
             "variance",
             {
-                "schedule": ScheduleConfig("flow"),
+                "schedule": ScheduleConfig("flow", shift=1.0),
                 "objective": ObjectiveConfig("flow", None),
                 "variance": "learned",
             },

@@ -22,14 +22,15 @@ from t2i.text.architecture import build_architecture
 pytestmark = pytest.mark.usefixtures("float64")
 
 CLASSES = 1000
-ADM_64 = UNetConfig()
-ADM_128 = UNetConfig(256, (1, 1, 2, 3, 4), 2, (4, 8, 16), num_heads=4, num_head_channels=None)
-ADM_256 = UNetConfig(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32))
-ADM_512 = UNetConfig(256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64))
-UP_256 = UNetConfig(192, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), num_heads=4, num_head_channels=None)
-UP_512 = UNetConfig(192, (1, 1, 2, 2, 4, 4), 2, (16, 32))
+ADM = {"dropout": 0.0, "patch_size": 1, "norm_groups": 32, "position_embedding": False, "qk_norm": False}
+ADM_64 = UNetConfig(192, (1, 2, 3, 4), 3, (2, 4, 8), num_head_channels=64, **ADM)
+ADM_128 = UNetConfig(256, (1, 1, 2, 3, 4), 2, (4, 8, 16), num_heads=4, **ADM)
+ADM_256 = UNetConfig(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), num_head_channels=64, **ADM)
+ADM_512 = UNetConfig(256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), num_head_channels=64, **ADM)
+UP_256 = UNetConfig(192, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), num_heads=4, **ADM)
+UP_512 = UNetConfig(192, (1, 1, 2, 2, 4, 4), 2, (16, 32), num_head_channels=64, **ADM)
 
-SMALL = UNetConfig(32, (1, 2, 2), 1, (2, 4), num_head_channels=16)
+SMALL = UNetConfig(32, (1, 2, 2), 1, (2, 4), num_head_channels=16, **ADM)
 ADDED_TIME = dataclasses.replace(SMALL, scale_shift_norm=False, resblock_updown=False, num_res_blocks=2)
 SHAPES = pytest.mark.parametrize("config", [SMALL, ADDED_TIME], ids=["adm", "ddpm"])
 
@@ -99,7 +100,7 @@ def test_glide_is_adm_at_64_px_with_text() -> None:
 def test_published_sizes_of_classifiers(
     size_px: int, channel_mult: tuple[float, ...], blocks: int, attention: tuple[int, ...], parameters: int
 ) -> None:
-    config = UNetConfig(128, channel_mult, blocks, attention)
+    config = UNetConfig(128, channel_mult, blocks, attention, num_head_channels=64, **ADM)
     with torch.device("meta"):
         assert count(NoisyEncoder(config, size_px, CLASSES)) == parameters
 

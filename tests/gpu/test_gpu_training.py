@@ -28,7 +28,12 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 CHANNELS, WIDTH, LENGTH = 4, 64, 24
 UNET = UNetDenoiserConfig(
-    model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=4
+    model_channels=64,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(1, 2),
+    num_heads=4,
+    use_linear_in_transformer=False,
 )
 DIT = DiTConfig("dit", patch_size=2, width=192, depth=4, heads=6, refiner_depth=2)
 NETWORKS = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])

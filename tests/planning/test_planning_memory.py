@@ -28,10 +28,20 @@ CPU = torch.device("cpu")
 WIDTH = 64  # of tokens and of the pooled vector
 MODELS = {
     "tiny UNet": UNetDenoiserConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), num_heads=2
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        num_heads=2,
+        use_linear_in_transformer=False,
     ),
     "UNet": UNetDenoiserConfig(
-        model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,), num_heads=4
+        model_channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1,),
+        num_heads=4,
+        use_linear_in_transformer=False,
     ),
     "DiT": DiTConfig("dit", patch_size=2, width=192, depth=4, heads=6),
     "DiT with convolutions": DiTConfig("dit", patch_size=4, width=128, depth=4, heads=4, refiner_depth=2),

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from t2i.config import ModelConfig, TextConfig, check
+from t2i.config import TRAINED_ENCODERS, ModelConfig, TextConfig, check
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Config(ModelConfig):
     halve_every_images: int | None
 
     def __post_init__(self) -> None:
-        trained = self.text.name in ("learned", "ldm_bert")
+        trained = self.text.name in TRAINED_ENCODERS
         check(not trained, "text.name", self.text.name, "frozen encoders: clip, open_clip, t5, minilm")
         check(0 <= self.wrong_weight < 1, "wrong_weight", self.wrong_weight, "0 up to, not including, 1")
         for key in ("interpolation_weight", "r1_weight"):

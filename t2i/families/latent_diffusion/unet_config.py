@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from t2i.config import check
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Defaults are Stable Diffusion 1's. Stable Diffusion 2 has num_heads None, num_head_channels 64,
-    context_dim 1024 and use_linear_in_transformer; LDM-1.45B has context_dim 1280.
+    """Stable Diffusion 1's and 2's shapes are in conf/denoiser/; their context_dim is 768 and 1024, LDM-1.45B's 1280.
 
     in_channels, out_channels: of the latent
     model_channels: channels of the first level
@@ -25,18 +24,18 @@ class UNetConfig:
     dropout: probability, in the residual blocks
     """
 
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    use_linear_in_transformer: bool = field(kw_only=True)
+    transformer_depth: int = 1
+    dropout: float = 0.0
     in_channels: int = 4
     out_channels: int = 4
-    model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (1, 2, 4)
-    num_heads: int | None = 8
-    num_head_channels: int | None = None
-    transformer_depth: int = 1
     context_dim: int = 768
-    use_linear_in_transformer: bool = False
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         counts = ("in_channels", "out_channels", "num_res_blocks", "transformer_depth", "context_dim")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from t2i.config import check
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Defaults are those of ADM at 64 px (2105.05233, table 11 and code), with GLIDE's attention to text (2112.10741).
+    """ADM's (2105.05233, table 11 and code), with GLIDE's attention to text (2112.10741). Its shapes: conf/denoiser/.
 
     model_channels: what channel_mult multiplies
     channel_mult: channels of each level, as multiples of model_channels; each level halves height and width
@@ -30,20 +30,20 @@ class UNetConfig:
     qk_norm: RMS-normalises queries and keys per head, which bounds the logits (2302.05442); ADM does not
     """
 
-    model_channels: int = 192
-    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
-    num_res_blocks: int = 3
-    attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    model_channels: int
+    channel_mult: tuple[float, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
     num_heads: int | None = None
-    num_head_channels: int | None = 64
+    num_head_channels: int | None = None
     scale_shift_norm: bool = True
     resblock_updown: bool = True
-    dropout: float = 0.0
-    patch_size: int = 1
+    dropout: float = field(kw_only=True)
+    patch_size: int = field(kw_only=True)
     cross_attention: bool = True
-    norm_groups: int = 32
-    position_embedding: bool = False
-    qk_norm: bool = False
+    norm_groups: int = field(kw_only=True)
+    position_embedding: bool = field(kw_only=True)
+    qk_norm: bool = field(kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("model_channels", "num_res_blocks", "patch_size", "norm_groups"):
