@@ -114,7 +114,8 @@ class OptimizerConfig:
 
     muon_scale: None steps all by AdamW; a number steps the matrices between hidden layers by Muon, at this many
         times the learning rate
-    schedule: "constant", or "cosine" down to zero at trainer.num_images; both after a linear warm-up
+    schedule: "constant", "cosine" down to zero at trainer.num_images, or "step" (step decay): halved each time that
+        halve_every_images more were seen; each after a linear warm-up
     gradient_clip: largest gradient norm, per group of parameters that share a loss; 0 turns clipping off
     """
 
@@ -122,9 +123,11 @@ class OptimizerConfig:
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup_images: int = field(kw_only=True)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "step"] = "constant"
     gradient_clip: float = 1.0
-    muon_scale: float | None = None  # what a run had before there was this key
+    # What a run had before there were these keys.
+    muon_scale: float | None = None
+    halve_every_images: int | None = None
 
     def __post_init__(self) -> None:
         ok = 0 < self.learning_rate < math.inf
@@ -136,6 +139,10 @@ class OptimizerConfig:
         check(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 or more")
         ok = self.muon_scale is None or 0 < self.muon_scale < math.inf
         check(ok, "optimizer.muon_scale", self.muon_scale, "more than 0, or null for AdamW alone")
+        every, step = self.halve_every_images, self.schedule == "step"
+        ok = every is not None and every >= 1 if step else every is None
+        allowed = f"{'1 or more' if step else 'null'} with optimizer.schedule={self.schedule}"
+        check(ok, "optimizer.halve_every_images", every, allowed)
 
 
 @dataclass(frozen=True)

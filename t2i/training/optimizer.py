@@ -51,8 +51,10 @@ def _group(
 
 
 def learning_rate(config: OptimizerConfig, images_seen: int, num_images: int) -> float:
-    """Linear warm-up over warmup_images, then constant, or a cosine to zero at num_images."""
+    """Linear warm-up over warmup_images, then constant, halved step by step, or a cosine to zero at num_images."""
     rate = config.learning_rate
+    if config.halve_every_images is not None:
+        rate *= 0.5 ** (images_seen // config.halve_every_images)
     if images_seen < config.warmup_images:
         return rate * (images_seen + 1) / config.warmup_images
     if config.schedule == "cosine":

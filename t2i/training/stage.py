@@ -37,6 +37,7 @@ class BaseStage(L.LightningModule):
         self.images_seen = 0
         self.steps_done = 0
         self.ema: EMA | None = None
+        self.all_turns: list[Turn] = []
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device
         self.skipped = SkippedSteps(torch.device("cpu"))
 
@@ -51,7 +52,8 @@ class BaseStage(L.LightningModule):
         raise NotImplementedError
 
     def turns(self) -> list[Turn]:
-        """Who is trained, in which order: by default one turn, with all trained parameters as one group."""
+        """Who is trained, in which order: by default one turn, with all trained parameters as one group. Asked once,
+        before training; a parameter belongs to one turn."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [Turn("train", [parameters], self.config.optimizer)]
 
@@ -122,10 +124,11 @@ class BaseStage(L.LightningModule):
         """One step; called by Lightning within autocast's context and, over several processes, DDP's forward pass."""
         optimizers: Sequence[torch.optim.Optimizer] = self.trainer.optimizers
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.metrics = train_step(self, optimizers, batch, self.manual_backward, scaler)
+        self.metrics = train_step(self, self.all_turns, optimizers, batch, self.manual_backward, scaler)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [turn.build_optimizer() for turn in self.turns()]
+        self.all_turns = self.turns()
+        return [turn.build_optimizer() for turn in self.all_turns]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout layers draw from the global generators: seeded here, they too depend on (seed, images) alone.

@@ -43,6 +43,7 @@ class Turn:
 
 def train_step(
     stage: BaseStage,
+    turns: Sequence[Turn],
     optimizers: Sequence[torch.optim.Optimizer],
     batch: Batch,
     backward: Callable[[Tensor], None],
@@ -51,14 +52,13 @@ def train_step(
     """For each turn: losses and gradients of each micro-batch, clip, step. Then the averages. Returns what there is to
     log, on the device: losses are averaged over the micro-batches.
 
-    optimizers: one for each of the stage's turns; batch: of this process
+    turns: the stage's; optimizers: one for each; batch: of this process
     backward: adds the gradients of a loss; called within autocast's context, as the losses are
     scaler: of the loss, with precision=16-mixed
     A turn whose gradients are not finite changes nothing; nothing here waits for the device.
     """
     metrics: dict[str, Tensor] = {}
     norms: list[Tensor] = []
-    turns = stage.turns()
     parts = batch.split(stage.config.trainer.micro_batches)
     for turn, optimizer in zip(turns, optimizers, strict=True):
         if stage.steps_done % turn.every:
@@ -102,9 +102,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig,
 @contextmanager
 def only_trained(turn: Turn, turns: Sequence[Turn]) -> Iterator[None]:
     """Within this context the parameters of the other turns get no gradients."""
-    own = {id(p) for group in turn.groups for p in group}
-    all_trained = [p for other in turns for group in other.groups for p in group if p.requires_grad]
-    others = [p for p in all_trained if id(p) not in own]
+    trained = (p for other in turns if other is not turn for group in other.groups for p in group)
+    others = [p for p in trained if p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
     try:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from t2i.config import parse_run, run_to_dict
 from t2i.errors import ConfigError
+from t2i.families.gan_int_cls.config import Config
 from t2i.families.gan_int_cls.losses import (
     generator_loss,
-    halved_rate,
     interpolated_captions,
     matching_aware_loss,
     wrong_pairs,
@@ -20,6 +21,7 @@ from t2i.families.gan_int_cls.losses import (
 from t2i.families.gan_int_cls.model import GanIntCls
 from t2i.families.gan_int_cls.stage import Stage
 from t2i.interfaces import Batch, SampleRequest, TextFeatures
+from t2i.training.optimizer import learning_rate
 from t2i.training.randomness import Randomness
 from t2i.training.step import train_step
 
@@ -99,12 +101,6 @@ def test_a_wrong_caption_is_never_the_pictures_own():
     assert wrong_pairs(["a"]) == ([], [])
 
 
-def test_rates_are_halved_every_so_many_images():
-    seen = [0, 99, 100, 250]
-    assert [halved_rate(8.0, n, 100) for n in seen] == [8.0, 8.0, 4.0, 2.0]
-    assert [halved_rate(8.0, n, None) for n in seen] == [8.0] * 4
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("experiment", TINY)
 def test_one_step_is_the_textbooks_two(experiment, compose_run):
@@ -120,7 +116,7 @@ def test_one_step_is_the_textbooks_two(experiment, compose_run):
         world_size = 1
 
     stage._trainer = Alone()
-    metrics = train_step(stage, optimizers, batch, torch.Tensor.backward, None)
+    metrics = train_step(stage, stage.turns(), optimizers, batch, torch.Tensor.backward, None)
     assert {"discriminator", "generator", "logit_real", "logit_wrong", "logit_fake"} <= metrics.keys()
     assert all(p.requires_grad for p in stage.model.parameters())
 
@@ -212,10 +208,21 @@ def test_a_batch_of_one_caption_has_no_wrong_pairs(compose_run):
 def test_both_turns_follow_the_halved_rate(compose_run):
     stage = Stage(compose_run(TINY[1]))
     assert [turn.name for turn in stage.turns()] == ["discriminator", "generator"]
-    rates = []
-    for stage.images_seen in (0, 31, 32, 64):
-        rates.append({turn.optimizer.learning_rate for turn in stage.turns()})
-    assert rates == [{1e-3}, {1e-3}, {5e-4}, {2.5e-4}]
+    for images, rate in ((0, 1e-3), (31, 1e-3), (32, 5e-4), (64, 2.5e-4)):
+        assert {learning_rate(turn.optimizer, images, 64) for turn in stage.turns()} == {rate}
+
+
+def test_what_older_runs_say_of_the_halving_is_read(compose_run):
+    config = compose_run(TINY[1])
+    older = run_to_dict(config) | {"halve_every_images": 32}
+    older["optimizer"] = older["optimizer"] | {"schedule": "constant"}
+    del older["optimizer"]["halve_every_images"]
+    assert parse_run(older, Config) == config
+    never = older | {"halve_every_images": None}
+    assert parse_run(never, Config).optimizer.schedule == "constant"
+    older["optimizer"]["schedule"] = "cosine"
+    with pytest.raises(ConfigError, match="halve_every_images is 32; allowed: null with"):
+        parse_run(older, Config)
 
 
 def test_the_average_is_of_the_generator(compose_run):
@@ -277,7 +284,7 @@ def test_numbers_that_are_not_finite_are_nan_pictures(model):
         ("wrong_weight=1", "wrong_weight is 1.0"),
         ("interpolation_weight=-1", "interpolation_weight is -1.0"),
         ("discriminator.norm=batch", "r1_weight is 0.1; allowed: 0 with discriminator.norm=batch"),
-        ("halve_every_images=0", "halve_every_images is 0"),
+        ("optimizer.schedule=step", "optimizer.halve_every_images is None; allowed: 1 or more with"),
         ("generator.noise_dim=0", "generator.noise_dim is 0"),
         ("sampling.noise_scale=-1", "sampling.noise_scale is -1.0"),
     ],

@@ -127,7 +127,7 @@ def test_the_published_settings(compose_run):
     model = config.model
     assert isinstance(model, Config)
     assert (model.wrong_weight, model.interpolation_weight, model.r1_weight) == (0.5, 1.0, 0.0)
-    assert model.halve_every_images == 100 * 8855
+    assert (config.optimizer.schedule, config.optimizer.halve_every_images) == ("step", 100 * 8855)
     assert config.resolution.text_dropout == 0.0
     assert parse_run(run_to_dict(config), Config) == config
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from t2i.config import OptimizerConfig
+from t2i.errors import ConfigError
 from t2i.training.optimizer import build_optimizer, learning_rate
 
 
@@ -31,6 +32,31 @@ def test_cosine_falls_to_zero_at_the_end_and_stays():
         expected = 2.0 * math.cos(math.pi / 2 * share) ** 2
         assert learning_rate(config, 100 + int(share * 900), 1_000) == pytest.approx(expected)
     assert learning_rate(config, 2_000, 1_000) == pytest.approx(0)
+
+
+def test_step_decay_halves_every_so_many_images():
+    config = OptimizerConfig(
+        learning_rate=8.0, warmup_images=10, schedule="step", halve_every_images=100, muon_scale=None
+    )
+    rates = [learning_rate(config, images, 1_000) for images in (4, 10, 99, 100, 250, 1_000)]
+    assert rates == [4.0, 8.0, 8.0, 4.0, 2.0, 8.0 / 2**10]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "every", "allowed"),
+    [
+        ("step", None, "1 or more"),
+        ("step", 0, "1 or more"),
+        ("cosine", 100, "null"),
+        ("constant", 100, "null"),
+    ],
+)
+def test_what_is_halved_says_how_often(schedule, every, allowed):
+    said = (
+        rf"optimizer\.halve_every_images is {every}; allowed: {allowed} with optimizer\.schedule={schedule}"
+    )
+    with pytest.raises(ConfigError, match=said):
+        OptimizerConfig(1.0, warmup_images=0, schedule=schedule, halve_every_images=every)
 
 
 def test_a_run_shorter_than_its_warm_up_has_a_rate():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from t2i import families
 from t2i.config import OptimizerConfig
 from t2i.interfaces import Batch
 from t2i.training.finite import SkippedSteps
@@ -76,7 +77,7 @@ def run(stage: TwoPlayers, steps: int = 1, scaler: torch.amp.GradScaler | None =
         (loss if scaler is None else scaler.scale(loss)).backward()
 
     for _ in range(steps):
-        metrics = train_step(stage, optimizers, batch(), backward, scaler)  # type: ignore[arg-type]
+        metrics = train_step(stage, stage.turns(), optimizers, batch(), backward, scaler)  # type: ignore[arg-type]
     return metrics
 
 
@@ -144,3 +145,13 @@ def test_a_batch_is_split_by_rows():
     assert torch.equal(torch.cat([part.position for part in parts]), whole.position)
     assert [key for part in parts for key in part.key] == whole.key
     assert [part.bad for part in parts] == [{"truncated": 2}, {}, {}, {}]
+
+
+def test_a_stage_is_asked_for_its_turns_once(compose_run, train, monkeypatch, tmp_path):
+    asked = []
+    stage = families.get("autoencoder").load_stage("autoencoder")
+    turns = stage.turns
+    monkeypatch.setattr(stage, "turns", lambda stage: asked.append(0) or turns(stage))
+    few = ["trainer.num_images=24", "trainer.sample_every_images=8", "trainer.checkpoint_every_images=8"]
+    train(compose_run("experiment=autoencoder/tiny_kl", *few, f"runs_dir={tmp_path}"))
+    assert len(asked) == 1

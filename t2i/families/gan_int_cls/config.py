@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from t2i.config import TRAINED_ENCODERS, ModelConfig, TextConfig, check
 
@@ -67,7 +68,6 @@ class Config(ModelConfig):
     interpolation_weight: of captions between two captions in the generator's loss; 0 is without INT
     r1_weight, r1_every: gamma of the gradient penalty on real pictures (1801.04406), and every how many steps
         it is computed, with so many times the weight (1912.04958); weight 0 is without
-    halve_every_images: both learning rates are halved each time that so many more were seen; None never does
     """
 
     generator: GeneratorConfig
@@ -78,7 +78,6 @@ class Config(ModelConfig):
     interpolation_weight: float
     r1_weight: float
     r1_every: int
-    halve_every_images: int | None
 
     def __post_init__(self) -> None:
         trained = self.text.name in TRAINED_ENCODERS
@@ -90,8 +89,16 @@ class Config(ModelConfig):
         check(self.r1_every >= 1, "r1_every", self.r1_every, "1 or more")
         normed = self.r1_weight > 0 and self.discriminator.norm == "batch"
         check(not normed, "r1_weight", self.r1_weight, "0 with discriminator.norm=batch")
-        ok = self.halve_every_images is None or self.halve_every_images >= 1
-        check(ok, "halve_every_images", self.halve_every_images, "1 or more, or null")
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The step decay of the learning rates was an entry of its own once."""
+        found = dict(values)
+        if (every := found.pop("halve_every_images", None)) is not None:
+            optimizer = dict(found["optimizer"])
+            schedule = "step" if optimizer.get("schedule") == "constant" else optimizer.get("schedule")
+            found["optimizer"] = optimizer | {"schedule": schedule, "halve_every_images": every}
+        return found
 
     def text_encoder(self) -> TextConfig:
         return self.text

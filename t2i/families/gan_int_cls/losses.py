@@ -36,8 +36,3 @@ def wrong_pairs(captions: list[str]) -> tuple[list[int], list[int]]:
     where the two captions differ."""
     pairs = [(i, i - 1) for i in range(len(captions)) if captions[i] != captions[i - 1]]
     return [i for i, _ in pairs], [j % len(captions) for _, j in pairs]
-
-
-def halved_rate(rate: float, images_seen: int, halve_every_images: int | None) -> float:
-    """The learning rate after `images_seen`."""
-    return rate if halve_every_images is None else rate * 0.5 ** (images_seen // halve_every_images)

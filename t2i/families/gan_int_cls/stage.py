@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,6 @@ from t2i.config import RunConfig, check
 from t2i.families.gan_int_cls.config import Config
 from t2i.families.gan_int_cls.losses import (
     generator_loss,
-    halved_rate,
     interpolated_captions,
     matching_aware_loss,
     wrong_pairs,
@@ -45,11 +43,11 @@ class Stage(BaseStage):
             load_into(self.model, start.weights, start.path, prefix="model.")
 
     def turns(self) -> list[Turn]:
-        optimizer = self.config.optimizer
-        rate = halved_rate(optimizer.learning_rate, self.images_seen, self.model_config.halve_every_images)
-        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
         networks = {"discriminator": self.model.discriminator, "generator": self.model.generator}
-        return [Turn(name, [list(network.parameters())], optimizer) for name, network in networks.items()]
+        return [
+            Turn(name, [list(network.parameters())], self.config.optimizer)
+            for name, network in networks.items()
+        ]
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         pooled = text_of(batch, self.model.text).pooled
