@@ -156,6 +156,23 @@ class ImageCodec(nn.Module, ABC):
         return self.latent_channels, height_px // self.downsampling, width_px // self.downsampling
 
 
+class TokenCodec(ImageCodec):
+    """One whose latents are codes of a codebook, so that pictures are tokens too.
+
+    num_codes: tokens are whole numbers from 0 up to, not including, this
+    """
+
+    num_codes: int
+
+    @abstractmethod
+    def tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, H/f, W/f) int64."""
+
+    @abstractmethod
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, h, w) int64 -> (B, 3, h*f, w*f), about [-1, 1], not clamped."""
+
+
 FeatureOf = Literal["image", "caption"]
 
 

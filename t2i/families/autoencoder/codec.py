@@ -16,7 +16,7 @@ from t2i.families.autoencoder.model import Decoder, Encoder
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
 from t2i.families.autoencoder.quantize import Codebook
-from t2i.interfaces import ImageCodec
+from t2i.interfaces import ImageCodec, TokenCodec
 
 
 @dataclass
@@ -113,14 +113,16 @@ class KLCodec(Codec):
         return Reconstruction(decoded, self.kl_weight * kl, {"kl": kl.detach()})
 
 
-class VQCodec(Codec):
+class VQCodec(Codec, TokenCodec):
     """The vector-quantised autoencoder. `encode` gives latents before quantisation, and `decode` quantises:
-    the quantisation layer belongs to the decoder, as in the LDM paper's VQ-regularised models."""
+    the quantisation layer belongs to the decoder, as in the LDM paper's VQ-regularised models. `tokens` are the
+    indices of the codes that `decode` takes."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.backbone, config.backbone.latent_channels)
         assert isinstance(config.codec, VQConfig)
         vq = config.codec
+        self.num_codes = vq.num_codes
         self.codebook = Codebook(
             vq.num_codes,
             self.latent_channels,
@@ -135,6 +137,13 @@ class VQCodec(Codec):
     def decode(self, latent: Tensor) -> Tensor:
         quantized = self.codebook(latent / self.latent_scale)
         return self.decoder(self.post_quant_conv(quantized.latent))
+
+    @torch.no_grad()
+    def tokens(self, image: Tensor) -> Tensor:
+        return self.codebook.indices(self.moments(image))
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(self.codebook.lookup(tokens)))
 
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
         quantized = self.codebook(self.moments(image))

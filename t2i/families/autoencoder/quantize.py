@@ -98,6 +98,12 @@ class Codebook(nn.Module):
                 perplexity=torch.special.entr(use).sum().exp(),
             )
 
+    def indices(self, latent: Tensor) -> Tensor:
+        """(B, D, h, w) float -> (B, h, w) int64, the nearest codes; learns nothing."""
+        with torch.autocast(latent.device.type, enabled=False):
+            vectors = widened(latent).movedim(1, -1)
+            return self._nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
+
     def lookup(self, indices: Tensor) -> Tensor:
         """(B, h, w) int64 in [0, num_codes) -> (B, D, h, w)."""
         return F.embedding(indices, self.codes).permute(0, 3, 1, 2)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i import families
 from t2i.config import check
 from t2i.diffusion.guidance import classifier_free
 from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
+from t2i.families.codec import image_codec
 from t2i.families.latent_diffusion.config import (
     Config,
     DiTConfig,
@@ -116,8 +116,7 @@ class LatentDiffusion(TextToImage):
 def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffusion:
     """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level
     mapping of the codec's run) says."""
-    codec = families.get(codec_config["family"]).load_codec()(codec_config)
-    return LatentDiffusion(config, codec)
+    return LatentDiffusion(config, image_codec(codec_config))
 
 
 def check_side(

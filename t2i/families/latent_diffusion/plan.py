@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i import families
 from t2i.config import RunConfig
+from t2i.families.codec import image_codec
 from t2i.families.latent_diffusion.config import Config
 from t2i.families.latent_diffusion.model import build_denoiser, check_side
 from t2i.interfaces import ImageCodec, PlannedNetwork
@@ -23,7 +23,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     assert isinstance(model, Config)
     values = builds_on["codec"]
     with torch.device("meta"):
-        codec = families.get(values["family"]).load_codec()(values)
+        codec = image_codec(values)
         text = build_architecture(model.text)
         denoiser = build_denoiser(model.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim)
     check_side(model.denoiser, codec, size, "resolution.size_px")

@@ -1,0 +1,80 @@
+"""Pictures as tokens: what the quantiser says, there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from t2i.config import run_to_dict
+from t2i.errors import ConfigError
+from t2i.families.autoencoder.codec import VQCodec
+from t2i.families.codec import image_codec, token_codec
+
+PATCH, CONVOLUTIONS = [], ["backbone=ldm_small", "backbone.base_channels=8", "backbone.channel_mult=[1,2]"]
+
+
+@pytest.fixture(params=[PATCH, CONVOLUTIONS], ids=["patch", "convolutions"])
+def values(request, compose_run):
+    return run_to_dict(compose_run("experiment=autoencoder/tiny_vq", *request.param))
+
+
+@pytest.fixture
+def codec(values, float64) -> VQCodec:
+    torch.manual_seed(0)
+    made = token_codec(values, "a run")
+    assert isinstance(made, VQCodec)
+    made = made.double()
+    made.codebook.codes.copy_(made.moments(pictures(7)).movedim(1, -1).flatten(0, 2)[: made.num_codes])
+    made.codebook.codes.mul_(0.9)
+    made.latent_scale.fill_(0.7)
+    return made
+
+
+def pictures(seed: int = 1) -> torch.Tensor:
+    return (
+        2 * torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    )
+
+
+def test_tokens_are_the_nearest_codes_and_learn_nothing(codec):
+    image, before = pictures(), {name: value.clone() for name, value in codec.state_dict().items()}
+    tokens = codec.train().tokens(image)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, *codec.latent_shape(32, 64)[1:])
+    vectors = codec.moments(image).movedim(1, -1)
+    distance = (vectors[..., None, :] - codec.codebook.codes).square().sum(-1)
+    assert torch.equal(tokens, distance.argmin(-1))
+    assert len(tokens.unique()) > 2
+    assert 0 <= tokens.min() <= tokens.max() < codec.num_codes == len(codec.codebook.codes)
+    assert all(torch.equal(before[name], value) for name, value in codec.state_dict().items())
+    assert torch.equal(tokens, codec.eval().codebook(codec.moments(image)).indices)
+
+
+def test_a_picture_goes_through_tokens_as_it_goes_through_latents(codec):
+    image = pictures()
+    with torch.no_grad():
+        there, expected = codec.eval().decode_tokens(codec.tokens(image)), codec.decode(codec.encode(image))
+    assert there.shape == image.shape
+    torch.testing.assert_close(there, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_codes_are_their_own_tokens(codec):
+    tokens = torch.arange(codec.num_codes).view(1, 1, -1)
+    assert torch.equal(codec.codebook.indices(codec.codebook.lookup(tokens)), tokens)
+
+
+def test_autocast_does_not_change_the_tokens(codec):
+    z = codec.moments(pictures()).float().detach()
+    codec.codebook.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = codec.codebook.indices(z)
+    assert torch.equal(cast, codec.codebook.indices(z))
+
+
+def test_a_run_without_tokens_is_refused_where_they_are_needed(compose_run):
+    kl = run_to_dict(compose_run("experiment=autoencoder/tiny_kl"))
+    said = "builds_on.codec is 'runs/kl', whose KLCodec gives no tokens; allowed: a run whose codec has a codebook."
+    with pytest.raises(ConfigError) as refused:
+        token_codec(kl, "runs/kl")
+    assert str(refused.value) == said
+    assert image_codec(kl).latent_channels == kl["backbone"]["latent_channels"]
