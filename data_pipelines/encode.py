@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -219,13 +219,13 @@ class _Read:
     bad: Counter[str]
 
 
-class _Chunks(Dataset):
+class _Chunks(Dataset[_Read]):
     """Decoded samples by (shard, their indices)."""
 
     def __init__(self, reader: SampleReader) -> None:
         self.reader = reader
 
-    def __getitems__(self, chunk: tuple[int, list[int]]) -> _Read:
+    def __getitem__(self, chunk: tuple[int, list[int]]) -> _Read:
         shard, indices = chunk
         answers = self.reader.read([Wanted(index) for index in indices])
         bad = Counter(answer.cause for answer in answers if isinstance(answer, BadSample))
@@ -241,14 +241,10 @@ def _read(reader: SampleReader, shards: Sequence[int], batch_size: int) -> Itera
             by_shape[reader.shape(index)].append(index)
         for same in by_shape.values():
             chunks += [(shard, same[i : i + batch_size]) for i in range(0, len(same), batch_size)]
-    loader: Any = DataLoader(
+    # An item of the dataset is a chunk, which nothing batches.
+    yield from DataLoader(
         _Chunks(reader),
-        batch_sampler=chunks,  # type: ignore[arg-type]
+        sampler=chunks,
+        batch_size=None,
         num_workers=reader.data.num_workers,
-        collate_fn=_as_is,  # type: ignore[arg-type]
     )
-    yield from loader
-
-
-def _as_is(read: _Read) -> _Read:
-    return read

@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ MAX_TRIES = 1000  # samples that are decoded in vain to replace one bad one
 MAX_DEADLINES = 10  # and how long that may take, as a multiple of data.deadline_s
 
 
-class CaptionedImages(Dataset):
+class CaptionedImages(Dataset[Batch | DataError]):
     """A map from slots (see `Positions`) to batches.
 
     A bad sample leaves its slot to a good one (see `Order.substitutes`), so that batches keep their shape and a
@@ -50,7 +49,7 @@ class CaptionedImages(Dataset):
         """Positions in an epoch of all parts together."""
         return sum(len(part.order) for part in self.stream.parts)
 
-    def __getitems__(self, slots: Slots) -> Batch | DataError:
+    def __getitem__(self, slots: Slots) -> Batch | DataError:
         """The batch of `slots`. A DataError is returned, not raised: raised, it would reach the training
         process wrapped in the traceback of a worker (see `BatchLoader`)."""
         try:
@@ -226,12 +225,8 @@ def build_loader(
     start = start_images // stream.unit * stream.unit
     return BatchLoader(
         CaptionedImages(data, stream, text_dropout=text_dropout, seed=seed),
-        batch_sampler=Positions(stream, start, batch_size, rank, world_size, batches),  # type: ignore[arg-type]
+        sampler=Positions(stream, start, batch_size, rank, world_size, batches),
+        batch_size=None,  # the dataset's items are batches
         num_workers=data.num_workers,
-        collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

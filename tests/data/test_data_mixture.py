@@ -112,7 +112,7 @@ def test_after_a_cycle_of_the_mixture_no_sample_is_ahead_of_another(shards, step
     )  # positions: 4 columns of runs of one batch, or of one sample
     made = loader(mixed(shards, {"a": {"weight": 2.0}}, bucket_step_px=step), cycle // 4)
     counts = [Counter(), Counter()]
-    for slots in made.batch_sampler:
+    for slots in made.sampler:
         for part, index in zip(slots.part.tolist(), slots.index.tolist(), strict=True):
             counts[part][index] += 1
     for part, count in zip(made.dataset.stream.parts, counts, strict=True):

@@ -245,9 +245,9 @@ def with_workers(data: DataConfig, context: str, batches: int, **options) -> lis
     made = loader(data, batches * 4, **options)
     workers = DataLoader(
         made.dataset,
-        batch_sampler=made.batch_sampler,
+        sampler=made.sampler,
+        batch_size=None,
         num_workers=2,
-        collate_fn=made.collate_fn,
         multiprocessing_context=context,
         timeout=120,
     )

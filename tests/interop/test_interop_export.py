@@ -136,7 +136,7 @@ def with_config(source: Path, target: Path, **changes) -> Path:
 
 
 DIT = {"name": "dit", "patch_size": 2, "width": 32, "depth": 1, "heads": 2}
-FLOW = {"schedule": {"name": "flow"}, "objective": {"prediction": "flow"}}
+FLOW = {"schedule": {"name": "flow", "shift": 1.0}, "objective": {"prediction": "flow"}}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,10 @@ FLOW = {"schedule": {"name": "flow"}, "objective": {"prediction": "flow"}}
         ({"denoiser": DIT}, "denoiser.name is 'dit'; allowed: unet"),
         (FLOW, "schedule.name is 'flow'; allowed: linear, scaled_linear, cosine"),
         ({"mask_padding": True}, "mask_padding is True; allowed: false"),
-        ({"text__name": "learned"}, "text.name is 'learned'; allowed: clip, open_clip"),
+        (
+            {"text__name": "learned", "text__width": 8, "text__depth": 1, "text__heads": 1},
+            "text.name is 'learned'; allowed: clip, open_clip",
+        ),
         ({"text__name": "minilm"}, "text.name is 'minilm'"),
         ({"text__model": "openai/clip-vit-large-patch14"}, "is not a local folder with a CLIP text model"),
         (
