@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_NODES = 1_000_000
 AUTOENCODER = "autoencoder/kl_f8"
-CACHED = ("none", "latents", "text", "both")
 
 
 def run(arguments: list[str]) -> None:
@@ -29,8 +28,7 @@ def run(arguments: list[str]) -> None:
     assumed = Assumptions(
         options.mfu,
         options.images_per_second_per_gpu,
-        options.cached in ("latents", "both"),
-        options.cached in ("text", "both"),
+        frozenset() if options.cached == "none" else frozenset(options.cached.split(",")),
         options.bytes_per_pixel,
         options.images_per_second_per_core,
     )
@@ -83,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
         help="measured on one GPU, in place of --mfu",
     )
     made.add_argument(
-        "--cached", choices=CACHED, default="none", help="encoders' outputs that are read instead"
+        "--cached",
+        default="none",
+        metavar="NAMES",
+        help="features of `t2i data encode` that are read: latents,text; default: none",
     )
     made.add_argument(
         "--autoencoder",

@@ -58,7 +58,10 @@ def memory_table(plan: Plan) -> Table:
     for label, memories in (("at most", plain), ("at most, checkpointed", checkpointed)):
         rows.append(row(label, (m.total for m in memories)))
         rows.append(("  fits", *("yes" if m.total <= usable else "NO" for m in memories)))
-    header = (f"Memory: GiB with {plan.images_per_gpu} pictures per GPU", *(s.upper() for s in STRATEGIES))
+    pictures = f"{plan.images_per_gpu} pictures per GPU"
+    if plan.images_at_a_time < plan.images_per_gpu:
+        pictures += f", {plan.images_at_a_time} at a time"
+    header = (f"Memory: GiB with {pictures}", *(s.upper() for s in STRATEGIES))
     return _table(header, rows)
 
 

@@ -256,9 +256,6 @@ class Generator(Protocol):
         ...
 
 
-Features = Literal["latents", "text"]  # what `t2i data encode` makes
-
-
 @dataclass(frozen=True)
 class PlannedNetwork:
     """One network of a run as its family's `plan` gives it: what parameters, FLOPs and memory are counted from.
@@ -270,8 +267,8 @@ class PlannedNetwork:
     calls_per_image: forward passes, each with its backward pass, per training picture; 0 where training does not run it
     hidden: of its parameters, those that Muon may step
     averaged: of a trained network, whether the EMA and model.safetensors have it
-    cached_as: which features of `t2i data encode` stand in for it; None for a trained network. A frozen network that
-        has one is drawn with, and where it makes latents it is saved with the run
+    cached_as: of a frozen network, which of the stage's `features` stands in for it; such a network is drawn with
+    saved: of a frozen network, whether the run's files have it
     num_parameters: where the module holds more than this network
     """
 
@@ -282,7 +279,8 @@ class PlannedNetwork:
     calls_per_image: float = 1.0
     hidden: Sequence[nn.Parameter] = ()
     averaged: bool = True
-    cached_as: Features | None = None
+    cached_as: str | None = None
+    saved: bool = False
     num_parameters: int | None = None
 
     @property

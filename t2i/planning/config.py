@@ -54,15 +54,14 @@ class Assumptions:
 
     mfu: share of the peak; None takes the cluster's
     images_per_second_per_gpu: measured on one GPU, in place of mfu
-    latents_cached, text_cached: the frozen encoders' outputs are read, not computed
+    cached: the features of `t2i data encode` that are read, not computed
     bytes_per_pixel: of stored JPEGs (LAION-400M at 256 px: 10 TB for 413 million pictures and captions, 0.37)
     images_per_second_per_core: decoded and resized by one core (Pillow, 768 x 512 JPEG: 101)
     """
 
     mfu: float | None = None
     images_per_second_per_gpu: float | None = None
-    latents_cached: bool = False
-    text_cached: bool = False
+    cached: frozenset[str] = frozenset()
     bytes_per_pixel: float = 0.37
     images_per_second_per_core: float = 100.0
 
@@ -72,9 +71,3 @@ class Assumptions:
             value = getattr(self, name)
             ok = value is None or 0 < value < math.inf
             check(ok, "--" + name.replace("_", "-"), value, "more than 0")
-
-    @property
-    def cached(self) -> set[str]:
-        """The features of `t2i data encode` that are read."""
-        given = {"latents": self.latents_cached, "text": self.text_cached}
-        return {features for features, read in given.items() if read}

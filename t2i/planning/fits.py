@@ -8,13 +8,20 @@ from t2i.planning.model import Model
 from t2i.planning.plan import GIB, USABLE_MEMORY
 
 
-def bytes_of_batch(config: RunConfig, model: Model, batch_size: int) -> int:
-    """What one GPU takes with so many pictures at a time, as `t2i train` runs it."""
+def bytes_of_batch(config: RunConfig, model: Model, images_at_a_time: int) -> int:
+    """What one GPU takes with micro-batches of so many pictures, as `t2i train` runs it."""
     encoded = all(part.encoded is not None for part in config.data.parts().values())
     gpus = config.trainer.devices * config.trainer.num_nodes
     encoding = model.frozen_peak_per_image(model.cacheable if encoded else ())
     planned = memory(
-        model.trained(), model.activations, encoding, batch_size, "ddp", False, gpus, config.trainer.devices
+        model.trained(),
+        model.activations,
+        encoding,
+        images_at_a_time,
+        "ddp",
+        False,
+        gpus,
+        config.trainer.devices,
     )
     return planned.total
 
@@ -24,9 +31,14 @@ def what_fits(config: RunConfig, model: Model, total_bytes: int) -> str:
 
     total_bytes: of the GPU; a part is left for what no plan counts
     """
-    batch, usable = config.trainer.batch_size, USABLE_MEMORY * total_bytes
-    planned = bytes_of_batch(config, model, batch) / GIB
-    largest = max((n for n in range(batch + 1) if bytes_of_batch(config, model, n) <= usable), default=None)
+    batch, parts, usable = (
+        config.trainer.batch_size,
+        config.trainer.micro_batches,
+        USABLE_MEMORY * total_bytes,
+    )
+    size = batch // parts  # of a micro-batch
+    planned = bytes_of_batch(config, model, size) / GIB
+    largest = max((n for n in range(size + 1) if bytes_of_batch(config, model, n) <= usable), default=None)
     said = f"the plan counts {planned:.1f} GiB, where {usable / GIB:.1f} are usable"
     if largest is None:
         least = bytes_of_batch(config, model, 0) / GIB
@@ -35,9 +47,12 @@ def what_fits(config: RunConfig, model: Model, total_bytes: int) -> str:
         )
     if largest == 0:
         return f"{said}, and not one picture would fit: a smaller resolution or model would."
-    if largest == batch:
+    more = next(
+        n for n in range(parts, batch + 1) if batch % n == 0 and batch // n <= max(1, min(largest, size // 2))
+    )
+    if largest == size:
         return (
             f"{said}, so that it should fit: does something else run on this GPU? Else try "
-            f"trainer.batch_size={max(1, batch // 2)}."
+            f"trainer.micro_batches={more}."
         )
-    return f"{said}: at most trainer.batch_size={largest} would fit."
+    return f"{said}: trainer.micro_batches={more} would fit, or at most trainer.batch_size={largest * parts}."

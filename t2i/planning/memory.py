@@ -69,13 +69,13 @@ def memory(
     trained: Trained,
     kept: Activations,
     encoding_per_image: int,
-    images_per_gpu: int,
+    images_at_a_time: int,
     strategy: Strategy,
     checkpointing: bool,
     num_gpus: int,
     gpus_per_node: int,
 ) -> Memory:
-    """images_per_gpu: that go through the network at a time"""
+    """images_at_a_time: on one GPU: a micro-batch"""
     per_image = kept.per_image_checkpointed if checkpointing else kept.per_image
     whole, block = FP32 * trained.parameters, trained.compute_bytes * trained.largest_block
     if strategy == "ddp":
@@ -96,6 +96,6 @@ def memory(
         optimizer=FP32 * trained.moments // shards,
         ema=FP32 * trained.averaged // shards,
         frozen=FP32 * trained.frozen,
-        activations=per_image * images_per_gpu,
-        encoding=encoding_per_image * images_per_gpu,
+        activations=per_image * images_at_a_time,
+        encoding=encoding_per_image * images_at_a_time,
     )

@@ -10,7 +10,7 @@ import torch
 
 from t2i import families
 from t2i.config import RunConfig, check
-from t2i.interfaces import Features, PlannedNetwork
+from t2i.interfaces import PlannedNetwork
 from t2i.nn.blocks import blocks_of
 from t2i.planning.count import (
     Activations,
@@ -35,7 +35,7 @@ class Part:
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
     largest_block: parameters of the largest of its blocks
-    cached_as: as `t2i.interfaces.PlannedNetwork` has it
+    cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
     """
 
     name: str
@@ -48,7 +48,8 @@ class Part:
     averaged: int = 0
     inference: bool = True
     largest_block: int = 0
-    cached_as: Features | None = None
+    cached_as: str | None = None
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Model:
         return [part for part in self.parts if part.cached_as not in cached]
 
     @property
-    def cacheable(self) -> set[Features]:
+    def cacheable(self) -> set[str]:
         """The features that can be read instead."""
         return {part.cached_as for part in self.parts if part.cached_as is not None}
 
@@ -135,4 +136,5 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         inference=network.averaged,
         largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
         cached_as=network.cached_as,
+        saved=network.saved,
     )

@@ -31,6 +31,7 @@ class Checkpoints:
 class Plan:
     """memory: by strategy and whether activations are checkpointed
     images_per_gpu: per step, rounded up
+    images_at_a_time: of these, in a micro-batch, rounded up
     bytes_per_second_per_node, total_bytes: read from shards
     loader_images_per_second_per_node: what the configured reader processes can decode
     text_bytes_per_node: of the host's memory, at most, for features of captions that are kept
@@ -42,6 +43,7 @@ class Plan:
     mfu: float
     speed: Speed
     images_per_gpu: int
+    images_at_a_time: int
     memory: dict[tuple[Strategy, bool], Memory]
     bytes_per_second_per_node: float
     total_bytes: float
@@ -64,7 +66,7 @@ def reader_processes(config: RunConfig, cluster: ClusterConfig) -> int:
 def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: Assumptions) -> Plan:
     """The plan of a run whose devices and nodes are those of `cluster`."""
     for features in sorted(assumed.cached - model.cacheable):
-        allowed = " or ".join([*sorted(model.cacheable), "none"])
+        allowed = ", ".join([*sorted(model.cacheable), "none"])
         check(False, "--cached", features, f"{allowed}: what no trained network makes")
     work = work_of(config, model, assumed)
     mfu = assumed.mfu or cluster.mfu
@@ -72,6 +74,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         mfu = mfu_of(work, cluster, assumed.images_per_second_per_gpu)
     expected = speed(work, cluster, mfu)
     per_gpu = math.ceil(work.global_batch / cluster.num_gpus)
+    at_a_time = math.ceil(per_gpu / config.trainer.micro_batches)
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
     text_online = any(part.cached_as == "text" for part in model.needed(assumed.cached))
@@ -82,12 +85,13 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         mfu=mfu,
         speed=expected,
         images_per_gpu=per_gpu,
+        images_at_a_time=at_a_time,
         memory={
             (strategy, checkpointing): memory(
                 model.trained(assumed.cached),
                 model.activations,
                 model.frozen_peak_per_image(assumed.cached),
-                per_gpu,
+                at_a_time,
                 strategy,
                 checkpointing,
                 cluster.num_gpus,
@@ -125,7 +129,7 @@ def checkpoints(model: Model) -> Checkpoints:
     """Sizes of the files that a run writes."""
     trained = model.trained()
     drawn_with = sum(part.parameters for part in model.parts if part.trained and part.inference)
-    codec = sum(part.parameters for part in model.parts if part.cached_as == "latents")
+    codec = sum(part.parameters for part in model.parts if part.saved)
     encoders = sum(part.parameters for part in model.parts if part.cached_as is not None)
     return Checkpoints(
         training=FP32 * (trained.parameters + trained.moments + trained.averaged + codec),
@@ -182,8 +186,11 @@ def memory_warnings(plan: Plan) -> list[str]:
     per_image = plan.model.activations.per_image
     at_most = int((usable - (ours.total - ours.activations)) // per_image)
     if at_most >= 1:
-        gpus = math.ceil(plan.work.global_batch / at_most)
-        fits.append(f"DDP with at most {at_most} pictures per GPU (on {gpus} GPUs or more)")
+        gpus, parts = math.ceil(plan.work.global_batch / at_most), math.ceil(plan.images_per_gpu / at_most)
+        fits.append(
+            f"DDP with at most {at_most} pictures at a time on each GPU (trainer.micro_batches={parts} or more, or on "
+            f"{gpus} GPUs or more)"
+        )
     return [
         f"DDP does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "
         f"{plan.cluster.memory_gib:g}, {size / GIB:.1f} of them for {part}; "

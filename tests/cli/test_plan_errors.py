@@ -50,7 +50,7 @@ CASES = {
         (*PLANNED, "--images-per-second-per-gpu", "0"),
         ("--images-per-second-per-gpu", "more than 0"),
     ),
-    "cached text that learns": ((*PLANNED, "--cached", "both"), ("--cached", "'text'", "trained")),
+    "cached text that learns": ((*PLANNED, "--cached", "latents,text"), ("--cached", "'text'", "trained")),
     "sweep of something": ((*PLANNED, "--sweep", "gpus=8"), ("--sweep", "'gpus=8'", "nodes=")),
     "sweep of nothing": ((*PLANNED, "--sweep", "nodes=1,x"), ("--sweep", "nodes=1,x")),
     "sweep of too much": ((*PLANNED, "--sweep", f"nodes={10**20}"), ("--sweep", "1,000,000")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -27,8 +28,21 @@ def test_the_largest_batch_that_fits(counted, fits):
     usable = (bytes_of_batch(config, model, fits) + bytes_of_batch(config, model, fits + 1)) // 2
     said = what_fits(config, model, round(usable / USABLE_MEMORY))
     assert f"the plan counts {bytes_of_batch(config, model, 64) / GIB:.1f} GiB" in said
-    assert (f"at most trainer.batch_size={fits} would fit" in said) == (fits > 0)
+    assert (f"would fit, or at most trainer.batch_size={fits}." in said) == (fits > 0)
     assert ("not one picture would fit" in said) == (fits == 0)
+
+
+@pytest.mark.parametrize(("fits", "parts"), [(1, 64), (5, 16), (15, 8)])
+def test_a_batch_in_parts_takes_what_one_part_takes(counted, fits, parts):
+    config, model = counted
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, micro_batches=4))
+    usable = (bytes_of_batch(config, model, fits) + bytes_of_batch(config, model, fits + 1)) // 2
+    said = what_fits(config, model, round(usable / USABLE_MEMORY))
+    assert f"the plan counts {bytes_of_batch(config, model, 16) / GIB:.1f} GiB" in said
+    assert f": trainer.micro_batches={parts} would fit, or at most trainer.batch_size={4 * fits}." in said
+    assert "something else run on this GPU? Else try trainer.micro_batches=8." in what_fits(
+        config, model, 10**12
+    )
 
 
 def test_where_nothing_or_all_would_fit(counted):

@@ -18,7 +18,7 @@ from t2i.planning.plan import make_plan, sweep
 from t2i.planning.speed import Work, all_reduce_s, speed
 from t2i.text.cache import MAX_BYTES
 from t2i_cli.plan import planned_run
-from t2i_cli.plan_tables import run_table
+from t2i_cli.plan_tables import memory_table, run_table
 
 CLUSTER = ClusterConfig(
     gpu="A",
@@ -50,8 +50,16 @@ DENOISER = Part(
     largest_block=10_000_000,
 )
 CODEC = (
-    Part("codec encoder", 30_000_000, False, Flops(400 * 10**9), peak_per_image=2**26, cached_as="latents"),
-    Part("codec decoder", 50_000_000, False, None, cached_as="latents"),
+    Part(
+        "codec encoder",
+        30_000_000,
+        False,
+        Flops(400 * 10**9),
+        peak_per_image=2**26,
+        cached_as="latents",
+        saved=True,
+    ),
+    Part("codec decoder", 50_000_000, False, None, cached_as="latents", saved=True),
 )
 TEXT = Part("text encoder", 100_000_000, False, Flops(100 * 10**9), peak_per_image=2**20, cached_as="text")
 LEARNED = Part("text encoder", 100_000_000, True, Flops(100 * 10**9, 200 * 10**9))
@@ -106,9 +114,22 @@ def test_the_global_batch_stays_whatever_the_cluster(config):
     assert [plan.cluster.num_gpus for plan in plans] == [8, 32]
 
 
+def test_activations_are_those_of_a_micro_batch(config):
+    """The step takes as long; what is kept for the backward pass, and frozen networks at work, are of one part."""
+    in_parts = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, micro_batches=4))
+    smaller = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, batch_size=10))
+    plan, whole, small = (make_plan(c, MODEL, CLUSTER, Assumptions()) for c in (in_parts, config, smaller))
+    assert (plan.images_per_gpu, plan.images_at_a_time) == (whole.images_per_gpu, small.images_per_gpu)
+    assert plan.speed == whole.speed
+    assert plan.memory == small.memory != whole.memory
+    console = Console(width=200, file=io.StringIO())
+    console.print(memory_table(plan))
+    assert "GiB with 10 pictures per GPU, 3 at a time" in console.file.getvalue()
+
+
 def test_cached_encoders_cost_neither_time_nor_memory(config):
     online = make_plan(config, MODEL, CLUSTER, Assumptions())
-    cached = make_plan(config, MODEL, CLUSTER, Assumptions(latents_cached=True, text_cached=True))
+    cached = make_plan(config, MODEL, CLUSTER, Assumptions(cached=frozenset({"latents", "text"})))
     assert online.work.flops - cached.work.flops == 500 * 10**9
     assert cached.speed.days < online.speed.days
     assert cached.memory["ddp", False].frozen == cached.memory["ddp", False].encoding == 0
@@ -119,7 +140,7 @@ def test_features_of_captions_that_are_kept_take_memory_of_the_host(config):
     node = CLUSTER.gpus_per_node * MAX_BYTES
     online = make_plan(config, MODEL, CLUSTER, Assumptions())
     assert online.text_bytes_per_node == node == 8 * 2 * 2**30
-    assert make_plan(config, MODEL, CLUSTER, Assumptions(text_cached=True)).text_bytes_per_node == 0
+    assert make_plan(config, MODEL, CLUSTER, Assumptions(cached=frozenset({"text"}))).text_bytes_per_node == 0
     assert make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions()).text_bytes_per_node == 0
     console = Console(width=160, file=io.StringIO())
     console.print(run_table(online, config))
@@ -198,7 +219,7 @@ def test_precision_of_the_peak(config):
 
 def test_a_text_encoder_that_learns_cannot_be_cached(config):
     with pytest.raises(ConfigError, match=r"--cached.*trained"):
-        make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions(text_cached=True))
+        make_plan(config, LEARNS_TO_READ, CLUSTER, Assumptions(cached=frozenset({"text"})))
 
 
 def test_a_text_encoder_that_learns_is_work_of_the_backward_pass(config):

@@ -17,7 +17,7 @@ from t2i.planning.plan import make_plan, work_of
 from t2i.planning.speed import all_reduce_s, mfu_of
 
 GIGA = 1e9
-CACHED = Assumptions(latents_cached=True, text_cached=True)
+CACHED = Assumptions(cached=frozenset({"latents", "text"}))
 A256, A512 = 1_126_400_000, 1_740_800_000  # pictures of the two stages
 # README of github.com/mosaicml/diffusion: A100s -> images/s at 256 and at 512 px, days, dollars at 2 per hour.
 MOSAIC = {

@@ -52,6 +52,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             lambda batch: {"image": torch.empty(batch, 3, size, size)},
             trained=False,
             cached_as="latents",
+            saved=True,
             num_parameters=encoder,
         ),
         PlannedNetwork(
@@ -61,6 +62,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             trained=False,
             calls_per_image=0,
             cached_as="latents",
+            saved=True,
             num_parameters=decoder,
         ),
         PlannedNetwork(
