@@ -97,6 +97,19 @@ def assert_same(one: object, other: object, path: str = "") -> None:
         assert one == other, path
 
 
+@pytest.mark.parametrize("text", [[], ["text=minilm"]], ids=["own text", "minilm"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_plan_reads_the_features_that_the_stage_names(name, text, compose_run, runs_dir):
+    """What `t2i plan --cached` leaves out is what `t2i data encode` makes."""
+    config = compose_run(f"experiment={name}", f"runs_dir={runs_dir}")
+    if config.model.text_encoder() is not None:
+        config = compose_run(f"experiment={name}", f"runs_dir={runs_dir}", *text)
+    features = families.get(config.family).load_stage(config.stage)(config).features()
+    planned = networks(config)
+    assert {network.cached_as for network in planned} - {None} == features.keys()
+    assert not [network.name for network in planned if network.trained and network.cached_as]
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tmp_path):
     """Four steps at once equal two, found again by resume=latest, and two more."""

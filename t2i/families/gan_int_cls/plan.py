@@ -55,5 +55,6 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             text.network,
             lambda batch: {"input_ids": torch.zeros(batch, model.text.max_tokens, dtype=torch.int64)},
             trained=False,
+            cached_as="text",
         ),
     ]
