@@ -87,7 +87,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24_000, help="pictures seen by each codec")
     options = parser.parse_args()
     split(options.sources, options.out)
-    data = DataConfig(source=None, shards=[str(options.out / "heldout.tar")])
+    data = DataConfig(
+        source=None,
+        shards=[str(options.out / "heldout.tar")],
+        caption_keys=["txt", "json:caption"],
+        filter_by_size=False,
+        num_workers=0,
+        cache_mib=0,
+    )
     images = read_all(data, [str(options.out / "heldout.tar")], SIZE_PX).image
     half = options.images // 2
     rows = []

@@ -34,7 +34,14 @@ def started(shards: list[str], min_original_px: int, bucket_step_px: int | None)
     """One batch of 32, by one worker."""
     before, began, used = mib("VmRSS"), time.perf_counter(), time.process_time()
     data = DataConfig(
-        source=None, shards=shards, num_workers=1, bucket_step_px=bucket_step_px, max_aspect=2.0
+        source=None,
+        shards=shards,
+        caption_keys=["txt", "json:caption"],
+        filter_by_size=True,
+        num_workers=1,
+        cache_mib=0,
+        bucket_step_px=bucket_step_px,
+        max_aspect=2.0,
     )
     options = {"size_px": SIZE_PX, "batch_size": 32, "text_dropout": 0.1, "seed": 0}
     batches = iter(build_loader(data, min_original_px=min_original_px, **options))  # type: ignore[arg-type]

@@ -66,16 +66,16 @@ class DataConfig:
     shards: str | list[str] | None
     heldout_shards: str | list[str] | None = None
     mixture: dict[str, MixturePart] = field(default_factory=dict)
-    caption_keys: list[str] | dict[str, float] = field(default_factory=lambda: ["txt", "json:caption"])
+    caption_keys: list[str] | dict[str, float] = field(kw_only=True)
     crop: Literal["center", "random"] = "center"
     horizontal_flip: bool = False
-    filter_by_size: bool = True
+    filter_by_size: bool = field(kw_only=True)
     shuffle_window_shards: int = 16
     bucket_step_px: int | None = None
     max_aspect: float = 2.0
     encoded: str | None = None
-    num_workers: int = 0
-    cache_mib: int = 0
+    num_workers: int = field(kw_only=True)
+    cache_mib: int = field(kw_only=True)
     shard_cache_gib: float = 50.0
     deadline_s: float = 60.0
     max_bad_share: float = 0.01

@@ -76,7 +76,14 @@ def shared_values(size_px: int) -> dict[str, Any]:
         seed=0,
         init_from=None,
         resume=None,
-        data=DataConfig(source=None, shards=UNKNOWN),
+        data=DataConfig(
+            source=None,
+            shards=UNKNOWN,
+            caption_keys=["txt", "json:caption"],
+            filter_by_size=True,
+            num_workers=0,
+            cache_mib=0,
+        ),
         resolution=ResolutionConfig(
             size_px=size_px,
             min_original_px=size_px,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+from data_configs import NEEDED, data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,10 +198,10 @@ LEARNED = TextConfig("learned", max_tokens=77, width=8, depth=1, heads=4)
 INTEGERS = st.integers(-3, 40)
 NUMBERS = st.floats(-2, 2) | st.sampled_from([0.0, 1.0, float("nan")])
 RANGES: list[tuple[Any, str, st.SearchStrategy, Any]] = [
-    (DataConfig("shapes", None), "data.shuffle_window_shards", INTEGERS, lambda x: x >= 1),
-    (DataConfig("shapes", None), "data.num_workers", INTEGERS, lambda x: x >= 0),
-    (DataConfig("shapes", None), "data.cache_mib", INTEGERS, lambda x: x >= 0),
-    (DataConfig("shapes", None), "data.max_bad_share", NUMBERS, lambda x: 0 <= x <= 1),
+    (data_config("shapes", None), "data.shuffle_window_shards", INTEGERS, lambda x: x >= 1),
+    (data_config("shapes", None), "data.num_workers", INTEGERS, lambda x: x >= 0),
+    (data_config("shapes", None), "data.cache_mib", INTEGERS, lambda x: x >= 0),
+    (data_config("shapes", None), "data.max_bad_share", NUMBERS, lambda x: 0 <= x <= 1),
     (LEARNED, "text.max_tokens", INTEGERS, lambda x: x >= 2),
     (LEARNED, "text.depth", INTEGERS, lambda x: x >= 1),
     (LEARNED, "text.width", st.integers(1, 40), lambda x: x % 4 == 0),
@@ -272,7 +273,7 @@ def test_ranges(config, key, values, allowed, data):
 )
 def test_data(values, words):
     with pytest.raises(ConfigError) as caught:
-        parse(DataConfig, values, "data.")
+        parse(DataConfig, NEEDED | values, "data.")
     for word in words:
         assert word in str(caught.value)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from data_configs import data_config
 from data_samples import good_members
 
 from t2i.config import DataConfig
@@ -47,7 +48,7 @@ def make_data(write_tar) -> Callable[..., DataConfig]:
             samples = {f"{shard:05d}{row:04d}": good_members(number + row) for row in range(size)}
             paths.append(str(write_tar(f"{shard:05d}.tar", samples)))
             number += size
-        return DataConfig(source=None, shards=paths, **options)
+        return data_config(shards=paths, **options)
 
     return make
 

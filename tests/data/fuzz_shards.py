@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data_configs import data_config
 from data_samples import encode
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -82,7 +83,7 @@ def lay_out(folder: Path, damaged: bytes, beside: str) -> DataConfig:
         entries["00001.tar"]["bytes"] = len(damaged)  # the size of the file is no help
         (folder / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
     (folder / "00001.tar").write_bytes(damaged)
-    return DataConfig(source=None, shards=f"{folder}/{{00000..00002}}.tar", max_bad_share=1.0)
+    return data_config(shards=f"{folder}/{{00000..00002}}.tar", max_bad_share=1.0)
 
 
 def epoch(data: DataConfig, positions: int | None = None) -> list[Batch]:

@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+from data_configs import data_config
 from data_samples import good_members, noise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from open_shards import take
 from PIL import Image
 
 from t2i.data.decode import decode_image
-from t2i.data_config import DataConfig
 from t2i_pipelines.pictures import prepare
 
 P3 = rgb_profile(DISPLAY_P3)
@@ -149,7 +149,7 @@ def test_a_profile_with_changed_bytes_never_loses_the_picture(data):
 def test_training_sees_srgb(write_tar):
     picture = saved(Image.new("RGB", (16, 16), (230, 60, 40)), "PNG", icc_profile=P3)
     path = write_tar("00000.tar", {"0": good_members(0) | {"png": picture}})
-    (batch,) = take(DataConfig(source=None, shards=str(path)), 1, batch_size=1, size_px=8)
+    (batch,) = take(data_config(shards=str(path)), 1, batch_size=1, size_px=8)
     pixels = ((batch.image[0] + 1) * 127.5).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(pixels, np.broadcast_to((250, 31, 13), (8, 8, 3)), atol=1.01)
 

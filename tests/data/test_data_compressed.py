@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from data_configs import data_config
 from data_samples import good_members
 from fuzz_shards import PER_SHARD, TOTAL, WHOLE, count_bad, delivered, epoch, fuzzing, lay_out, overwrite
 from hypothesis import given
@@ -27,7 +28,6 @@ from t2i.data.encoded import shard_name
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.sources import Limits
 from t2i.data.store import ShardStore, cache_folder
-from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i_pipelines import indexing
 from t2i_pipelines.inspecting.inspection import inspect_shards
@@ -54,11 +54,11 @@ def packed(path: Path, ending: str, packer=None) -> Path:
 
 @pytest.mark.parametrize("ending", sorted(PACKERS))
 def test_every_kind_is_read_as_the_plain_shard_is_and_as_webdataset_does(shard, ending):
-    plain = take(DataConfig(source=None, shards=str(shard(0, 6))), 4, batch_size=3)
+    plain = take(data_config(shards=str(shard(0, 6))), 4, batch_size=3)
     path = packed(shard(0, 6), ending)
     theirs = [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
     assert everything(opened([path])) == (theirs, {})
-    batches = take(DataConfig(source=None, shards=str(path)), 4, batch_size=3)
+    batches = take(data_config(shards=str(path)), 4, batch_size=3)
     assert [batch.key for batch in batches] == [batch.key for batch in plain]
     assert all((a.image == b.image).all() for a, b in zip(batches, plain, strict=True))
 

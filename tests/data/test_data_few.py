@@ -6,12 +6,12 @@ import logging
 import pickle
 
 import pytest
+from data_configs import data_config
 from data_samples import good_members
 from open_shards import opened, take
 
 from t2i.data.reader import read_all
 from t2i.data.shards import SCANNING
-from t2i.data_config import DataConfig
 from t2i.few import FEW, FewOfEach, first_few
 from t2i_cli.data import index as index_command
 from t2i_cli.data import inspect as inspect_command
@@ -35,7 +35,7 @@ def skipped(caplog) -> list[str]:
 
 
 def test_training_names_a_few_bad_samples_of_each_cause_and_counts_the_rest(many_bad, caplog):
-    data = DataConfig(source=None, shards=str(many_bad), max_bad_share=1.0)
+    data = data_config(shards=str(many_bad), max_bad_share=1.0)
     with caplog.at_level(logging.WARNING, logger="t2i.data"):
         batches = take(data, 3200 // 8, batch_size=8, size_px=(8, 8))
     assert sum(sum(batch.bad.values()) for batch in batches) == 3000  # none is lost from the count
@@ -52,7 +52,7 @@ def test_training_names_a_few_bad_samples_of_each_cause_and_counts_the_rest(many
 
 def test_so_does_reading_in_order(many_bad, caplog):
     with caplog.at_level(logging.WARNING, logger="t2i.data"):
-        batch = read_all(DataConfig(source=None, shards=str(many_bad)), None, 8, 10)
+        batch = read_all(data_config(shards=str(many_bad)), None, 8, 10)
     assert sum(batch.bad.values()) == 3000
     assert len(skipped(caplog)) == 2 * (FEW + 2)
 

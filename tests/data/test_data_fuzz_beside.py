@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
+from data_configs import data_config
 from data_samples import encode
 from fuzz_shards import (
     HEADERS,
@@ -123,7 +124,7 @@ def test_a_selection_may_be_anything(folder, data):
     content = (folder / "kept.arrow").read_bytes()
     (folder / "kept.arrow").write_bytes(data.draw(damage_of(content)))
     del whole
-    sentence_or_samples(DataConfig(source=None, shards=str(folder / "kept.arrow"), max_bad_share=1.0), TOTAL)
+    sentence_or_samples(data_config(shards=str(folder / "kept.arrow"), max_bad_share=1.0), TOTAL)
 
 
 CHANNELS, TOKENS, WIDTH = 4, 3, 5
@@ -166,7 +167,7 @@ def test_an_encoded_shard_may_be_anything(folder, data, what):
     path = {"shard": encoded / folder.name / "00001.tar"}.get(what, encoded / what)
     if what != "member":
         path.write_bytes(data.draw(damage_of(path.read_bytes())))
-    config = DataConfig(**(whole.__dict__ | {"encoded": str(encoded)}))
+    config = data_config(**(whole.__dict__ | {"encoded": str(encoded)}))
     batches = sentence_or_samples(config, TOTAL)
     if batches is None:
         assert what in (RECORD, EMPTY_CAPTION)
@@ -209,7 +210,7 @@ def test_single_samples_that_are_strange(folder, name, content, cause, workers):
                 info = tarfile.TarInfo(f"{number}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
-    config = DataConfig(
+    config = data_config(
         source=None, shards=str(folder / "0.tar"), max_bad_share=1.0, num_workers=workers, bucket_step_px=4
     )
     loader = build_loader(

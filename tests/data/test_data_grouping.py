@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from data_configs import data_config
 from data_samples import good_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from open_shards import everything, opened, take
 from t2i.data import grouping
 from t2i.data.index import ShardIndex
 from t2i.data.tar import BLOCK
-from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i_pipelines.inspecting.facts import look_at
 
@@ -62,7 +62,7 @@ def test_all_pictures_followed_by_all_captions_are_samples(tmp_path):
     samples = {f"{i}": good_members(i) for i in range(12)}
     path = tar_of(tmp_path / "00000.tar", by_extension(samples))
     assert dict(samples_of(path)) == samples
-    (batch,) = take(DataConfig(source=None, shards=str(path)), 1, batch_size=12)
+    (batch,) = take(data_config(shards=str(path)), 1, batch_size=12)
     assert batch.bad == {}
     assert sorted(batch.caption) == sorted(f"sample {i}" for i in range(12))
     for key, caption, metadata in zip(batch.key, batch.caption, batch.metadata, strict=True):
@@ -73,7 +73,7 @@ def test_a_sample_without_its_other_part_counts(tmp_path):
     samples = {f"{i}": good_members(i) for i in range(12)}
     del samples["3"]["png"], samples["7"]["txt"]
     path = tar_of(tmp_path / "00000.tar", by_extension(samples))
-    data = DataConfig(source=None, shards=str(path), max_bad_share=1.0)
+    data = data_config(shards=str(path), max_bad_share=1.0)
     (batch,) = take(data, 1, batch_size=12)
     assert batch.bad == {"image": 1, "caption": 1}
 
@@ -183,7 +183,7 @@ def test_links_that_lead_nowhere_or_out_of_the_tar_count(target, kind, tmp_path)
     assert everything(opened([path])) == (["2"], {"link": 2})
     facts, _ = look_at(path, "00000", ShardIndex.scan(path), True, set(), 8)
     assert facts.causes == {"a link that leads out of the tar": 2}
-    (batch,) = take(DataConfig(source=None, shards=str(path), max_bad_share=1.0), 1, batch_size=3)
+    (batch,) = take(data_config(shards=str(path), max_bad_share=1.0), 1, batch_size=3)
     assert batch.bad == {"link": 2}
 
 
@@ -262,8 +262,8 @@ def test_a_share_of_losses_reaches_max_bad_share(tmp_path):
     path = tar_of(tmp_path / "00000.tar", in_order)
     damaged(path, 0.3, 0.25)
     with pytest.raises(DataError, match=r"of the \d+ samples read are bad \(damaged"):
-        take(DataConfig(source=None, shards=str(path), max_bad_share=0.1), 40, batch_size=16)
-    batches = take(DataConfig(source=None, shards=str(path), max_bad_share=0.5), 10, batch_size=15)
+        take(data_config(shards=str(path), max_bad_share=0.1), 40, batch_size=16)
+    batches = take(data_config(shards=str(path), max_bad_share=0.5), 10, batch_size=15)
     assert 25 <= sum(batch.bad.get("damaged", 0) for batch in batches) <= 45
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_configs import data_config
 from data_samples import good_members
 from open_shards import everything, opened, take
 from servers import web_server
@@ -22,7 +23,6 @@ from t2i.data.buckets import assign, bucket_shapes
 from t2i.data.decode import BadSample
 from t2i.data.folder_index import as_stored
 from t2i.data.shards import Shards
-from t2i.data_config import DataConfig
 from t2i_pipelines import indexing
 
 CHOSEN = {"min_original_px": 120, "size_px": (8, 8)}
@@ -73,7 +73,7 @@ def index(folder, shards=None):
 
 def content(shards, **options):
     """All batches of an epoch and more, as far as the order and the choice of samples shows."""
-    data = DataConfig(source=None, shards=shards, max_bad_share=1.0, shuffle_window_shards=3, **BUCKETS)
+    data = data_config(shards=shards, max_bad_share=1.0, shuffle_window_shards=3, **BUCKETS)
     return [(batch.key, batch.bad, tuple(batch.image.shape)) for batch in take(data, 12, **CHOSEN, **options)]
 
 
@@ -142,7 +142,7 @@ def test_of_a_server_only_the_folders_index_is_read_before_the_first_batch(folde
 
 def data_of(shards, batches):
     """The shards of which the first batches are."""
-    data = DataConfig(source=None, shards=shards, shuffle_window_shards=2)
+    data = data_config(shards=shards, shuffle_window_shards=2)
     return {key[:5] for batch in take(data, batches, **CHOSEN) for key in batch.key}
 
 

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from data_configs import data_config
 from data_samples import encode, good_members, noise
 
 from t2i.data.loader import build_loader
@@ -176,7 +177,7 @@ def data_with_bad_samples(write_tar, tmp_path) -> DataConfig:
     cut = write_tar("00001.tar", {f"cut{i}": good_members(100 + i) for i in range(3)})
     cut.write_bytes(cut.read_bytes()[:-12_000])
     write_tar("00002.tar", {}).write_bytes(b"")
-    return DataConfig(source=None, shards=f"{tmp_path}/{{00000..00002}}.tar", max_bad_share=1.0)
+    return data_config(shards=f"{tmp_path}/{{00000..00002}}.tar", max_bad_share=1.0)
 
 
 def all_causes() -> dict[str, int]:
@@ -232,7 +233,7 @@ def test_too_many_bad_samples_stop_the_run_with_one_sentence(data_with_bad_sampl
 
 def test_few_bad_samples_are_no_reason_to_stop(write_tar):
     samples = {str(i): good_members(i) for i in range(200)} | {"x": {"txt": b"no picture"}}
-    data = DataConfig(source=None, shards=str(write_tar("s.tar", samples)), max_bad_share=0.01)
+    data = data_config(shards=str(write_tar("s.tar", samples)), max_bad_share=0.01)
     assert sum(sum(batch.bad.values()) for batch in load(data, 201, batch_size=2)) == 2  # once an epoch
 
 
@@ -241,11 +242,11 @@ def test_where_nothing_can_be_read_the_run_stops(write_tar):
     with pytest.raises(
         DataError, match=r"100 of the 100 samples read are bad \(image: 100; the first: image \d+\)"
     ):
-        load(DataConfig(source=None, shards=path), 1, batch_size=100)
+        load(data_config(shards=path), 1, batch_size=100)
     with pytest.raises(DataError, match="none of the samples that follow it can be read \\(image: 150\\)"):
-        load(DataConfig(source=None, shards=path, max_bad_share=1.0), 1)
+        load(data_config(shards=path, max_bad_share=1.0), 1)
     with pytest.raises(DataError, match="none of 150 samples can be read"):
-        read_all(DataConfig(source=None, shards=path), path, 8)
+        read_all(data_config(shards=path), path, 8)
 
 
 def test_small_samples_are_left_out_when_asked(write_tar, caplog):
@@ -253,7 +254,7 @@ def test_small_samples_are_left_out_when_asked(write_tar, caplog):
     samples["6"] = good_members(6) | {"json": b'{"id": 6}'}  # 12 x 16 pixels
     samples["7"] = good_members(7) | {"json": b"{"}
     path = str(write_tar("s.tar", samples))
-    data = DataConfig(source=None, shards=path, max_bad_share=1.0)
+    data = data_config(shards=path, max_bad_share=1.0)
     kept = load(data, 1, batch_size=4, min_original_px=130)
     assert sorted(set(ids(kept))) == [3, 4, 5]
     assert kept[0].bad == {"json": 1}
@@ -268,21 +269,21 @@ def test_where_every_sample_is_too_small_the_run_stops(make_data):
 
 def test_keys_are_unique_even_where_shards_repeat_them(write_tar):
     paths = [str(write_tar(f"{i}.tar", {"0": good_members(i), "1": good_members(9 + i)})) for i in range(3)]
-    (batch,) = load(DataConfig(source=None, shards=paths), 1, batch_size=6)
+    (batch,) = load(data_config(shards=paths), 1, batch_size=6)
     assert len(set(batch.key)) == 6
 
 
 def test_no_shards_is_said(make_data, write_tar):
     with pytest.raises(DataError, match=r"data\.shards is not set"):
-        load(DataConfig(source="emoji", shards=None), 1)
+        load(data_config(source="emoji", shards=None), 1)
     with pytest.raises(DataError, match="hold no samples"):
-        load(DataConfig(source=None, shards=str(write_tar("s.tar", {}))), 1)
+        load(data_config(shards=str(write_tar("s.tar", {}))), 1)
 
 
 def test_one_of_several_captions_is_taken(write_tar):
     metadata = json.dumps({"id": 0, "captions": ["a", "b", "c"]}).encode()
     path = str(write_tar("s.tar", {"0": {"png": encode(noise(0)), "json": metadata}}))
-    data = DataConfig(source=None, shards=path, caption_keys=["json:captions"])
+    data = data_config(shards=path, caption_keys=["json:captions"])
     (batch,) = load(data, 1, batch_size=50, text_dropout=0)
     assert set(batch.caption) == {"a", "b", "c"}
     assert read_all(data, path, 8).caption == ["a"]
@@ -315,7 +316,7 @@ def test_bad_samples_do_not_count_towards_the_limit(data_with_bad_samples):
 def test_every_sample_of_the_real_shards_is_read(shared_data):
     for folder, count in [("clipart/{00000..00004}", 2038), ("emoji/{00000..00002}", 1377)]:
         shards = f"{shared_data}/{folder}.tar"
-        batch = read_all(DataConfig(source=None, shards=shards), shards, 64)
+        batch = read_all(data_config(shards=shards), shards, 64)
         assert len(batch) == len(set(batch.key)) == count
         assert batch.bad == {}
         assert batch.image.std() > 0.3

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
+from data_configs import data_config
 from data_samples import good_members
 from open_shards import everything, loader, opened
 
@@ -21,7 +22,6 @@ from t2i.data.layout import Layout
 from t2i.data.mapped import map_file
 from t2i.data.shards import Raw
 from t2i.data.sources import Limits
-from t2i.data_config import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_a_key_with_a_zero_byte_is_left_to_the_index(write_tar):
 
 def test_batches_are_the_same_mapped_or_not(shard, monkeypatch):
     paths = [str(shard(number, 5)) for number in range(3)]
-    data = DataConfig(source=None, shards=paths, shuffle_window_shards=2)
+    data = data_config(shards=paths, shuffle_window_shards=2)
     batches = list(loader(data, 28))
     not_local(monkeypatch)
     again = list(loader(data, 28))

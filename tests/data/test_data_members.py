@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from data_configs import data_config
 from data_samples import encode, good_members, noise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
 from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, SAMPLE_ENDINGS, UNREAD_ENDINGS, among, member
-from t2i.data_config import DataConfig
 from t2i_pipelines.inspecting.facts import look_at
 from t2i_pipelines.shard_metadata import metadata_of
 
@@ -46,7 +46,7 @@ def test_what_pillow_writes_is_read_by_every_ending_of_its_format(format, write_
         f"{i}": {ending.upper(): buffer.getvalue(), "txt": b"white"}
         for i, ending in enumerate(PICTURE_FORMATS[format])
     }
-    data = DataConfig(source=None, shards=str(write_tar("00000.tar", samples)), max_bad_share=1.0)
+    data = data_config(shards=str(write_tar("00000.tar", samples)), max_bad_share=1.0)
     (batch,) = take(data, 1, batch_size=len(samples), size_px=16)
     assert batch.bad == {}
     assert batch.image.min() > 0.97
@@ -63,7 +63,7 @@ def test_bytes_that_only_look_like_a_format_without_a_signature_are_no_picture()
 def test_a_picture_of_a_kind_that_is_not_read_counts_as_such(ending, write_tar):
     samples = {"0": good_members(0), "1": {ending: b"whatever", "txt": b"a caption"}}
     path = write_tar("00000.tar", samples)
-    data = DataConfig(source=None, shards=str(path), max_bad_share=1.0)
+    data = data_config(shards=str(path), max_bad_share=1.0)
     (batch,) = take(data, 1, batch_size=2)
     assert batch.bad == {"format": 1}
     facts, _ = look_at(path, "00000", ShardIndex.scan(path), True, set(), 8)
@@ -81,7 +81,7 @@ def test_parts_of_names_after_the_first_dot_are_found_by_their_last(write_tar):
         for i in range(4)
     }
     path = write_tar("00000.tar", samples)
-    (batch,) = take(DataConfig(source=None, shards=str(path)), 1, size_px=8)
+    (batch,) = take(data_config(shards=str(path)), 1, size_px=8)
     assert batch.bad == {}
     for number, caption, image in zip(batch.key, batch.caption, batch.image, strict=True):
         assert caption == f"sample {number}"

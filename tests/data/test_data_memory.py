@@ -25,7 +25,8 @@ def now_mib():
     return [pages * resource.getpagesize() / 2**20 for pages in (resident, resident - shared)]
 
 url, segments, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-data = DataConfig(source=None, shards=url, shuffle_window_shards=segments)
+needed = dict(caption_keys=["txt"], filter_by_size=True, num_workers=0, cache_mib=0)
+data = DataConfig(source=None, shards=url, shuffle_window_shards=segments, **needed)
 loader = build_loader(
     data, size_px=8, batch_size=32, text_dropout=0, min_original_px=0, seed=0, num_images=32 * batches
 )

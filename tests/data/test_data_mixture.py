@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_configs import data_config
 from data_samples import encode, noise
 
 from t2i.data.buckets import assign, bucket_shapes
@@ -54,7 +55,7 @@ def shards(write_tar, tmp_path) -> dict[str, str]:
 def mixed(shards: dict[str, str], parts: dict[str, dict] | None = None, **options) -> DataConfig:
     parts = parts or {}
     mixture = {name: MixturePart(shards=url, **parts.get(name, {})) for name, url in shards.items()}
-    return DataConfig(source=None, shards=None, mixture=mixture, **{"shuffle_window_shards": 4} | options)
+    return data_config(shards=None, mixture=mixture, **{"shuffle_window_shards": 4} | options)
 
 
 def loader(data: DataConfig, batches: int, **options) -> BatchLoader:
@@ -205,7 +206,7 @@ def test_in_buckets_every_batch_has_one_shape_and_its_own_crops(shards):
 
 def test_captions_are_drawn_by_their_weights_and_always_the_same(shards):
     weights = {"txt": 5.0, "json:long": 3.0, "json:tags": 2.0}
-    data = DataConfig(source=None, shards=shards["a"], caption_keys=weights)
+    data = data_config(shards=shards["a"], caption_keys=weights)
     batches = list(loader(data, 90, batch_size=18))
     drawn = Counter()
     for batch in batches:
@@ -231,7 +232,7 @@ def test_dropped_captions_are_the_same_for_any_number_of_ranks_and_workers(shard
     """As pairs of the epoch, by its number of positions, and the key."""
 
     def dropped(world_size: int, workers: int) -> set[tuple[int, str]]:
-        data = DataConfig(source=None, shards=shards["a"], num_workers=workers)
+        data = data_config(shards=shards["a"], num_workers=workers)
         found = set()
         for rank in range(world_size):
             batch_size = 18 // world_size

@@ -6,10 +6,11 @@ import importlib
 
 import pyarrow as pa
 import pytest
+from data_configs import data_config
 from open_shards import take
 
 from t2i.data.selection import listed
-from t2i.data_config import DataConfig, MixturePart
+from t2i.data_config import MixturePart
 from t2i.errors import ConfigError, DataError
 from t2i_cli import train
 from t2i_cli.composition import composed_run
@@ -38,9 +39,9 @@ def test_a_selection_runs_no_command(selection, tmp_path):
     kept, pipe = selection
     mixture = {"a": MixturePart(shards=str(kept)), "b": MixturePart(shards=str(tmp_path / "00000.tar"))}
     for data in (
-        DataConfig(source=None, shards=str(kept), max_bad_share=1.0),
-        DataConfig(source=None, shards=[str(tmp_path / "00000.tar"), str(kept)], max_bad_share=1.0),
-        DataConfig(source=None, shards=None, mixture=mixture, max_bad_share=1.0),
+        data_config(shards=str(kept), max_bad_share=1.0),
+        data_config(shards=[str(tmp_path / "00000.tar"), str(kept)], max_bad_share=1.0),
+        data_config(shards=None, mixture=mixture, max_bad_share=1.0),
     ):
         with pytest.raises(DataError, match=REFUSED) as error:
             take(data, 1)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_configs import data_config
 from data_samples import good_members
 from servers import web_server
 
 from t2i.data.loader import build_loader
 from t2i.data.store import cache_folder
-from t2i.data_config import DataConfig
 from t2i.errors import DataError
 from t2i.interfaces import Batch
 from t2i_pipelines import indexing
@@ -59,7 +59,7 @@ def epochs(url: str, batches: int, **options) -> list[Batch]:
     for name in ("batch_size", "rank", "world_size", "min_original_px", "size_px"):
         if name in options:
             loading[name] = options.pop(name)
-    data = DataConfig(source=None, shards=url, **{"shuffle_window_shards": 2, "crop": "random"} | options)
+    data = data_config(shards=url, **{"shuffle_window_shards": 2, "crop": "random"} | options)
     images = batches * loading["batch_size"] * loading.get("world_size", 1)
     return list(build_loader(data, num_images=images, **loading))
 

@@ -13,13 +13,13 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+from data_configs import data_config
 from data_samples import encode, good_members, noise
 from open_shards import everything, opened, take
 from servers import web_server
 
 from t2i.data.index import SUFFIX, ShardIndex
 from t2i.data.scans import scans_folder
-from t2i.data_config import DataConfig
 from t2i_pipelines import indexing
 from t2i_pipelines.places import places
 from t2i_pipelines.selection import write_selection
@@ -295,7 +295,7 @@ def test_selections_name_samples_and_what_is_not_there_counts(shard, tmp_path):
     assert bad == {"missing": 1}
     (lost,) = shards.read([(0, 2)])
     assert (lost.cause, lost.key) == ("missing", "nobody")
-    data = DataConfig(source=None, shards=str(tmp_path / "some" / "kept.arrow"), max_bad_share=1.0)
+    data = data_config(shards=str(tmp_path / "some" / "kept.arrow"), max_bad_share=1.0)
     (batch,) = take(data, 1, batch_size=4)
     assert set(batch.key) == {"000000003", "000000001", "000010002"}
     assert batch.bad == {"missing": 1}

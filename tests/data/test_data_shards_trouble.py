@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_configs import data_config
 from data_samples import encode, good_members, noise
 from open_shards import everything, loader, opened, take
 from servers import web_server
@@ -71,7 +72,7 @@ def test_a_bad_shard_at_the_start_is_refused_or_counts_once_an_epoch(shard, tmp_
     with pytest.raises(DataError, match=r"\(2 of 3 shards are like that\)"):
         opened([paths[0], bad, bad], max_bad_share=0.5)
     caplog.clear()
-    data = DataConfig(source=None, shards=list(map(str, paths)), max_bad_share=0.34)
+    data = data_config(shards=list(map(str, paths)), max_bad_share=0.34)
     batches = take(data, 6, batch_size=4)  # two epochs of 12
     assert Counter(cause for batch in batches for cause, n in batch.bad.items() for _ in range(n)) == {
         cause: 2
@@ -111,7 +112,7 @@ def test_an_unreadable_shard_is_named(shard, tmp_path, monkeypatch):
 @pytest.mark.parametrize("was_open", [True, False])
 def test_a_shard_that_changes_while_training_is_counted(shard, change, causes, was_open):
     paths = [shard(0, 6), shard(1, 6)]
-    data = DataConfig(source=None, shards=list(map(str, paths)), max_bad_share=1.0)
+    data = data_config(shards=list(map(str, paths)), max_bad_share=1.0)
     batches = iter(loader(data, 24, batch_size=12))  # two epochs
     if was_open:
         first = next(batches)
@@ -180,7 +181,7 @@ def test_a_shard_is_opened_ahead_once_and_in_the_background(shard, monkeypatch):
         return open_tar(self, url)
 
     monkeypatch.setattr(ShardStore, "open_tar", noted)
-    data = DataConfig(source=None, shards=paths, shuffle_window_shards=2)
+    data = data_config(shards=paths, shuffle_window_shards=2)
     made = loader(data, 48, batch_size=4)
     opened_in.clear()
     batches = []
@@ -262,7 +263,7 @@ def test_workers_may_be_forked_or_spawned(shard, server, tmp_path, context):
     urls = [f"{url}/{path.name}" for path in paths]
     mixture = {"a": {"shards": urls}, "b": {"shards": [*map(str, paths), f"{url}/none.tar"]}}
     parts = {name: MixturePart(**part) for name, part in mixture.items()}
-    data = DataConfig(
+    data = data_config(
         source=None, shards=None, mixture=parts, max_bad_share=1.0, bucket_step_px=4, crop="random"
     )
     alone = take(data, 6, size_px=8)
@@ -278,7 +279,7 @@ def test_logs_name_each_bad_sample_of_each_part_once(write_tar, tmp_path, caplog
         (tmp_path / name).mkdir()
         write_tar(f"{name}/0.tar", good | {"bad": {"txt": b"x"}})
     parts = {name: MixturePart(shards=str(tmp_path / name / "0.tar")) for name in "ab"}
-    data = DataConfig(source=None, shards=None, mixture=parts, max_bad_share=1.0)
+    data = data_config(shards=None, mixture=parts, max_bad_share=1.0)
     with caplog.at_level(logging.WARNING, logger="t2i.data"):
         take(data, 20)
     skipped = [line for line in caplog.messages if line.startswith("skipped")]

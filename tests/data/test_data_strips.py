@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from data_configs import data_config
 from data_samples import encode, good_members, noise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,6 @@ from t2i.data.decode import (
     stored_size,
 )
 from t2i.data.index import ShardIndex
-from t2i.data_config import DataConfig
 from t2i.generation.text_to_image import read_image
 from t2i_pipelines.inspecting.facts import look_at
 from t2i_pipelines.pictures import prepare
@@ -88,7 +88,7 @@ def test_a_strip_counts_under_its_own_cause(size, write_tar, tmp_path):
         assert error.value.cause == "aspect"
         assert f"{size[1]} x {size[0]} pixels" in str(error.value)
     path = write_tar("00000.tar", {"0": good_members(0), "1": {"png": strip, "txt": b"a strip"}})
-    data = DataConfig(source=None, shards=str(path), max_bad_share=1.0)
+    data = data_config(shards=str(path), max_bad_share=1.0)
     (batch,) = take(data, 1, batch_size=2, size_px=256)
     assert batch.bad == {"aspect": 1}
     facts, _ = look_at(path, "00000", ShardIndex.scan(path), True, {0, 1}, 64)

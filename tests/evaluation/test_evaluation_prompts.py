@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from data_configs import data_config
 
-from t2i.config import DataConfig
 from t2i.data.reader import read_all
 from t2i.evaluation.prompts import check_scenes, derangements, group_of, judge_for, score, score_groups
 from t2i.interfaces import Batch
@@ -24,7 +24,7 @@ def batch(image: torch.Tensor, metadata: list[dict[str, Any]]) -> Batch:
 @pytest.fixture(scope="module")
 def scenes(shapes_shards) -> Batch:
     """The held-out scenes: eight of one object, four of two."""
-    data = DataConfig("shapes", shards=str(shapes_shards / "train" / "00000.tar"))
+    data = data_config("shapes", shards=str(shapes_shards / "train" / "00000.tar"))
     return read_all(data, str(shapes_shards / "heldout" / "00000.tar"), 32)
 
 
