@@ -17,6 +17,7 @@ from t2i.nn.attention import Attention
 from t2i.nn.embeddings import timestep_embedding
 from t2i.nn.norm import group_norm
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
+from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
 
 class GEGLU(nn.Module):
@@ -62,7 +63,7 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(MapAttention):
     """A residual transformer over the h * w positions of a feature map; starts as the identity."""
 
     def __init__(self, channels: int, config: UNetConfig) -> None:
@@ -100,23 +101,6 @@ def _to_map(x: Tensor, size: torch.Size) -> Tensor:
     return x.transpose(1, 2).unflatten(2, size)
 
 
-class Stack(nn.Sequential):
-    """Layers in sequence, each given what it takes beside x: the time embedding, or the text."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, time: Tensor, context: Tensor, context_mask: Tensor | None
-    ) -> Tensor:
-        """x: (B, C, h, w), time: (B, time_dim), context and context_mask as `UNet` takes them."""
-        for layer in self:
-            if isinstance(layer, ResidualBlock):
-                x = layer(x, time)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, context_mask)
-            else:
-                x = layer(x)
-        return x
-
-
 class UNet(Denoiser):
     """Predicts noise, or v, of a noisy latent given the time and the text."""
 
@@ -124,9 +108,7 @@ class UNet(Denoiser):
         super().__init__()
         self.config = config
         time_dim = 4 * config.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(config.model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time_embed = time_network(config.model_channels)
 
         def residual(in_channels: int, out_channels: int) -> ResidualBlock:
             return ResidualBlock(in_channels, out_channels, time_dim, config.dropout, zero_init_out=True)
@@ -172,13 +154,7 @@ class UNet(Denoiser):
         return self(x, t, text.tokens, mask)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between hidden layers, which Muon may step: those of convolutions, attention and MLPs,
-        without time embeddings, input and output."""
-        return [
-            p
-            for name, p in self.named_parameters()
-            if "_block" in name and "emb_layers" not in name and "input_blocks.0." not in name and p.ndim >= 2
-        ]
+        return hidden_matrices(self)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """x: (B, in_channels, h, w) noisy latent, h and w multiples of `config.downsampling`;

@@ -16,6 +16,7 @@ from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import RMSNorm
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
+from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
 POSITION_SPAN = 16.0  # positions run from 0 to this along the longer side, whatever the resolution
 
@@ -67,7 +68,7 @@ class ResBlock(ResidualBlock):
         return self.skip_connection(self._resampled(x)) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(MapAttention):
     """x + attention of the positions of a map to one another and, with context, to the tokens of the caption, whose
     keys and values stand beside those of the positions (2112.10741, section 3.1). Starts as the identity."""
 
@@ -104,29 +105,6 @@ class AttentionBlock(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-class Stack(nn.Sequential):
-    """Layers in sequence, each given what it takes beside x: the time embedding, or the text."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, time: Tensor, context: Tensor | None, context_mask: Tensor | None
-    ) -> Tensor:
-        """x: (B, C, h, w), time: (B, time_dim), context and context_mask as `UNet` takes them."""
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, time)
-            elif isinstance(layer, AttentionBlock):
-                x = layer(x, context, context_mask)
-            else:
-                x = layer(x)
-        return x
-
-
-def time_network(model_channels: int) -> nn.Sequential:
-    """(B, model_channels) -> (B, 4 model_channels)."""
-    width = 4 * model_channels
-    return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
 
 class Encoder(nn.Module):
@@ -194,13 +172,7 @@ class Encoder(nn.Module):
         return self.middle_block(x, time, context, context_mask), skips
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between hidden layers, which Muon may step: those of convolutions and attention, without
-        embeddings, input and output."""
-        return [
-            p
-            for name, p in self.named_parameters()
-            if "_block" in name and "emb_layers" not in name and "input_blocks.0." not in name and p.ndim >= 2
-        ]
+        return hidden_matrices(self)
 
 
 class UNet(Encoder):
