@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from t2i import families
 from t2i.config import OptimizerConfig, RunConfig, TextConfig
 from t2i.errors import ConfigError
-from t2i.families.latent_diffusion.config import DiTConfig
+from t2i.nn.dit_config import DiTConfig
 from t2i.schema import parse
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -24,7 +24,10 @@ GROUPS = sorted(
     & {f.name for c in TOP for f in dataclasses.fields(c)}
 )
 # Runs are resumed whose config.yaml was written before there were these keys: the default is what they had.
-CAME_LATER = {"DiTConfig.refiner_depth", "ObjectiveConfig.max_snr"}
+CAME_LATER = {
+    *("DiTConfig.refiner_depth", "DiTConfig.refiner_patch_size"),
+    *("ObjectiveConfig.max_snr", "ObjectiveConfig.edge_weight"),
+}
 
 
 def dataclasses_of(hint: Any) -> Iterator[type]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from schedule_configs import schedule_config
 
 from t2i.diffusion.config import check_objective
-from t2i.diffusion.objectives import loss_weight, target, to_x0_eps
+from t2i.diffusion.objectives import difference_error, loss_weight, target, to_x0_eps
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
 
@@ -121,3 +121,27 @@ def test_unknown_objective_raises():
     ):
         with pytest.raises(ValueError, match="objective is 'epsilon'; allowed: eps, x0, v, flow"):
             call()
+
+
+def test_differences_weigh_an_error_by_its_frequency():
+    """On a map that wraps, a wave of (a, b) per pixel would count by 4 sin^2(a / 2) + 4 sin^2(b / 2): here the map is
+    mirrored at its edges, whose waves are those of the cosine transform, with one neighbour fewer than positions."""
+    height, width = 6, 10
+    row, column = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
+    for p, q in ((0, 0), (0, 3), (2, 0), (5, 9), (1, 4)):
+        a, b = math.pi * p / height, math.pi * q / width
+        wave = (a * (row + 0.5)).cos()[:, None] * (b * (column + 0.5)).cos()
+        power = wave.square().mean()
+        rows, columns = 4 * math.sin(a / 2) ** 2, 4 * math.sin(b / 2) ** 2
+        expected = power * (rows * height / (height - 1) + columns * width / (width - 1))
+        found = difference_error(wave[None, None].expand(2, 3, -1, -1))
+        torch.testing.assert_close(found, expected.expand(2), rtol=1e-12, atol=1e-12)
+
+
+def test_the_mean_is_best_with_differences_too():
+    """Of what x0 may be, given x_t: the gradient there is zero."""
+    possible = torch.rand(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answer = possible.mean(0, keepdim=True).requires_grad_()
+    difference_error(answer - possible).mean().backward()
+    assert difference_error(answer - possible).min() > 0.1
+    torch.testing.assert_close(answer.grad, torch.zeros_like(answer), rtol=0, atol=1e-15)

@@ -18,13 +18,13 @@ from t2i.families.autoencoder.config import Config as CodecConfig
 from t2i.families.latent_diffusion.config import (
     BuildsOn,
     Config,
-    DiTConfig,
     ObjectiveConfig,
     SamplingConfig,
     UNetDenoiserConfig,
 )
 from t2i.families.latent_diffusion.model import LatentDiffusion
 from t2i.interfaces import SampleRequest
+from t2i.nn.dit_config import DiTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
 

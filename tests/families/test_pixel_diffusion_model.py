@@ -100,6 +100,19 @@ def test_the_snr_weighs_between_its_limits() -> None:
     )
 
 
+def test_outlines_weigh_in_the_error_of_x0() -> None:
+    """The SNR weighs both parts of it."""
+    model = build(objective=ObjectiveConfig("x0", None, max_snr=5.0, edge_weight=3.0))
+    image, eps = pictures()
+    t, text = torch.tensor([300.0, 900.0]), model.text(["a red circle", ""])
+    error = model.denoise(model.schedule.add_noise(image, eps, t), t, text) - image
+    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
+    squares = [each.square().mean((1, 2, 3)) for each in (error, across, down)]
+    weight = model.schedule.snr(t).clamp(1, 5)
+    expected = weight * (squares[0] + 3 * squares[1] + 3 * squares[2])
+    torch.testing.assert_close(model.losses(image, text, t, eps)["loss"], expected)
+
+
 def test_the_hybrid_loss_adds_the_bound_which_trains_the_variance_alone() -> None:
     model = build(variance="learned")
     image, eps = pictures()
@@ -214,6 +227,8 @@ def test_config_refuses(key: str, change: dict[str, Any]) -> None:
         ("max_snr", ("x0", 5.0, 5.0)),
         ("max_snr", ("eps", None, 5.0)),
         ("min_snr_gamma", ("eps", 0.0)),
+        ("edge_weight", ("x0", None, None, -1.0)),
+        ("edge_weight", ("eps", None, None, 8.0)),
     ],
 )
 def test_objective_refuses(key: str, values: tuple[Any, ...]) -> None:
@@ -349,7 +364,7 @@ def test_classifier_guidance_moves_what_is_drawn() -> None:
     assert not torch.allclose(plain, guided, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["tiny_cosine_learned", "tiny_linear_x0_classifier"])
+@pytest.mark.parametrize("name", ["tiny_cosine_learned", "tiny_flow_dit", "tiny_linear_x0_classifier"])
 def test_the_plan_has_the_networks_of_the_run(name: str, compose_run: Any) -> None:
     config = compose_run(f"experiment=pixel_diffusion/{name}")
     networks = {each.name: each for each in families.get("pixel_diffusion").load_plan()(config, {})}

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.config import EMAConfig, OptimizerConfig
-from t2i.families.latent_diffusion.config import DiTConfig, UNetDenoiserConfig
+from t2i.families.latent_diffusion.config import UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser
 from t2i.nn.blocks import blocks_of
+from t2i.nn.dit_config import DiTConfig
 from t2i.planning.count import activations, num_parameters
 from t2i.planning.memory import Trained, memory
 from t2i.training.ema import EMA

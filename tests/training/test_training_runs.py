@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from t2i.errors import CheckpointError
-from t2i.families.latent_diffusion.dit import enlarge_patches
+from t2i.nn.dit import enlarge_patches
 from t2i.training import checkpoint, run_folder
 
 KL = "experiment=autoencoder/tiny_kl"

@@ -10,37 +10,7 @@ from typing import Any, Literal
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """A diffusion transformer (2212.09748) with cross-attention to text tokens.
-
-    patch_size: latent positions per token along each side
-    width, depth, heads: of the transformer
-    refiner_width, refiner_depth: channels and blocks of the convolutions after it; depth 0 for the paper's DiT
-    """
-
-    name: Literal["dit"]
-    patch_size: int
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: int = 4
-    # What a run had before there were these keys.
-    refiner_width: int = 48
-    refiner_depth: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("patch_size", "depth", "heads", "mlp_ratio", "refiner_width"):
-            check(getattr(self, key) >= 1, f"denoiser.{key}", getattr(self, key), "1 or more")
-        check(self.refiner_depth >= 0, "denoiser.refiner_depth", self.refiner_depth, "0 or more")
-        check(
-            self.width % self.heads == 0, "denoiser.width", self.width, f"a multiple of heads ({self.heads})"
-        )
-        check(
-            self.width % 4 == 0, "denoiser.width", self.width, "a multiple of 4, for the position embedding"
-        )
+from t2i.nn.dit_config import DiTConfig
 
 
 @dataclass(frozen=True)

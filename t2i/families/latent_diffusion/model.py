@@ -17,16 +17,16 @@ from t2i.diffusion.schedules import build_schedule
 from t2i.families.codec import image_codec
 from t2i.families.latent_diffusion.config import (
     Config,
-    DiTConfig,
     PixArtConfig,
     SamplingConfig,
     UNetDenoiserConfig,
 )
-from t2i.families.latent_diffusion.denoiser import Denoiser
-from t2i.families.latent_diffusion.dit import DiT
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.denoiser import Denoiser
+from t2i.nn.dit import DiT
+from t2i.nn.dit_config import DiTConfig
 from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
 from t2i.text import text_encoder_for_training

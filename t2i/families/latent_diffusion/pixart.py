@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn, randn
 
 from t2i.families.latent_diffusion.config import PixArtConfig
-from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
+from t2i.nn.denoiser import Denoiser
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.residual import zero_init
 

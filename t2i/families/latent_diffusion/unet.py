@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
+from t2i.nn.denoiser import Denoiser
 from t2i.nn.embeddings import timestep_embedding
 from t2i.nn.norm import group_norm
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
+from t2i.nn.dit_config import DiTConfig
 
 Variance = Literal["fixed_small", "fixed_large", "learned"]
 
@@ -34,11 +36,14 @@ class ObjectiveConfig:
     """prediction: what the network says of the picture
     min_snr_gamma: loss weighting of 2303.09556; null weighs all times alike
     max_snr: prediction x0 only: weighs its error by the signal-to-noise ratio, but at least 1 (2202.00512, section 4:
-        "truncated SNR") and at most this; null weighs all times alike"""
+        "truncated SNR") and at most this; null weighs all times alike
+    edge_weight: prediction x0 only: adds to its squared error so many times that of the differences between
+        neighbouring pixels, so that outlines count as much as what surrounds them; 0 adds none"""
 
     prediction: Objective
     min_snr_gamma: float | None
     max_snr: float | None = None
+    edge_weight: float = 0.0
 
     def __post_init__(self) -> None:
         ok = self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf
@@ -48,6 +53,9 @@ class ObjectiveConfig:
         alone = self.prediction == "x0" and self.min_snr_gamma is None
         allowed = "null but for prediction x0 without min_snr_gamma"
         check(self.max_snr is None or alone, "objective.max_snr", self.max_snr, allowed)
+        allowed = "0 or more with prediction x0, else 0"
+        ok = self.edge_weight == 0 or (self.prediction == "x0" and 0 < self.edge_weight < math.inf)
+        check(ok, "objective.edge_weight", self.edge_weight, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +86,11 @@ class Config(ModelConfig):
 
     variance: of the steps of sampler ddpm: the posterior's ("fixed_small"), that of the step forward ("fixed_large"),
         or between them as the network says ("learned", trained by the hybrid loss of 2102.09672)
-    text_width: width to which the caption's tokens are brought before attention sees them
+    text_width: width to which the caption's tokens are brought before the UNet's attention sees them
     classifier: for classifier guidance, trained beside the denoiser; null for none
     """
 
-    denoiser: UNetConfig
+    denoiser: UNetConfig | DiTConfig
     text_width: int
     schedule: ScheduleConfig
     objective: ObjectiveConfig
@@ -96,9 +104,19 @@ class Config(ModelConfig):
         check_objective(self.objective.prediction, self.schedule)
         ok = self.variance == "fixed_small" or self.schedule.name != "flow"
         check(ok, "variance", self.variance, "fixed_small with schedule.name=flow")
+        ok = self.variance != "learned" or isinstance(self.denoiser, UNetConfig)
+        check(ok, "variance", self.variance, "fixed_small or fixed_large with denoiser.name=dit")
         ok = self.classifier is not None or self.sampling.classifier_scale == 0
         allowed = "0 where no classifier is trained (classifier: null)"
         check(ok, "sampling.classifier_scale", self.sampling.classifier_scale, allowed)
+
+    @classmethod
+    def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The UNet was the only denoiser once, and had no name."""
+        denoiser = values.get("denoiser")
+        if not isinstance(denoiser, Mapping) or "name" in denoiser:
+            return dict(values)
+        return dict(values) | {"denoiser": {"name": "adm", **denoiser}}
 
     def text_encoder(self) -> TextConfig:
         return self.text

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from t2i.config import check
 from t2i.diffusion.guidance import guided
-from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
+from t2i.diffusion.objectives import Prediction, difference_error, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import DiscreteSchedule, build_schedule, per_sample
 from t2i.diffusion.variance import ReverseSteps
 from t2i.families.pixel_diffusion.classifier import NoisyMatcher, towards
 from t2i.families.pixel_diffusion.config import Config, SamplingConfig
 from t2i.families.pixel_diffusion.unet import UNet
+from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.dit import DiT
+from t2i.nn.dit_config import DiTConfig
 from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
 from t2i.text import text_encoder_for_training
@@ -53,8 +56,9 @@ class PixelDiffusion(TextToImage):
 
     def losses(self, image: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """(B,) each: "loss", and what it is made of where it has parts: the weighted squared error "mse" (2006.11239,
-        eq. 14) and, of a learned variance, "bits" per number of the variational bound. Their sum is the hybrid loss of
-        2102.09672, eq. 16, in which the bound trains the variance alone.
+        eq. 14; with edge_weight, that of differences is part of it) and, of a learned variance, "bits" per number of
+        the variational bound. Their sum is the hybrid loss of 2102.09672, eq. 16, in which the bound trains the
+        variance alone.
 
         image, eps: (B, 3, H, W); t: (B,) times of the schedule
         """
@@ -68,7 +72,10 @@ class PixelDiffusion(TextToImage):
         weight = loss_weight(objective.prediction, snr, objective.min_snr_gamma)
         if objective.max_snr is not None:
             weight = snr.clamp(1, objective.max_snr)
-        mse = weight * error.square().flatten(1).mean(1)
+        mse = error.square().flatten(1).mean(1)
+        if objective.edge_weight > 0:
+            mse = mse + objective.edge_weight * difference_error(error)
+        mse = weight * mse
         if self.steps is None:
             return {"loss": mse}
         x0 = to_x0_eps(objective.prediction, prediction.detach(), x_t, alpha, sigma).x0
@@ -151,7 +158,9 @@ class PixelDiffusion(TextToImage):
 
 def check_side(config: Config, side_px: int, key: str) -> None:
     """Raises ConfigError where the side of a picture cannot be halved as often as the networks do."""
-    unit = config.denoiser.downsampling
+    unit = config.denoiser.patch_size
+    if isinstance(config.denoiser, UNetConfig):
+        unit = config.denoiser.downsampling
     if config.classifier is not None:
         unit = math.lcm(unit, config.classifier.encoder.downsampling)
     check(side_px >= unit and side_px % unit == 0, key, side_px, f"multiples of {unit} with this model")
@@ -165,14 +174,14 @@ def variance_share(output: Tensor) -> Tensor:
 class TextUNet(nn.Module):
     """ADM's UNet given a caption: its pooled vector is added to the time embedding, its tokens are attended to."""
 
-    def __init__(self, config: Config, token_dim: int, pooled_dim: int) -> None:
+    def __init__(self, config: Config, shape: UNetConfig, token_dim: int, pooled_dim: int) -> None:
         super().__init__()
         self.pooled = nn.LayerNorm(pooled_dim)
         self.tokens: nn.Module | None = None
-        if config.denoiser.cross_attention:
+        if shape.cross_attention:
             self.tokens = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, config.text_width))
         out_channels = CHANNELS * (2 if config.variance == "learned" else 1)
-        unet = UNet(config.denoiser, CHANNELS, out_channels, pooled_dim, config.text_width)
+        unet = UNet(shape, CHANNELS, out_channels, pooled_dim, config.text_width)
         self.unet = unet.to(memory_format=torch.channels_last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -185,9 +194,11 @@ class TextUNet(nn.Module):
         return self.unet(x, t, self.pooled(pooled), states, context_mask)
 
 
-def build_denoiser(config: Config, token_dim: int, pooled_dim: int) -> TextUNet:
-    """The network that the configuration names, for a text encoder's widths."""
-    return TextUNet(config, token_dim, pooled_dim)
+def build_denoiser(config: Config, token_dim: int, pooled_dim: int) -> TextUNet | DiT:
+    """The network that the configuration names, for a text encoder's widths, called as `TextUNet.forward` is."""
+    if isinstance(config.denoiser, DiTConfig):
+        return DiT(config.denoiser, CHANNELS, token_dim, pooled_dim)
+    return TextUNet(config, config.denoiser, token_dim, pooled_dim)
 
 
 def build_classifier(config: Config, size_px: int, token_dim: int) -> NoisyMatcher | None:

@@ -54,7 +54,7 @@ class Stage(BaseStage):
         return text_feature(self.model.text, self.model_config.text)
 
     def blocks(self) -> list[nn.Module]:
-        return blocks_of(self.model.denoiser.unet)
+        return blocks_of(self.model.denoiser)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from t2i.config import check
 from t2i.nn.unet_config import UNetShape
@@ -33,6 +34,7 @@ class UNetConfig(UNetShape):
     norm_groups: int = field(kw_only=True)
     position_embedding: bool = field(kw_only=True)
     qk_norm: bool = field(kw_only=True)
+    name: Literal["adm"] = "adm"
 
     def __post_init__(self) -> None:
         for name in ("model_channels", "patch_size", "norm_groups"):

@@ -11,7 +11,7 @@ from t2i.interfaces import TextFeatures
 
 
 class Denoiser(nn.Module, ABC):
-    """Predicts noise, v, x_0 or the velocity of a noisy latent given the time and the text."""
+    """Predicts noise, v, x_0 or the velocity of a noisy latent or picture given the time and the text."""
 
     @abstractmethod
     def conditioned(self, x: Tensor, t: Tensor, text: TextFeatures, mask: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.errors import ConfigError
-from t2i.families.latent_diffusion.config import DiTConfig
-from t2i.families.latent_diffusion.dit import DiT, unpatchify
+from t2i.nn.dit import DiT, Refiner, unpatchify
+from t2i.nn.dit_config import DiTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -40,10 +40,12 @@ def inputs(height: int = 8, width: int = 8) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("refiner_patch_size", [1, 2])
+@pytest.mark.parametrize("patch_size", [2, 4])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (16, 8)])
-def test_the_output_has_the_shape_of_the_latent(patch_size, height, width):
-    out = build(dataclasses.replace(CONFIG, patch_size=patch_size))(**inputs(height, width))
+def test_the_output_has_the_shape_of_the_latent(patch_size, refiner_patch_size, height, width):
+    config = dataclasses.replace(CONFIG, patch_size=patch_size, refiner_patch_size=refiner_patch_size)
+    out = build(config)(**inputs(height, width))
     assert out.shape == (2, CHANNELS, height, width)
     assert out.isfinite().all()
 
@@ -111,7 +113,7 @@ def test_positions_are_all_that_orders_the_patches(monkeypatch):
     moved = given | {"x": permuted(given["x"], order)}
     assert (dit(**moved) - permuted(dit(**given), order)).abs().max() > 1e-2
     nowhere = lambda rows, columns, dim, scale: torch.zeros(rows * columns, dim)  # noqa: E731
-    monkeypatch.setattr("t2i.families.latent_diffusion.dit.sincos_2d", nowhere)
+    monkeypatch.setattr("t2i.nn.dit.sincos_2d", nowhere)
     torch.testing.assert_close(dit(**moved), permuted(dit(**given), order))
 
 
@@ -126,6 +128,20 @@ def test_the_refiner_sees_across_the_edges_of_patches():
     assert change[:, :, 4, 4].abs().min() > 1e-4
 
 
+def test_the_refiner_of_squares_is_that_of_their_channels():
+    """Squares of 2 x 2 positions are refined as a map of half the side with four times the channels is."""
+    squares = build(dataclasses.replace(CONFIG, patch_size=4, refiner_patch_size=2)).refiner
+    channels = Refiner(CONFIG, 4 * CHANNELS)
+    channels.load_state_dict(squares.state_dict())
+    x, tokens, condition = (
+        torch.randn(2, CHANNELS, 16, 16),
+        torch.randn(2, 16, CONFIG.width),
+        torch.randn(2, 32),
+    )
+    expected = channels(nn.functional.pixel_unshuffle(x, 2), tokens, condition)
+    torch.testing.assert_close(squares(x, tokens, condition), nn.functional.pixel_shuffle(expected, 2))
+
+
 def test_larger_patches_continue_smaller_ones():
     """Of a latent upsampled twice, patches twice as large draw what the smaller ones drew, upsampled."""
     small, given = build(dataclasses.replace(CONFIG, refiner_depth=0)), inputs()
@@ -137,11 +153,13 @@ def test_larger_patches_continue_smaller_ones():
     torch.testing.assert_close(large(**given | {"x": upsampled}), expected)
 
 
-def test_larger_patches_give_the_refiner_the_same_features():
-    small, large = build(), build(dataclasses.replace(CONFIG, patch_size=4))
+@pytest.mark.parametrize("refiner_patch_size", [1, 2])
+def test_larger_patches_give_the_refiner_the_same_features(refiner_patch_size):
+    config = dataclasses.replace(CONFIG, refiner_patch_size=refiner_patch_size)
+    small, large = build(config), build(dataclasses.replace(config, patch_size=4))
     tokens = torch.randn(2, 16, CONFIG.width)
     large.load_state_dict(large.fitted(small.state_dict()))
-    maps = [unpatchify(dit.refiner.features(tokens), 4, dit.patch_size) for dit in (small, large)]
+    maps = [unpatchify(dit.refiner.features(tokens), 4, dit.refiner.token_size) for dit in (small, large)]
     torch.testing.assert_close(maps[1], nn.functional.interpolate(maps[0], scale_factor=2))
 
 
@@ -177,7 +195,7 @@ def positions(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> tuple
         seen.append((rows / scale, columns / scale))
         return torch.zeros(rows * columns, dim)
 
-    monkeypatch.setattr("t2i.families.latent_diffusion.dit.sincos_2d", spy)
+    monkeypatch.setattr("t2i.nn.dit.sincos_2d", spy)
     build()(**inputs(height, width))
     return seen[0]
 
@@ -197,3 +215,7 @@ def test_config_refuses_heads_that_do_not_divide():
         dataclasses.replace(CONFIG, depth=0)
     with pytest.raises(ConfigError, match=r"denoiser\.refiner_depth is -1; allowed: 0 or more"):
         dataclasses.replace(CONFIG, refiner_depth=-1)
+    with pytest.raises(
+        ConfigError, match=r"denoiser\.refiner_patch_size is 3; allowed: a divisor of patch_size \(2\)"
+    ):
+        dataclasses.replace(CONFIG, refiner_patch_size=3)

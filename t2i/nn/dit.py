@@ -1,5 +1,5 @@
 """A diffusion transformer with cross-attention to text (DiT, 2212.09748; PixArt-alpha, 2310.00426), and where
-asked convolutions after it at the latent's own resolution, which join what neighbouring tokens draw (as
+asked convolutions after it at a finer resolution than that of the tokens, which join what neighbouring tokens draw (as
 U-ViT's last layer does, 2209.12152)."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from t2i.families.latent_diffusion.config import DiTConfig
-from t2i.families.latent_diffusion.denoiser import Denoiser
 from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
+from t2i.nn.denoiser import Denoiser
+from t2i.nn.dit_config import DiTConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import group_norm
 from t2i.nn.residual import zero_init
@@ -80,36 +80,41 @@ class RefinerBlock(nn.Module):
 
 
 class Refiner(nn.Module):
-    """What is added to the transformer's output: convolutions over the noisy latent and the tokens. Starts at
+    """What is added to the transformer's output: convolutions over the noisy input and the tokens. Starts at
     zero."""
 
     def __init__(self, config: DiTConfig, in_channels: int) -> None:
         super().__init__()
         channels = config.refiner_width
-        self.patch_size = config.patch_size
-        self.embed = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.features = nn.Linear(config.width, channels * config.patch_size**2)
+        self.patch_size = config.refiner_patch_size
+        self.token_size = config.patch_size // self.patch_size  # positions of the convolutions per token
+        patch_channels = in_channels * self.patch_size**2
+        self.embed = nn.Conv2d(patch_channels, channels, 3, padding=1)
+        self.features = nn.Linear(config.width, channels * self.token_size**2)
         self.blocks = nn.ModuleList(RefinerBlock(channels, config.width) for _ in range(config.refiner_depth))
         self.norm = group_norm(channels)
         self.modulation = zero_init(nn.Linear(config.width, 2 * channels))
-        self.out = zero_init(nn.Conv2d(channels, in_channels, 3, padding=1))
+        self.out = zero_init(nn.Conv2d(channels, patch_channels, 3, padding=1))
 
     def forward(self, x: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
         """x: (B, in_channels, h, w); tokens: (B, N, width); condition: (B, width) -> like x."""
-        features = unpatchify(self.features(tokens), x.shape[2] // self.patch_size, self.patch_size)
+        x = nn.functional.pixel_unshuffle(x, self.patch_size)
+        features = unpatchify(self.features(tokens), x.shape[2] // self.token_size, self.token_size)
         h = self.embed(x.contiguous(memory_format=torch.channels_last)) + features
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
-        return self.out(nn.functional.silu(self.norm(h) * (1 + scale) + shift))
+        out = self.out(nn.functional.silu(self.norm(h) * (1 + scale) + shift))
+        return nn.functional.pixel_shuffle(out, self.patch_size)
 
 
 class DiT(Denoiser):
-    """Denoiser over latents (B, channels, h, w); h and w must be multiples of patch_size."""
+    """Denoiser over latents or pictures (B, channels, h, w); h and w must be multiples of patch_size."""
 
     def __init__(self, config: DiTConfig, channels: int, context_dim: int, pooled_dim: int) -> None:
         super().__init__()
         self.patch_size, width = config.patch_size, config.width
+        self.refiner_patch_size = config.refiner_patch_size
         patch_dim = channels * config.patch_size**2
         self.embed = nn.Linear(patch_dim, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -144,10 +149,10 @@ class DiT(Denoiser):
         factor, remainder = divmod(self.patch_size, old)
         if remainder == 0 and factor > 1:
             fitted["embed.weight"] = enlarge_patches(weights["embed.weight"].T, old, factor).T / factor**2
-            for layer in ("out", "refiner.features"):
+            for layer, size in (("out", old), ("refiner.features", old // self.refiner_patch_size)):
                 for name in (f"{layer}.weight", f"{layer}.bias"):
                     if name in weights:
-                        fitted[name] = enlarge_patches(weights[name], old, factor)
+                        fitted[name] = enlarge_patches(weights[name], size, factor)
         return fitted
 
     def forward(
