@@ -162,7 +162,8 @@ class DiT(Denoiser):
         context_mask: (B, L) bool, True where attended -> (B, C, h, w)."""
         p = self.patch_size
         rows, columns = x.shape[2] // p, x.shape[3] // p
-        position = sincos_2d(rows, columns, self.embed.out_features, scale=max(rows, columns) / POSITION_SPAN)
+        scale = max(rows, columns) / POSITION_SPAN
+        position = sincos_2d(rows, columns, self.embed.out_features, scale, x.device)
         tokens = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + position.to(x)
         time = timestep_embedding(t, self.embed.out_features).to(x.dtype)
         condition = nn.functional.silu(self.time(time) + self.pooled(pooled))

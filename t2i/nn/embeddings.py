@@ -24,7 +24,13 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def sincos_2d(height: int, width: int, dim: int, scale: float | tuple[float, float] = 1.0) -> Tensor:
+def sincos_2d(
+    height: int,
+    width: int,
+    dim: int,
+    scale: float | tuple[float, float] = 1.0,
+    device: torch.device | None = None,
+) -> Tensor:
     """Position embedding of a grid -> (height * width, dim) float32, rows of the grid first.
 
     The first half of `dim` embeds the column and the second half the row, each as sines, then cosines
@@ -35,10 +41,12 @@ def sincos_2d(height: int, width: int, dim: int, scale: float | tuple[float, flo
     if dim % 4:
         raise ValueError(f"sincos_2d needs a dim divisible by 4, got {dim}")
     quarter = dim // 4
-    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=dtype, device=device) / quarter)
     row_scale, column_scale = scale if isinstance(scale, tuple) else (scale, scale)
-    row = torch.arange(height, dtype=torch.float64)[:, None] / row_scale * frequency
-    column = torch.arange(width, dtype=torch.float64)[:, None] / column_scale * frequency
+    row = torch.arange(height, dtype=dtype, device=device)[:, None] / row_scale * frequency
+    column = torch.arange(width, dtype=dtype, device=device)[:, None] / column_scale * frequency
     column_embedding = torch.cat([column.sin(), column.cos()], dim=1)
     row_embedding = torch.cat([row.sin(), row.cos()], dim=1)
     grid = torch.cat(

@@ -6,6 +6,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from t2i.interfaces import TextFeatures
+from t2i.nn.transfer import placed
 from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
 from t2i.text.pretrained import check_vocabulary, load_pretrained, tokenize
 
@@ -29,7 +30,7 @@ class ClipTextEncoder(FrozenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        ids = tokenize(self.tokenizer, captions, self.max_tokens).input_ids.to(self.device)
+        ids = placed(tokenize(self.tokenizer, captions, self.max_tokens).input_ids, self.device)
         states = self.transformer(input_ids=ids)  # no attention mask: it is causal, and SD 1 gave none
         mask = mask_up_to_end(ids, self.tokenizer.eos_token_id)
         return TextFeatures(states.last_hidden_state, states.pooler_output, mask)

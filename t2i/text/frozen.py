@@ -36,6 +36,11 @@ class FrozenTextEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextFeatures:
         """B captions, "" allowed -> features of max_tokens tokens each, float32."""
@@ -49,6 +54,12 @@ def check_max_tokens(max_tokens: int, limit: int, what: str) -> None:
     """Raises ConfigError where an encoder has no positions for so many tokens."""
     if max_tokens > limit:
         raise ConfigError(f"text.max_tokens is {max_tokens}; allowed: at most {limit}, as {what} has.")
+
+
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) whole numbers, 1 where a token may be attended to -> (B, 1, 1, L), added to the logits of attention.
+    transformers asks a mask of two axes whether all may be, for which the host would wait."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def mask_up_to_end(ids: Tensor, end: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
 from t2i.interfaces import TextFeatures
+from t2i.nn.transfer import placed
 
 VOCABULARY = 30_522  # of bert-base-uncased
 HEAD_DIM = 64  # x-transformers' default, whatever the width
@@ -119,8 +120,8 @@ class LDMBertTextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> TextFeatures:
         encodings = self.tokenizer.encode_batch(list(captions))
         device = self.transformer.norm.weight.device
-        ids = torch.tensor([encoding.ids for encoding in encodings]).to(device, non_blocking=True)
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings]).to(device, non_blocking=True)
+        ids = placed(torch.tensor([encoding.ids for encoding in encodings]), device)
+        mask = placed(torch.tensor([encoding.attention_mask for encoding in encodings]), device)
         tokens = self.transformer(ids)
         pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextFeatures(tokens, pooled, mask.bool())

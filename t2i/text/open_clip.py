@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import TextFeatures
+from t2i.nn.transfer import placed
 from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
 from t2i.weight_file import named_by_content
 
@@ -55,7 +56,7 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        ids = self.tokenizer(captions).to(self.device)
+        ids = placed(self.tokenizer(captions), self.device)
         tokens, pooled = read(self.tower, ids)
         return TextFeatures(tokens, pooled, mask_up_to_end(ids, self.tokenizer.eot_token_id))
 

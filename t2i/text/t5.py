@@ -6,7 +6,8 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from t2i.interfaces import TextFeatures
-from t2i.text.frozen import FrozenTextEncoder
+from t2i.nn.transfer import placed
+from t2i.text.frozen import FrozenTextEncoder, added_mask
 from t2i.text.pretrained import check_vocabulary, load_pretrained, tokenize
 
 ROUNDING = 128  # the published embeddings have their rows rounded up to a multiple of this
@@ -31,8 +32,9 @@ class T5TextEncoder(FrozenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        tokens = tokenize(self.tokenizer, captions, self.max_tokens).to(self.device)
-        mask = tokens.attention_mask
-        states = self.transformer(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        tokens = tokenize(self.tokenizer, captions, self.max_tokens)
+        ids, mask = (placed(each, self.device) for each in (tokens.input_ids, tokens.attention_mask))
+        added = added_mask(mask, self.dtype)
+        states = self.transformer(input_ids=ids, attention_mask=added).last_hidden_state
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextFeatures(states, pooled, mask.bool())

@@ -136,12 +136,11 @@ def sum_over_processes(counts: dict[str, int]) -> dict[str, int]:
 
 
 class Forecast(Callback):
-    """Says how long the run will take, from its first steps: after one step where that is slow, else from the
-    fastest of ten (the first ones of a run are slower than the rest)."""
+    """Says how long the run will take, from its first steps: after one step where that is slow, else from the last five
+    of ten (the first ones of a run are slower than the rest)."""
 
     def __init__(self) -> None:
         self.began: float | None = None
-        self.fastest = float("inf")
         self.steps = 0
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
@@ -157,16 +156,19 @@ class Forecast(Callback):
     ) -> None:
         if self.began is None:
             return
+        self.steps += 1
+        if self.steps not in (1, 5, 10):
+            return
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)  # else a step's time is that of queueing it
         now = time.perf_counter()
-        self.fastest, self.began, self.steps = min(self.fastest, now - self.began), now, self.steps + 1
-        if self.steps == 10 or self.fastest > 2:
+        seconds, self.began = (now - self.began) / (5 if self.steps == 10 else 1), now
+        if self.steps == 10 or (self.steps == 1 and seconds > 2):
             left = stage.config.trainer.num_images - stage.images_seen
             log.info(
                 "about %s at %.1f s a step; Ctrl-C saves and stops",
-                duration(self.fastest * left / stage.images_per_step),
-                self.fastest,
+                duration(seconds * left / stage.images_per_step),
+                seconds,
             )
             self.began = None
 
@@ -269,19 +271,23 @@ class Pictures(Callback):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C (or SIGTERM, SIGUSR1) ends the fit after the step in progress, on all processes at the same
-    step; a second Ctrl-C ends it at once. The handler only sets a flag: saving inside it would lose the
-    batch in flight."""
+    """Ctrl-C (or SIGTERM, SIGUSR1) ends the fit after the step in progress, or where there are several processes after
+    the next one in which they ask one another, so that all end at the same step; a second Ctrl-C ends it at once. The
+    handler only sets a flag: saving inside it would lose the batch in flight."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SECONDS = 2.0  # between two steps in which processes wait for one another to ask
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.received: int | None = None
         self.stopped = False
         self.previous: dict[int, Any] = {}
+        self.asked = (0, 0.0)  # in which step, and when
+        self.next = 0  # step in which to ask; the same in all processes
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        self.asked = (stage.steps_done, time.perf_counter())
         for number in self.SIGNALS:
             self.previous[number] = signal.signal(number, self.handle)
 
@@ -295,11 +301,18 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        flag = torch.tensor(float(self.received is not None))
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = flag.to(stage.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag.item():
+        received = self.received is not None
+        if trainer.world_size > 1:
+            if stage.steps_done < self.next:
+                return
+            now, (step, then) = time.perf_counter(), self.asked
+            seconds = (now - then) / max(stage.steps_done - step, 1)
+            answers = torch.tensor([float(received), seconds], device=stage.device)
+            dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+            received, seconds = answers.tolist()  # the host waits here
+            self.asked = (stage.steps_done, time.perf_counter())
+            self.next = stage.steps_done + max(1, int(self.SECONDS / max(seconds, 1e-3)))
+        if received:
             self.stopped = trainer.should_stop = True
 
     def restore(self) -> None:

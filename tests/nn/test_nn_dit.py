@@ -112,7 +112,7 @@ def test_positions_are_all_that_orders_the_patches(monkeypatch):
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     moved = given | {"x": permuted(given["x"], order)}
     assert (dit(**moved) - permuted(dit(**given), order)).abs().max() > 1e-2
-    nowhere = lambda rows, columns, dim, scale: torch.zeros(rows * columns, dim)  # noqa: E731
+    nowhere = lambda rows, columns, dim, *_: torch.zeros(rows * columns, dim)  # noqa: E731
     monkeypatch.setattr("t2i.nn.dit.sincos_2d", nowhere)
     torch.testing.assert_close(dit(**moved), permuted(dit(**given), order))
 
@@ -191,7 +191,7 @@ def positions(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> tuple
     """The range of positions that a latent of this size is given: how far rows and columns go."""
     seen = []
 
-    def spy(rows: int, columns: int, dim: int, scale: float) -> Tensor:
+    def spy(rows: int, columns: int, dim: int, scale: float, device: torch.device) -> Tensor:
         seen.append((rows / scale, columns / scale))
         return torch.zeros(rows * columns, dim)
 

@@ -1,5 +1,6 @@
 """clip, open_clip, t5 and minilm against the libraries called directly, and what all frozen encoders promise."""
 
+import copy
 import importlib.util
 import pickle
 import socket
@@ -309,3 +310,9 @@ def test_the_room_imports_no_encoder_before_it_is_asked():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_encoding_asks_the_device_for_no_number(encoder):
+    """On the meta device, where that is an error. (transformers looks into a mask of two axes.)"""
+    moved = copy.deepcopy(encoder).to("meta")
+    assert moved(CAPTIONS).tokens.device.type == "meta"

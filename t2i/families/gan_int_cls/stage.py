@@ -19,6 +19,7 @@ from t2i.families.gan_int_cls.losses import (
 from t2i.families.gan_int_cls.model import GanIntCls
 from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
+from t2i.nn.transfer import placed
 from t2i.text.features import text_feature, text_of
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness
@@ -66,7 +67,10 @@ class Stage(BaseStage):
         pictures, captions = wrong_pairs(batch.caption) if model.wrong_weight else ([], [])
         wrong = real[:0]
         if len(pictures) > 1:  # batch norm takes two
-            wrong = discriminator(batch.image.detach()[pictures], pooled[captions])
+            of_picture, of_caption = (
+                placed(torch.tensor(each), image.device) for each in (pictures, captions)
+            )
+            wrong = discriminator(batch.image.detach()[of_picture], pooled[of_caption])
         loss = matching_aware_loss(real, wrong, fake, model.wrong_weight)
         losses = {"logit_real": real.mean(), "logit_fake": fake.mean()}
         if len(wrong):

@@ -125,7 +125,7 @@ class PixArt(Denoiser):
         p = self.config.patch_size
         rows, columns = x.shape[2] // p, x.shape[3] // p
         span = self.config.base_size / self.config.interpolation_scale  # positions run from 0 to this
-        position = sincos_2d(rows, columns, self.config.width, scale=(rows / span, columns / span))
+        position = sincos_2d(rows, columns, self.config.width, (rows / span, columns / span), x.device)
         tokens = self.pos_embed["proj"](x).flatten(2).transpose(1, 2) + position.to(x)
         modulation, time = self.adaln_single(t, x)
         text = self.caption_projection(context)

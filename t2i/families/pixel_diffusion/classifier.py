@@ -16,6 +16,7 @@ from t2i.families.pixel_diffusion.unet import Encoder
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.interfaces import TextFeatures
 from t2i.nn.norm import group_norm
+from t2i.nn.transfer import placed
 
 MAX_LOGIT_SCALE = 100.0  # of CLIP (2103.00020, section 2.5)
 
@@ -100,11 +101,13 @@ class NoisyMatcher(nn.Module):
         """() cross-entropy of telling which caption of the batch a picture has, and which picture a caption has. Equal
         captions share the answer; pictures whose caption was dropped are left out."""
         rows = [i for i, caption in enumerate(captions) if caption]
-        logits = self(x, t, text.tokens, text.mask)[rows][:, rows]
+        index = placed(torch.tensor(rows, dtype=torch.int64), x.device)
+        logits = self(x, t, text.tokens, text.mask)[index][:, index]
         kept = [captions[i] for i in rows]
-        same = (
-            torch.tensor([[float(a == b) for b in kept] for a in kept]).view(len(rows), len(rows)).to(logits)
+        equal = torch.tensor([[a == b for b in kept] for a in kept], dtype=torch.bool).view(
+            len(rows), len(rows)
         )
+        same = placed(equal, x.device).to(logits.dtype)
         answer = same / same.sum(1, keepdim=True)
         both = -(answer * logits.log_softmax(1)).sum() - (answer * logits.T.log_softmax(1)).sum()
         return both / (2 * max(len(rows), 1))

@@ -91,7 +91,7 @@ class AttentionBlock(MapAttention):
         if self.position_embedding:
             rows, columns = x.shape[2:]
             scale = max(rows, columns) / POSITION_SPAN
-            tokens = tokens + sincos_2d(rows, columns, x.shape[1], scale).to(x)
+            tokens = tokens + sincos_2d(rows, columns, x.shape[1], scale, x.device).to(x)
         q, k, v = (self._split_heads(each) for each in self.qkv(tokens).chunk(3, dim=-1))
         mask = None
         if self.encoder_kv is not None and context is not None:

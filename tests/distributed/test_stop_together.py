@@ -1,0 +1,47 @@
+"""A signal that one of two processes gets ends both after the same step, and they do not ask one another in each."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from t2i.training import callbacks
+from t2i.training.callbacks import StopOnSignal
+
+SIGNALLED = 7  # step of rank 1 in which the signal arrives
+
+
+def worker(rank: int, folder: str) -> None:
+    """Steps take 0.1 s on rank 0 and 0.5 s on rank 1, by a clock of the test's own."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    stage = SimpleNamespace(steps_done=0, device=torch.device("cpu"))
+    callbacks.time.perf_counter = lambda: stage.steps_done * (0.1, 0.5)[rank]
+    trainer = SimpleNamespace(world_size=2, should_stop=False)
+    stop, asked, all_reduce = StopOnSignal(say=lambda text: None), [], dist.all_reduce
+
+    def counted(*args, **kwargs):
+        asked.append(stage.steps_done)
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    stop.on_train_start(trainer, stage)
+    while not trainer.should_stop and stage.steps_done < 100:
+        stage.steps_done += 1
+        if (rank, stage.steps_done) == (1, SIGNALLED):
+            signal.raise_signal(signal.SIGTERM)
+        stop.on_train_batch_end(trainer, stage, None, None, 0)
+    stop.restore()
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(asked))
+    dist.destroy_process_group()
+
+
+def test_both_end_after_the_same_step_within_seconds(tmp_path):
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second == [1, 5, 9]  # every 2 s of the slower one; 9 is the last step of both
