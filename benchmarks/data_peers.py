@@ -103,7 +103,14 @@ class T2I:
         self.folder = folder
 
     def _data(self, workers: int) -> Any:
-        return self.config(source=None, shards=tars(self.folder), num_workers=workers)
+        return self.config(
+            source=None,
+            shards=tars(self.folder),
+            caption_keys=["txt", "json:caption"],
+            filter_by_size=True,
+            num_workers=workers,
+            cache_mib=0,
+        )
 
     def batches(
         self, decode: Decode, size_px: int, workers: int, position: int = 0, min_original_px: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_configs import NEEDED
 from html_pages import Tags, assert_stands_alone, embedded_png
 from PIL import Image
 
@@ -53,7 +54,7 @@ def test_psnr_of_equal_pictures_is_finite():
 def made_up_run(folder: Path, stage: str, size_px: int, shards: Path, seconds: float | None) -> Path:
     """A run folder with what the report reads. seconds None: it was killed before it could write anything."""
     folder.mkdir(parents=True)
-    data = {
+    data = NEEDED | {
         "source": "shapes",
         "shards": [str(shards / "train" / "00000.tar")],
         "heldout_shards": [str(shards / "heldout" / "00000.tar")],
