@@ -55,7 +55,7 @@ def composed_run(
         overrides.append(f"hydra.searchpath=[{_as_text(f'file://{Path(config_dir).absolute()}')}]")
     with explained(config_dir):
         with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
-            if needed is not None and not any(each.startswith(f"+{needed}=") for each in overrides):
+            if needed is not None and not any(each.startswith(f"{needed}=") for each in overrides):
                 choices = GlobalHydra.instance().config_loader().get_group_options(needed)
                 raise ConfigError(
                     f"{needed} is not given; allowed: {', '.join(choices)}, as in {needed}={choices[0]}."
@@ -66,11 +66,27 @@ def composed_run(
                 if "Config group override" not in str(error):
                     raise
                 raise ConfigError(f"{' '.join(overrides)}: a choice is a name, not a number.") from error
-        return checked(composed, overrides)
+        values = checked(composed, overrides)
+    return values | {"cluster": launched(composed)[1]} if needed == "cluster" else values
+
+
+def cluster_of_overrides(overrides: list[str]) -> dict[str, Any]:
+    """The cluster that launch=slurm, cluster= and cluster.KEY= name, for verbs that compose no run. Raises
+    ConfigError."""
+    import hydra
+
+    with explained(), hydra.initialize_config_module("t2i_conf", version_base="1.3"):
+        return launched(hydra.compose("launch", [quoted(each) for each in overrides]))[1]
+
+
+def launched(composed: DictConfig) -> tuple[str, dict[str, Any]]:
+    """How a composition is to be launched, and on which cluster: empty where that is not given."""
+    cluster: Any = OmegaConf.to_container(composed.get("cluster") or OmegaConf.create({}), resolve=True)
+    return str(composed.get("launch", "local")), {} if cluster.keys() == {"slurm"} else cluster
 
 
 def checked(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """The plain values of a composition, interpolations resolved. Raises ConfigError for what no stage can mean.
+    """The plain values of a run, interpolations resolved. Raises ConfigError for what no stage can mean.
 
     overrides: key=value as the command line has them
     """
@@ -78,6 +94,8 @@ def checked(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
     check_experiment(values)
     check_recipe(composed, overrides)
     check_pipes(values, overrides)
+    for key in ("launch", "cluster"):  # see `launched`
+        values.pop(key, None)
     return values
 
 

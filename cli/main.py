@@ -15,6 +15,7 @@ VERBS = {
     "plan": "what a run takes: t2i plan experiment=... cluster=a100x64 [--mfu X] [--sweep nodes=1,8,32]",
     "data": "make shards: t2i data make|pack|download|filter|dedup|score|encode|inspect|index ...",
     "convert": "published models in, trained models out: t2i convert SOURCE OUT [--to diffusers|compvis|t2i]",
+    "jobs": "the runs that were submitted by launch=slurm, and how far they are: t2i jobs [cancel RUN]",
     "report": "gather the newest runs into runs/demo/report.html and report.json",
 }
 
@@ -38,7 +39,14 @@ def main() -> None:
     if verb not in [*VERBS, "completion"]:
         print(f"t2i: {arguments[0]!r} is not a verb; allowed: {', '.join(VERBS)}.", file=sys.stderr)
         raise SystemExit(2)
+    from t2i.launch import outcome, signals
+    from t2i.launch.ranks import is_launched, name_of
+
+    if verb == "train" and is_launched(os.environ):
+        signals.note()
     hub.stay_offline()
+    from t2i.errors import SaidByFirst, UserError
+
     from .trouble import sentence_of
 
     try:
@@ -48,8 +56,12 @@ def main() -> None:
     except BrokenPipeError:  # as in `t2i plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # SIGPIPE, as the shell has it
+    except SaidByFirst:
+        raise SystemExit(2) from None
     except Exception as error:
         sentence = sentence_of(error)
+        if isinstance(error, UserError) or sentence is None:  # else it may be another process that failed
+            outcome.tell(outcome.FAILED, f"{name_of(os.environ)}: {sentence or repr(error)}")
         if sentence is None:
             raise
         _leave(verb, sentence, 2)
@@ -59,12 +71,14 @@ def _leave(verb: str, sentence: str, code: int) -> None:
     """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it."""
     if os.environ.get("T2I_TRACEBACK"):
         raise
-    from t2i.launch.ranks import is_first
+    from t2i.launch.ranks import is_first, name_of
 
-    if code != STOPPED or is_first(os.environ):
+    first = is_first(os.environ)
+    if code != STOPPED or first:
         from .trouble import one_line
 
-        print(f"t2i {verb}: {one_line(sentence)}", file=sys.stderr)
+        of = "" if first else f" ({name_of(os.environ)})"
+        print(f"t2i {verb}{of}: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

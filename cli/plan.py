@@ -123,8 +123,7 @@ def sweep_nodes(given: str | None) -> list[int] | None:
 
 def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, ClusterConfig]:
     """The typed configuration of a run and of the cluster that it is planned on. Raises ConfigError."""
-    group = ["+" + each if each.startswith("cluster=") else each for each in overrides]
-    values = composed_run(group, config_dir, needed="cluster")
+    values = composed_run(overrides, config_dir, needed="cluster")
     if values["data"]["shards"] == MISSING:
         values["data"]["shards"] = "unread.tar"  # a plan reads no pictures
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")

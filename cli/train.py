@@ -13,14 +13,18 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError, UserError
+from t2i.launch import outcome
+from t2i.launch.ranks import is_first, is_launched
+from t2i.schema import check
 
 from . import hub
-from .composition import checked, explained, quoted, sentence
+from .composition import checked, explained, launched, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
 
+LAUNCH = ("local", "slurm")
 COMPLETION = {"-sc", "--shell-completion"}
 
 
@@ -32,8 +36,9 @@ def run(arguments: list[str]) -> None:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config-dir", "-cd", nargs="?")
     flags.add_argument("--multirun", "-m", action="store_true")
+    flags.add_argument("--dry-run", action="store_true")
     own, _ = flags.parse_known_args(arguments)
-    arguments = flags_last(arguments)
+    arguments = flags_last([each for each in arguments if each != "--dry-run"])
     typed = sys.argv
     program = (
         "t2i" if COMPLETION & set(arguments) else "t2i train"
@@ -43,11 +48,19 @@ def run(arguments: list[str]) -> None:
     sys.argv = [program, *(quoted(argument, sweep=own.multirun) for argument in arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     failed: list[Exception] = []
+    to_submit: list[tuple[RunConfig, dict[str, Any], list[str]]] = []
 
     def task(composed: DictConfig) -> None:
         sys.argv = typed
+        overrides = list(HydraConfig.get().overrides.task)
         try:
-            train(checked(composed, list(HydraConfig.get().overrides.task)))
+            values, (launch, cluster) = checked(composed, overrides), launched(composed)
+            check(launch in LAUNCH, "launch", launch, " or ".join(LAUNCH))
+            check(launch == "slurm" or not own.dry_run, "launch", launch, "slurm, with --dry-run")
+            if launch == "slurm" and not outcome.in_job():
+                to_submit.append((typed_run(values), cluster, overrides))
+            else:
+                train(values, cluster)
         except OmegaConfBaseException as error:
             failed.append(ConfigError(sentence(error)))
         except Exception as error:  # raised below, apart from what Hydra itself raises
@@ -67,6 +80,10 @@ def run(arguments: list[str]) -> None:
         sys.argv = typed
     if failed:
         raise failed[0]
+    if to_submit:
+        from .submit import submit
+
+        submit(to_submit, own.config_dir, own.dry_run)
 
 
 def flags_last(arguments: list[str]) -> list[str]:
@@ -81,9 +98,18 @@ def flags_last(arguments: list[str]) -> list[str]:
     return overrides + flags
 
 
-def train(values: dict[str, Any]) -> None:
-    """One run, of the plain values that were composed."""
+def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
+    """One run, on this machine or in the processes that were started for it, of the plain values that were composed.
+    cluster: the machines, as composed; empty where they are not given"""
     config = typed_run(values)
+    if cluster:
+        from .submit import cluster_of, on_cluster
+
+        machines = cluster_of(cluster)
+        allowed = "that of 1 node, launch=slurm, or torchrun or srun on all of them"
+        alone = not is_launched(os.environ)
+        check(machines.nodes == 1 or not alone, "cluster", f"that of {machines.nodes} nodes", allowed)
+        config = on_cluster(config, machines)
     # Heavy imports only now: a wrong key is reported at once.
     import torch
 
@@ -105,6 +131,8 @@ def train(values: dict[str, Any]) -> None:
         console.print(
             f"Stopped and saved: {result.folder} ({rate}). To go on: the same command with resume=latest"
         )
+        if is_first(os.environ):
+            outcome.tell(outcome.STOPPED)
     if config.logger.wandb == "offline":
         console.print(f"To bring it to wandb: {sync_command(result.folder)}")
 

@@ -14,6 +14,7 @@ Trains one stage into runs/STAGE/NAME. Ctrl-C saves and stops; the same command 
   t2i train stage=autoencoder
   t2i train stage=ldm resolution=512 trainer.batch_size=8
   t2i train stage=ldm experiment=sd-v1/256 data=shards 'data.shards=PATH/{00000..00099}.tar'
+  t2i train experiment=sd-v1/256 cluster=a100x64 launch=slurm      submits a job; --dry-run prints its script
 
 Groups and their choices (a group that a stage does not have is refused):
 """
@@ -31,7 +32,6 @@ def groups() -> dict[str, list[str]]:
     for path in sorted(conf.glob("*/**/*.yaml")):
         group, _, choice = path.relative_to(conf).with_suffix("").as_posix().partition("/")
         found.setdefault(group, []).append(choice)
-    found.pop("cluster", None)  # of `t2i plan`
     found["resolution"].sort(key=int)
     return dict(
         sorted(found.items(), key=lambda each: (each[0] != "stage", each[0] == "experiment", each[0]))

@@ -174,6 +174,7 @@ class TrainerConfig:
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
     keep_checkpoints: older ones are removed
+    deadline_s: processes of a run that hear nothing of another one for so long end
     """
 
     num_images: int
@@ -187,6 +188,7 @@ class TrainerConfig:
     sample_every_images: int = 0
     checkpoint_every_images: int = 0
     keep_checkpoints: int = 2
+    deadline_s: float = 600.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -199,6 +201,7 @@ class TrainerConfig:
             "keep_checkpoints",
         ):
             check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        check(self.deadline_s > 0, "trainer.deadline_s", self.deadline_s, "more than 0")
         parts = self.micro_batches
         check(self.batch_size % parts == 0, "trainer.micro_batches", parts, f"divisors of {self.batch_size}")
         for name in ("sample_every_images", "checkpoint_every_images"):
@@ -234,7 +237,8 @@ class RunConfig:
     family: folder of t2i/families/ whose Stage is trained
     name: name of the run's folder; None takes the date and time
     init_from: None, "lower", a run folder or a checkpoint file to take weights from
-    resume: None, "latest", or the run folder to go on with
+    resume: None, "latest", the run folder to go on with, or "auto": the run of this name where that has a checkpoint,
+        and else a new one, so that one command starts and restarts
     allow_other_shards: resume although shards were replaced since
     """
 

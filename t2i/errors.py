@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A checkpoint or weight file is missing, unsafe, or does not fit the model."""
 
 
+class SaidByFirst(UserError):
+    """What the first process of a run failed with: it says so, the others need not."""
+
+
 def system_sentence(error: OSError) -> str:
     """What the system refused, as a sentence with the names of the files: "a/b cannot be used: Not a directory."."""
     given = (error.filename, error.filename2)

@@ -17,6 +17,7 @@ JOBS = {
     "inspect": "what is in shards, as a table and a contact sheet: t2i data inspect SHARDS",
     "index": "where each sample lies, for an instant start: t2i data index SHARDS",
 }
+LAUNCH = ("launch=", "cluster=", "cluster.", "--dry-run")  # what makes a job of SLURM of it
 
 
 def run(arguments: list[str]) -> None:
@@ -25,7 +26,13 @@ def run(arguments: list[str]) -> None:
         print("usage: t2i data JOB ...    (t2i data JOB --help says more)\n")
         for job, text in JOBS.items():
             print(f"  {job:8} {text}")
+        print("\nWith cluster=NAME launch=slurm [--dry-run] it is a job of SLURM (docs/clusters.md).")
         return
     if arguments[0] not in JOBS:
         raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
+    if launched := [each for each in arguments if each.startswith(LAUNCH)]:
+        from ..submit import submit_data
+
+        submit_data(arguments[0], [each for each in arguments[1:] if not each.startswith(LAUNCH)], launched)
+        return
     importlib.import_module(f"t2i_cli.data.{arguments[0]}").run(arguments[1:])

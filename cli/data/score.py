@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
     for column, name in scorer.names.items():
         console.print(f"{column}: {name}")
     mine = len(urls[rank.rank :: rank.world])
-    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = max(1, cores() // rank.local_world)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("shards", total=mine)
         report = score_shards(

@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 
 from t2i.config import check
+from t2i.launch.slurm import SlurmConfig
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """Nodes of equal GPUs.
 
-    gpu: its name, for people
+    gpu: its name, for people; "none" for machines without
     peak_bf16_tflops: of one GPU, dense, in TFLOP/s
     memory_gib: of one GPU
     node_bandwidth_gbps: gigabits per second that a node can send to others while it receives as many, over all
@@ -20,6 +21,7 @@ class ClusterConfig:
     usd_per_gpu_hour: what is paid, or would be
     cpu_cores_per_node: physical cores, which decode pictures
     mfu: share of peak_bf16_tflops that training is taken to reach where nothing was measured
+    slurm: what its SLURM wants to be told, where it has one
     """
 
     gpu: str
@@ -31,6 +33,7 @@ class ClusterConfig:
     usd_per_gpu_hour: float
     cpu_cores_per_node: int
     mfu: float
+    slurm: SlurmConfig | None = None
 
     def __post_init__(self) -> None:
         for key in ("gpus_per_node", "nodes", "cpu_cores_per_node"):
@@ -41,6 +44,10 @@ class ClusterConfig:
         cost = self.usd_per_gpu_hour
         check(0 <= cost < math.inf, "cluster.usd_per_gpu_hour", cost, "0 or more")
         check(0 < self.mfu <= 1, "cluster.mfu", self.mfu, "more than 0, up to 1")
+
+    @property
+    def has_gpus(self) -> bool:
+        return self.gpu != "none"
 
     @property
     def num_gpus(self) -> int:

@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from t2i.interfaces import Batch
+from t2i.launch import signals
 from t2i.nn.precision import widened
 from t2i.training.pictures import grid, save_png, to_uint8
 from t2i.training.stage import BaseStage
@@ -288,6 +289,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
         self.asked = (stage.steps_done, time.perf_counter())
+        self.received = signals.received
         for number in self.SIGNALS:
             self.previous[number] = signal.signal(number, self.handle)
 

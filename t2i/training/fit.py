@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import signal
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -22,6 +24,8 @@ from t2i.data.encoded import Record, check_same
 from t2i.data.sources import Limits
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
+from t2i.launch import processes
+from t2i.launch.ranks import Rank
 from t2i.training import run_folder
 from t2i.training.callbacks import Forecast, Metrics, Pictures, ProgressBar, StopAtEnd, StopOnSignal
 from t2i.training.checkpoint import LoadedCheckpoint, load
@@ -49,12 +53,11 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     Raises UserError (a sentence) where data, checkpoints, devices or configuration do not fit, and where numbers are
     not finite any more.
     """
+    config = _with_processes(config, processes.join(os.environ, config.trainer.deadline_s))
     _check_devices(config)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    resumed = _resumed_run(config)
-    if resumed:
-        _check_same_run(config, resumed)
+    resumed = processes.from_first(lambda: _resumed_run(config))
     L.seed_everything(config.seed % 2**32, verbose=False)
     if resumed is None:
         config, start = fresh_start(config)
@@ -69,7 +72,8 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if start is None:
         stage.before_training(image.to(stage.weight_dtype) for image in some_images(config))
     began = time.perf_counter()
-    with run_folder.opened(config.runs_dir, config.stage, config.name, resumed) as folder:
+    reuse = config.resume == "auto"
+    with run_folder.opened(config.runs_dir, config.stage, config.name, resumed, reuse) as folder:
         if resumed is None:
             run_folder.write_config(folder, run_to_dict(stage.config))
         log.info("run folder: %s", folder)
@@ -77,7 +81,19 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         result = FitResult(folder, stage.is_complete, stage.images_seen, time.perf_counter() - began)
         if trainer.is_global_zero:
             run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
+    processes.leave()
     return result
+
+
+def _with_processes(config: RunConfig, rank: Rank) -> RunConfig:
+    """Where torchrun or srun started the processes, it is they that say how many there are. Raises ConfigError where
+    the command says other numbers."""
+    if rank.world == 1:
+        return config
+    given = config.trainer.devices * config.trainer.num_nodes
+    check(given in (1, rank.world), "trainer.devices", given, f"{rank.world}, as many processes were started")
+    trainer = dataclasses.replace(config.trainer, devices=rank.local_world, num_nodes=rank.machines)
+    return dataclasses.replace(config, trainer=trainer)
 
 
 def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console) -> L.Trainer:
@@ -100,7 +116,7 @@ def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, co
             max_epochs=-1,
             logger=loggers,
             callbacks=callbacks,
-            plugins=[WholeFiles()],
+            plugins=[WholeFiles(), *_environment()],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -158,20 +174,12 @@ def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
 
 
 def _resumed_run(config: RunConfig) -> Path | None:
-    """The run folder that config.resume means."""
-    if config.resume is None:
-        return None
-    if config.resume == "latest":
-        found = run_folder.newest_run(config.runs_dir, config.stage)
-        if found is None:
-            raise CheckpointError(
-                f"resume=latest found no run with a checkpoint in {config.runs_dir}/{config.stage}."
-            )
-        return found
-    folder = Path(config.resume)
-    if not run_folder.checkpoints(folder):
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*.ckpt).")
-    return folder
+    """The run folder that config.resume means; None for a new run. Raises CheckpointError where there is none, or the
+    command says other than the run's own did."""
+    found = run_folder.resumed(config.runs_dir, config.stage, config.name, config.resume)
+    if found is not None:
+        _check_same_run(config, found)
+    return found
 
 
 def _check_same_run(config: RunConfig, folder: Path) -> None:
@@ -231,7 +239,8 @@ def _initial_run(config: RunConfig) -> str | None:
 
 def fresh_start(config: RunConfig) -> tuple[RunConfig, LoadedCheckpoint | None]:
     """A new run's configuration, with what its init_from means, and the weights that it starts from, if any."""
-    config = dataclasses.replace(config, init_from=_initial_run(config))
+    initial = processes.from_first(lambda: _initial_run(config))
+    config = dataclasses.replace(config, init_from=initial)
     return config, load(run_folder.weights_file(config.init_from)) if config.init_from else None
 
 
@@ -240,6 +249,12 @@ def _strategy(config: RunConfig, stage: BaseStage) -> Strategy | str:
     if config.trainer.devices * config.trainer.num_nodes == 1:
         return "auto"
     return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=len(stage.turns()) > 1)
+
+
+def _environment() -> list[ClusterEnvironment]:
+    """What Lightning is told of the processes: those that were joined, however they were started. Its own view of SLURM
+    would save and requeue in a signal's handler."""
+    return [TorchElasticEnvironment()] if processes.is_joined() else []
 
 
 def _device_name(trainer: L.Trainer) -> str:

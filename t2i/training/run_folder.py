@@ -11,7 +11,7 @@ import subprocess
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,56 @@ from yaml import YAMLError
 
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
-from t2i.launch.ranks import job_name
+from t2i.launch.lock import locked
+from t2i.launch.processes import from_first
+from t2i.launch.ranks import is_first, job_name
+from t2i.schema import check
 
 RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
 FINAL_WEIGHTS = "model.safetensors"
 CHECKPOINT = re.compile(r"step_\d+\.ckpt")
 
 
-def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
+def named(runs_dir: str | Path, stage: str, name: str | None) -> Path:
+    """The folder of the run of that name, or of this job's, whether it is there or not. Raises ConfigError where
+    neither has a name."""
+    name = name or job_name(os.environ)
+    check(name is not None, "resume", "auto", "that with name=NAME, as only a name tells which run is meant")
+    return Path(runs_dir) / stage / str(name)
+
+
+def resumed(runs_dir: str, stage: str, name: str | None, resume: str | None) -> Path | None:
+    """The run folder that `resume` of a configuration means; None for a new run. Raises CheckpointError or
+    ConfigError."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        folder = named(runs_dir, stage, name)
+        return folder if checkpoints(folder) else None
+    if resume == "latest":
+        found = newest_run(runs_dir, stage)
+        if found is None:
+            raise CheckpointError(f"resume=latest found no run with a checkpoint in {runs_dir}/{stage}.")
+        return found
+    folder = Path(resume)
+    if not checkpoints(folder):
+        raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*.ckpt).")
+    return folder
+
+
+def create(runs_dir: str | Path, stage: str, name: str | None, reuse: bool = False) -> Path:
     """The folder of a new run, made if absent, with runs/<stage>/latest pointing to it.
 
     Further processes of the same run (Lightning starts them with this one's environment) get the same
-    folder. A name that was used before gets "-2", "-3", ... so that no run is ever written over.
+    folder. A name that was used before gets "-2", "-3", ... so that no run is ever written over; with `reuse` it is the
+    same run, started again.
     """
     if inherited := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(inherited)
     name = name or job_name(os.environ) or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if reuse:
+        (folder := named(runs_dir, stage, name)).mkdir(parents=True, exist_ok=True)
+        return enter(folder)
     parent, copy = Path(runs_dir) / stage, 1
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / name
@@ -53,18 +87,23 @@ def create(runs_dir: str | Path, stage: str, name: str | None) -> Path:
 
 
 @contextmanager
-def opened(runs_dir: str | Path, stage: str, name: str | None, resumed: Path | None) -> Iterator[Path]:
+def opened(
+    runs_dir: str | Path, stage: str, name: str | None, resumed: Path | None, reuse: bool = False
+) -> Iterator[Path]:
     """The folder of a run while it goes on: `resumed`, or a new one (see `create`). A new one is removed again where an
     error ends the block before anything was trained."""
-    own = not os.environ.get(RUN_FOLDER_VARIABLE)  # and no other process's that started this one
+    # Of the processes of a run one owns the folder: the first, also of those that Lightning starts.
+    own = not os.environ.get(RUN_FOLDER_VARIABLE) and is_first(os.environ)
     link = Path(runs_dir) / stage / "latest"
     latest = link.readlink() if link.is_symlink() else None
-    folder = enter(resumed) if resumed else create(runs_dir, stage, name)
-    if own:
-        for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
-            left.unlink()  # of a process that was killed while it wrote
+    folder = from_first(lambda: enter(resumed) if resumed else create(runs_dir, stage, name, reuse))
+    os.environ[RUN_FOLDER_VARIABLE] = str(folder)
     try:
-        yield folder
+        with locked(folder) if own else nullcontext():
+            if own:
+                for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
+                    left.unlink()  # of a process that was killed while it wrote
+            yield folder
     except BaseException:
         if resumed is None and own and not _holds_results(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,6 +113,15 @@ def opened(runs_dir: str | Path, stage: str, name: str | None, resumed: Path | N
         raise
     finally:
         leave()
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes the folder of a run that was never begun; its stage's link "latest" goes with it."""
+    if not _holds_results(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        link = folder.parent / "latest"
+        if link.is_symlink() and not link.exists():
+            link.unlink()
 
 
 def _holds_results(folder: Path) -> bool:

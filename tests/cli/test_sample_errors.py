@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from t2i_cli.composition import composed_run
+
 PROMPT = ("sample", "--prompt", "a red circle")
 
 
@@ -95,11 +97,7 @@ def test_a_foreign_checkpoint(t2i, tmp_path, name):
 
 
 def composed(*overrides: str) -> dict:
-    from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
-
-    with initialize_config_module("t2i_conf", version_base="1.3"):
-        return OmegaConf.to_container(compose("train", ["data=shapes", *overrides]), resolve=True)
+    return composed_run(["data=shapes", *overrides])
 
 
 def write(path: Path, weights: dict[str, torch.Tensor], config: dict, extra: dict | None = None) -> str:

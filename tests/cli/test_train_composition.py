@@ -90,7 +90,7 @@ def test_names_and_paths_reach_every_entry_point(t2i, monkeypatch, value):
     (own / "tiny.yaml").write_text("# @package _global_\nseed: 17\n")
     seen = []
     monkeypatch.setattr(
-        "t2i_cli.train.train", lambda composed: seen.append((composed["name"], composed["seed"]))
+        "t2i_cli.train.train", lambda composed, cluster: seen.append((composed["name"], composed["seed"]))
     )
     typed = ["stage=ldm", "experiment=tiny", f"name={value}"]
     assert t2i("train", f"--config-dir={own.parent}", *typed).err == ""
@@ -116,7 +116,7 @@ def test_what_is_written_for_hydra_is_left_to_hydra():
 
 def test_multirun_takes_each_of_several_names(t2i, monkeypatch):
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed["name"]))
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed, cluster: seen.append(composed["name"]))
     assert t2i("train", "stage=ldm", "name=it's,{0,1}.tar,b c", "-m").code == 0
     assert seen == ["it's", "{0,1}.tar", "b c"]
 
@@ -129,7 +129,7 @@ def test_names_may_look_like_numbers(t2i, monkeypatch, value):
     assert [composed["name"], composed["runs_dir"], composed["builds_on"]["codec"]] == [value] * 3
     assert composed_run(["stage=ldm", "seed=5"])["seed"] == 5
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(composed["name"]))
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed, cluster: seen.append(composed["name"]))
     assert t2i("train", "stage=ldm", f"name={value},b c,null", "-m").code == 0
     assert seen == [value, "b c", None]
 
@@ -139,7 +139,7 @@ def test_flags_may_stand_between_key_and_value_pairs(t2i, monkeypatch):
     Path("mine/experiment/tiny.yaml").write_text("# @package _global_\nseed: 17\n")
     seen = []
     monkeypatch.setattr(
-        "t2i_cli.train.train", lambda composed: seen.append((composed["name"], composed["seed"]))
+        "t2i_cli.train.train", lambda composed, cluster: seen.append((composed["name"], composed["seed"]))
     )
     assert t2i("train", "stage=ldm", "--config-dir", "mine", "experiment=tiny", "-m", "name=a,b").err == ""
     assert seen == [("a", 17), ("b", 17)]
@@ -160,7 +160,7 @@ def test_cfg_job_prints_the_composition(t2i, size):
 def test_multirun_takes_each_resolution(t2i, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "t2i_cli.train.train", lambda composed: seen.append(composed["resolution"]["size_px"])
+        "t2i_cli.train.train", lambda composed, cluster: seen.append(composed["resolution"]["size_px"])
     )
     assert t2i("train", "stage=ldm", "resolution=32,64", "--multirun").code == 0
     assert seen == [32, 64]
@@ -192,7 +192,7 @@ def test_the_task_gives_lightning_what_was_typed(t2i, monkeypatch):
     import sys
 
     seen = []
-    monkeypatch.setattr("t2i_cli.train.train", lambda composed: seen.append(list(sys.argv)))
+    monkeypatch.setattr("t2i_cli.train.train", lambda composed, cluster: seen.append(list(sys.argv)))
     t2i("train", "stage=ldm", "resolution=64")
     assert seen == [["t2i", "train", "stage=ldm", "resolution=64"]]
 

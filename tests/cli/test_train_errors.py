@@ -143,7 +143,7 @@ def test_more_gpus_than_there_are(t2i, monkeypatch, accelerator):
 
 def test_of_several_experiments_each_has_to_exist(t2i, monkeypatch):
     started = []
-    monkeypatch.setattr("t2i_cli.train.train", started.append)
+    monkeypatch.setattr("t2i_cli.train.train", lambda *given: started.append(given))
     sentence = t2i("train", "stage=ldm", "experiment=sd-v1/256,sd-v1/521", "--multirun").sentence
     assert "experiment is 'sd-v1/521'; allowed: " in sentence
     assert started == []

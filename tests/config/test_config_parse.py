@@ -26,6 +26,7 @@ from t2i.config import (
     to_dict,
 )
 from t2i.errors import ConfigError, UserError
+from t2i_cli.composition import composed_run
 
 deterministic = settings(derandomize=True, deadline=None)
 
@@ -282,13 +283,7 @@ def test_data(values, words):
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
-
-    with initialize_config_module("t2i_conf", version_base="1.3"):
-        values = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return composed_run(list(overrides))
 
 
 RUNS = [

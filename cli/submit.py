@@ -1,0 +1,172 @@
+"""`t2i train ... launch=slurm`: the runs of a command as one job, or one array."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.errors import ConfigError, UserError
+from t2i.schema import check, parse
+
+if TYPE_CHECKING:
+    from t2i.config import RunConfig
+    from t2i.planning.config import ClusterConfig
+
+SHARED = {"encode", "score"}  # jobs of `t2i data` whose processes share the shards among them
+JOB = "slurm.json"  # in a run folder
+GIB = 2**30
+
+
+def submit(
+    runs: list[tuple[RunConfig, dict[str, Any], list[str]]], config_dir: str | None, dry_run: bool
+) -> None:
+    """Prints the job's number, script and log; with dry_run the script alone, and nothing is submitted.
+
+    runs: of each its configuration, the composed cluster, and the key=value that made them
+    Raises UserError.
+    """
+    from t2i.launch import slurm
+    from t2i.training import run_folder
+
+    from .console import console
+
+    first, values, _ = runs[0]
+    if not values:
+        raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
+    cluster = cluster_of(values)
+    assert cluster.slurm is not None
+    for config, each, _ in runs:
+        check(each == values, "cluster", "several in one sweep", "one")
+        _check_fits(on_cluster(config, cluster), cluster)
+    name = first.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    tasks, folders = [], []
+    for number, (config, _, overrides) in enumerate(runs):
+        own = name if len(runs) == 1 else f"{name}-{number}"
+        folder, more = _folder(config, own, dry_run)
+        folders.append(folder)
+        given = [each for each in overrides if each.partition("=")[0] not in ("name", "resume")]
+        flags = ["--config-dir", str(Path(config_dir).absolute())] if config_dir else []
+        tasks.append(slurm.Task(folder, [*flags, *given, *more]))
+    place = Path(first.runs_dir).absolute() / "slurm" / name
+    numbered = "%A_%a" if len(tasks) > 1 else "%j"
+    machines = slurm.Machines(
+        cluster.nodes,
+        cluster.gpus_per_node,
+        max(1, cluster.cpu_cores_per_node // cluster.gpus_per_node),
+        first.trainer.accelerator != "cpu" and cluster.has_gpus,
+    )
+    log = f"{place}/{numbered}.log"
+    text = slurm.script(f"t2i-{first.stage}", tasks, machines, cluster.slurm, Path.cwd(), log)
+    if dry_run:
+        print(text, end="")
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / "job.sh"
+    path.write_text(text)
+    try:
+        job = slurm.submit(path)
+    except UserError:
+        for folder in folders:
+            run_folder.remove_unused(folder)
+        raise
+    for number, folder in enumerate(folders):
+        one = f"{job}_{number}" if len(tasks) > 1 else job
+        at = log.replace("%A_%a", one).replace("%j", job)
+        (folder / JOB).write_text(json.dumps({"job": one, "script": str(path), "log": at}) + "\n")
+        console.print(f"Job {one}: {folder}, log {at}")
+    console.print(f"Script: {path}. `t2i jobs` shows how it goes on.")
+
+
+def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
+    """`t2i data JOB ... cluster=NAME launch=slurm`: a job whose processes share the shards among them is an array with
+    a part for each node, with a process for each GPU; any other is one process on one node.
+
+    launched: of the command line, launch=, cluster= and --dry-run
+    Raises UserError.
+    """
+    from t2i.launch import slurm
+
+    from .composition import cluster_of_overrides
+    from .console import console
+
+    given = [each for each in launched if each != "--dry-run"]
+    values = cluster_of_overrides(given)
+    if not values:
+        raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
+    cluster = cluster_of(values)
+    assert cluster.slurm is not None
+    parts, processes = (cluster.nodes, cluster.gpus_per_node) if job in SHARED else (1, 1)
+    cores = max(1, cluster.cpu_cores_per_node // processes)
+    machines = slurm.Machines(1, processes, cores, gpus=job in SHARED and cluster.has_gpus)
+    place = Path("runs").absolute() / "slurm" / f"data-{job}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
+    text = slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, cluster.slurm, Path.cwd(), log)
+    if "--dry-run" in launched:
+        print(text, end="")
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / "job.sh"
+    path.write_text(text)
+    number = slurm.submit(path)
+    console.print(
+        f"Job {number}: {parts * processes} processes, log {log.replace('%A', number).replace('%j', number)}"
+    )
+    console.print(f"Script: {path}")
+
+
+def cluster_of(values: dict[str, Any]) -> ClusterConfig:
+    """Raises ConfigError."""
+    from t2i.planning.config import ClusterConfig
+
+    return parse(ClusterConfig, values, "cluster.")
+
+
+def on_cluster(config: RunConfig, cluster: ClusterConfig) -> RunConfig:
+    """The run on all of the cluster's GPUs."""
+    import dataclasses
+
+    trainer = dataclasses.replace(config.trainer, devices=cluster.gpus_per_node, num_nodes=cluster.nodes)
+    return dataclasses.replace(config, trainer=trainer)
+
+
+def _check_fits(config: RunConfig, cluster: ClusterConfig) -> None:
+    """Raises ConfigError where the plan says that the GPUs' memory is not enough."""
+    if config.trainer.accelerator == "cpu" or not cluster.has_gpus:
+        return
+    from t2i.planning.fits import bytes_of_batch, what_fits
+    from t2i.planning.model import build_model
+    from t2i.planning.plan import USABLE_MEMORY
+
+    from .train import built_on
+
+    model = build_model(config, built_on(config))
+    total_bytes = int(cluster.memory_gib * GIB)
+    if bytes_of_batch(config, model, config.trainer.batch_size) > USABLE_MEMORY * total_bytes:
+        raise ConfigError(
+            f"trainer.batch_size={config.trainer.batch_size} does not fit into the {cluster.memory_gib:g} GiB of "
+            f"cluster.memory_gib: {what_fits(config, model, total_bytes)}"
+        )
+
+
+def _folder(config: RunConfig, name: str, dry_run: bool) -> tuple[Path, list[str]]:
+    """A run's folder, absolute, and what its command says of it: the same folder at each start."""
+    from t2i.training import run_folder
+
+    from .composition import quoted
+
+    if config.resume is not None and config.resume != "auto":
+        folder = run_folder.resumed(config.runs_dir, config.stage, config.name, config.resume)
+        assert folder is not None
+        return folder.absolute(), [quoted(f"resume={folder.absolute()}")]
+    if config.resume == "auto":
+        folder = run_folder.named(config.runs_dir, config.stage, name)
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+    elif dry_run:
+        folder = Path(config.runs_dir) / config.stage / name
+    else:
+        folder = run_folder.create(config.runs_dir, config.stage, name)
+        run_folder.leave()
+    return folder.absolute(), [quoted(f"name={folder.name}"), "resume=auto"]

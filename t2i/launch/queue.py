@@ -1,0 +1,60 @@
+"""What SLURM's queue says of jobs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+
+from t2i.errors import UserError
+
+TIMEOUT_S = 60
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """Of those that SLURM still knows, by number: "RUNNING on n[1-2]", "PENDING (Resources)", "FAILED". Raises
+    UserError where there is no SLURM or it does not answer."""
+    wanted = set(jobs)
+    found: dict[str, str] = {}
+    for line in _asked("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%R").splitlines():
+        job, state, place = line.split("|", 2)
+        if job in wanted:
+            where = place if state == "PENDING" else f"on {place}" if place and state == "RUNNING" else ""
+            found[job] = f"{state} {where}".strip()
+    if gone := sorted(wanted - found.keys()):
+        found |= _ended(gone)
+    return found
+
+
+def cancel(job: str) -> None:
+    """Raises UserError with what scancel said."""
+    _asked("scancel", job)
+
+
+def _ended(jobs: list[str]) -> dict[str, str]:
+    """From the accounts, which not every cluster keeps."""
+    try:
+        said = _asked(
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=JobID,State",
+            f"--jobs={','.join(jobs)}",
+        )
+    except UserError:
+        return {}
+    return dict(line.partition("|")[::2] for line in said.splitlines() if line)
+
+
+def _asked(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{command[0]} is not on this machine; allowed: a login node of the cluster."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{command[0]} did not answer within {TIMEOUT_S} s.") from error
+    if done.returncode:
+        raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,218 @@
+"""Runs as jobs of SLURM: the script that sbatch takes, and what of the cluster's configuration goes into it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.errors import UserError
+from t2i.launch import outcome
+from t2i.schema import check
+
+OWN = {
+    "array",
+    "cpus-per-task",
+    "gpus-per-node",
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+}
+OWN |= {"requeue", "signal", "partition", "account", "time", "constraint"}
+SBATCH_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What a cluster's SLURM wants to be told: cluster.slurm, whose defaults are in conf/launch/slurm.yaml.
+
+    partition, account, time, constraint: as sbatch has them; null leaves them to the cluster
+    signal_s: so long before its time is over a job saves, stops and is put into the queue again
+    setup: lines of the script before the run, such as "module load cuda"
+    srun: further words for srun, such as "--container-image=IMAGE" (enroot and pyxis)
+    run_in: words before the command of each process, such as "apptainer exec --nv IMAGE"
+    sbatch: further #SBATCH keys with their values, such as {qos: high}
+    """
+
+    partition: str | None
+    account: str | None
+    time: str | None
+    constraint: str | None
+    signal_s: int
+    setup: list[str]
+    srun: str | None
+    run_in: str | None
+    sbatch: dict[str, str | int]
+
+    def __post_init__(self) -> None:
+        check(self.signal_s >= 1, "cluster.slurm.signal_s", self.signal_s, "1 or more")
+        for key, value in {
+            **self.sbatch,
+            **{k: getattr(self, k) for k in ("partition", "account", "time", "constraint")},
+        }.items():
+            check("\n" not in str(value), f"cluster.slurm.{key}", value, "one line")
+        for key in self.sbatch:
+            name = f"cluster.slurm.sbatch.{key}"
+            check(
+                re.fullmatch(r"[a-z][a-z-]*", key) is not None, name, key, "an option of sbatch, without --"
+            )
+            check(key not in OWN, name, key, "options that t2i does not set itself")
+
+    def named(self) -> dict[str, str | int]:
+        """Of the options that have a key of their own, those that are given."""
+        given = {key: getattr(self, key) for key in ("partition", "account", "time", "constraint")}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """nodes of the job; processes on each, one per GPU; cores for each; gpus: whether it needs them"""
+
+    nodes: int
+    processes: int
+    cores: int
+    gpus: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run. folder: its run folder, absolute; arguments: of `t2i train`"""
+
+    folder: Path
+    arguments: Sequence[str]
+
+
+def script(
+    name: str, tasks: Sequence[Task], machines: Machines, slurm: SlurmConfig, cwd: Path, log: str
+) -> str:
+    """For sbatch: several tasks are an array. First start and every restart run the same lines.
+
+    cwd: where the processes run; log: file of what they say, with sbatch's %j or %A_%a
+    """
+    lines = _head(name, len(tasks), machines, slurm, cwd, log)
+    lines.append('case "${SLURM_ARRAY_TASK_ID:-0}" in')
+    for number, task in enumerate(tasks):
+        lines.append(f"{number})")
+        lines.append(f"    run={shlex.quote(str(task.folder))}")
+        lines.append(f"    arguments=({shlex.join(task.arguments)})")
+        lines.append("    ;;")
+    command = f"{_command(slurm)} train"
+    return "\n".join(lines) + REST.format(
+        variable=outcome.VARIABLE, srun=_srun(machines, slurm), command=command
+    )
+
+
+def data_script(
+    name: str,
+    parts: int,
+    arguments: Sequence[str],
+    machines: Machines,
+    slurm: SlurmConfig,
+    cwd: Path,
+    log: str,
+) -> str:
+    """For sbatch: an array of so many parts of a job of `t2i data`, whose processes share its shards among them. A part
+    that is started again leaves out what is there.
+
+    arguments: of `t2i data`
+    """
+    lines = _head(name, parts, machines, slurm, cwd, log)
+    command = f"{_command(slurm)} data {shlex.join(arguments)}"
+    return "\n".join(lines) + DATA.format(srun=_srun(machines, slurm), parts=parts, command=command)
+
+
+def _head(name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Path, log: str) -> list[str]:
+    options: dict[str, object] = {
+        "job-name": name,
+        "nodes": machines.nodes,
+        "ntasks-per-node": machines.processes,
+        "cpus-per-task": machines.cores,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"USR1@{slurm.signal_s}",
+    }
+    if machines.gpus:
+        options["gpus-per-node"] = machines.processes
+    if tasks > 1:
+        options["array"] = f"0-{tasks - 1}"
+    options |= slurm.named() | slurm.sbatch
+    return [
+        "#!/bin/bash",
+        *(f"#SBATCH --{key}={_option(value)}" for key, value in options.items()),
+        *("#SBATCH --requeue", "", f"cd {shlex.quote(str(cwd))} || exit 1"),
+        *slurm.setup,
+    ]
+
+
+def _srun(machines: Machines, slurm: SlurmConfig) -> str:
+    more = shlex.split(slurm.srun or "")
+    return shlex.join(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={machines.cores}", *more])
+
+
+def _command(slurm: SlurmConfig) -> str:
+    return shlex.join([*shlex.split(slurm.run_in or ""), sys.executable, "-m", "t2i_cli.main"])
+
+
+DATA = """
+# Each process is one of all in the array.
+{srun} bash -c '
+    export WORLD_SIZE=$(({parts} * SLURM_NTASKS)) RANK=$((${{SLURM_ARRAY_TASK_ID:-0}} * SLURM_NTASKS + SLURM_PROCID))
+    export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS
+    trap "" USR1
+    exec "$@"
+' _ {command}
+"""
+
+REST = """
+esac
+# Where the processes of the run find one another.
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export {variable}="$run/.outcome"
+newest() {{ ls "$run/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }}
+mkdir -p "$run"
+rm -f "${variable}"
+before=$(newest)
+trap '' USR1  # it is meant for the processes, which save and stop
+{srun} {command} "${{arguments[@]}}"
+status=$?
+failed=$(grep -m 1 '^failed ' "${variable}" 2>/dev/null)
+if [ $status -eq 0 ] && ! grep -q '^stopped ' "${variable}" 2>/dev/null; then exit 0; fi
+# Started again: what was stopped; what failed after it had come further; and once, what ended without saying why.
+if [ $status -eq 0 ] || [ "$(newest)" != "$before" ] || [ -z "$failed" -a "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ]; then
+    echo "to be started again (${{failed:-exit state $status}})"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+fi
+echo "${{failed:-exit state $status}}"
+exit 1
+"""
+
+
+def submit(script: Path) -> str:
+    """The number of the job. Raises UserError with what sbatch said."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SBATCH_TIMEOUT_S
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            "launch=slurm needs sbatch, which is not on this machine; allowed: a login node of the cluster, or "
+            "--dry-run, which prints the script."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"sbatch did not answer within {SBATCH_TIMEOUT_S} s.") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
+        raise UserError(f"sbatch refused {script}: {said}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _option(value: object) -> str:
+    text = str(value)
+    return shlex.quote(text) if re.search(r"[\s#'\"]", text) else text

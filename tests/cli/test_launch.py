@@ -1,0 +1,145 @@
+"""`t2i train ... launch=slurm` and `t2i jobs`, with programs in the place of SLURM's."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+RUN = ("experiment=autoencoder/tiny_kl", "trainer.precision=bf16-mixed")
+SLURM = (*RUN, "trainer.accelerator=gpu", "cluster=a100x64", "launch=slurm")
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Puts shell scripts first on the path."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def put(**scripts: str) -> None:
+        for name, text in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(stat.S_IRWXU)
+
+    return put
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(t2i, shapes_overrides):
+    outcome = t2i("train", *SLURM, *shapes_overrides, "name=a", "--dry-run", "cluster.slurm.partition=gpu")
+    assert outcome.code == 0, outcome
+    assert outcome.out.startswith("#!/bin/bash\n#SBATCH --job-name=t2i-autoencoder\n#SBATCH --nodes=8\n")
+    assert "#SBATCH --ntasks-per-node=8\n" in outcome.out
+    assert "#SBATCH --partition=gpu\n" in outcome.out
+    (line,) = (line for line in outcome.out.splitlines() if "arguments=(" in line)
+    assert line.endswith("name=a resume=auto)")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_submission_names_job_script_and_log_and_makes_the_folder(t2i, shapes_overrides, programs):
+    programs(sbatch='[ "$1" = --parsable ] && cat "$2" > got && echo "4711;cluster"')
+    outcome = t2i("train", *SLURM, *shapes_overrides, "name=a")
+    assert outcome.code == 0, outcome
+    here = Path.cwd()
+    assert outcome.out.splitlines() == [
+        f"Job 4711: {here}/runs/autoencoder/a, log {here}/runs/slurm/a/4711.log",
+        f"Script: {here}/runs/slurm/a/job.sh. `t2i jobs` shows how it goes on.",
+    ]
+    assert Path("got").read_text() == Path("runs/slurm/a/job.sh").read_text()
+    again = t2i("train", *SLURM, *shapes_overrides, "name=a")  # another run, as without launch=slurm
+    assert "runs/autoencoder/a-2" in again.out
+    assert "name=a-2 resume=auto" in Path("got").read_text()
+
+
+def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs):
+    programs(sbatch='cat "$2" >> got; echo 7')
+    outcome = t2i("train", "-m", *SLURM, *shapes_overrides, "name=s", "seed=0,1,2")
+    assert outcome.code == 0, outcome
+    said = [line.split(",")[0] for line in outcome.out.splitlines() if line.startswith("Job")]
+    assert said == [f"Job 7_{i}: {Path.cwd()}/runs/autoencoder/s-{i}" for i in range(3)]
+    text = Path("got").read_text()
+    assert text.count("#SBATCH --array=0-2") == 1
+    assert [f"seed={i} name=s-{i} resume=auto" in text for i in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((*RUN, "launch=slurm"), "launch=slurm needs cluster=NAME"),
+        ((*RUN, "--dry-run"), "launch is 'local'; allowed: slurm, with --dry-run."),
+        ((*RUN, "launch=ray"), "launch/ray does not exist; allowed for launch: local, slurm."),
+        ((*RUN, "cluster=a100x64"), "cluster is 'that of 8 nodes'; allowed: that of 1 node, launch=slurm"),
+        ((*SLURM, "cluster.slurm.partitions=x"), "partitions is not a known key"),
+        ((*SLURM, "cluster.gpus_per_node=0"), "cluster.gpus_per_node is 0; allowed: 1 or more."),
+        ((*SLURM, "cluster.memory_gib=0.00001"), "does not fit into the 1e-05 GiB of cluster.memory_gib"),
+        ((*SLURM, "trainer.batch_size=0"), "trainer.batch_size is 0"),
+        (SLURM, "launch=slurm needs sbatch, which is not on this machine"),
+        ((*RUN, "resume=auto"), "resume is 'auto'; allowed: that with name=NAME"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_refused_before_anything_is_submitted(
+    t2i, shapes_overrides, programs, monkeypatch, tmp_path, arguments, sentence
+):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert sentence in t2i("train", *arguments, *shapes_overrides).sentence
+    assert list(Path().rglob("config.yaml")) == []
+    assert list(Path("runs/autoencoder").glob("*")) == []
+
+
+def test_jobs_are_listed_and_cancelled(t2i, programs):
+    assert "No run in runs has a job" in t2i("jobs").out
+    for name, job in (("a", "7"), ("b", "8_0"), ("c", "9")):
+        folder = Path("runs/ldm") / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "slurm.json").write_text(json.dumps({"job": job, "script": "s", "log": "l"}))
+    Path("runs/ldm/latest").symlink_to("a")
+    Path("runs/ldm/a/metrics.csv").write_text("images,images_per_second,loss\n10,1.5,0.3\n12000,2.5,0.25\n")
+    Path("runs/ldm/a/checkpoints/step_000100.ckpt").touch()
+    programs(
+        squeue="echo '7|RUNNING|n[1-2]'; echo '8_0|PENDING|(Resources)'; echo '10|RUNNING|n3'",
+        sacct="exit 1",
+        scancel='echo "$@" > cancelled',
+    )
+    lines = [" ".join(line.split()) for line in t2i("jobs").out.splitlines()]
+    assert lines[1:] == [
+        "ldm/a 7 RUNNING on n[1-2] 12,000 2.5 0.2500 step_000100, 0 min ago",
+        "ldm/b 8_0 PENDING (Resources) - - - -",
+        "ldm/c 9 ended, not complete - - - -",
+    ]
+    assert t2i("jobs", "cancel", "runs/ldm/b").out == "Job 8_0 of runs/ldm/b is cancelled.\n"
+    assert Path("cancelled").read_text() == "8_0\n"
+    assert "runs/ldm/x has no job" in t2i("jobs", "cancel", "runs/ldm/x").sentence
+    programs(squeue="echo no controller >&2; exit 1")
+    assert t2i("jobs").sentence == "t2i jobs: squeue refused: no controller"
+
+
+def test_a_data_job_is_an_array_whose_processes_share_the_shards(t2i, programs):
+    words = ("data", "score", "a b/{000..099}.tar", "--batch-size", "8", "cluster=a100x64")
+    outcome = t2i(*words, "launch=slurm", "--dry-run", "cluster.slurm.partition=gpu")
+    assert outcome.code == 0, outcome
+    for line in ("--array=0-7", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in outcome.out
+    assert outcome.out.rstrip().endswith("-m t2i_cli.main data score 'a b/{000..099}.tar' --batch-size 8")
+    assert list(Path().iterdir()) == []
+    # As the processes of the fourth part would see it.
+    programs(srun='shift 2; SLURM_NTASKS=8 SLURM_PROCID=5 SLURM_LOCALID=5 exec "${@:1:4}" env')
+    text = outcome.out.replace(f"cd {Path.cwd()}", "cd .")
+    environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True)
+    seen = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert (seen["RANK"], seen["WORLD_SIZE"], seen["LOCAL_RANK"], seen["LOCAL_WORLD_SIZE"]) == (
+        "29",
+        "64",
+        "5",
+        "8",
+    )
+
+    alone = t2i("data", "index", "x.tar", "cluster=a100x64", "launch=slurm", "--dry-run").out
+    assert "--array" not in alone
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=48\n" in alone
+    assert "needs cluster=NAME" in t2i("data", "index", "x.tar", "launch=slurm").sentence

@@ -1,0 +1,158 @@
+"""The script that sbatch gets, and what is refused before."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from t2i.errors import ConfigError, UserError
+from t2i.launch import slurm
+from t2i.launch.slurm import Machines, SlurmConfig, Task, script
+from t2i.schema import parse
+
+DEFAULT = {
+    **dict.fromkeys(("partition", "account", "time", "constraint", "srun", "run_in")),
+    "signal_s": 120,
+    "setup": [],
+    "sbatch": {},
+}
+ONE = Task(Path("/runs/ldm/a b"), ["stage=ldm", "name='a b'", "data.shards=x/{00000..00004}.tar"])
+MACHINES = Machines(nodes=8, processes=8, cores=6, gpus=True)
+
+
+def configured(**values) -> SlurmConfig:
+    return SlurmConfig(**{**DEFAULT, **values})
+
+
+def made(tasks=(ONE,), config=None, machines=MACHINES) -> str:
+    return script("t2i-ldm", tasks, machines, config or configured(), Path("/home/me"), "/runs/%j.log")
+
+
+def options(text: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def test_what_sbatch_is_told():
+    said = options(made())
+    assert said == {
+        "job-name": "t2i-ldm",
+        "nodes": "8",
+        "ntasks-per-node": "8",
+        "cpus-per-task": "6",
+        "gpus-per-node": "8",
+        "output": "/runs/%j.log",
+        "open-mode": "append",
+        "signal": "USR1@120",
+        "requeue": "",
+    }
+    config = configured(
+        partition="gpu",
+        account="me",
+        time="24:00:00",
+        constraint="a100&ib",
+        signal_s=60,
+        sbatch={"qos": "high", "comment": "it's"},
+    )
+    said = options(made([ONE, ONE, ONE], config, Machines(1, 2, 3, gpus=False)))
+    assert "gpus-per-node" not in said
+    assert (said["array"], said["signal"], said["constraint"]) == ("0-2", "USR1@60", "a100&ib")
+    assert (said["partition"], said["account"], said["time"], said["qos"]) == (
+        "gpu",
+        "me",
+        "24:00:00",
+        "high",
+    )
+
+
+def test_the_processes_get_the_words_that_were_typed(tmp_path):
+    """The script under bash, with programs in the place of SLURM's; in a container, too."""
+    for name, text in {
+        "srun": 'for word in "$@"; do printf "%s\\n" "$word"; done',
+        "scontrol": "echo n1; echo n2",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    config = configured(
+        setup=["export MORE='a module'"], srun="--container-image='my image'", run_in="apptainer exec x"
+    )
+    tasks = [ONE, Task(tmp_path / "run", ["stage=ldm", 'prompt=$HOME `ls` "it\'s"'])]
+    text = script("t2i-ldm", tasks, MACHINES, config, tmp_path, "/runs/%A_%a.log")
+    (tmp_path / "job.sh").write_text(text)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash", tmp_path / "job.sh"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.splitlines()
+    assert words[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=6", "--container-image=my image"]
+    assert words[3:6] == ["apptainer", "exec", "x"]
+    assert words[-5:] == ["-m", "t2i_cli.main", "train", "stage=ldm", 'prompt=$HOME `ls` "it\'s"']
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "restarts", "comes_further", "again"),
+    [
+        (0, "", 0, False, None),
+        (0, "stopped", 0, False, True),
+        (1, "", 0, False, True),  # killed, or its machine died
+        (1, "", 1, False, False),  # and again, without a step
+        (1, "", 7, True, True),
+        (1, "failed process 1 on n2: no such shard", 0, False, False),
+        (1, "failed process 1 on n2: no such shard", 3, True, True),
+    ],
+)
+def test_what_is_started_again(tmp_path, status, said, restarts, comes_further, again):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step_000100.ckpt").touch()
+    further = f"touch {run}/checkpoints/step_1000000.ckpt" if comes_further else ":"
+    for name, text in {
+        "srun": f'{further}; [ -n "{said}" ] && echo "{said} " >> "$T2I_OUTCOME"; exit {status}',
+        "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/again; echo n1',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    (run / ".outcome").write_text("failed of an earlier start\n")
+    (tmp_path / "job.sh").write_text(made([Task(run, [])]).replace("cd /home/me", f"cd {tmp_path}"))
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    done = subprocess.run(["bash", tmp_path / "job.sh"], env=environment, capture_output=True, text=True)
+    assert (tmp_path / "again").exists() is bool(again)
+    assert done.returncode == (1 if again is False else 0), done.stdout + done.stderr
+    if again is False and said:
+        assert said in done.stdout.splitlines()[-1]  # the last line of the log says why
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"partitions": "x"},
+            "cluster.slurm.partitions is not a known key; did you mean cluster.slurm.partition?",
+        ),
+        (
+            {"sbatch": {"nodes": 3}},
+            "cluster.slurm.sbatch.nodes is 'nodes'; allowed: options that t2i does not set",
+        ),
+        ({"sbatch": {"--qos": "x"}}, "an option of sbatch, without --"),
+        ({"partition": "a\nb"}, "allowed: one line"),
+        ({"signal_s": 0}, "1 or more"),
+    ],
+)
+def test_configuration_that_is_refused(values, sentence):
+    with pytest.raises(ConfigError) as raised:
+        parse(SlurmConfig, DEFAULT | values, "cluster.slurm.")
+    assert sentence in str(raised.value)
+
+
+def test_sbatch_that_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="launch=slurm needs sbatch, which is not on this machine"):
+        slurm.submit(tmp_path / "job.sh")

@@ -1,0 +1,251 @@
+"""Jobs on a real SLURM of two simulated nodes: whatever interrupts them, the weights at the end are those of a run that
+nothing interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LAB = Path(__file__).with_name("lab.sh")
+CLUSTER = """
+gpu: none
+peak_bf16_tflops: 1.0
+memory_gib: 8.0
+gpus_per_node: 1
+nodes: 2
+node_bandwidth_gbps: 10.0
+usd_per_gpu_hour: 0.0
+cpu_cores_per_node: 1
+mfu: 0.5
+slurm: {signal_s: 20}
+"""
+PATIENCE_S = 180.0
+STEPS = 240
+RUN = ["experiment=autoencoder/tiny_kl", "trainer.accelerator=cpu", "logger.tensorboard=false", "cluster=lab"]
+RUN += [f"trainer.num_images={8 * STEPS}", "trainer.batch_size=4", "trainer.log_every_steps=1"]
+
+missing = [name for name in ("slurmctld", "slurmd", "munged", "unshare") if shutil.which(name) is None]
+needs = "root" if os.name != "posix" or os.geteuid() else " and ".join(missing)
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(needs), reason=f"a SLURM for tests needs {needs}, not found here"),
+]
+
+
+class Slurm:
+    """The lab, and runs that are submitted to it. folder: where `t2i` is called"""
+
+    def __init__(self, folder: Path, data: list[str]) -> None:
+        self.folder, self.data = folder, data
+
+    def t2i(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", "t2i_cli.main", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, timeout=PATIENCE_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, name: str, *more: str) -> str:
+        """The job's number."""
+        conf = ["--config-dir", str(self.folder / "conf")]
+        said = self.t2i("train", *conf, *RUN, *self.data, f"name={name}", "launch=slurm", *more)
+        return said.split()[1].rstrip(":").partition("_")[0]
+
+    def job(self, number: str) -> dict[str, str]:
+        text = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", number], capture_output=True, text=True, check=True
+        ).stdout
+        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+
+    def wait(self, number: str) -> dict[str, str]:
+        """Until it has ended."""
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        return self.until(lambda: self.job(number), lambda job: job["JobState"] in ended, number)
+
+    def until(self, look: Callable[[], dict[str, str]], good: Callable[[dict[str, str]], bool], number: str):
+        began = time.monotonic()
+        while not good(found := look()):
+            assert time.monotonic() - began < PATIENCE_S, f"{found}\n{self.log(number)}"
+            time.sleep(0.2)
+        return found
+
+    def wait_for_steps(self, name: str, number: str, steps: int = 5) -> None:
+        path = self.run(name) / "metrics.csv"
+        self.until(
+            lambda: {"rows": str(len(path.read_text().splitlines()) - 1 if path.is_file() else 0)},
+            lambda found: int(found["rows"]) >= steps,
+            number,
+        )
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / "autoencoder" / name
+
+    def log(self, number: str) -> str:
+        return "\n".join(path.read_text() for path in self.folder.glob(f"runs/slurm/*/{number}*.log"))
+
+    def processes(self, name: str) -> list[int]:
+        """Of the run's ranks, in the order in which they were started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+                parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+                of_step = b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes()
+            except (OSError, IndexError, ValueError):
+                continue
+            if of_step and f"name={name}".encode() in words and b"t2i_cli.main" in words:
+                found.append(int(path.parent.name))
+        return sorted(found)
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.run(name) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory, shapes_overrides: list[str]) -> Iterator[Slurm]:
+    lab = tmp_path_factory.mktemp("lab")
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "conf" / "cluster").mkdir(parents=True)
+    (folder / "conf" / "cluster" / "lab.yaml").write_text(CLUSTER)
+    before = dict(os.environ)
+    subprocess.run([LAB, "start", lab], check=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(lab / "slurm.conf")
+    try:
+        yield Slurm(folder, shapes_overrides)
+    finally:
+        subprocess.run(["scancel", "--user=root"], check=False, timeout=60)
+        subprocess.run([LAB, "stop", lab], check=True, timeout=60)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def reference(slurm: Slurm) -> dict[str, torch.Tensor]:
+    """The weights of the run that nothing interrupts."""
+    job = slurm.submit("reference")
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), slurm.log(job)
+    return slurm.weights("reference")
+
+
+def check_same(slurm: Slurm, name: str, expected: dict[str, torch.Tensor]) -> None:
+    found = slurm.weights(name)
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    rows = (slurm.run(name) / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + STEPS  # each step once
+
+
+def test_both_nodes_train_one_run(slurm, reference):
+    assert list(slurm.run("reference").parent.glob("reference-*")) == []
+    assert slurm.log("1").count("Done:") == 1
+    assert (slurm.run("reference") / "metrics.csv").read_text().splitlines()[-1].count(str(8 * STEPS))
+
+
+def by_signal(slurm: Slurm, job: str, name: str) -> None:
+    """As SLURM sends it before the time is over."""
+    subprocess.run(["scancel", "--signal=USR1", f"{job}.0"], check=True)
+
+
+def by_requeue(slurm: Slurm, job: str, name: str) -> None:
+    subprocess.run(["scontrol", "requeue", job], check=True)
+
+
+def by_preemption(slurm: Slurm, job: str, name: str) -> None:
+    """A job of a partition that goes before."""
+    subprocess.run(
+        ["sbatch", "-p", "hi", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null"], check=True
+    )
+
+
+def by_a_dead_rank(slurm: Slurm, job: str, name: str) -> None:
+    os.kill(slurm.processes(name)[1], signal.SIGKILL)
+
+
+def by_skewed_signals(slurm: Slurm, job: str, name: str) -> None:
+    """One rank hears of it some steps before the other."""
+    first, second = slurm.processes(name)
+    os.kill(second, signal.SIGUSR1)
+    time.sleep(0.1)
+    os.kill(first, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [by_signal, by_requeue, by_preemption, by_a_dead_rank, by_skewed_signals],
+    ids=lambda f: f.__name__,
+)
+def test_an_interrupted_run_goes_on_exactly(slurm, reference, interrupt):
+    name = interrupt.__name__
+    job = slurm.submit(name, f"trainer.checkpoint_every_images={8 * 10}")
+    slurm.wait_for_steps(name, job, 12)
+    interrupt(slurm, job, name)
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    check_same(slurm, name, reference)
+
+
+def test_a_signal_before_training_is_not_lost(slurm, reference):
+    job = slurm.submit("early")
+    slurm.until(lambda: {"n": str(len(slurm.processes("early")))}, lambda found: found["n"] == "2", job)
+    by_signal(slurm, job, "early")
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    check_same(slurm, "early", reference)
+
+
+def test_what_a_person_has_to_mend_fails_at_once(slurm):
+    job = slurm.submit("wrong", "optimizer.learning_rate=1e30", "optimizer.warmup_images=0")
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), slurm.log(job)
+    assert slurm.log(job).splitlines()[-1].startswith("failed process"), slurm.log(job)
+    assert "are not finite" in slurm.log(job).splitlines()[-1]
+
+
+def test_a_sweep_is_one_array(slurm, reference):
+    job = slurm.submit("sweep", "-m", "seed=0,1")
+    for task in ("0", "1"):
+        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED", slurm.log(job)
+    first, second = (slurm.weights(f"sweep-{task}") for task in ("0", "1"))
+    assert all(torch.equal(first[key], reference[key]) for key in reference)
+    assert any(not torch.equal(second[key], reference[key]) for key in reference)
+
+
+def test_a_data_job_is_one_array(slurm, reference):
+    conf = ["cluster.gpu=none", "cluster.gpus_per_node=1", "cluster.nodes=2", "cluster.cpu_cores_per_node=1"]
+    experiment = ["experiment=latent_diffusion/tiny_unet_eps", f"builds_on.codec={slurm.run('reference')}"]
+    launch = ["cluster=a100x8", *conf, "launch=slurm"]
+    said = slurm.t2i("data", "encode", "encoded", *experiment, *slurm.data, *launch)
+    job = said.split()[1].rstrip(":")
+    for part in ("0", "1"):
+        assert slurm.wait(f"{job}_{part}")["JobState"] == "COMPLETED", slurm.log(job)
+    assert "64 samples are encoded by process 0 of 2 in 1 shards" in slurm.log(job)
+    assert len(list((slurm.folder / "encoded").glob("*.tar"))) == 1
+
+
+def test_what_sbatch_refuses_is_one_sentence(slurm):
+    command = [
+        sys.executable,
+        "-m",
+        "t2i_cli.main",
+        "train",
+        "--config-dir",
+        str(slurm.folder / "conf"),
+        *RUN,
+    ]
+    command += [*slurm.data, "launch=slurm", "name=refused", "cluster.slurm.partition=none"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=slurm.folder, timeout=PATIENCE_S)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("t2i train: sbatch refused ")
+    assert "invalid partition specified: none" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not slurm.run("refused").exists()
