@@ -229,7 +229,7 @@ def test_a_data_job_is_one_array(slurm, reference):
     for part in ("0", "1"):
         assert slurm.wait(f"{job}_{part}")["JobState"] == "COMPLETED", slurm.log(job)
     assert "64 samples are encoded by process 0 of 2 in 1 shards" in slurm.log(job)
-    assert len(list((slurm.folder / "encoded").glob("*.tar"))) == 1
+    assert (slurm.folder / "encoded" / "encoded.json").is_file()
 
 
 def test_what_sbatch_refuses_is_one_sentence(slurm):
