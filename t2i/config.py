@@ -168,8 +168,10 @@ class TrainerConfig:
     """How long, on what, and how often something is written.
 
     num_images: the run ends when this many pictures were seen, over all processes
-    batch_size: pictures per process and step
+    batch_size: pictures per process and step; with global_batch_size, that a process takes at most at a time
     micro_batches: in how many parts a process takes its batch: less memory, the same step
+    global_batch_size: pictures per step over all processes, on however many; each takes its share in as few equal parts
+        as batch_size allows. None: batch_size of each process
     precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
@@ -189,6 +191,7 @@ class TrainerConfig:
     checkpoint_every_images: int = 0
     keep_checkpoints: int = 2
     deadline_s: float = 600.0
+    global_batch_size: int | None = None  # what a run had before there was this key
 
     def __post_init__(self) -> None:
         for name in (
@@ -204,8 +207,40 @@ class TrainerConfig:
         check(self.deadline_s > 0, "trainer.deadline_s", self.deadline_s, "more than 0")
         parts = self.micro_batches
         check(self.batch_size % parts == 0, "trainer.micro_batches", parts, f"divisors of {self.batch_size}")
+        if (whole := self.global_batch_size) is not None:
+            allowed = f"multiples of {self.processes}, the number of processes (trainer.devices x trainer.num_nodes)"
+            check(whole >= 1 and whole % self.processes == 0, "trainer.global_batch_size", whole, allowed)
+            check(
+                parts == 1,
+                "trainer.micro_batches",
+                parts,
+                "1 with trainer.global_batch_size: batch_size decides",
+            )
         for name in ("sample_every_images", "checkpoint_every_images"):
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+
+    @property
+    def processes(self) -> int:
+        """One for each device."""
+        return self.devices * self.num_nodes
+
+    @property
+    def images_per_process(self) -> int:
+        """Of a step."""
+        whole = self.global_batch_size
+        return self.batch_size if whole is None else whole // self.processes
+
+    def parts(self, images: int) -> int:
+        """In how many micro-batches a process takes its `images` of a step."""
+        if self.global_batch_size is None:
+            return self.micro_batches
+        least = math.ceil(images / self.batch_size)
+        return next(parts for parts in range(least, images + 1) if images % parts == 0)
+
+    @property
+    def images_at_a_time(self) -> int:
+        """In a micro-batch."""
+        return self.images_per_process // self.parts(self.images_per_process)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def _recipe(run: Mapping[str, Any] | None) -> str:
     names = ", ".join(PurePosixPath(shard).name for shard in shards[:3]) + (
         ", ..." if len(shards) > 3 else ""
     )
+    processes = trainer["devices"] * trainer["num_nodes"]
     values = {
         "data.source": data["source"],
         "data.shards": names,
@@ -86,8 +87,8 @@ def _recipe(run: Mapping[str, Any] | None) -> str:
         "resolution.min_original_px": resolution["min_original_px"],
         "resolution.text_dropout": resolution["text_dropout"],
         "trainer.num_images": trainer["num_images"],
-        "trainer.batch_size (per process)": trainer["batch_size"],
-        "trainer.devices": trainer["devices"] * trainer["num_nodes"],
+        "trainer.global_batch_size": trainer.get("global_batch_size") or trainer["batch_size"] * processes,
+        "trainer.devices": processes,
         "trainer.precision": trainer["precision"],
         "optimizer.learning_rate": optimizer["learning_rate"],
         "optimizer.betas": ", ".join(map(str, optimizer["betas"])),

@@ -55,7 +55,7 @@ class Plan:
 
 def global_batch(config: RunConfig) -> int:
     """Pictures per step over all processes, as configured; a cluster of another size keeps it."""
-    return config.trainer.batch_size * config.trainer.devices * config.trainer.num_nodes
+    return config.trainer.images_per_process * config.trainer.processes
 
 
 def reader_processes(config: RunConfig, cluster: ClusterConfig) -> int:
@@ -74,7 +74,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         mfu = mfu_of(work, cluster, assumed.images_per_second_per_gpu)
     expected = speed(work, cluster, mfu)
     per_gpu = math.ceil(work.global_batch / cluster.num_gpus)
-    at_a_time = math.ceil(per_gpu / config.trainer.micro_batches)
+    at_a_time = math.ceil(per_gpu / config.trainer.parts(per_gpu))
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
     text_online = any(part.cached_as == "text" for part in model.needed(assumed.cached))
@@ -145,11 +145,12 @@ def warnings(plan: Plan, config: RunConfig) -> list[str]:
     if batch % gpus:
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
         near = {max(n for n in divisors if n < gpus), min((n for n in divisors if n > gpus), default=batch)}
+        key = "trainer.batch_size for a" if config.trainer.global_batch_size is None else "a"
         found.append(
             f"The global batch of {batch} does not divide over {gpus} GPUs; {' or '.join(map(str, sorted(near)))} "
-            f"GPUs would do, or trainer.batch_size for a global batch of {math.ceil(batch / gpus) * gpus}."
+            f"GPUs would do, or {key} global batch of {math.ceil(batch / gpus) * gpus}."
         )
-    found += memory_warnings(plan)
+    found += memory_warnings(plan, config)
     per_node = plan.speed.images_per_second / plan.cluster.nodes
     if per_node > plan.loader_images_per_second_per_node:
         cores, readers = plan.cluster.cpu_cores_per_node, reader_processes(config, plan.cluster)
@@ -175,7 +176,7 @@ def usable_bytes(cluster: ClusterConfig) -> float:
     return USABLE_MEMORY * cluster.memory_gib * GIB
 
 
-def memory_warnings(plan: Plan) -> list[str]:
+def memory_warnings(plan: Plan, config: RunConfig) -> list[str]:
     """What does not fit, with the largest part of it and what would make it fit."""
     usable = usable_bytes(plan.cluster)
     ours = plan.memory["ddp", False]  # what `t2i train` does
@@ -187,9 +188,10 @@ def memory_warnings(plan: Plan) -> list[str]:
     at_most = int((usable - (ours.total - ours.activations)) // per_image)
     if at_most >= 1:
         gpus, parts = math.ceil(plan.work.global_batch / at_most), math.ceil(plan.images_per_gpu / at_most)
+        derived = config.trainer.global_batch_size is not None
+        key = f"trainer.batch_size={at_most}" if derived else f"trainer.micro_batches={parts} or more"
         fits.append(
-            f"DDP with at most {at_most} pictures at a time on each GPU (trainer.micro_batches={parts} or more, or on "
-            f"{gpus} GPUs or more)"
+            f"DDP with at most {at_most} pictures at a time on each GPU ({key}, or on {gpus} GPUs or more)"
         )
     return [
         f"DDP does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "

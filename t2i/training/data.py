@@ -79,7 +79,7 @@ def loader_from(config: RunConfig, rank: int = 0, world_size: int = 1, start_ima
     return build_loader(
         config.data,
         size_px=config.resolution.size_px,
-        batch_size=config.trainer.batch_size,
+        batch_size=config.trainer.images_per_process,
         text_dropout=config.resolution.text_dropout,
         min_original_px=config.resolution.min_original_px,
         seed=config.seed,
@@ -97,9 +97,12 @@ def preview_batch(config: RunConfig) -> Batch:
 
 
 def some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
-    """Square pictures (B, 3, H, W) from the start of the training data, the same in every process."""
+    """Square pictures (B, 3, H, W) from the start of the training data, the same in every process, as many at a time as
+    in training."""
     mixture = {name: dataclasses.replace(part, encoded=None) for name, part in config.data.mixture.items()}
     data = dataclasses.replace(config.data, mixture=mixture, encoded=None, bucket_step_px=None)
-    loader = iter(loader_from(dataclasses.replace(config, data=data)))
-    for _ in range(-(-num_images // config.trainer.batch_size)):
+    size = config.trainer.images_at_a_time
+    trainer = dataclasses.replace(config.trainer, batch_size=size, micro_batches=1, global_batch_size=None)
+    loader = iter(loader_from(dataclasses.replace(config, data=data, trainer=trainer)))
+    for _ in range(-(-num_images // size)):
         yield next(loader).to("cpu").image

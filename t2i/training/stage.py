@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
@@ -110,7 +111,7 @@ class BaseStage(L.LightningModule):
     @property
     def images_per_step(self) -> int:
         """The batch over all processes."""
-        return self.config.trainer.batch_size * self.trainer.world_size
+        return self.config.trainer.images_per_process * self.trainer.world_size
 
     def randomness(self, batch: Batch) -> Randomness:
         """What is drawn for the samples of this batch."""
@@ -124,7 +125,11 @@ class BaseStage(L.LightningModule):
         """One step; called by Lightning within autocast's context and, over several processes, DDP's forward pass."""
         optimizers: Sequence[torch.optim.Optimizer] = self.trainer.optimizers
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.metrics = train_step(self, self.all_turns, optimizers, batch, self.manual_backward, scaler)
+        strategy = self.trainer.strategy
+        no_sync = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
+        self.metrics = train_step(
+            self, self.all_turns, optimizers, batch, self.manual_backward, scaler, no_sync
+        )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         self.all_turns = self.turns()

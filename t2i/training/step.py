@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,7 @@ def train_step(
     batch: Batch,
     backward: Callable[[Tensor], None],
     scaler: torch.amp.GradScaler | None,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Tensor]:
     """For each turn: losses and gradients of each micro-batch, clip, step. Then the averages. Returns what there is to
     log, on the device: losses are averaged over the micro-batches.
@@ -55,11 +56,13 @@ def train_step(
     turns: the stage's; optimizers: one for each; batch: of this process
     backward: adds the gradients of a loss; called within autocast's context, as the losses are
     scaler: of the loss, with precision=16-mixed
+    no_sync: within its context a backward pass leaves gradients to their process: that of each micro-batch but the
+        last, so that they are summed over the processes once in each turn
     A turn whose gradients are not finite changes nothing; nothing here waits for the device.
     """
     metrics: dict[str, Tensor] = {}
     norms: list[Tensor] = []
-    parts = batch.split(stage.config.trainer.micro_batches)
+    parts = batch.split(stage.config.trainer.parts(len(batch)))
     for turn, optimizer in zip(turns, optimizers, strict=True):
         if stage.steps_done % turn.every:
             continue
@@ -67,8 +70,9 @@ def train_step(
         optimizer.zero_grad()
         with only_trained(turn, turns):
             for part in parts:
-                losses = stage.losses(turn.name, part, stage.randomness(part))
-                backward(losses["loss"] / len(parts))
+                with nullcontext() if part is parts[-1] else no_sync():
+                    losses = stage.losses(turn.name, part, stage.randomness(part))
+                    backward(losses["loss"] / len(parts))
                 for name, value in logged(losses, turn, turns).items():
                     metrics[name] = metrics.get(name, 0) + value.detach() / len(parts)
         with torch.autocast(stage.device.type, enabled=False):

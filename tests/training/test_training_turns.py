@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +32,7 @@ class TwoPlayers:
             Turn("discriminator", [list(self.discriminator.parameters())], settings),
             Turn("generator", [list(self.generator.parameters())], settings, every=every),
         ]
-        trainer = SimpleNamespace(micro_batches=micro_batches, num_images=1000)
+        trainer = SimpleNamespace(parts=lambda images: micro_batches, num_images=1000)
         self.config = SimpleNamespace(trainer=trainer, seed=5)
         self.device = torch.device("cpu")
         self.images_seen = self.steps_done = 0
@@ -155,3 +157,22 @@ def test_a_stage_is_asked_for_its_turns_once(compose_run, train, monkeypatch, tm
     few = ["trainer.num_images=24", "trainer.sample_every_images=8", "trainer.checkpoint_every_images=8"]
     train(compose_run("experiment=autoencoder/tiny_kl", *few, f"runs_dir={tmp_path}"))
     assert len(asked) == 1
+
+
+def test_gradients_are_reduced_in_the_last_micro_batch_of_each_turn():
+    stage, alone = TwoPlayers(micro_batches=4), []
+    open_contexts: list[str] = []
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        open_contexts.append("no_sync")
+        yield
+        open_contexts.pop()
+
+    def backward(loss: Tensor) -> None:
+        alone.append(bool(open_contexts))
+        loss.backward()
+
+    optimizers = [turn.build_optimizer() for turn in stage.turns()]
+    train_step(stage, stage.turns(), optimizers, batch(), backward, None, no_sync)  # type: ignore[arg-type]
+    assert alone == [True, True, True, False] * 2

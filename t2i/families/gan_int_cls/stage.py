@@ -36,7 +36,7 @@ class Stage(BaseStage):
         model = config.model
         assert isinstance(model, Config)
         self.model_config = model
-        size = config.trainer.batch_size // config.trainer.micro_batches
+        size = config.trainer.images_at_a_time
         allowed = "2 or more in each micro-batch: the others' captions are the wrong ones"
         check(size >= 2, "trainer.batch_size", config.trainer.batch_size, allowed)
         self.model = GanIntCls(model, config.resolution.size_px)

@@ -1,0 +1,117 @@
+"""One command is the same training on 1 and on 2 processes, in one part and in several: trainer.global_batch_size=8 as
+1 x 8, 2 x 4 and 2 x 2 x 2, each small experiment, in float64."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+
+from t2i import families
+
+FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
+SMALL = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("tiny_*.yaml"))
+SHARED = [
+    *("trainer.precision=64-true", "trainer.num_images=32", "trainer.global_batch_size=8"),
+    *("trainer.accelerator=cpu", "optimizer.warmup_images=0", "name=run"),
+]
+WAYS = {
+    "2 x 4": ["trainer.devices=2", "trainer.batch_size=4"],
+    "2 x 2 x 2": ["trainer.devices=2", "trainer.batch_size=2"],
+}
+
+
+# What is defined on the pictures that are looked at together.
+OF_A_PART = {
+    "autoencoder/tiny_kl 2 x 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
+    "autoencoder/tiny_vq": "dead codes are restarted from the first process's micro-batch",
+    "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
+    "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
+}
+NO_MEANS = ("images_per_second", "psnr_db")  # over pictures: a clock's, and a logarithm of a mean
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value and name not in NO_MEANS}
+            for row in csv.DictReader(file)
+        ]
+
+
+def worker(rank: int, port: int, arguments: dict[str, list[str]], shards: list[str], folder: str) -> None:
+    """Trains each of the `arguments` as torchrun would have started it, and writes the losses of each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
+    import torch
+    from hydra import compose, initialize_config_module
+    from rich.console import Console
+
+    from t2i.training.fit import fit
+    from t2i_cli.composition import checked
+    from t2i_cli.train import typed_run
+
+    torch.set_num_threads(1)
+    found = {}
+    for name, overrides in arguments.items():
+        runs_dir = f"runs_dir={folder}/{name.replace('/', '_').replace(' ', '')}/{rank}"
+        typed = [*shards, "logger.tensorboard=false", *SHARED, *overrides, runs_dir]
+        with initialize_config_module("t2i_conf", version_base="1.3"):
+            config = typed_run(checked(compose("train", overrides=typed), typed))
+        stage = families.get(config.family).load_stage(config.stage)
+        result = fit(config, stage, Console(quiet=True))
+        found[name] = losses(result.folder) if rank == 0 else []
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def codec(compose_run, train, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codec")
+    return train(
+        compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}")
+    ).folder
+
+
+def arguments_of(name: str, compose_run, codec: Path) -> list[str]:
+    builds_on = families.get(compose_run(f"experiment={name}").family).builds_on
+    return [f"experiment={name}", *(f"builds_on.{key}={codec}" for key in builds_on)]
+
+
+@pytest.fixture(scope="module")
+def of_two(compose_run, codec, shapes_overrides, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("two")
+    asked = {
+        f"{name} {way}": [*arguments_of(name, compose_run, codec), *WAYS[way]]
+        for name in SMALL
+        for way in WAYS
+        if name not in OF_A_PART
+    }
+    mp.spawn(worker, (port, asked, shapes_overrides, str(folder)), nprocs=2)
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_same_losses(name, way, of_two, compose_run, train, codec, tmp_path):
+    if reason := OF_A_PART.get(name) or OF_A_PART.get(f"{name} {way}"):
+        pytest.skip(reason)
+    config = compose_run(*arguments_of(name, compose_run, codec), *SHARED, f"runs_dir={tmp_path}")
+    one = losses(train(config).folder)
+    assert [row["images"] for row in one] == [8, 16, 24, 32]
+    for expected, row in zip(one, of_two[f"{name} {way}"], strict=True):
+        if name == "pixel_diffusion/tiny_linear_x0_classifier":  # tells a part's captions from one another
+            for column in ("classifier", "gradient_norm_1"):
+                assert row.pop(column) != expected.pop(column)
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
