@@ -124,7 +124,7 @@ def sweep_table(plans: Sequence[Plan]) -> Table:
             f"{plan.speed.days:,.2f}",
             f"{plan.speed.gpu_hours:,.0f}",
             f"{plan.speed.usd:,.0f}",
-            f"{plan.memory['ddp', False].total / GIB:.1f}",
+            f"{plan.memory['ddp', plan.work.recomputed_flops > 0].total / GIB:.1f}",
         )
         for plan in plans
     ]

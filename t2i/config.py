@@ -172,6 +172,8 @@ class TrainerConfig:
     micro_batches: in how many parts a process takes its batch: less memory, the same step
     global_batch_size: pictures per step over all processes, on however many; each takes its share in as few equal parts
         as batch_size allows. None: batch_size of each process
+    activation_checkpointing: the backward pass runs the networks' blocks again: less memory, about a third more time
+    compile: the blocks are compiled by torch when they are first run
     precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
@@ -191,7 +193,10 @@ class TrainerConfig:
     checkpoint_every_images: int = 0
     keep_checkpoints: int = 2
     deadline_s: float = 600.0
-    global_batch_size: int | None = None  # what a run had before there was this key
+    # What a run had before there were these keys.
+    global_batch_size: int | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in (

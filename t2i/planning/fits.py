@@ -19,7 +19,7 @@ def bytes_of_batch(config: RunConfig, model: Model, images_at_a_time: int) -> in
         encoding,
         images_at_a_time,
         "ddp",
-        False,
+        config.trainer.activation_checkpointing,
         gpus,
         config.trainer.devices,
     )

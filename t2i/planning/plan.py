@@ -122,6 +122,7 @@ def work_of(config: RunConfig, model: Model, assumed: Assumptions) -> Work:
         gradient_bytes=FP32 * model.trained().parameters,
         global_batch=global_batch(config),
         num_images=config.trainer.num_images,
+        recomputed_flops=sum(flops.forward for flops in through) * config.trainer.activation_checkpointing,
     )
 
 
@@ -179,22 +180,24 @@ def usable_bytes(cluster: ClusterConfig) -> float:
 def memory_warnings(plan: Plan, config: RunConfig) -> list[str]:
     """What does not fit, with the largest part of it and what would make it fit."""
     usable = usable_bytes(plan.cluster)
-    ours = plan.memory["ddp", False]  # what `t2i train` does
+    checkpointing = config.trainer.activation_checkpointing
+    ours, way = plan.memory["ddp", checkpointing], name("ddp", checkpointing)  # what `t2i train` does
     if ours.total <= usable:
         return []
     part, size = max(vars(ours).items(), key=lambda item: item[1])
-    fits = [name(*way) for way, m in plan.memory.items() if m.total <= usable]
-    per_image = plan.model.activations.per_image
+    fits = [name(*other) for other, m in plan.memory.items() if m.total <= usable]
+    kept = plan.model.activations
+    per_image = kept.per_image_checkpointed if checkpointing else kept.per_image
     at_most = int((usable - (ours.total - ours.activations)) // per_image)
     if at_most >= 1:
         gpus, parts = math.ceil(plan.work.global_batch / at_most), math.ceil(plan.images_per_gpu / at_most)
         derived = config.trainer.global_batch_size is not None
         key = f"trainer.batch_size={at_most}" if derived else f"trainer.micro_batches={parts} or more"
         fits.append(
-            f"DDP with at most {at_most} pictures at a time on each GPU ({key}, or on {gpus} GPUs or more)"
+            f"{way} with at most {at_most} pictures at a time on each GPU ({key}, or on {gpus} GPUs or more)"
         )
     return [
-        f"DDP does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "
+        f"{way} does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "
         f"{plan.cluster.memory_gib:g}, {size / GIB:.1f} of them for {part}; "
         + (f"what would fit: {', '.join(fits)}." if fits else "nothing planned here fits.")
     ]

@@ -18,6 +18,8 @@ class Work:
     gradient_bytes: summed over all GPUs once a step
     global_batch: pictures per step, over all GPUs
     num_images: pictures of the whole run
+    recomputed_flops: of the trained networks' second forward pass, where activations are checkpointed, per picture;
+        they take time and count in no MFU
     """
 
     forward_flops: int
@@ -26,10 +28,11 @@ class Work:
     gradient_bytes: int
     global_batch: int
     num_images: int
+    recomputed_flops: int = 0
 
     @property
     def flops(self) -> int:
-        """Per picture."""
+        """Per picture, each once."""
         return self.forward_flops + self.backward_flops + self.encoder_flops
 
 
@@ -70,8 +73,9 @@ def speed(work: Work, cluster: ClusterConfig, mfu: float) -> Speed:
     """The plan of a run at this share of the peak, communication apart. DistributedDataParallel sends gradients
     while the backward pass goes on: what takes longer than that is waited for."""
     n = cluster.num_gpus
-    compute_s = work.global_batch / n * work.flops / (cluster.peak_bf16_tflops * 1e12 * mfu)
-    backward_s = compute_s * work.backward_flops / work.flops
+    done = work.flops + work.recomputed_flops
+    compute_s = work.global_batch / n * done / (cluster.peak_bf16_tflops * 1e12 * mfu)
+    backward_s = compute_s * (work.backward_flops + work.recomputed_flops) / done
     communication_s = all_reduce_s(work.gradient_bytes, cluster)
     exposed_s = max(0.0, communication_s - backward_s)
     images_per_second = work.global_batch / (compute_s + exposed_s)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, Feature
+from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
 from t2i.training.finite import SkippedSteps
@@ -146,6 +147,8 @@ class BaseStage(L.LightningModule):
             yield
 
     def on_fit_start(self) -> None:
+        settings = self.config.trainer
+        prepare(self.blocks(), settings.activation_checkpointing, settings.compile)
         if self.config.ema is not None and self.ema is None:
             self.ema = EMA(self.averages(), self.config.ema)
         if self.ema is not None:

@@ -127,6 +127,31 @@ def test_activations_are_those_of_a_micro_batch(config):
     assert "GiB with 10 pictures per GPU, 3 at a time" in console.file.getvalue()
 
 
+def test_checkpointed_activations_take_less_memory_and_a_forward_pass_more(config):
+    trainer = dataclasses.replace(config.trainer, activation_checkpointing=True)
+    again, once = (
+        make_plan(c, MODEL, CLUSTER, Assumptions())
+        for c in (dataclasses.replace(config, trainer=trainer), config)
+    )
+    more = again.speed.compute_s / once.speed.compute_s
+    assert more == pytest.approx(1 + once.work.forward_flops / once.work.flops)
+    assert (again.work.flops, again.mfu) == (once.work.flops, once.mfu)
+    small = dataclasses.replace(CLUSTER, nodes=1, memory_gib=24.0)
+    plain, checkpointed = (
+        warned(dataclasses.replace(config, trainer=t), small) for t in (config.trainer, trainer)
+    )
+    assert "DDP does not fit" in plain
+    assert "does not fit" not in checkpointed
+
+
+def test_a_global_batch_needs_no_arithmetic(config):
+    """Parts follow from the pictures that a GPU takes at a time, whatever the cluster."""
+    trainer = dataclasses.replace(config.trainer, batch_size=10, global_batch_size=320)
+    plan, more = sweep(dataclasses.replace(config, trainer=trainer), MODEL, CLUSTER, Assumptions(), [1, 8])
+    assert (plan.work.global_batch, plan.images_per_gpu, plan.images_at_a_time) == (320, 40, 10)
+    assert (more.work.global_batch, more.images_per_gpu, more.images_at_a_time) == (320, 5, 5)
+
+
 def test_cached_encoders_cost_neither_time_nor_memory(config):
     online = make_plan(config, MODEL, CLUSTER, Assumptions())
     cached = make_plan(config, MODEL, CLUSTER, Assumptions(cached=frozenset({"latents", "text"})))

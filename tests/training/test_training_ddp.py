@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ ARGUMENTS = [
 
 
 @pytest.fixture
-def reduced(monkeypatch) -> list[int]:
+def reduced(monkeypatch) -> Iterator[list[int]]:
     """How many bytes of gradients were reduced, at each time."""
     seen: list[int] = []
 
@@ -35,8 +37,12 @@ def reduced(monkeypatch) -> list[int]:
         return DDPStrategy(process_group_backend="gloo", ddp_comm_hook=hook, gradient_as_bucket_view=True)
 
     monkeypatch.setattr("t2i.training.fit._strategy", strategy)
+    environment = dict(os.environ)
     yield seen
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()  # of what Lightning tells the processes that it starts
+    os.environ |= environment
 
 
 def test_gradients_are_reduced_once_a_step_whatever_the_number_of_parts(

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.adversarial.losses import hinge_discriminator_loss, r1_penalty, vanilla_discriminator_loss
-from t2i.config import RunConfig
+from t2i.config import RunConfig, check
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
@@ -32,6 +32,11 @@ class Stage(BaseStage):
         assert isinstance(model, Config)
         self.model_config = model
         model.check_resolution(config.resolution.size_px)
+        twice = model.adversarial.start_images is not None and model.adversarial.r1_weight > 0
+        allowed = (
+            "false with adversarial.r1_weight above 0: torch does not differentiate compiled blocks twice"
+        )
+        check(not (config.trainer.compile and twice), "trainer.compile", True, allowed)
         self.codec = build_codec(model)
         if start is not None:
             load_into(self.codec, start.weights, start.path, prefix="codec.")

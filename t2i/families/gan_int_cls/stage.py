@@ -39,6 +39,8 @@ class Stage(BaseStage):
         size = config.trainer.images_at_a_time
         allowed = "2 or more in each micro-batch: the others' captions are the wrong ones"
         check(size >= 2, "trainer.batch_size", config.trainer.batch_size, allowed)
+        allowed = "false with r1_weight above 0: torch does not differentiate compiled blocks twice"
+        check(not (config.trainer.compile and model.r1_weight), "trainer.compile", True, allowed)
         self.model = GanIntCls(model, config.resolution.size_px)
         if start is not None:
             load_into(self.model, start.weights, start.path, prefix="model.")
