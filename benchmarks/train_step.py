@@ -22,6 +22,7 @@ from torch import nn
 
 from t2i import families
 from t2i.config import RunConfig
+from t2i.nn.precision import chosen
 from t2i.training.callbacks import Metrics, StopAtEnd
 from t2i.training.data import loader_from
 from t2i.training.fit import fresh_start
@@ -62,7 +63,7 @@ def in_lightning(config: RunConfig, batches: list[Any]) -> list[float]:
     times = Times()
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
-        precision=config.trainer.precision,
+        precision=chosen(config.trainer.precision, torch.device("cpu")),
         max_epochs=-1,
         logger=False,
         callbacks=[StopAtEnd(), Metrics(), times],

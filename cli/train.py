@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -141,9 +142,12 @@ def out_of_memory(config: RunConfig) -> str:
     """What the plan says of this batch on this GPU, and what would fit."""
     import torch
 
+    from t2i.nn.precision import chosen
     from t2i.planning.fits import what_fits
     from t2i.planning.model import build_model
 
+    precision = chosen(config.trainer.precision, torch.device("cuda"))
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
     size, batch = config.resolution.size_px, config.trainer.batch_size
     total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     said = (

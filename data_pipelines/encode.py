@@ -11,13 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from t2i.config import Precision
 from t2i.data import encoded
 from t2i.data.decode import BadSample
 from t2i.data.encoded import EMPTY_CAPTION, FLIP, RECORD, Made, Record
@@ -29,6 +30,7 @@ from t2i.errors import DataError
 from t2i.files import written_whole
 from t2i.interfaces import Feature, FeatureOf
 from t2i.launch.ranks import Rank
+from t2i.nn.precision import mixed
 
 from .places import first_same
 
@@ -48,13 +50,14 @@ class Report:
 @dataclass(frozen=True)
 class Encoder:
     """features: by name, their modules moved to `device` here; dtype: of what is kept; batch_size: pictures at a time;
-    flip: mirrored pictures too"""
+    flip: mirrored pictures too; precision: the run's, in which a GPU computes"""
 
     features: Mapping[str, Feature]
     device: torch.device
     dtype: Literal["fp16", "fp32"]
     batch_size: int
     flip: bool
+    precision: Precision = "32-true"
 
     def __post_init__(self) -> None:
         for feature in self.features.values():
@@ -79,9 +82,9 @@ class Encoder:
         )
         made: dict[str, Tensor] = {}
         for feature in self._of("image"):
-            made |= feature.make(image)
+            made |= self._make(feature, image)
             if self.flip:
-                made |= {name + FLIP: value for name, value in feature.make(image.flip(-1)).items()}
+                made |= {name + FLIP: value for name, value in self._make(feature, image.flip(-1)).items()}
         kept = self._kept(made, f"sample {samples[0].key}")
         captions = [list(sample.captions) for sample in samples]
         texts = self.of_captions([caption for each in captions for caption in each])
@@ -101,11 +104,15 @@ class Encoder:
         for some in (distinct[i : i + self.batch_size] for i in range(0, len(distinct), self.batch_size)):
             made: dict[str, Tensor] = {}
             for feature in self._of("caption"):
-                made |= feature.make(some)
+                made |= self._make(feature, some)
             kept = self._kept(made, f"caption {some[0][:40]!r}")
             for i, caption in enumerate(some):
                 stored |= {name: kept[made_as][i] for made_as, name in self._names(caption).items()}
         return stored
+
+    def _make(self, feature: Feature, given: Any) -> Mapping[str, Tensor]:
+        with mixed(self.precision, self.device):
+            return feature.make(given)
 
     def _of(self, kind: FeatureOf) -> list[Feature]:
         return [feature for feature in self.features.values() if feature.of == kind]

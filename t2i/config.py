@@ -163,6 +163,9 @@ class EMAConfig:
         check(ok, "ema.rampup_ratio", self.rampup_ratio, "more than 0, or null")
 
 
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """How long, on what, and how often something is written.
@@ -174,7 +177,8 @@ class TrainerConfig:
         as batch_size allows. None: batch_size of each process
     activation_checkpointing: the backward pass runs the networks' blocks again: less memory, about a third more time
     compile: the blocks are compiled by torch when they are first run
-    precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by
+    precision: Lightning's names: "32-true", "bf16-mixed", "16-mixed", and "64-true" to compare runs by; "auto" is what
+        the run that is resumed had, else bf16-mixed on a GPU that has it, else 32-true
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
     keep_checkpoints: older ones are removed
@@ -184,7 +188,7 @@ class TrainerConfig:
     num_images: int
     batch_size: int
     micro_batches: int = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    precision: Precision = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1

@@ -41,7 +41,14 @@ def run(arguments: list[str]) -> None:
     parts = config.data.parts()
     for key, data in parts.items():
         out = Path(options.out) / (key.removeprefix("data.mixture.") if len(parts) > 1 else "")
-        encoder = Encoder(features, device, options.dtype, options.batch_size, data.horizontal_flip)
+        encoder = Encoder(
+            features,
+            device,
+            options.dtype,
+            options.batch_size,
+            data.horizontal_flip,
+            config.trainer.precision,
+        )
         columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("samples", total=None)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i.config import Precision
 from t2i.interfaces import Progress, SampleRequest, TextToImage
+from t2i.nn.precision import mixed
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 
 
@@ -15,7 +17,7 @@ class ModelGenerator:
     """A `t2i.interfaces.Generator` over a checkpoint's averaged weights.
 
     model: as the checkpoint's configuration describes it; sampling: the configuration's entry of that name
-    device: None takes a GPU where there is one
+    device: None takes a GPU where there is one, which then computes in the precision that the run was trained in
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class ModelGenerator:
     ) -> None:
         self.default_size_px, self.sampling = size_px, sampling
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision: Precision = checkpoint.config["trainer"]["precision"]
         self.model = model.eval()
         load_into(self.model, checkpoint.weights, checkpoint.path, prefix="model.")
         self.model.to(self.device)
@@ -35,4 +38,5 @@ class ModelGenerator:
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """See `t2i.interfaces.Generator`."""
-        return self.model.generate(request, self.sampling, progress).float().cpu()
+        with mixed(self.precision, self.device):
+            return self.model.generate(request, self.sampling, progress).float().cpu()

@@ -91,7 +91,7 @@ def shared_values(size_px: int) -> dict[str, Any]:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_images=0),
         ema=EMAConfig(half_life_images=14_195_000, rampup_ratio=None),
-        trainer=TrainerConfig(num_images=1, batch_size=8),
+        trainer=TrainerConfig(num_images=1, batch_size=8, precision="32-true"),
         logger=LoggerConfig(wandb="off"),
         model=ModelConfig(),
     )

@@ -1,11 +1,32 @@
-"""What is computed in at least single precision."""
+"""In which precision is computed, and what is in at least single precision."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+from t2i.config import Precision
 
 
 def widened(x: Tensor) -> Tensor:
     """Half precisions and whole numbers as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def chosen(precision: Precision, device: torch.device) -> Precision:
+    """A run's trainer.precision, where "auto" is "bf16-mixed" on a GPU that computes in bfloat16, else "32-true"."""
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def mixed(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Within this context a GPU computes as in a run of this trainer.precision; a CPU as ever."""
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    precision = chosen(precision, device)
+    if device.type != "cuda" or precision not in dtypes:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtypes[precision])

@@ -101,7 +101,7 @@ def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], d
     device: whose kernels decide what is kept for the backward pass, "cuda" or "cpu"
     Raises ConfigError where the family is not planned for, or the size does not fit the model.
     """
-    family, precision = families.get(config.family), config.trainer.precision
+    family, precision = families.get(config.family), planned_precision(config, device)
     check(family.plan is not None, "family", family.name, "a family with a plan")
     check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
     return Model(
@@ -110,9 +110,15 @@ def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], d
     )
 
 
+def planned_precision(config: RunConfig, device: str) -> str:
+    """Lightning's name; the GPUs of a plan have bf16."""
+    automatic = "bf16-mixed" if device == "cuda" else "32-true"
+    return automatic if config.trainer.precision == "auto" else config.trainer.precision
+
+
 def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
     """What one picture takes of it. device: as in `build_model`"""
-    module, calls, precision = network.module, network.calls_per_image, config.trainer.precision
+    module, calls, precision = network.module, network.calls_per_image, planned_precision(config, device)
     with torch.device("meta"):
         gradients = network.trained or any(x.requires_grad for x in network.inputs(1).values())
         once = flops(lambda: module(**network.inputs(1)), with_backward=gradients) if calls else Flops(0)

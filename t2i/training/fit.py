@@ -26,6 +26,7 @@ from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
 from t2i.launch import processes
 from t2i.launch.ranks import Rank
+from t2i.nn.precision import chosen
 from t2i.training import run_folder
 from t2i.training.callbacks import Forecast, Metrics, Pictures, ProgressBar, StopAtEnd, StopOnSignal
 from t2i.training.checkpoint import LoadedCheckpoint, load
@@ -58,6 +59,7 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     resumed = processes.from_first(lambda: _resumed_run(config))
+    config = _with_precision(config, resumed)
     L.seed_everything(config.seed % 2**32, verbose=False)
     if resumed is None:
         config, start = fresh_start(config)
@@ -96,6 +98,19 @@ def _with_processes(config: RunConfig, rank: Rank) -> RunConfig:
     return dataclasses.replace(config, trainer=trainer)
 
 
+def _with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
+    """With what trainer.precision=auto means, which is said."""
+    if config.trainer.precision != "auto":
+        return config
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    precision = chosen("auto", device)
+    if resumed is not None:
+        precision = _config_of(resumed, type(config.model))["trainer"]["precision"]
+    log.info("trainer.precision is %s", precision)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
+
+
 def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console) -> L.Trainer:
     """Lightning's part: from the newest checkpoint in `folder`, if there is one, to the end of the run."""
     checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
@@ -112,7 +127,7 @@ def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, co
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
             strategy=_strategy(config, stage),
-            precision=config.trainer.precision,
+            precision=config.trainer.precision,  # type: ignore[arg-type]  # never "auto" here
             max_epochs=-1,
             logger=loggers,
             callbacks=callbacks,

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
-from t2i.interfaces import Batch, Feature
+from t2i.interfaces import Batch, Feature, TextEncoder
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.ema import EMA
@@ -103,6 +103,16 @@ class BaseStage(L.LightningModule):
     def weight_dtype(self) -> torch.dtype:
         """float32, or float64 with trainer.precision=64-true."""
         return next(self.parameters()).dtype
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """In which frozen networks work: bfloat16 where a GPU computes in it anyway, else that of the weights."""
+        in_bf16 = self.config.trainer.precision == "bf16-mixed" and self.device.type == "cuda"
+        return torch.bfloat16 if in_bf16 else self.weight_dtype
+
+    def place_text(self, text: TextEncoder) -> None:
+        """Moves an encoder that may be frozen, and so no module of the stage, to its device."""
+        text.to(self.device, self.weight_dtype if text.trainable else self.frozen_dtype)
 
     @property
     def is_complete(self) -> bool:

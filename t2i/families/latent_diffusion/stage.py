@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from t2i.config import RunConfig
 from t2i.errors import CheckpointError
 from t2i.families.latent_diffusion.config import BuildsOn, Config
 from t2i.families.latent_diffusion.model import build_model
-from t2i.interfaces import Batch, Feature, SampleRequest
+from t2i.interfaces import Batch, Feature, ImageCodec, SampleRequest
 from t2i.nn.blocks import blocks_of
 from t2i.text.features import text_feature, text_of
 from t2i.training import run_folder
@@ -41,6 +42,7 @@ class Stage(BaseStage):
         model = dataclasses.replace(model, builds_on=BuildsOn(place))
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
+        self.working_codec: tuple[ImageCodec, ...] = ()  # in a tuple, so that it is no module of the stage
         self.codec_config: dict[str, Any] = builds_on.extra.get("codec", builds_on.config)
         self.model = build_model(model, self.codec_config)
         size = config.resolution.size_px
@@ -54,7 +56,7 @@ class Stage(BaseStage):
         moments = batch.features.get("moments")
         if moments is None:
             with torch.no_grad():
-                moments = self.model.codec.moments(batch.image)
+                moments = self.codec.moments(batch.image).to(self.weight_dtype)
         shape = (self.model.codec.latent_channels, *moments.shape[2:])
         t = self.model.schedule.training_times(random.uniform("time"))
         eps = random.normal("noise", *shape)
@@ -89,7 +91,19 @@ class Stage(BaseStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.model.text.to(self.device, self.weight_dtype)
+        self.place_text(self.model.text)
+
+        self.working_codec = ()
+        if self.frozen_dtype != self.weight_dtype:
+            # A copy: the codec itself is saved with the run, as exact as it is.
+            codec = copy.deepcopy(self.model.codec).to(self.device, self.frozen_dtype)
+            codec.to(memory_format=torch.channels_last)
+            self.working_codec = (codec,)
+
+    @property
+    def codec(self) -> ImageCodec:
+        """That which encodes while training."""
+        return self.working_codec[0] if self.working_codec else self.model.codec
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""

@@ -58,7 +58,7 @@ class Stage(BaseStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.model.text.to(self.device, self.weight_dtype)
+        self.place_text(self.model.text)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""
