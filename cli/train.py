@@ -122,7 +122,8 @@ def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
 
     say_what_is_logged()
     try:
-        result = fit(config, families.get(config.family).load_stage(config.stage), console)
+        stage_class = families.get(config.family).load_stage(config.stage)
+        result = fit(config, stage_class, console, mfu_per_rate(config))
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(config)) from error
     rate = f"{result.images_seen} images, {result.seconds:.0f} s of training"
@@ -136,6 +137,21 @@ def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
             outcome.tell(outcome.STOPPED)
     if config.logger.wandb == "offline":
         console.print(f"To bring it to wandb: {sync_command(result.folder)}")
+
+
+def mfu_per_rate(config: RunConfig) -> float | None:
+    """Share of a GPU's peak FLOP/s that one picture per second on it means; None without a GPU whose peak is known, or
+    where no plan counts the FLOPs."""
+    import torch
+
+    if not torch.cuda.is_available() or config.trainer.accelerator == "cpu" or not is_first(os.environ):
+        return None
+    from t2i.planning import peaks
+
+    try:
+        return peaks.mfu_per_rate(config, built_on(config), torch.cuda.get_device_name())
+    except UserError:
+        return None
 
 
 def out_of_memory(config: RunConfig) -> str:

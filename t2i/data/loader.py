@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -173,12 +174,21 @@ class CaptionedImages(Dataset[Batch | DataError]):
 
 class BatchLoader(DataLoader):
     """A DataLoader that raises the DataError a worker hands over in the place of a batch. Where batches go on to a GPU
-    they stay in page-locked memory, as uint8, until `Batch.to`."""
+    they stay in page-locked memory, as uint8, until `Batch.to`.
+
+    waiting: gives a context within which one batch is waited for
+    """
 
     dataset: CaptionedImages
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            with self.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, DataError):
                 raise batch
             yield batch if self.pin_memory else batch.to("cpu")

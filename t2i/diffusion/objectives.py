@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from t2i.diffusion.config import Objective
-from t2i.diffusion.schedules import per_sample
+from t2i.diffusion.schedules import Schedule, per_sample
+from t2i.nn.precision import widened
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,19 @@ def loss_weight(objective: Objective, snr: Tensor, min_snr_gamma: float | None) 
     if objective == "flow":
         return clipped / (snr.sqrt() + 1) ** 2
     raise _unknown(objective)
+
+
+def loss_by_time(losses: Tensor, t: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+    """(2,) for each quarter of the schedule's time, from data (0) to noise (100): the sum of the losses of the samples
+    that fell into it, and their number. Logged as means, on which a quarter without samples has no say.
+
+    losses: (B,); t: (B,) times of the schedule
+    """
+    quarter = (schedule.model_time(t) * (4 / schedule.num_train_steps)).long().clamp(max=3)
+    losses = widened(losses.detach())
+    each = torch.stack([losses, torch.ones_like(losses)], dim=1)
+    sums = each.new_zeros(4, 2).index_add(0, quarter, each)
+    return {f"loss_time_{25 * i}_{25 * i + 25}": sums[i] for i in range(4)}
 
 
 def difference_error(error: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from t2i.training.pictures import grid
 NUM_SHOWN = 40
 # Columns of metrics.csv that every stage has; the others are what the stage itself measures.
 SHARED_COLUMNS = re.compile(
-    "step|images|images_per_second|learning_rate|skipped_steps|epoch.*|gradient_norm.*|bad_.*"
+    "step|images|images_per_second|mfu|data_wait|peak_memory_gib|learning_rate|skipped_steps|epoch.*|gradient_norm.*|bad_.*"
+    "|loss_time_.*"  # parts of a loss
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,10 @@ def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], d
     device: whose kernels decide what is kept for the backward pass, "cuda" or "cpu"
     Raises ConfigError where the family is not planned for, or the size does not fit the model.
     """
-    family, precision = families.get(config.family), planned_precision(config, device)
-    check(family.plan is not None, "family", family.name, "a family with a plan")
+    precision = planned_precision(config, device)
     check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
     return Model(
-        parts=tuple(counted(network, config, device) for network in family.load_plan()(config, builds_on)),
+        parts=tuple(counted(network, config, device) for network in networks(config, builds_on)),
         compute_bytes=4 if precision == "32-true" else 2,
     )
 
@@ -116,14 +115,45 @@ def planned_precision(config: RunConfig, device: str) -> str:
     return automatic if config.trainer.precision == "auto" else config.trainer.precision
 
 
+def networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]]) -> Iterable[PlannedNetwork]:
+    """Those of the family's plan. Raises ConfigError where it has none."""
+    family = families.get(config.family)
+    check(family.plan is not None, "family", family.name, "a family with a plan")
+    return family.load_plan()(config, builds_on)
+
+
+def flops_per_image(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]]) -> int:
+    """Of training, each once, without those of features that are read. builds_on, errors: as in `build_model`"""
+    reads = all(part.encoded is not None for part in config.data.parts().values())
+    counts = (
+        flops_of(network)
+        for network in networks(config, builds_on)
+        if not (reads and network.cached_as is not None)
+    )
+    return sum(count.total for count in counts if count is not None)
+
+
+def flops_of(network: PlannedNetwork) -> Flops | None:
+    """Of one training picture; None where training does not run it."""
+    calls = network.calls_per_image
+    if not calls:
+        return None
+    with torch.device("meta"):
+        once = flops(lambda: network.module(**network.inputs(1)), with_backward=has_gradients(network))
+    return Flops(round(calls * once.forward), round(calls * once.backward))
+
+
+def has_gradients(network: PlannedNetwork) -> bool:
+    """Whether a backward pass goes through it."""
+    with torch.device("meta"):
+        return network.trained or any(x.requires_grad for x in network.inputs(1).values())
+
+
 def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
     """What one picture takes of it. device: as in `build_model`"""
     module, calls, precision = network.module, network.calls_per_image, planned_precision(config, device)
-    with torch.device("meta"):
-        gradients = network.trained or any(x.requires_grad for x in network.inputs(1).values())
-        once = flops(lambda: module(**network.inputs(1)), with_backward=gradients) if calls else Flops(0)
     kept, peak = NONE, 0
-    if calls and gradients:
+    if calls and has_gradients(network):
         kept = activations(module, network.inputs, precision, device)
     elif calls:
         peak = peak_bytes_per_image(module, network.inputs, precision, device)
@@ -132,7 +162,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         name=network.name,
         parameters=network.parameters,
         trained=network.trained,
-        flops=Flops(round(calls * once.forward), round(calls * once.backward)) if calls else None,
+        flops=flops_of(network),
         activations=Activations(
             kept.fixed, round(calls * kept.per_image), round(calls * kept.per_image_checkpointed)
         ),

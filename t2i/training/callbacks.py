@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections import Counter
@@ -58,11 +57,17 @@ class StopAtEnd(Callback):
 
 class Metrics(Callback):
     """Averages each metric over log_every_steps on the device, then over the processes, and sends it to every
-    logger with the step, the images seen, the epochs of each dataset, the steps left out so far and the bad samples by
-    cause. Steps that are left out do not count in the averages. Processes and host wait for one another only then. An
-    epoch that had bad samples is said when it is over."""
+    logger with the step, the images seen, the epochs of each dataset, the speed, the share of the time in which steps
+    waited for their batches, the steps left out so far and the bad samples by cause. Of a GPU also the most memory that
+    tensors took so far, in the first process, and where its peak is known the MFU. Steps that are left out do not count
+    in the averages. Processes and host wait for one another only then. An epoch that had bad samples is said when it is
+    over.
 
-    def __init__(self) -> None:
+    mfu_per_rate: share of a GPU's peak FLOP/s that one picture per second on it means
+    """
+
+    def __init__(self, mfu_per_rate: float | None = None) -> None:
+        self.mfu_per_rate = mfu_per_rate
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}  # of steps that were not left out
         self.bad: dict[str, int] = {}
@@ -73,6 +78,7 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
         self.since = (time.perf_counter(), stage.images_seen)
+        trainer.train_dataloader.waiting.waits.clear()  # type: ignore[union-attr]  # before the first step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -85,9 +91,16 @@ class Metrics(Callback):
         if stage.steps_done % stage.config.trainer.log_every_steps:
             return
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.latest = mean_over_processes(means)
         skipped = int(stage.skipped.total)
         now, (then, images_then) = time.perf_counter(), self.since  # a GPU has done all of it by now
+        rate = (stage.images_seen - images_then) / (now - then)
+        waited_s = trainer.train_dataloader.waiting.take_s()  # type: ignore[union-attr]
+        means["data_wait"] = torch.tensor(waited_s / (now - then), device=stage.device)
+        self.latest = mean_over_processes(means)
+        if stage.device.type == "cuda":
+            self.latest["peak_memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
+        if self.mfu_per_rate is not None:
+            self.latest["mfu"] = self.mfu_per_rate * rate / trainer.world_size
         bad = sum_over_processes(self.bad)
         epochs = trainer.train_dataloader.epochs(stage.images_seen)  # type: ignore[union-attr]
         self.report(epochs, Counter(bad))
@@ -96,7 +109,7 @@ class Metrics(Callback):
             **{f"epoch_{name}" if name else "epoch": count for name, count in epochs.items()},
             **self.latest,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "images_per_second": (stage.images_seen - images_then) / (now - then),
+            "images_per_second": rate,
             **({"skipped_steps": skipped} if skipped else {}),
             **{f"bad_{cause}": count for cause, count in bad.items()},
         }
@@ -118,13 +131,31 @@ class Metrics(Callback):
             self.reported = bad
 
 
-def mean_over_processes(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Device scalars, the same names in every process -> their means, on the host."""
-    means = torch.stack([widened(value) for value in scalars.values()])
+def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """On the device () or (2,), a sum and a count; the same names in every process -> their means, on the host. What
+    has a count of zero is left out."""
+    means = torch.cat([widened(value).view(-1) for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
-    return dict(zip(scalars, means.tolist(), strict=True))
+    found, numbers = dict[str, float](), iter(means.tolist())
+    for name, value in values.items():
+        total, count = next(numbers), next(numbers) if value.ndim else 1.0
+        if count:
+            found[name] = total / count
+    return found
+
+
+def told(latest: dict[str, float]) -> str:
+    """What the bar says of the metrics that were logged last."""
+    forms = {
+        "loss": "loss {:.4f}",
+        "gradient_norm": "gradient {:.3g}",
+        "mfu": "MFU {:.1%}",
+        "data_wait": "waits for data {:.0%}",
+        "peak_memory_gib": "{:.1f} GiB",
+    }
+    return ", ".join(form.format(latest[name]) for name, form in forms.items() if name in latest)
 
 
 def sum_over_processes(counts: dict[str, int]) -> dict[str, int]:
@@ -183,7 +214,8 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar(Callback):
-    """A bar in images with images/s, time left and the loss; a line every minute where there is no terminal."""
+    """A bar in images with images/s, time left and what was logged last; a line each minute where there is no
+    terminal."""
 
     def __init__(self, console: Console, metrics: Metrics) -> None:
         self.console, self.metrics = console, metrics
@@ -202,28 +234,25 @@ class ProgressBar(Callback):
             TextColumn("{task.fields[rate]:.0f}/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[told]}"),
             console=self.console,
         )
         description = f"{stage.config.stage} {stage.config.resolution.size_px}px"
         total, done = stage.config.trainer.num_images, stage.images_seen
-        self.task = self.progress.add_task(
-            description, total=total, completed=done, rate=0.0, loss=float("nan")
-        )
+        self.task = self.progress.add_task(description, total=total, completed=done, rate=0.0, told="")
         self.progress.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        loss = self.metrics.latest.get("loss", float("nan"))
         if self.progress is not None:
             rate = self.progress.tasks[0].speed or 0.0
             done = min(stage.images_seen, stage.config.trainer.num_images)
-            self.progress.update(self.task, completed=done, rate=rate, loss=loss)
+            self.progress.update(self.task, completed=done, rate=rate, told=told(self.metrics.latest))
         elif trainer.is_global_zero and time.monotonic() - self.last_line > 60:
             self.last_line = time.monotonic()
-            said = "" if math.isnan(loss) else f", loss {loss:.4f}"  # nothing is logged yet
-            self.console.print(f"{stage.images_seen} of {stage.config.trainer.num_images} images{said}")
+            progress = f"{stage.images_seen} of {stage.config.trainer.num_images} images"
+            self.console.print(", ".join(filter(None, [progress, told(self.metrics.latest)])))
 
     def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:
         self.close()

@@ -17,6 +17,7 @@ from t2i.data.reader import read_all
 from t2i.errors import CheckpointError, DataError
 from t2i.interfaces import Batch
 from t2i.training.stage import BaseStage
+from t2i.training.waits import DataWait
 
 NUM_PREVIEW_PICTURES = 16
 
@@ -51,6 +52,7 @@ class ShardData(L.LightningDataModule):
                 "so that it would go on with other samples; allow_other_shards=true resumes nevertheless."
             )
         self.fingerprint = fingerprint
+        loader.waiting = DataWait(stage.device)
         return loader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

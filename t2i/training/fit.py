@@ -48,9 +48,12 @@ class FitResult:
     seconds: float
 
 
-def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> FitResult:
+def fit(
+    config: RunConfig, stage_class: type[BaseStage], console: Console, mfu_per_rate: float | None = None
+) -> FitResult:
     """Trains, and leaves in the run folder what the architecture page promises.
 
+    mfu_per_rate: see `Metrics`
     Raises UserError (a sentence) where data, checkpoints, devices or configuration do not fit, and where numbers are
     not finite any more.
     """
@@ -79,7 +82,7 @@ def fit(config: RunConfig, stage_class: type[BaseStage], console: Console) -> Fi
         if resumed is None:
             run_folder.write_config(folder, run_to_dict(stage.config))
         log.info("run folder: %s", folder)
-        trainer = _train(config, stage, folder, preview, console)
+        trainer = _train(config, stage, folder, preview, console, Metrics(mfu_per_rate))
         result = FitResult(folder, stage.is_complete, stage.images_seen, time.perf_counter() - began)
         if trainer.is_global_zero:
             run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
@@ -111,10 +114,12 @@ def _with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
 
 
-def _train(config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console) -> L.Trainer:
+def _train(
+    config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console, metrics: Metrics
+) -> L.Trainer:
     """Lightning's part: from the newest checkpoint in `folder`, if there is one, to the end of the run."""
     checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
-    metrics, stop = Metrics(), StopOnSignal(say=console.print)
+    stop = StopOnSignal(say=console.print)
     pictures, saver = Pictures(folder, preview), Checkpoints(folder)
     callbacks = [
         *(StopAtEnd(), stop, metrics, NotFinite(folder), Forecast(), ProgressBar(console, metrics)),

@@ -46,7 +46,8 @@ class BaseStage(L.LightningModule):
     # What a family gives.
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
-        """-> scalars by name; "loss" is what this turn minimises, the others are logged.
+        """-> scalars by name; "loss" is what this turn minimises, the others are logged. What not each step has is
+        (2,), a sum and the number of those that it is over: logged is the mean of all of them.
 
         turn: the name of one of `turns`
         random: the only source of what is drawn here, so that it depends on the seed and the samples' positions alone

@@ -79,13 +79,12 @@ def train_step(
             if scaler is not None:
                 scaler.unscale_(optimizer)
             own = clip(turn, stage.idle_parameters())
-            optimizer.found_inf = any_not_finite(own)  # type: ignore[attr-defined]  # read by a fused optimizer
+            optimizer.found_inf = any_not_finite(list(own.values()))  # type: ignore[attr-defined]  # read by a fused optimizer
             optimizer.step()
         torch.clear_autocast_cache()  # of weights that have moved
-        metrics |= {
-            f"gradient_norm{f'_{i}' if i else ''}": norm for i, norm in enumerate(own, start=len(norms))
-        }
-        norms += own
+        of = "gradient_norm" if len(turns) == 1 else f"gradient_norm_{turn.name}"
+        metrics |= {f"{of}_{i}" if i else of: norm for i, norm in own.items()}
+        norms += own.values()
     if scaler is not None:
         scaler.update()
     stage.skipped.count(norms)
@@ -117,21 +116,22 @@ def only_trained(turn: Turn, turns: Sequence[Turn]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def clip(turn: Turn, idle: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Clips each group of parameters by its own norm; the norms before, () each, of those that have gradients.
+def clip(turn: Turn, idle: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+    """Clips each group of parameters by its own norm; the norms before, () each, of those that have gradients, by the
+    group's number.
 
     idle: those that this step leaves as they are: neither moved nor counted by the optimizer
     """
     for parameter in idle:
         parameter.grad = None
-    norms = []
-    for group in turn.groups:
+    norms = {}
+    for i, group in enumerate(turn.groups):
         gradients = [p.grad for p in group if p.grad is not None]
         if not gradients:
             continue
-        norms.append(nn.utils.get_total_norm(gradients))
+        norms[i] = nn.utils.get_total_norm(gradients)
         if turn.optimizer.gradient_clip:
-            nn.utils.clip_grads_with_norm_(group, turn.optimizer.gradient_clip, norms[-1])
+            nn.utils.clip_grads_with_norm_(group, turn.optimizer.gradient_clip, norms[i])
     return norms
 
 

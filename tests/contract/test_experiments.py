@@ -77,7 +77,10 @@ def trained(runs_dir: Path, part: str) -> Path | None:
 def rows(folder: Path) -> list[dict[str, str]]:
     """metrics.csv without what is never the same twice."""
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_same(one: object, other: object, path: str = "") -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from schedule_configs import schedule_config
 
 from t2i.diffusion.config import check_objective
-from t2i.diffusion.objectives import difference_error, loss_weight, target, to_x0_eps
+from t2i.diffusion.objectives import difference_error, loss_by_time, loss_weight, target, to_x0_eps
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
 
@@ -145,3 +145,20 @@ def test_the_mean_is_best_with_differences_too():
     difference_error(answer - possible).mean().backward()
     assert difference_error(answer - possible).min() > 0.1
     torch.testing.assert_close(answer.grad, torch.zeros_like(answer), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["linear", "flow"])
+def test_losses_by_time_are_sums_and_numbers_of_each_quarter(name):
+    schedule = build_schedule(schedule_config(name))
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.6, 0.9999], dtype=torch.float64)
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64, requires_grad=True)
+    found = loss_by_time(losses, schedule.training_times(uniform), schedule)
+    assert {name: pair.tolist() for name, pair in found.items()} == {
+        "loss_time_0_25": [3.0, 2.0],
+        "loss_time_25_50": [4.0, 1.0],
+        "loss_time_50_75": [8.0, 1.0],
+        "loss_time_75_100": [16.0, 1.0],
+    }
+    assert not any(pair.requires_grad for pair in found.values())
+    ends = loss_by_time(losses[:1], schedule.training_times(uniform[:1]) * 0, schedule)
+    assert ends["loss_time_75_100"].tolist() == [0.0, 0.0]

@@ -295,8 +295,8 @@ def test_a_run_that_was_killed_is_reported_without_its_times(shapes_shards, tmp_
 def test_what_a_stage_measures_is_plotted_by_whatever_name(tmp_path):
     header = "step,images,epoch,epoch_a,denoiser,classifier,logit_real,gradient_norm,gradient_norm_1"
     (tmp_path / "metrics.csv").write_text(
-        f"{header},learning_rate,images_per_second,skipped_steps,bad_no caption\n"
-        "1,8,0.1,0.1,0.5,,1,9,9,9,9,9,9\n2,16,0.2,0.1,0.4,0.3,1,9,9,9,9,9,9\n"
+        f"{header},learning_rate,images_per_second,mfu,data_wait,peak_memory_gib,loss_time_0_25,skipped_steps,"
+        "bad_no caption\n1,8,0.1,0.1,0.5,,1,9,9,9,9,9,9,9,9,9,9\n2,16,0.2,0.1,0.4,0.3,1,9,9,9,9,9,9,9,9,9,9\n"
     )
     from matplotlib.figure import Figure
 

@@ -129,6 +129,8 @@ def test_a_run_in_mixed_precision_is_that_in_float32(
         for each in ("32-true", precision)
     )
     assert of_run(mixed, "loss")[0] == pytest.approx(of_run(plain, "loss")[0], rel=0.02)
+    assert all(0 <= share <= 1 for share in of_run(mixed, "data_wait"))
+    assert all(gib > 0 for gib in of_run(mixed, "peak_memory_gib"))
     weights = load_file(mixed / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}

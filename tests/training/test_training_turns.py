@@ -96,9 +96,28 @@ def test_each_turn_moves_its_own_and_leaves_no_gradient_in_the_others():
     assert moved.abs().max().item() == pytest.approx(0.1, rel=1e-6)
     assert set(metrics) == {
         *("discriminator", "generator", "real_discriminator", "real_generator"),
-        *("gradient_norm", "gradient_norm_1"),
+        *("gradient_norm_discriminator", "gradient_norm_generator"),
     }
     assert (stage.images_seen, stage.steps_done) == (8, 1)
+
+
+def test_gradient_norms_are_those_of_each_turn():
+    """Of D(G(z)) - D(x) with D(x) = w x + b: mean G(z) - mean x by w, 0 by b; by G's weights
+    -w mean z, by its bias -w."""
+    stage, given = TwoPlayers(every=2), batch()
+    stage.steps_done = 1  # the generator's turn is in the next step
+    z = Randomness(5, given.position, torch.float64).normal("latent", 3)
+    by_w = (stage.generator(z) - given.image.flatten(1)[:, :3]).mean(0)
+    metrics = run(stage)
+    assert {name for name in metrics if name.startswith("gradient")} == {"gradient_norm_discriminator"}
+    torch.testing.assert_close(
+        metrics["gradient_norm_discriminator"], by_w.norm().detach(), rtol=1e-12, atol=0
+    )
+    stage = TwoPlayers()
+    metrics = run(stage)
+    w = stage.discriminator.weight.detach()  # the discriminator has moved when it is the generator's turn
+    expected = w.norm() * (z.mean(0).square().sum() + 1).sqrt()
+    torch.testing.assert_close(metrics["gradient_norm_generator"], expected, rtol=1e-12, atol=0)
 
 
 def test_a_turn_is_taken_every_so_many_steps():

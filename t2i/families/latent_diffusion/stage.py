@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i import families
 from t2i.config import RunConfig
+from t2i.diffusion.objectives import loss_by_time
 from t2i.errors import CheckpointError
 from t2i.families.latent_diffusion.config import BuildsOn, Config
 from t2i.families.latent_diffusion.model import build_model
@@ -62,7 +63,7 @@ class Stage(BaseStage):
         eps = random.normal("noise", *shape)
         latent = self.model.codec.latent(moments, random.normal("posterior", *shape))
         losses = self.model.loss(latent, text_of(batch, self.model.text), t, eps)
-        return {"loss": losses.mean()}
+        return {"loss": losses.mean(), **loss_by_time(losses, t, self.model.schedule)}
 
     def turns(self) -> list[Turn]:
         parameters = [p for p in self.parameters() if p.requires_grad]

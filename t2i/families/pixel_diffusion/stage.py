@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
+from t2i.diffusion.objectives import loss_by_time
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion, check_side
 from t2i.interfaces import Batch, Feature, SampleRequest
@@ -48,7 +49,8 @@ class Stage(BaseStage):
         if turn == "classifier":
             return {"loss": self.model.classifier_loss(batch.image, text, batch.caption, t, eps)}
         losses = self.model.losses(batch.image, text, t, eps)
-        return {name: each.mean() for name, each in losses.items()}
+        means = {name: each.mean() for name, each in losses.items()}
+        return means | loss_by_time(losses["loss"], t, self.model.schedule)
 
     def features(self) -> Mapping[str, Feature]:
         return text_feature(self.model.text, self.model_config.text)
