@@ -181,7 +181,8 @@ class TrainerConfig:
         the run that is resumed had, else bf16-mixed on a GPU that has it, else 32-true
     log_every_steps: metrics are averaged over, and written every, this many steps
     sample_every_images, checkpoint_every_images: 0 does it at the end only
-    keep_checkpoints: older ones are removed
+    keep_checkpoints: older ones are removed, but for
+    keep_every_images: the first after each so many images; 0: none of them
     deadline_s: processes of a run that hear nothing of another one for so long end
     """
 
@@ -196,6 +197,7 @@ class TrainerConfig:
     sample_every_images: int = 0
     checkpoint_every_images: int = 0
     keep_checkpoints: int = 2
+    keep_every_images: int = 0
     deadline_s: float = 600.0
     # What a run had before there were these keys.
     global_batch_size: int | None = None
@@ -225,7 +227,7 @@ class TrainerConfig:
                 parts,
                 "1 with trainer.global_batch_size: batch_size decides",
             )
-        for name in ("sample_every_images", "checkpoint_every_images"):
+        for name in ("sample_every_images", "checkpoint_every_images", "keep_every_images"):
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
 
     @property

@@ -27,8 +27,8 @@ from t2i.interop.parts import (
     scale,
 )
 from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
-from t2i.interop.weights import Weights, fit, under
-from t2i.training import run_folder
+from t2i.interop.weights import Weights, fit, in_memory, under
+from t2i.training import run_folder, state_folder
 from t2i.training.checkpoint import placed
 from t2i.weight_file import weights_format
 
@@ -79,6 +79,12 @@ def _understood(config: Any, key: str, kind: str | None = None) -> tuple[dict[st
 
 def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]:
     """The weights, what t2i wrote beside them, and what there is to say of the EMA."""
+    if path.is_dir():
+        found: Any = state_folder.header(path)
+        weights, averages = (
+            {name: in_memory(value) for name, value in part.items()} for part in state_folder.weights(path)
+        )
+        return _averaged(weights, averages, ema, found)
     if weights_format(path) == "safetensors":
         weights, metadata = read_safetensors(path)
         try:
@@ -91,11 +97,14 @@ def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]
         return weights, header if isinstance(header, dict) else {}, notes
     saved = read_pickle(path)
     weights, averages = (only_weights(saved.get(key) or {}) for key in ("state_dict", "ema"))
-    header = saved.get("t2i")
+    return _averaged(weights, averages, ema, saved.get("t2i"))
+
+
+def _averaged(
+    weights: Weights, averages: Weights, ema: bool, header: Any
+) -> tuple[Weights, dict[str, Any], list[str]]:
     notes = [] if averages else ["The run has no EMA: the only weights that there are were taken."]
-    if ema:
-        weights |= averages
-    return weights, header if isinstance(header, dict) else {}, notes
+    return weights | averages if ema else weights, header if isinstance(header, dict) else {}, notes
 
 
 def _codec(config: dict[str, Any], weights: Weights, path: Path) -> CodecPart:

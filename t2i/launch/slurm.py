@@ -175,7 +175,7 @@ esac
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export {variable}="$run/.outcome"
-newest() {{ ls "$run/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }}
+newest() {{ ls -d "$run"/checkpoints/step_*/complete.json 2>/dev/null | sort -V | tail -n 1; }}
 mkdir -p "$run"
 rm -f "${variable}"
 before=$(newest)

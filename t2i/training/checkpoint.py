@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
 from t2i.files import written_whole
+from t2i.training import state_folder
 from t2i.training.finite import check_before_writing
 from t2i.weight_file import check_finite, named_by_content, weights_format
 
@@ -38,8 +39,11 @@ class LoadedCheckpoint:
 
 
 def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
-    """Reads a pickle or a safetensors file that t2i wrote, whatever its name. Nothing in the file can run code: pickles
-    are read with weights_only=True. Raises CheckpointError where the file is foreign, unsafe or cut short."""
+    """Reads a checkpoint's folder, or a pickle or a safetensors file that t2i wrote, whatever its name. Nothing in
+    them can run code: pickles are read with weights_only=True. Raises CheckpointError where one is foreign, unsafe or
+    cut short."""
+    if path.is_dir():
+        return _checked(path, state_folder.weights(path, use_ema), state_folder.header(path))
     if weights_format(path) == "safetensors":
         return _load_safetensors(path)
     try:

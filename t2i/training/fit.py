@@ -32,8 +32,9 @@ from t2i.training.callbacks import Forecast, Metrics, Pictures, ProgressBar, Sto
 from t2i.training.checkpoint import LoadedCheckpoint, load
 from t2i.training.data import ShardData, preview_batch, some_images
 from t2i.training.loggers import build_loggers, log_config
-from t2i.training.saving import Checkpoints, Finish, NotFinite, WholeFiles
+from t2i.training.saving import Checkpoints, Finish, NotFinite
 from t2i.training.stage import BaseStage
+from t2i.training.state_folder import check_whole
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +121,14 @@ def _train(
     """Lightning's part: from the newest checkpoint in `folder`, if there is one, to the end of the run."""
     checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
     stop = StopOnSignal(say=console.print)
-    pictures, saver = Pictures(folder, preview), Checkpoints(folder)
+    pictures, saver = Pictures(folder, preview), Checkpoints(folder, config.trainer)
     callbacks = [
         *(StopAtEnd(), stop, metrics, NotFinite(folder), Forecast(), ProgressBar(console, metrics)),
         *(pictures, saver, Finish(config, folder, pictures, saver)),
     ]
     loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
     try:
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
         trainer = L.Trainer(
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
@@ -136,7 +138,7 @@ def _train(
             max_epochs=-1,
             logger=loggers,
             callbacks=callbacks,
-            plugins=[WholeFiles(), *_environment()],
+            plugins=[saver.io, *_environment()],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -199,7 +201,24 @@ def _resumed_run(config: RunConfig) -> Path | None:
     found = run_folder.resumed(config.runs_dir, config.stage, config.name, config.resume)
     if found is not None:
         _check_same_run(config, found)
+        _set_damaged_aside(found)
     return found
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    """Renames checkpoints that cannot be read, from the newest on, so that the newest good one is gone on from. Raises
+    CheckpointError where there is none."""
+    saved = run_folder.checkpoints(folder)
+    for path in reversed(saved):
+        try:
+            check_whole(path) if path.is_dir() else load(path)
+        except CheckpointError as error:
+            aside = path.with_name(f"damaged_{path.name}_{time.time_ns()}")
+            path.rename(aside)
+            log.warning("%s It is %s now, and does not count.", error, aside)
+            continue
+        return
+    raise CheckpointError(f"{folder}: none of its {len(saved)} checkpoints can be read.")
 
 
 def _check_same_run(config: RunConfig, folder: Path) -> None:

@@ -26,10 +26,11 @@ from t2i.launch.lock import locked
 from t2i.launch.processes import from_first
 from t2i.launch.ranks import is_first, job_name
 from t2i.schema import check
+from t2i.training import state_folder
 
 RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
 FINAL_WEIGHTS = "model.safetensors"
-CHECKPOINT = re.compile(r"step_\d+\.ckpt")
+CHECKPOINT = re.compile(r"step_\d+(\.ckpt)?")  # .ckpt: of an older version
 
 
 def named(runs_dir: str | Path, stage: str, name: str | None) -> Path:
@@ -55,7 +56,7 @@ def resumed(runs_dir: str, stage: str, name: str | None, resume: str | None) -> 
         return found
     folder = Path(resume)
     if not checkpoints(folder):
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*.ckpt).")
+        raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*).")
     return folder
 
 
@@ -102,7 +103,7 @@ def opened(
         with locked(folder) if own else nullcontext():
             if own:
                 for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
-                    left.unlink()  # of a process that was killed while it wrote
+                    state_folder.remove(left)  # of a process that was killed while it wrote
             yield folder
     except BaseException:
         if resumed is None and own and not _holds_results(folder):
@@ -236,9 +237,9 @@ def newest_finished(runs_dir: str | Path, stages: Iterable[str]) -> tuple[Path |
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, in the order of their steps."""
-    found = (path for path in (folder / "checkpoints").glob("step_*.ckpt") if CHECKPOINT.fullmatch(path.name))
-    return sorted(found, key=step_of)
+    """Complete checkpoints of a run, in the order of their steps."""
+    found = (path for path in (folder / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name))
+    return sorted((p for p in found if p.suffix or state_folder.is_complete(p)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -246,27 +247,38 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step_"))
 
 
+def images_of(checkpoint: Path) -> int:
+    """The images that were seen when it was written; 0 where it does not say."""
+    header = state_folder.header(checkpoint) if checkpoint.is_dir() else None
+    found = header.get("images_seen") if isinstance(header, dict) else None
+    return found if isinstance(found, int) else 0
+
+
 def run_of(place: str | Path) -> Path | None:
     """The run folder that a place means, itself or the one that a file of weights lies in; None where there is none."""
     path = Path(place)
-    folders = [path] if path.is_dir() else [path.parent, path.parent.parent]
-    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+    return next(
+        (folder for folder in (path, path.parent, path.parent.parent) if (folder / "config.yaml").is_file()),
+        None,
+    )
 
 
 def weights_file(place: str | Path) -> Path:
-    """The file to read weights from, given a run folder or a file: of a run the final weights, or else the
+    """What to read weights from, given a run folder, a checkpoint or a file: of a run the final weights, or else the
     checkpoint with the most steps. Raises CheckpointError with a sentence where there is none."""
     path = Path(place)
-    if path.is_file():
+    if path.is_file() or state_folder.is_complete(path):
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give a run folder, a .ckpt or a .safetensors file.")
+        raise CheckpointError(
+            f"{path} does not exist; give a run folder, a checkpoint or a .safetensors file."
+        )
     saved = checkpoints(path)
     final = path / FINAL_WEIGHTS
     if final.is_file() and (not saved or final.stat().st_mtime >= saved[-1].stat().st_mtime):
         return final
     if not saved:
-        raise CheckpointError(f"{path} holds no checkpoint yet (checkpoints/step_*.ckpt, {FINAL_WEIGHTS}).")
+        raise CheckpointError(f"{path} holds no checkpoint yet (checkpoints/step_*, {FINAL_WEIGHTS}).")
     return saved[-1]
 
 

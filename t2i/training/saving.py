@@ -3,6 +3,9 @@ finite."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from t2i.config import RunConfig, run_to_dict
+from t2i.config import RunConfig, TrainerConfig, run_to_dict
 from t2i.errors import TrainingError
-from t2i.files import written_whole
 from t2i.interfaces import Batch
-from t2i.training import run_folder
+from t2i.training import run_folder, state_folder
 from t2i.training.callbacks import Pictures, crossed
 from t2i.training.checkpoint import images_seen, save_final
 from t2i.training.data import some_images
@@ -28,13 +30,54 @@ from t2i.training.finite import (
 )
 from t2i.training.stage import BaseStage
 
+log = logging.getLogger(__name__)
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoints as files that are there whole or not at all."""
+
+class StateFolders(TorchCheckpointIO):
+    """Lightning's checkpoints as folders that are complete or do not count.
+
+    written: called with the folder, in the background, when it is complete
+    failed: called with what the system refused, in the background; training goes on
+    """
+
+    def __init__(self, written: Callable[[Path], None], failed: Callable[[Path, OSError], None]) -> None:
+        super().__init__()
+        self.written, self.failed = written, failed
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._buffers: list[torch.Tensor] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with written_whole(Path(path)) as unfinished, unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
+        """Copies to the host's memory, and begins to write. Waits for the one before, if that is still written."""
+        self.wait()
+        copied = state_folder.on_host(checkpoint, self._buffers)
+        self._writer = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until all is written. Raises what went wrong with the last one, but for what `failed` was told."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if not Path(path).is_dir():
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return state_folder.read(Path(path))
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            state_folder.write(checkpoint, path)
+            self.written(path)
+        except OSError as error:
+            self.failed(path, error)
+        except Exception as error:
+            self._error = error
 
 
 class NotFinite(Callback):
@@ -68,12 +111,15 @@ class NotFinite(Callback):
 
 
 class Checkpoints(Callback):
-    """checkpoints/step_000100.ckpt every checkpoint_every_images, the oldest beyond keep_checkpoints removed. The last
-    one is written when the run is complete or was stopped (see `Finish`)."""
+    """checkpoints/step_0000100/ every checkpoint_every_images. When one is complete, older ones are removed but for
+    keep_checkpoints of them, and the first after each keep_every_images. The last one is written when the run is
+    complete or was stopped (see `Finish`)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: TrainerConfig) -> None:
+        self.folder, self.config = folder, config
         self.saved_step: int | None = None
+        self.io = StateFolders(self.written, self.failed)
+        self.lost: OSError | None = None  # what kept the last one from being written
 
     def on_train_batch_end(
         self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -82,9 +128,9 @@ class Checkpoints(Callback):
         if crossed(stage.images_seen, stage.images_per_step, every) and not stage.is_complete:
             self.save(trainer, stage)
 
-    def save(self, trainer: L.Trainer, stage: BaseStage) -> Path:
-        """Writes the present state; returns its file. Raises TrainingError where it is not finite."""
-        path = self.folder / "checkpoints" / f"step_{stage.steps_done:06d}.ckpt"
+    def save(self, trainer: L.Trainer, stage: BaseStage) -> None:
+        """Begins to write the present state. Raises TrainingError where it is not finite."""
+        path = self.folder / "checkpoints" / f"step_{stage.steps_done:07d}"
         averages = stage.ema.state_dict() if stage.ema is not None else {}
         averaged = ((f"the average of {name}", value) for name, value in averages.items())
         moments = (pair for optimizer in trainer.optimizers for pair in optimizer_tensors(optimizer))
@@ -92,10 +138,28 @@ class Checkpoints(Callback):
         check_before_writing(state, path)
         trainer.save_checkpoint(path)
         self.saved_step = stage.steps_done
-        if trainer.is_global_zero:
-            for old in run_folder.checkpoints(self.folder)[: -stage.config.trainer.keep_checkpoints]:
-                old.unlink()
-        return path
+
+    def finish(self) -> None:
+        """Waits for the last one. Raises OSError where it could not be written."""
+        self.io.wait()
+        if self.lost is not None:
+            raise self.lost
+
+    def written(self, path: Path) -> None:
+        """Removes what is not kept."""
+        self.lost = None
+        saved, every = run_folder.checkpoints(self.folder), self.config.keep_every_images
+        seen = set[int]()
+        for old in saved[: -self.config.keep_checkpoints]:
+            nth = run_folder.images_of(old) // every if every else 0
+            if nth == 0 or nth in seen:
+                state_folder.remove(old)
+            seen.add(nth)
+
+    def failed(self, path: Path, error: OSError) -> None:
+        """Training goes on: there may be room for the next one, and those of before are whole."""
+        self.lost = error
+        log.warning("%s is not written: %s; training goes on", path, error.strerror)
 
 
 class Finish(Callback):
@@ -110,6 +174,7 @@ class Finish(Callback):
         if not stage.is_complete:
             if self.saver.saved_step != stage.steps_done:
                 self.saver.save(trainer, stage)
+            self.saver.finish()
             return
         if self.finished == stage.images_seen:
             return
@@ -118,6 +183,7 @@ class Finish(Callback):
             stage.after_training(image.to(stage.device, stage.weight_dtype) for image in images)
         self.pictures.draw(trainer, stage)
         self.saver.save(trainer, stage)
+        self.saver.finish()
         if trainer.is_global_zero:
             header = {
                 "config": run_to_dict(stage.config),

@@ -17,7 +17,7 @@ from t2i.config import RunConfig, parse_run, run_to_dict
 from t2i.errors import ConfigError
 from t2i.generation.text_to_image import draw, save
 from t2i.interfaces import PlannedNetwork, SampleRequest
-from t2i.training import checkpoint, run_folder
+from t2i.training import checkpoint, run_folder, state_folder
 from t2i_cli.composition import composed_run
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
@@ -127,18 +127,16 @@ def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tm
     whole = result.folder
     assert result.complete
     assert result.images_seen == 32
-    assert [path.name for path in run_folder.checkpoints(whole)] == ["step_000002.ckpt", "step_000004.ckpt"]
+    assert [path.name for path in run_folder.checkpoints(whole)] == ["step_0000002", "step_0000004"]
     assert [row["step"] for row in rows(whole)] == ["1", "2", "3", "4"]
 
     cut = tmp_path / "cut" / whole.parent.name / "stopped"
-    gone = shutil.ignore_patterns("step_000004.ckpt", run_folder.FINAL_WEIGHTS, "samples")
+    gone = shutil.ignore_patterns("step_0000004", run_folder.FINAL_WEIGHTS, "samples")
     shutil.copytree(whole, cut, ignore=gone)
     resumed = train(compose_run(*arguments, f"runs_dir={tmp_path / 'cut'}", "resume=latest"))
     assert resumed.folder == cut
     assert rows(cut) == rows(whole)
-    saved = [
-        torch.load(folder / "checkpoints" / "step_000004.ckpt", weights_only=True) for folder in (whole, cut)
-    ]
+    saved = [state_folder.read(folder / "checkpoints" / "step_0000004") for folder in (whole, cut)]
     for part in ("state_dict", "optimizer_states", "ema"):
         assert_same(saved[0].get(part), saved[1].get(part), part)
     assert_same(*(load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (whole, cut)))

@@ -35,7 +35,7 @@ def test_what_is_wrong_is_said_once(tmp_path, shapes_overrides):
     done = torchrun(tmp_path, *shapes_overrides, "trainer.num_images=32", f"resume={tmp_path}")
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("t2i train")]
-    assert said == [f"t2i train: {tmp_path} holds no checkpoint to resume from (checkpoints/step_*.ckpt)."]
+    assert said == [f"t2i train: {tmp_path} holds no checkpoint to resume from (checkpoints/step_*)."]
     done = torchrun(tmp_path, *shapes_overrides, "trainer.num_images=32", "trainer.devices=4")
     said = [line for line in done.stderr.splitlines() if line.startswith("t2i train: ")]
     assert said == ["t2i train: trainer.devices is 4; allowed: 2, as many processes were started."]

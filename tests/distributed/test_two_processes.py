@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i.training import state_folder
+
 # In float64, where rounding, which differs with the processor and the split of a batch, stays far below the
 # tolerance. Without warm-up, so that four steps move the weights far more than that.
 SHARED = [
@@ -67,10 +69,7 @@ def check_two_equal_one(
     assert column(two, "images").tolist() == [8, 16, 24, 32]
     for name in means:
         assert_close(column(two, name), column(one, name), name, rtol=1e-9, atol=0)
-    saved = [
-        torch.load(run / "checkpoints" / "step_000004.ckpt", weights_only=True)["state_dict"]
-        for run in (one, two)
-    ]
+    saved = [state_folder.weights(run / "checkpoints" / "step_0000004")[0] for run in (one, two)]
     assert saved[0].keys() == saved[1].keys()
     for name, expected in saved[0].items():
         assert expected.dtype in (torch.float64, torch.int64), name

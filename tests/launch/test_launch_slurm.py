@@ -108,8 +108,13 @@ def test_the_processes_get_the_words_that_were_typed(tmp_path):
 def test_what_is_started_again(tmp_path, status, said, restarts, comes_further, again):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "step_000100.ckpt").touch()
-    further = f"touch {run}/checkpoints/step_1000000.ckpt" if comes_further else ":"
+    (run / "checkpoints" / "step_0000100").mkdir()
+    (run / "checkpoints" / "step_0000100" / "complete.json").touch()
+    further = (
+        f"mkdir {run}/checkpoints/step_10000000; touch {run}/checkpoints/step_10000000/complete.json"
+        if comes_further
+        else ":"
+    )
     for name, text in {
         "srun": f'{further}; [ -n "{said}" ] && echo "{said} " >> "$T2I_OUTCOME"; exit {status}',
         "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/again; echo n1',

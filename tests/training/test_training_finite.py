@@ -16,7 +16,7 @@ from t2i.config import OptimizerConfig
 from t2i.errors import TrainingError
 from t2i.families.autoencoder.quantize import Codebook
 from t2i.families.autoencoder.stage import Stage
-from t2i.training import run_folder
+from t2i.training import run_folder, state_folder
 from t2i.training.finite import MAX_IN_ROW, SkippedSteps, check_before_writing
 from t2i.training.optimizer import build_optimizer
 
@@ -104,7 +104,7 @@ def test_one_bad_batch_is_left_out_and_counted(compose_run, train, spoilt, tmp_p
     folder = train(compose_run(*KL, *arguments)).folder
     assert [row.get("skipped_steps") for row in rows(folder)] == ["", "1", "1"]
     assert all(torch.isfinite(torch.tensor(float(row["loss"]))) for row in rows(folder))
-    saved = torch.load(run_folder.checkpoints(folder)[-1], weights_only=True)
+    saved = state_folder.read(run_folder.checkpoints(folder)[-1])
     steps = {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()}
     assert steps == {5, 3}  # of six; the discriminator begins after two
     check_before_writing(load_file(folder / run_folder.FINAL_WEIGHTS).items(), folder)
@@ -124,7 +124,7 @@ def test_several_in_a_row_end_the_run_with_the_keys_of_their_batches(compose_run
     assert list(keys) == [str(step) for step in range(4, 4 + MAX_IN_ROW)]
     assert all(len(of_step) == len(set(of_step)) == 8 for of_step in keys.values())
     for path in run_folder.checkpoints(folder):
-        state = torch.load(path, weights_only=True)
+        state = state_folder.read(path)
         check_before_writing([*state["state_dict"].items(), *state["ema"].items()], path)
     assert not (folder / run_folder.FINAL_WEIGHTS).exists()
 
@@ -158,10 +158,10 @@ def test_weights_that_became_infinite_are_not_written(compose_run, train, tmp_pa
 
     monkeypatch.setattr(Stage, "training_step", overflowing)
     arguments = ("trainer.num_images=32", "trainer.checkpoint_every_images=8", f"runs_dir={tmp_path}")
-    with pytest.raises(TrainingError, match=r"step_000002.ckpt is not written: codec\..* not finite"):
+    with pytest.raises(TrainingError, match=r"step_0000002 is not written: codec\..* not finite"):
         train(compose_run(*KL, *arguments))
     folder = tmp_path / "autoencoder" / "run"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000001"]
 
 
 def test_a_codebook_keeps_its_codes_through_a_batch_that_is_not_finite():

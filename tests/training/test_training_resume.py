@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from t2i.errors import CheckpointError
 from t2i.families.autoencoder.stage import Stage
-from t2i.training import checkpoint, run_folder
+from t2i.training import checkpoint, run_folder, state_folder
 from t2i.training.callbacks import Pictures
 from t2i.training.saving import Checkpoints
 
@@ -64,7 +64,13 @@ def test_every_file_has_the_mode_that_the_umask_gives(whole):
     before = os.umask(0)
     os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in whole.rglob("*") if path.is_file()}
-    assert modes.keys() >= {"step_000004.ckpt", run_folder.FINAL_WEIGHTS, "metrics.csv", "config.yaml"}
+    assert modes.keys() >= {
+        "rest.pt",
+        "complete.json",
+        run_folder.FINAL_WEIGHTS,
+        "metrics.csv",
+        "config.yaml",
+    }
     assert set(modes.values()) == {0o666 & ~before}
 
 
@@ -79,7 +85,7 @@ def test_a_run_killed_before_its_final_weights_ends_as_if_it_were_not(
     whole, compose_run, train, counted, tmp_path, gone
 ):
     cut = copied(whole, tmp_path, *gone)
-    for left in ("checkpoints/.step_000004.ckpt.0.unfinished", ".model.safetensors.0.unfinished"):
+    for left in ("checkpoints/.step_0000004.unfinished", ".model.safetensors.0.unfinished"):
         (cut / left).touch()  # killed while it wrote
     result = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
     assert counted == ["draw", "save"]
@@ -90,8 +96,8 @@ def test_a_run_killed_before_its_final_weights_ends_as_if_it_were_not(
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
     last = [run_folder.checkpoints(folder)[-1] for folder in (cut, whole)]
     assert last[0].name == last[1].name
-    states = [torch.load(path, weights_only=True) for path in last]
-    assert all(torch.equal(states[0]["state_dict"][n], v) for n, v in states[1]["state_dict"].items())
+    states = [state_folder.weights(path)[0] for path in last]
+    assert all(torch.equal(states[0][n], v) for n, v in states[1].items())
     assert (cut / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
@@ -99,17 +105,13 @@ def test_resuming_a_complete_run_changes_nothing(whole, compose_run, train, coun
     cut = copied(whole, tmp_path)
     for path in cut.rglob("*"):  # as a copy that does not keep times; weights older than checkpoints
         path.touch()
-    kept = {
-        p: p.read_bytes() for p in cut.rglob("*") if p.suffix in (".safetensors", ".ckpt", ".png", ".csv")
-    }
+    kept = {p: p.read_bytes() for p in cut.rglob("*") if p.suffix in (".safetensors", ".pt", ".png", ".csv")}
     for _ in range(2):
         result = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest"))
         assert result.complete
     assert counted == []
     assert {path: path.read_bytes() for path in kept} == kept
-    assert {
-        path for path in cut.rglob("*") if path.suffix in (".safetensors", ".ckpt", ".png")
-    } <= kept.keys()
+    assert {path for path in cut.rglob("*") if path.suffix in (".safetensors", ".pt", ".png")} <= kept.keys()
 
 
 def test_a_complete_run_can_be_made_longer(whole, compose_run, train, counted, tmp_path):
@@ -145,11 +147,13 @@ def test_shards_that_were_replaced_are_refused_unless_told(
 
 
 def test_a_checkpoint_of_before_fingerprints_is_taken(whole, compose_run, train, tmp_path):
-    cut = copied(whole, tmp_path, run_folder.FINAL_WEIGHTS, "step_000004.ckpt")
+    """One file, as they were."""
+    cut = copied(whole, tmp_path, run_folder.FINAL_WEIGHTS, "step_0000004")
     (path,) = run_folder.checkpoints(cut)
-    state = torch.load(path, weights_only=True)
+    state = state_folder.read(path)
     del state["ShardData"], state["t2i"]["skipped_steps"]
-    torch.save(state, path)
+    state_folder.remove(path)
+    torch.save(state, path.with_name("step_000002.ckpt"))
     assert train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest")).images_seen == 32
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import CheckpointError
-from t2i.training import run_folder
+from t2i.training import run_folder, state_folder
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,17 @@ def new_run(
     run_folder.leave()
     run_folder.write_config(folder, {"resolution": {"size_px": size_px}})
     for step in steps:
-        touch(folder / "checkpoints" / f"step_{step:06d}.ckpt", time_s)
+        saved(folder, step, time_s)
     return folder
+
+
+def saved(folder: Path, step: int, time_s: int) -> Path:
+    """A complete checkpoint without files."""
+    path = folder / "checkpoints" / f"step_{step:07d}"
+    path.mkdir()
+    (path / state_folder.MARK).write_text('{"files": {}}')
+    os.utime(path, (time_s, time_s))
+    return path
 
 
 def touch(path: Path, time_s: int) -> None:
@@ -76,17 +85,17 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
     assert run_folder.newest_run(tmp_path, "ldm", below_px=64) == b
     assert run_folder.newest_run(tmp_path, "ldm", below_px=32) is None
     assert run_folder.newest_run(tmp_path, "autoencoder") is None
-    touch(c / "checkpoints" / "step_000910.ckpt", 4_000)
+    saved(c, 910, 4_000)
     assert run_folder.newest_run(tmp_path, "ldm") == c
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
     folder = new_run(tmp_path, "a", steps=(100, 20, 3_000))
-    (folder / "checkpoints" / "step_004000.tmp").touch()  # of a save that was cut off
+    (folder / "checkpoints" / "step_0004000").mkdir()  # of a save that was cut off
     assert [path.stem for path in run_folder.checkpoints(folder)] == [
-        "step_000020",
-        "step_000100",
-        "step_003000",
+        "step_0000020",
+        "step_0000100",
+        "step_0003000",
     ]
 
 
@@ -95,7 +104,7 @@ def test_checkpoints_are_ordered_by_number_not_by_text(tmp_path):
     (folder / "checkpoints" / "step_best.ckpt").touch()  # somebody's own
     steps = [run_folder.step_of(path) for path in run_folder.checkpoints(folder)]
     assert steps == [999_999, 1_000_000, 2_000_000, 10_000_000]
-    assert run_folder.weights_file(folder).name == "step_10000000.ckpt"
+    assert run_folder.weights_file(folder).name == "step_10000000"
 
 
 @pytest.mark.parametrize(("first", "second"), [("Trial", "trial"), ("caf\u00e9", "cafe\u0301")])
@@ -131,18 +140,18 @@ def test_a_run_that_trained_nothing_leaves_no_folder(tmp_path, error):
 
 def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):
     folder = new_run(tmp_path, "a", steps=(1, 2), time_s=1_000)
-    assert run_folder.weights_file(folder).name == "step_000002.ckpt"
+    assert run_folder.weights_file(folder).name == "step_0000002"
     touch(folder / run_folder.FINAL_WEIGHTS, 1_001)
     assert run_folder.weights_file(folder).name == run_folder.FINAL_WEIGHTS
-    touch(folder / "checkpoints" / "step_000003.ckpt", 2_000)
-    assert run_folder.weights_file(folder).name == "step_000003.ckpt"
-    file = folder / "checkpoints" / "step_000001.ckpt"
+    saved(folder, 3, 2_000)
+    assert run_folder.weights_file(folder).name == "step_0000003"
+    file = folder / "checkpoints" / "step_0000001"
     assert run_folder.weights_file(file) == file
     assert run_folder.weights_file(tmp_path / "ldm" / "latest").resolve().parent.parent == folder.resolve()
 
 
 def test_what_cannot_be_found_is_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere does not exist; give a run folder, a \.ckpt or"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; give a run folder, a checkpoint or"):
         run_folder.weights_file(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="a holds no checkpoint yet"):
         run_folder.weights_file(new_run(tmp_path, "a"))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from t2i.errors import CheckpointError
 from t2i.nn.dit import enlarge_patches
-from t2i.training import checkpoint, run_folder
+from t2i.training import checkpoint, run_folder, state_folder
 
 KL = "experiment=autoencoder/tiny_kl"
 
@@ -35,12 +35,12 @@ def codec_run(compose_run, train, tmp_path_factory) -> Path:
 
 
 def saved(folder: Path) -> dict:
-    return torch.load(run_folder.checkpoints(folder)[-1], weights_only=True)
+    return state_folder.read(run_folder.checkpoints(folder)[-1])
 
 
 def test_the_newest_checkpoints_are_kept(codec_run):
     names = [path.name for path in sorted((codec_run / "checkpoints").iterdir())]
-    assert names == ["step_000004.ckpt", "step_000005.ckpt", "step_000006.ckpt"]
+    assert names == ["step_0000004", "step_0000005", "step_0000006"]
 
 
 def test_pictures_come_every_so_many_images_and_at_the_end(codec_run):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2i.training import callbacks, run_folder
+from t2i.training import callbacks, run_folder, state_folder
 from t2i.training.callbacks import Forecast
 
 KL = ("experiment=autoencoder/tiny_kl", "name=run")
@@ -36,7 +36,7 @@ def test_the_discriminators_first_step_is_as_large_as_any_optimizers_first(compo
     arguments += ("trainer.checkpoint_every_images=8", "trainer.keep_checkpoints=9", "trainer.num_images=32")
     arguments += ("optimizer.weight_decay=0.3", "optimizer.gradient_clip=0", "optimizer.learning_rate=0.001")
     folder = train(compose_run(*KL, *arguments, f"runs_dir={tmp_path}")).folder
-    saved = [torch.load(path, weights_only=True)["state_dict"] for path in run_folder.checkpoints(folder)]
+    saved = [state_folder.weights(path)[0] for path in run_folder.checkpoints(folder)]
     names = [name for name in saved[0] if name.startswith("discriminator.")]
     for name in names:  # not decayed either
         assert torch.equal(saved[0][name], saved[2][name])

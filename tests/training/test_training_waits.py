@@ -133,7 +133,13 @@ def test_a_step_between_logs_waits_for_nothing(name, compose_run, codec, on_meta
     optimizers = stage.configure_optimizers()
     trainer: Any = SimpleNamespace(optimizers=optimizers, should_stop=False, world_size=1, global_rank=0)
     stage.trainer = trainer
-    callbacks = [StopAtEnd(), StopOnSignal(say=print), Metrics(), NotFinite(tmp_path), Checkpoints(tmp_path)]
+    callbacks = [
+        StopAtEnd(),
+        StopOnSignal(say=print),
+        Metrics(),
+        NotFinite(tmp_path),
+        Checkpoints(tmp_path, config.trainer),
+    ]
     batches = iter(loader_from(config))
 
     def step() -> None:

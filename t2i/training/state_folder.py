@@ -1,0 +1,172 @@
+"""Checkpoints as folders: `step_0000100/` with weights.safetensors, average.safetensors (where there is an EMA),
+rest.pt (optimizer, position and whatever else Lightning keeps) and, as the last of all, complete.json, which has the
+size and SHA-256 of each. They are written in the background, from copies in the host's memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from t2i.errors import CheckpointError
+from t2i.files import system_error, written_whole
+
+FORMAT = 2
+WEIGHTS, AVERAGE, REST, MARK = "weights.safetensors", "average.safetensors", "rest.pt", "complete.json"
+
+
+def on_host(values: Any, buffers: list[Tensor]) -> Any:
+    """The same with copies of all tensors in the host's memory, which later steps leave as they are.
+
+    buffers: the copies of the time before, which are written over where they fit, and the new ones; memory that is
+        new to the process costs more than the copy itself
+    """
+    waits = set[torch.device]()
+    before, made = iter(list(buffers)), list[Tensor]()
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        host, kind = next(before, None), (value.shape, value.dtype, value.stride())
+        if host is None or (host.shape, host.dtype, host.stride()) != kind:
+            # In its layout in memory: fused optimizers take for granted that moments have that of their parameter.
+            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        if value.is_cuda:
+            waits.add(value.device)
+        made.append(host)
+        return host.copy_(value.detach(), non_blocking=value.is_cuda)
+
+    copies = pytree.tree_map(copied, values)
+    for device in waits:
+        torch.cuda.synchronize(device)
+    buffers[:] = made
+    return copies
+
+
+def write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Writes aside, flushes to the disk, renames, and marks as complete. Raises OSError; nothing is left then."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    remove(aside)
+    remove(path)  # one without its mark
+    aside.mkdir(parents=True)
+    try:
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "ema")}
+        for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
+            if key in checkpoint:
+                save_file({n: value.contiguous() for n, value in checkpoint[key].items()}, aside / name)
+        torch.save(rest, aside / REST)
+        for each in aside.iterdir():
+            each.chmod((aside / REST).stat().st_mode)  # safetensors makes its files with mode 0600
+        files = {each.name: _described(each) for each in sorted(aside.iterdir())}
+        _flush(aside)
+        aside.rename(path)
+        _flush(path.parent)
+        mark = {"format": FORMAT, "t2i": checkpoint["t2i"], "files": files}
+        with written_whole(path / MARK) as unfinished:
+            unfinished.write_text(json.dumps(mark, indent=1) + "\n")
+            _flush(unfinished)
+        _flush(path)
+    except Exception as error:
+        remove(aside)
+        if not (path / MARK).is_file():
+            remove(path)
+        system = system_error(error)
+        if system is None:
+            raise
+        raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
+
+
+def is_complete(path: Path) -> bool:
+    """Whether it is a checkpoint's folder with all its files in their sizes. What is in them is not read."""
+    try:
+        files = _mark(path)["files"]
+        return all((path / name).stat().st_size == said["bytes"] for name, said in files.items())
+    except (CheckpointError, OSError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def check_whole(path: Path) -> None:
+    """Reads all of a checkpoint's folder. Raises CheckpointError where a file is not as it was written."""
+    for name, said in _mark(path)["files"].items():
+        try:
+            found = _described(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error.strerror}.") from error
+        if found != said:
+            sizes = f"{found['bytes']} bytes, written were {said['bytes']}"
+            raise CheckpointError(f"{path / name} is not as it was written ({sizes}, or others).")
+
+
+def header(path: Path) -> Any:
+    """What a checkpoint says of its run: config, extra, images_seen. Raises CheckpointError."""
+    return _mark(path).get("t2i")
+
+
+def remove(path: Path) -> None:
+    """The mark first, so that what is left after an interruption does not count. Nothing happens where it is not
+    there."""
+    if path.is_dir():
+        (path / MARK).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """All that `write` got. Raises CheckpointError."""
+    try:
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path / REST} cannot be read: {reason}.") from error
+    return dict(rest) | {
+        key: value for key, value in zip(("state_dict", "ema"), weights(path), strict=True) if value
+    }
+
+
+def weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights, and those of the EMA, empty where there is none or it is not asked for. Raises CheckpointError."""
+    found = []
+    for name in (WEIGHTS, AVERAGE):
+        try:
+            wanted = name == WEIGHTS or (average and (path / AVERAGE).is_file())
+            found.append(load_file(path / name) if wanted else {})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path / name} cannot be read as safetensors: {error}.") from error
+    return found[0], found[1]
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / MARK).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: its {MARK} cannot be read.") from error
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        raise CheckpointError(f"{path / MARK} names no files.")
+    return found
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    """To the disk, and of a folder its list of names and the files in it."""
+    for each in [*sorted(path.iterdir()), path] if path.is_dir() else [path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
