@@ -6,11 +6,13 @@ small products than in the model. Here matrices of one shape are stepped togethe
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from t2i.nn.precision import widened
@@ -39,12 +41,29 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalise_together(matrices: Tensor) -> Tensor:
+    """The same, where several processes hold the same matrices: each computes its share of them and gets the others'.
+    All then have the same bits."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalise(matrices)
+    count, share = len(matrices), math.ceil(len(matrices) / world)
+    first = dist.get_rank() * share
+    own = matrices[first : first + share]
+    missing = own.new_zeros(share - len(own), *own.shape[1:])  # so that all give the same number
+    steps = orthogonalise(torch.cat([own, missing])).contiguous()
+    gathered = steps.new_empty(share * world, *steps.shape[1:])
+    dist.all_gather_into_tensor(gathered, steps)
+    return gathered[:count]
+
+
 class MuonAdamW(torch.optim.AdamW):
     """Muon for the parameter groups that have `muon` true, AdamW for the others.
 
     Convolutions are stepped as matrices (out_channels, everything else). A step has the root mean square
-    0.2 * lr that AdamW's steps have (Liu et al. 2502.16982, eq. 4). After a step, Muon's parameters have no
-    gradient any more. Where `found_inf` is set to a tensor that is 1, a step changes nothing, as in AdamW.
+    0.2 * lr that AdamW's steps have (Liu et al. 2502.16982, eq. 4). Processes share the work. After a step, Muon's
+    parameters have no gradient any more. Where `found_inf` is set to a tensor that is 1, a step changes nothing, as in
+    AdamW.
     """
 
     found_inf: Tensor | None = None
@@ -76,7 +95,7 @@ class MuonAdamW(torch.optim.AdamW):
             same_shape[nesterov.shape].append((parameter, nesterov))
             parameter.grad = None
         for (rows, columns), pairs in same_shape.items():
-            steps = orthogonalise(torch.stack([step for _, step in pairs]))
+            steps = orthogonalise_together(torch.stack([step for _, step in pairs]))
             for (parameter, _), step in zip(pairs, steps, strict=True):
                 scale = 0.2 * max(rows, columns) ** 0.5
                 stepped = parameter * (1 - group["lr"] * group["weight_decay"])
