@@ -7,7 +7,7 @@ import os
 
 from t2i.errors import ConfigError
 
-COMPOSING = (["train"], ["plan"], ["data", "encode"])
+COMPOSING = (["train"], ["plan"], ["profile"], ["data", "encode"])
 
 
 def run(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ VERBS = {
     "train": "train a stage: t2i train stage=autoencoder|ldm [resolution=64] [data=...] [key=value ...]",
     "sample": "draw pictures: t2i sample --prompt TEXT [--checkpoint RUN|FILE] [--seed N] ...",
     "plan": "what a run takes: t2i plan experiment=... cluster=a100x64 [--mfu X] [--sweep nodes=1,8,32]",
+    "profile": "where a step's time goes: t2i profile stage=... [--steps N] [key=value ...]",
     "data": "make shards: t2i data make|pack|download|filter|dedup|score|encode|inspect|index ...",
     "convert": "published models in, trained models out: t2i convert SOURCE OUT [--to diffusers|compvis|t2i]",
     "jobs": "the runs that were submitted by launch=slurm, and how far they are: t2i jobs [cancel RUN]",

@@ -34,7 +34,7 @@ def networks_table(plan: Plan) -> Table:
         read = " and ".join(sorted(features))
         rows.append((f"together, {read} cached", "", "", "", together(plan.model.needed(features))))
     header = ("Networks: GFLOP per picture", "trained", "parameters", "forward", "backward")
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def together(parts: Iterable[Part]) -> str:
@@ -62,7 +62,7 @@ def memory_table(plan: Plan) -> Table:
     if plan.images_at_a_time < plan.images_per_gpu:
         pictures += f", {plan.images_at_a_time} at a time"
     header = (f"Memory: GiB with {pictures}", *(s.upper() for s in STRATEGIES))
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def run_table(plan: Plan, config: RunConfig) -> Table:
@@ -109,7 +109,7 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
         ("weights", f"{files.weights / GIGA:.2f} GB (model.safetensors)"),
         ("export", f"{files.export / GIGA:.2f} GB (averaged weights and frozen encoders, float32)"),
     ]
-    return _table(("The run", ""), rows, right=False)
+    return table(("The run", ""), rows, right=False)
 
 
 def sweep_table(plans: Sequence[Plan]) -> Table:
@@ -129,10 +129,11 @@ def sweep_table(plans: Sequence[Plan]) -> Table:
         for plan in plans
     ]
     header = ("Nodes", "GPUs", "batch", "images/s", "linear", "days", "GPU-hours", "USD", "GiB")
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> Table:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> Table:
+    """Columns after the first are flush right, where `right`."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(header):
         made.add_column(column, justify="right" if i and right else "left")

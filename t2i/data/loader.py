@@ -187,11 +187,13 @@ class BatchLoader(DataLoader):
         while True:
             with self.waiting():
                 batch = next(batches, None)
+                if isinstance(batch, Batch) and not self.pin_memory:
+                    batch = batch.to("cpu")
             if batch is None:
                 return
             if isinstance(batch, DataError):
                 raise batch
-            yield batch if self.pin_memory else batch.to("cpu")
+            yield batch
 
     def fingerprint(self) -> str:
         """The same where the same samples stand at the same positions."""

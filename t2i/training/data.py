@@ -16,6 +16,7 @@ from t2i.data.loader import BatchLoader, build_loader
 from t2i.data.reader import read_all
 from t2i.errors import CheckpointError, DataError
 from t2i.interfaces import Batch
+from t2i.training.ranges import part_of_step
 from t2i.training.stage import BaseStage
 from t2i.training.waits import DataWait
 
@@ -59,7 +60,8 @@ class ShardData(L.LightningDataModule):
         assert self.trainer is not None
         stage = self.trainer.lightning_module
         assert isinstance(stage, BaseStage)
-        return batch.to(device, stage.weight_dtype)
+        with part_of_step("copy"):
+            return batch.to(device, stage.weight_dtype)
 
 
 def _check_same_everywhere(fingerprint: str) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,22 +59,16 @@ def fit(
     Raises UserError (a sentence) where data, checkpoints, devices or configuration do not fit, and where numbers are
     not finite any more.
     """
-    config = _with_processes(config, processes.join(os.environ, config.trainer.deadline_s))
-    _check_devices(config)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    config = set_up(config)
     resumed = processes.from_first(lambda: _resumed_run(config))
-    config = _with_precision(config, resumed)
+    config = with_precision(config, resumed)
     L.seed_everything(config.seed % 2**32, verbose=False)
     if resumed is None:
         config, start = fresh_start(config)
     else:
         config = dataclasses.replace(config, init_from=None)
         start = load(run_folder.checkpoints(resumed)[-1], use_ema=False)
-    stage = stage_class(config, start)
-    if config.trainer.precision == "64-true":
-        stage.double()  # before a checkpoint is loaded: Lightning's turn comes after it
-    _check_encoded(config, stage)
+    stage = build_stage(config, stage_class, start)
     preview = preview_batch(config)
     if start is None:
         stage.before_training(image.to(stage.weight_dtype) for image in some_images(config))
@@ -91,6 +86,24 @@ def fit(
     return result
 
 
+def set_up(config: RunConfig) -> RunConfig:
+    """Joins the processes of the run and readies torch. Raises ConfigError where the machine is not as configured."""
+    config = _with_processes(config, processes.join(os.environ, config.trainer.deadline_s))
+    _check_devices(config)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    return config
+
+
+def build_stage(config: RunConfig, stage_class: type[BaseStage], start: LoadedCheckpoint | None) -> BaseStage:
+    """In the precision of the run. Raises DataError where cached features are not its own."""
+    stage = stage_class(config, start)
+    if config.trainer.precision == "64-true":
+        stage.double()  # before a checkpoint is loaded: Lightning's turn comes after it
+    _check_encoded(config, stage)
+    return stage
+
+
 def _with_processes(config: RunConfig, rank: Rank) -> RunConfig:
     """Where torchrun or srun started the processes, it is they that say how many there are. Raises ConfigError where
     the command says other numbers."""
@@ -102,7 +115,7 @@ def _with_processes(config: RunConfig, rank: Rank) -> RunConfig:
     return dataclasses.replace(config, trainer=trainer)
 
 
-def _with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
+def with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
     """With what trainer.precision=auto means, which is said."""
     if config.trainer.precision != "auto":
         return config
@@ -127,29 +140,47 @@ def _train(
         *(pictures, saver, Finish(config, folder, pictures, saver)),
     ]
     loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
+    trainer = build_trainer(
+        config, stage, [saver.io], logger=loggers, callbacks=callbacks, default_root_dir=folder
+    )
+    if trainer.is_global_zero:
+        run_folder.write_environment(folder, device=_device_name(trainer))
+        log_config(loggers, run_to_dict(stage.config))
+    try:
+        run_trainer(trainer, stage, config, checkpoint)
+    finally:
+        stop.restore()
+    return trainer
+
+
+def build_trainer(
+    config: RunConfig, stage: BaseStage, plugins: Sequence[Any] = (), **options: Any
+) -> L.Trainer:
+    """Lightning's for the run, with what is given here beside. Raises ConfigError."""
     try:
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-        trainer = L.Trainer(
+        return L.Trainer(
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
             strategy=_strategy(config, stage),
             precision=config.trainer.precision,  # type: ignore[arg-type]  # never "auto" here
             max_epochs=-1,
-            logger=loggers,
-            callbacks=callbacks,
-            plugins=[saver.io, *_environment()],
-            default_root_dir=folder,
+            plugins=[*plugins, *_environment()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            **options,
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:  # of devices, nodes, precision
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.is_global_zero:
-        run_folder.write_environment(folder, device=_device_name(trainer))
-        log_config(loggers, run_to_dict(stage.config))
+
+
+def run_trainer(
+    trainer: L.Trainer, stage: BaseStage, config: RunConfig, checkpoint: Path | None = None
+) -> None:
+    """From `checkpoint` until the trainer is told to stop. Raises UserError, and KeyboardInterrupt for Ctrl-C."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         # But for the last, these are our intent.
@@ -166,9 +197,7 @@ def _train(
                 raise KeyboardInterrupt from left
             raise
         finally:
-            stop.restore()
             signal.signal(signal.SIGINT, on_ctrl_c)  # which Lightning switches off
-    return trainer
 
 
 def num_gpus() -> int:

@@ -14,6 +14,7 @@ from t2i.config import OptimizerConfig
 from t2i.interfaces import Batch
 from t2i.training.finite import any_not_finite
 from t2i.training.optimizer import build_optimizer, learning_rate
+from t2i.training.ranges import part_of_step
 
 if TYPE_CHECKING:
     from t2i.training.stage import BaseStage
@@ -67,15 +68,18 @@ def train_step(
         if stage.steps_done % turn.every:
             continue
         set_learning_rate(optimizer, turn.optimizer, stage)
-        optimizer.zero_grad()
+        with part_of_step("optimizer"):
+            optimizer.zero_grad()
         with only_trained(turn, turns):
             for part in parts:
                 with nullcontext() if part is parts[-1] else no_sync():
-                    losses = stage.losses(turn.name, part, stage.randomness(part))
-                    backward(losses["loss"] / len(parts))
+                    with part_of_step("forward"):
+                        losses = stage.losses(turn.name, part, stage.randomness(part))
+                    with part_of_step("backward"):
+                        backward(losses["loss"] / len(parts))
                 for name, value in logged(losses, turn, turns).items():
                     metrics[name] = metrics.get(name, 0) + value.detach() / len(parts)
-        with torch.autocast(stage.device.type, enabled=False):
+        with part_of_step("optimizer"), torch.autocast(stage.device.type, enabled=False):
             if scaler is not None:
                 scaler.unscale_(optimizer)
             own = clip(turn, stage.idle_parameters())
@@ -91,7 +95,8 @@ def train_step(
     stage.images_seen += stage.images_per_step
     stage.steps_done += 1
     if stage.ema is not None:
-        stage.ema.update(stage.images_per_step, stage.images_seen)
+        with part_of_step("optimizer"):
+            stage.ema.update(stage.images_per_step, stage.images_seen)
     return metrics
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from t2i.training.ranges import part_of_step
+
 
 class DataWait:
     """Calling it gives a context within which a batch is waited for. On a GPU what counts is the time in which that,
@@ -21,7 +23,8 @@ class DataWait:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         began = self._now()
-        yield
+        with part_of_step("data"):
+            yield
         self.waits.append((began, self._now()))
 
     def take_s(self) -> float:

@@ -42,7 +42,14 @@ def imported(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["data", "--help"], ["sample", "--help"], ["report", "--help"], ["convert", "--help"]],
+    [
+        ["--help"],
+        ["data", "--help"],
+        ["sample", "--help"],
+        ["report", "--help"],
+        ["convert", "--help"],
+        ["profile", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
