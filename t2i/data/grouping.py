@@ -67,7 +67,7 @@ class Samples:
                     self._last = self._new_row(self.name, 0)
                 self.flaws[self._last] = found.cause
             if found.size:
-                self._gaps.append(_Gap(found.size, self._last, found.cause == "truncated"))
+                self._gaps.append(_Gap(found.size, self._last, found.cause == "truncated", found.cut))
             return
         key, extension = base_plus_ext(found.name)
         if key is None or META_MEMBER.match(found.name):
@@ -95,6 +95,9 @@ class Samples:
         self._end_run()
         if self._links:
             self._follow(members)
+        cuts = sum(gap.cut for gap in self._gaps)
+        if cuts > 2 and 2 * cuts > len(self.rows):  # a writer that does not put zeros behind its members
+            self._gaps = [gap for gap in self._gaps if not gap.cut]
         if self._gaps:
             self._stand_in()
         if len(self.keys) * len(self.extensions) > MAX_PLACES:
@@ -229,9 +232,11 @@ class Samples:
             blamed = np.zeros_like(lacks)
             blamed[[row for rows in beside for row in rows]] = True
             blamed &= lacks
-            # Its neighbour counts where that member matters, and nothing else has room in the gap.
+            # A neighbour counts where the member that it lacks matters, if that and nothing else has room in the gap.
+            needs = np.where(lacks, ~has[:, usual] @ taken[whole][:, usual].min(axis=0), np.inf)
             least = sum(
-                not gap.counted and not (gap.size < of_sample.min() and lacks[rows].any())
+                not gap.counted
+                and (gap.cut or not needs[rows].min(initial=np.inf) <= gap.size < of_sample.min())
                 for gap, rows in zip(self._gaps, beside, strict=True)
             )
         room = sum(gap.size for gap in self._gaps) - missing[blamed].sum()
@@ -244,11 +249,13 @@ def _kind(extension: str) -> str:
 
 @dataclass
 class _Gap:
-    """size: in bytes; before, after: rows of the members beside it; counted: one of them counts for it already"""
+    """size, cut: see `t2i.data.tar.Gap`; before, after: rows of the members beside it; counted: one of them counts for
+    it already"""
 
     size: int
     before: int | None
     counted: bool
+    cut: bool
     after: int | None = None
 
 

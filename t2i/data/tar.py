@@ -19,10 +19,13 @@ MAX_PADDING = 2 * BLOCK + tarfile.RECORDSIZE - BLOCK
 @dataclass(frozen=True)
 class Gap:
     """Bytes in which members should have been and are not. cause: "damaged", or "truncated" for a file that was cut
-    short: then the cut went through the member before, or came right after it, or after these bytes."""
+    short: then the cut went through the member before, or came right after it, or after these bytes.
+
+    cut: bytes seem to have been cut out here, nobody knows how many: `size` is the least"""
 
     cause: str
     size: int
+    cut: bool = False
 
 
 def padded(size: int) -> int:
@@ -48,6 +51,8 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
             end = stop
             if member.isreg() or member.islnk() or member.issym():
                 yield member
+                if _is_cut(file, member, stop):
+                    yield Gap("damaged", BLOCK, cut=True)
             elif member.type not in tarfile.SUPPORTED_TYPES and member.size:
                 yield Gap("damaged", stop - member.offset)
     if too_long is not None:
@@ -61,9 +66,28 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo | Gap]:
         yield Gap("truncated", 0)
     elif data_end > end:
         # The headers of the last members are lost, or the file's end as well.
-        yield Gap("damaged" if data_end <= length - BLOCK else "truncated", data_end - end)
+        # Nothing follows that would say that this is all.
+        yield Gap("damaged" if data_end <= length - BLOCK else "truncated", data_end - end, cut=True)
     elif length - end > MAX_PADDING:
         yield Gap("damaged", BLOCK if _is_padded(end, length) else length - end)
+    elif _is_short(end, length):
+        yield Gap("damaged", BLOCK, cut=True)
+
+
+def _is_cut(file: IO[bytes], member: tarfile.TarInfo, stop: int) -> bool:
+    """Whether something stands between the end of a member's data and the end of its last block, where writers put
+    zeros: the rest of another member, of which the beginning is missing."""
+    end = member.offset_data + member.size
+    if end == stop or not member.isreg() or member.issparse():
+        return False
+    file.seek(end)
+    return file.read(stop - end).strip(b"\0") != b""
+
+
+def _is_short(end: int, length: int) -> bool:
+    """Whether the zeros from `end` on filled up a record, which is no longer whole: bytes before them are missing."""
+    filled = length - end > 2 * BLOCK
+    return filled and length % tarfile.RECORDSIZE != 0 and not _is_padded(end, length)
 
 
 def _is_joint(file: IO[bytes], start: int, stop: int) -> bool:
@@ -73,9 +97,9 @@ def _is_joint(file: IO[bytes], start: int, stop: int) -> bool:
 
 
 def _is_padded(end: int, length: int) -> bool:
-    """Whether zeros up to `length` may fill up a record of more than usual size (`tar --blocking-factor`)."""
-    records = (1 << shift for shift in range(14, 23))  # 16 KiB to 4 MiB
-    return any(length % record == 0 and length - end <= 2 * BLOCK + record for record in records)
+    """Whether zeros up to `length` may fill up a record of another size than usual (`tar --blocking-factor`)."""
+    records = (1 << shift for shift in range(10, 23))  # 1 KiB to 4 MiB
+    return any(length % record == 0 and length - end < 2 * BLOCK + record for record in records)
 
 
 def _headers(file: IO[bytes], length: int) -> Iterator[tuple[tarfile.TarInfo, int]]:

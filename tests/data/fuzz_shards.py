@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from data_configs import data_config
 from data_samples import encode
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, reject, settings
 from hypothesis import strategies as st
 
 from t2i.data.index import ShardIndex
 from t2i.data.loader import build_loader
 from t2i.data_config import DataConfig
+from t2i.errors import DataError
 from t2i.interfaces import Batch
 
 SHARDS, PER_SHARD = 3, 6
@@ -95,6 +96,17 @@ def epoch(data: DataConfig, positions: int | None = None) -> list[Batch]:
     return batches
 
 
+def epoch_or_refusal(data: DataConfig) -> list[Batch]:
+    """The batches of an epoch; none, where it was refused as no sample of a segment can be read: hypothesis goes on
+    with other damage."""
+    try:
+        return epoch(data)
+    except DataError as error:
+        if "a bad sample cannot be replaced" not in str(error):
+            raise
+        reject()
+
+
 def count_bad(batches: list[Batch]) -> int:
     return sum(sum(batch.bad.values()) for batch in batches)
 
@@ -140,6 +152,10 @@ def flip(content: bytes, at: int, bit: int) -> bytes:
 
 def overwrite(content: bytes, at: int, by: bytes) -> bytes:
     return content[:at] + by + content[at + len(by) :]
+
+
+def cut_out(content: bytes, at: int, size: int) -> bytes:
+    return content[:at] + content[at + size :]
 
 
 def damage_of(content: bytes) -> st.SearchStrategy[bytes]:
