@@ -116,6 +116,6 @@ def test_two_turns_run_in_two_processes(shapes_overrides, tmp_path):
     printed = train_by_command([*shapes_overrides, *arguments], tmp_path)
     assert printed.count("Done:") == 1
     run = tmp_path / "gan_int_cls" / "run"
-    for name in ("discriminator", "generator", "gradient_norm", "gradient_norm_1"):
+    for name in ("discriminator", "generator", "gradient_norm_discriminator", "gradient_norm_generator"):
         assert column(run, name).isfinite().all(), name
         assert len(set(column(run, name).tolist())) == 4, name
