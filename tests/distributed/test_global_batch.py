@@ -112,6 +112,6 @@ def test_the_same_losses(name, way, of_two, compose_run, train, codec, tmp_path)
     assert [row["images"] for row in one] == [8, 16, 24, 32]
     for expected, row in zip(one, of_two[f"{name} {way}"], strict=True):
         if name == "pixel_diffusion/tiny_linear_x0_classifier":  # tells a part's captions from one another
-            for column in ("classifier", "gradient_norm_1"):
+            for column in ("classifier", "gradient_norm_classifier"):
                 assert row.pop(column) != expected.pop(column)
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
