@@ -33,7 +33,11 @@ OF_A_PART = {
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
     "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
 }
-NO_MEANS = ("images_per_second", "psnr_db")  # over pictures: a clock's, and a logarithm of a mean
+NO_MEANS = (
+    "images_per_second",
+    "data_wait",
+    "psnr_db",
+)  # over pictures: a clock's, and a logarithm of a mean
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
