@@ -103,10 +103,18 @@ class Discriminator(nn.Module):
             initialise(self)
 
     def forward(self, image: Tensor, pooled: Tensor) -> Tensor:
+        return self.judge(self.seen(image), pooled)
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What is seen of a picture, whatever its caption: (B, width, 4, 4)."""
         h = image
         for layer in self.layers:
             h = layer(h)
-        return self.head(h, self.text(pooled))
+        return h
+
+    def judge(self, seen: Tensor, pooled: Tensor) -> Tensor:
+        """(B,) logits of what is seen and captions (B, pooled_dim)."""
+        return self.head(seen, self.text(pooled))
 
 
 class ConcatHead(nn.Module):

@@ -22,7 +22,6 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         text = build_architecture(model.text)
         generator, discriminator = build_networks(model, text.pooled_dim, size)
     generated = 1.5 if model.interpolation_weight else 1.0  # per picture in the generator's turn
-    shown = 3 if model.wrong_weight else 2  # per picture in the discriminator's
     penalty = (
         1 / model.r1_every if model.r1_weight else 0.0
     )  # a backward pass through one and its forward pass
@@ -45,9 +44,8 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
                 "pooled": torch.empty(batch, text.pooled_dim),
             },
             trained=True,
-            calls_per_image=shown
-            + penalty
-            + generated * 2 / 3,  # without its own gradients, in the generator's
+            # In its turn a picture and a generated one; in the generator's without its own gradients.
+            calls_per_image=2 + penalty + generated * 2 / 3,
             averaged=False,
         ),
         PlannedNetwork(

@@ -65,14 +65,15 @@ class Stage(BaseStage):
             generated = self.model.generator(noise, pooled)
         penalised = model.r1_weight > 0 and self.steps_done % model.r1_every == 0
         image = batch.image.requires_grad_(penalised)
-        real, fake = discriminator(image, pooled), discriminator(generated, pooled)
+        seen = discriminator.seen(image)  # once, for both of its captions
+        real, fake = discriminator.judge(seen, pooled), discriminator(generated, pooled)
         pictures, captions = wrong_pairs(batch.caption) if model.wrong_weight else ([], [])
         wrong = real[:0]
         if len(pictures) > 1:  # batch norm takes two
             of_picture, of_caption = (
                 placed(torch.tensor(each), image.device) for each in (pictures, captions)
             )
-            wrong = discriminator(batch.image.detach()[of_picture], pooled[of_caption])
+            wrong = discriminator.judge(seen[of_picture], pooled[of_caption])
         loss = matching_aware_loss(real, wrong, fake, model.wrong_weight)
         losses = {"logit_real": real.mean(), "logit_fake": fake.mean()}
         if len(wrong):
