@@ -232,8 +232,10 @@ class Samples:
             blamed = np.zeros_like(lacks)
             blamed[[row for rows in beside for row in rows]] = True
             blamed &= lacks
-            # A neighbour counts where the member that it lacks matters, if that and nothing else has room in the gap.
-            needs = np.where(lacks, ~has[:, usual] @ taken[whole][:, usual].min(axis=0), np.inf)
+            # A neighbour that lacks more than its JSON counts by itself, if that and nothing else has room in the gap.
+            json = np.array([kind.rpartition(".")[2] == "json" for kind in numbers])
+            counts = good & ~has[:, usual & ~json].all(axis=1)
+            needs = np.where(counts, ~has[:, usual] @ taken[whole][:, usual].min(axis=0), np.inf)
             least = sum(
                 not gap.counted
                 and (gap.cut or not needs[rows].min(initial=np.inf) <= gap.size < of_sample.min())

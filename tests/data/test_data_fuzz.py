@@ -100,6 +100,9 @@ def is_shorter_tar(damaged: bytes) -> bool:
 @given(damaged=any_damage)
 @example(damaged=cut_out(WHOLE[1], 1177, 4608))  # a caption's header with the end of the next sample's JSON
 @example(damaged=cut_out(WHOLE[1], 2048, 4608))  # a JSON and all of the next sample: the record is short
+@example(
+    damaged=cut_out(WHOLE[1], 2172, 10240)
+)  # from one JSON's header to that of the third sample after it
 @example(damaged=cut_out(WHOLE[1], HEADERS[3], 10240))  # what is left is a tar file: only that it is read
 def test_where_it_is_not_known_at_least_the_damage_counts(folder, damaged):
     batches = epoch_or_refusal(lay_out(folder, damaged, ""))
