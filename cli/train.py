@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> None:
 
     def task(composed: DictConfig) -> None:
         sys.argv = typed
-        overrides = list(HydraConfig.get().overrides.task)
         try:
+            overrides = list(HydraConfig.get().overrides.task)
             values, (launch, cluster) = checked(composed, overrides), launched(composed)
             check(launch in LAUNCH, "launch", launch, " or ".join(LAUNCH))
             check(launch == "slurm" or not own.dry_run, "launch", launch, "slurm, with --dry-run")

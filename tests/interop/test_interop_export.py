@@ -16,7 +16,7 @@ from t2i.errors import CheckpointError, ConfigError
 from t2i.families import latent_diffusion
 from t2i.interfaces import SampleRequest
 from t2i.interop.convert import Options, prepare, write
-from t2i.training import run_folder
+from t2i.training import run_folder, state_folder
 
 SMALL = ("trainer.batch_size=4", "trainer.accelerator=cpu", "ema=short", "resolution='32'")
 
@@ -80,7 +80,7 @@ def test_diffusers_draws_what_t2i_draws(trained, convert):
 
 def test_averaged_weights_are_the_default(trained, convert):
     final, path = trained / "model.safetensors", run_folder.checkpoints(trained)[-1]
-    saved = torch.load(path, weights_only=True)
+    saved = state_folder.read(path)
     name = "model.denoiser.out.2.weight"
     averaged, raw = saved["ema"][name], saved["state_dict"][name]
     assert not torch.equal(averaged, raw)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from t2i.families.latent_diffusion.stage import Stage
 from t2i.nn.precision import chosen, mixed
-from t2i.training import fit, run_folder
+from t2i.training import fit, run_folder, state_folder
 from t2i.training.stage import BaseStage
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -50,9 +50,9 @@ def test_what_auto_means_is_said_and_saved(compose_run, train, tmp_path, monkeyp
     assert "trainer.precision is 32-true" in caplog.text
     assert run_folder.read_config(folder)["trainer"]["precision"] == "32-true"
     monkeypatch.setattr(fit, "chosen", lambda precision, device: "bf16-mixed")
-    resumed = fit._with_precision(compose_run(*arguments), folder)
+    resumed = fit.with_precision(compose_run(*arguments), folder)
     assert resumed.trainer.precision == "32-true"
-    assert fit._with_precision(compose_run(*arguments), None).trainer.precision == "bf16-mixed"
+    assert fit.with_precision(compose_run(*arguments), None).trainer.precision == "bf16-mixed"
 
 
 def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
@@ -88,6 +88,6 @@ def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
     saved, own = (load_file(each / run_folder.FINAL_WEIGHTS) for each in (folder, codec))
     for name, value in own.items():
         assert torch.equal(saved[f"model.{name}"], value), name
-    checkpoint = torch.load(run_folder.checkpoints(folder)[-1], weights_only=True)
+    checkpoint = state_folder.read(run_folder.checkpoints(folder)[-1])
     assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
     assert not any(name.startswith("model.text") or "working" in name for name in checkpoint["state_dict"])
