@@ -34,8 +34,8 @@ from t2i.weight_file import weights_format
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run of t2i."""
-    return (path / "config.yaml").is_file()
+    """Whether a folder is a run of t2i, or a checkpoint of one."""
+    return (path / "config.yaml").is_file() or state_folder.is_complete(path)
 
 
 def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
