@@ -12,6 +12,7 @@ from t2i.schema import check, parse
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
+    from t2i.launch.slurm import SlurmConfig
     from t2i.planning.config import ClusterConfig
 
 SHARED = {"encode", "score"}  # jobs of `t2i data` whose processes share the shards among them
@@ -33,10 +34,7 @@ def submit(
     from .console import console
 
     first, values, _ = runs[0]
-    if not values:
-        raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
-    cluster = cluster_of(values)
-    assert cluster.slurm is not None
+    cluster, options = _with_slurm(values)
     for config, each, _ in runs:
         check(each == values, "cluster", "several in one sweep", "one")
         _check_fits(on_cluster(config, cluster), cluster)
@@ -58,15 +56,12 @@ def submit(
         first.trainer.accelerator != "cpu" and cluster.has_gpus,
     )
     log = f"{place}/{numbered}.log"
-    text = slurm.script(f"t2i-{first.stage}", tasks, machines, cluster.slurm, Path.cwd(), log)
+    text = slurm.script(f"t2i-{first.stage}", tasks, machines, options, Path.cwd(), log)
     if dry_run:
         print(text, end="")
         return
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / "job.sh"
-    path.write_text(text)
     try:
-        job = slurm.submit(path)
+        path, job = _submitted(text, place)
     except UserError:
         for folder in folders:
             run_folder.remove_unused(folder)
@@ -93,27 +88,40 @@ def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
 
     given = [each for each in launched if each != "--dry-run"]
     values = cluster_of_overrides(given)
-    if not values:
-        raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
-    cluster = cluster_of(values)
-    assert cluster.slurm is not None
+    cluster, options = _with_slurm(values)
     parts, processes = (cluster.nodes, cluster.gpus_per_node) if job in SHARED else (1, 1)
     cores = max(1, cluster.cpu_cores_per_node // processes)
     machines = slurm.Machines(1, processes, cores, gpus=job in SHARED and cluster.has_gpus)
     place = Path("runs").absolute() / "slurm" / f"data-{job}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
-    text = slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, cluster.slurm, Path.cwd(), log)
+    text = slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, options, Path.cwd(), log)
     if "--dry-run" in launched:
         print(text, end="")
         return
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / "job.sh"
-    path.write_text(text)
-    number = slurm.submit(path)
+    path, number = _submitted(text, place)
     console.print(
         f"Job {number}: {parts * processes} processes, log {log.replace('%A', number).replace('%j', number)}"
     )
     console.print(f"Script: {path}")
+
+
+def _with_slurm(values: dict[str, Any]) -> tuple[ClusterConfig, SlurmConfig]:
+    """The cluster, and what its SLURM wants to be told. Raises ConfigError where none is given."""
+    if not values:
+        raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
+    cluster = cluster_of(values)
+    assert cluster.slurm is not None  # launch=slurm has its defaults
+    return cluster, cluster.slurm
+
+
+def _submitted(text: str, place: Path) -> tuple[Path, str]:
+    """The script, written into a folder, and its job's number. Raises UserError."""
+    from t2i.launch import slurm
+
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / "job.sh"
+    path.write_text(text)
+    return path, slurm.submit(path)
 
 
 def cluster_of(values: dict[str, Any]) -> ClusterConfig:
@@ -143,7 +151,7 @@ def _check_fits(config: RunConfig, cluster: ClusterConfig) -> None:
 
     model = build_model(config, built_on(config))
     total_bytes = int(cluster.memory_gib * GIB)
-    if bytes_of_batch(config, model, config.trainer.batch_size) > USABLE_MEMORY * total_bytes:
+    if bytes_of_batch(config, model, config.trainer.images_at_a_time) > USABLE_MEMORY * total_bytes:
         raise ConfigError(
             f"trainer.batch_size={config.trainer.batch_size} does not fit into the {cluster.memory_gib:g} GiB of "
             f"cluster.memory_gib: {what_fits(config, model, total_bytes)}"

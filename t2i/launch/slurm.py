@@ -14,6 +14,7 @@ from t2i.errors import UserError
 from t2i.launch import outcome
 from t2i.schema import check
 
+NAMED = ("partition", "account", "time", "constraint")  # options that have a key of their own
 OWN = {
     "array",
     "cpus-per-task",
@@ -24,7 +25,7 @@ OWN = {
     "open-mode",
     "output",
 }
-OWN |= {"requeue", "signal", "partition", "account", "time", "constraint"}
+OWN |= {"requeue", "signal", *NAMED}
 SBATCH_TIMEOUT_S = 120
 
 
@@ -52,10 +53,7 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check(self.signal_s >= 1, "cluster.slurm.signal_s", self.signal_s, "1 or more")
-        for key, value in {
-            **self.sbatch,
-            **{k: getattr(self, k) for k in ("partition", "account", "time", "constraint")},
-        }.items():
+        for key, value in (self.named() | self.sbatch).items():
             check("\n" not in str(value), f"cluster.slurm.{key}", value, "one line")
         for key in self.sbatch:
             name = f"cluster.slurm.sbatch.{key}"
@@ -66,7 +64,7 @@ class SlurmConfig:
 
     def named(self) -> dict[str, str | int]:
         """Of the options that have a key of their own, those that are given."""
-        given = {key: getattr(self, key) for key in ("partition", "account", "time", "constraint")}
+        given = {key: getattr(self, key) for key in NAMED}
         return {key: value for key, value in given.items() if value is not None}
 
 

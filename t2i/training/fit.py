@@ -158,21 +158,22 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's for the run, with what is given here beside. Raises ConfigError."""
     try:
-        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-        return L.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=config.trainer.devices,
-            num_nodes=config.trainer.num_nodes,
-            strategy=_strategy(config, stage),
-            precision=config.trainer.precision,  # type: ignore[arg-type]  # never "auto" here
-            max_epochs=-1,
-            plugins=[*plugins, *_environment()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            **options,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+            return L.Trainer(
+                accelerator=config.trainer.accelerator,
+                devices=config.trainer.devices,
+                num_nodes=config.trainer.num_nodes,
+                strategy=_strategy(config, stage),
+                precision=config.trainer.precision,  # type: ignore[arg-type]  # never "auto" here
+                max_epochs=-1,
+                plugins=[*plugins, *_environment()],
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                **options,
+            )
     except (MisconfigurationException, ValueError, RuntimeError) as error:  # of devices, nodes, precision
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 

@@ -68,7 +68,7 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         for each in aside.iterdir():
             each.chmod((aside / REST).stat().st_mode)  # safetensors makes its files with mode 0600
         files = {each.name: _described(each) for each in sorted(aside.iterdir())}
-        _flush(aside)
+        _flush(*sorted(aside.iterdir()), aside)
         aside.rename(path)
         _flush(path.parent)
         mark = {"format": FORMAT, "t2i": checkpoint["t2i"], "files": files}
@@ -162,10 +162,10 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _flush(path: Path) -> None:
-    """To the disk, and of a folder its list of names and the files in it."""
-    for each in [*sorted(path.iterdir()), path] if path.is_dir() else [path]:
-        descriptor = os.open(each, os.O_RDONLY)
+def _flush(*paths: Path) -> None:
+    """To the disk: of a file its bytes, of a folder its list of names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
