@@ -8,7 +8,8 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's for the run, with what is given here beside. Raises ConfigError."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        with _without_warnings():
             return L.Trainer(
                 accelerator=config.trainer.accelerator,
                 devices=config.trainer.devices,
@@ -183,12 +183,7 @@ def run_trainer(
 ) -> None:
     """From `checkpoint` until the trainer is told to stop. Raises UserError, and KeyboardInterrupt for Ctrl-C."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
-    with warnings.catch_warnings():
-        # But for the last, these are our intent.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*max_epochs.*")
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, on torch 2.15
+    with _without_warnings():
         try:
             trainer.fit(stage, ShardData(config), ckpt_path=checkpoint, weights_only=True)
         except MisconfigurationException as error:
@@ -199,6 +194,18 @@ def run_trainer(
             raise
         finally:
             signal.signal(signal.SIGINT, on_ctrl_c)  # which Lightning switches off
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Of Lightning, those that tell a person nothing."""
+    with warnings.catch_warnings():
+        # But for the last two, these are our intent.
+        for said in ("does not have many workers", "max_epochs", "in eval mode at the start"):
+            warnings.filterwarnings("ignore", message=f".*{said}.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, on torch 2.15
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on any login node
+        yield
 
 
 def num_gpus() -> int:
