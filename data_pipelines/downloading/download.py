@@ -219,9 +219,13 @@ class _Job:
                     raise
 
         async def finish(shard: OpenShard) -> None:
-            await loop.run_in_executor(disk, shard.finish)
-            report.shards += 1
-            report.statuses.update(shard.statuses)
+            writing = disk.submit(shard.finish)
+            try:
+                await asyncio.wrap_future(writing)
+            finally:  # one that is being written when all is stopped will be there, and counts
+                if not writing.cancelled() and writing.exception() is None:
+                    report.shards += 1
+                    report.statuses.update(shard.statuses)
             open_shards.release()
 
         with ThreadPoolExecutor(2) as disk, _decoders(options.decoders) as decoders:

@@ -63,6 +63,11 @@ class StateFolders(TorchCheckpointIO):
             error, self._error = self._error, None
             raise error
 
+    def teardown(self) -> None:
+        """At the end of a run, an error's too: what is being written will be there."""
+        if self._writer is not None:
+            self._writer.join()
+
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def test_the_newest_run_is_taken_with_what_it_goes_on_from(t2i, runs):
     first, last = figures["runs"].values()
     assert Path(last["folder"]) == runs / stage / "b"
     assert Path(first["folder"]).parts[-3:] == ("runs", stage, "a")
-    assert last["seconds_in_all"] >= first["seconds"] + last["seconds"]
+    # Each is rounded to a tenth.
+    assert last["seconds_in_all"] > first["seconds"] + last["seconds"] - 0.15
 
 
 def test_one_run_under_several_names_is_one(t2i, runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,14 @@ def test_weights_that_became_infinite_are_not_written(compose_run, train, tmp_pa
             with torch.no_grad():
                 next(self.codec.parameters()).fill_(float("inf"))
 
+    write = state_folder.write
+
+    def slow(*args):
+        time.sleep(0.5)  # what is being written when the run ends will be there
+        write(*args)
+
     monkeypatch.setattr(Stage, "training_step", overflowing)
+    monkeypatch.setattr(state_folder, "write", slow)
     arguments = ("trainer.num_images=32", "trainer.checkpoint_every_images=8", f"runs_dir={tmp_path}")
     with pytest.raises(TrainingError, match=r"step_0000002 is not written: codec\..* not finite"):
         train(compose_run(*KL, *arguments))
