@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.config import Precision
 
@@ -30,3 +30,11 @@ def mixed(precision: Precision, device: torch.device) -> AbstractContextManager[
     if device.type != "cuda" or precision not in dtypes:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtypes[precision])
+
+
+def rounded(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the weights of a frozen network's products in `dtype`, in place: those that autocast, within which the
+    network has to run, would round at each use. Norms stay as exact as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)

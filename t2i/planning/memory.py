@@ -9,18 +9,18 @@ from t2i.planning.count import Activations
 
 Strategy = Literal["ddp", "full_shard", "shard_grad_op", "hybrid_shard"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "full_shard", "shard_grad_op", "hybrid_shard")
-FP32 = 4  # bytes: trained and frozen weights, gradients, moments and averages, whatever the precision
+FP32 = 4  # bytes: trained and saved weights, gradients, moments and averages, whatever the precision
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training step holds beside activations, in parameters.
+    """What a training step holds beside activations, in parameters where nothing else is said.
 
     parameters: trained ones
     muon: of those, stepped by Muon
     averaged: of those, with a moving average
-    frozen: weights of frozen networks
+    frozen_bytes: weights of frozen networks
     largest_block: parameters of the largest block that FSDP gathers at a time
     compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
     """
@@ -28,7 +28,7 @@ class Trained:
     parameters: int
     muon: int
     averaged: int
-    frozen: int
+    frozen_bytes: int
     largest_block: int
     compute_bytes: int
 
@@ -95,7 +95,7 @@ def memory(
         buffers=buffers,
         optimizer=FP32 * trained.moments // shards,
         ema=FP32 * trained.averaged // shards,
-        frozen=FP32 * trained.frozen,
+        frozen=trained.frozen_bytes,
         activations=per_image * images_at_a_time,
         encoding=encoding_per_image * images_at_a_time,
     )

@@ -20,7 +20,7 @@ from t2i.planning.count import (
     num_parameters,
     peak_bytes_per_image,
 )
-from t2i.planning.memory import Trained
+from t2i.planning.memory import FP32, Trained
 
 NONE = Activations(0, 0, 0)
 
@@ -57,10 +57,12 @@ class Model:
     """What is planned for.
 
     compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
+    frozen_weight_bytes: of a number that a frozen network computes with: 2 beside bf16-mixed on a GPU, else 4
     """
 
     parts: tuple[Part, ...]
     compute_bytes: int
+    frozen_weight_bytes: int = FP32
 
     def needed(self, cached: Collection[str] = ()) -> list[Part]:
         """Those that are there where the features `cached` are read instead of computed."""
@@ -78,10 +80,17 @@ class Model:
             parameters=sum(part.parameters for part in learning),
             muon=sum(part.muon for part in learning),
             averaged=sum(part.averaged for part in learning),
-            frozen=sum(part.parameters for part in self.needed(cached) if not part.trained),
+            frozen_bytes=self._frozen_bytes(cached),
             largest_block=max(part.largest_block for part in learning),
             compute_bytes=self.compute_bytes,
         )
+
+    def _frozen_bytes(self, cached: Collection[str]) -> int:
+        """What is saved with the run is there in float32; where that is not what it computes with, in a copy too."""
+        saved = FP32 * sum(part.parameters for part in self.parts if part.saved)
+        copied = self.frozen_weight_bytes < FP32
+        working = [part for part in self.needed(cached) if not part.trained and (copied or not part.saved)]
+        return saved + self.frozen_weight_bytes * sum(part.parameters for part in working)
 
     @property
     def activations(self) -> Activations:
@@ -106,7 +115,13 @@ def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], d
     return Model(
         parts=tuple(counted(network, config, device) for network in networks(config, builds_on)),
         compute_bytes=4 if precision == "32-true" else 2,
+        frozen_weight_bytes=frozen_weight_bytes(precision, device),
     )
+
+
+def frozen_weight_bytes(precision: str, device: str) -> int:
+    """As `t2i.training.stage.BaseStage.frozen_dtype` has it."""
+    return 2 if (precision, device) == ("bf16-mixed", "cuda") else FP32
 
 
 def planned_precision(config: RunConfig, device: str) -> str:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from t2i.errors import CheckpointError
-from t2i.families.autoencoder.perceptual import EfficientNetDistance, build_perceptual
+from t2i.families.autoencoder.perceptual import EfficientNetDistance, build_architecture, build_perceptual
 from t2i.nn.efficientnet import EfficientNetLite0, read_weights
+from t2i.nn.precision import rounded
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -222,3 +223,17 @@ def test_efficientnet_rejects_other_weights(tmp_path, vgg_file):
     torch.save(state, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.0\.bn1\.weight has shape \(7,\)"):
         EfficientNetLite0(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("name", ["lpips_vgg", "efficientnet_lite0"])
+def test_weights_rounded_once_are_those_that_autocast_rounds_at_each_use(name):
+    torch.manual_seed(0)
+    network = build_architecture(name).float()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    a, b = torch.rand(2, 2, 3, 32, 32, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network(a, b)
+        rounded(network, torch.bfloat16)
+        assert torch.equal(network(a, b), expected)
+    assert torch.bfloat16 in {p.dtype for p in network.parameters()}

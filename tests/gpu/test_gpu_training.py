@@ -176,7 +176,7 @@ def test_memory_is_as_planned(config, precision):
         parameters=count,
         muon=0,
         averaged=count,
-        frozen=0,
+        frozen_bytes=0,
         largest_block=max(num_parameters(block) for block in blocks_of(planned)),
         compute_bytes=4 if precision == "32-true" else 2,
     )

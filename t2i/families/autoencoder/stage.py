@@ -17,6 +17,7 @@ from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
 from t2i.families.autoencoder.perceptual import build_perceptual
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
+from t2i.nn.precision import rounded
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
@@ -135,6 +136,8 @@ class Stage(BaseStage):
         super().on_fit_start()
         for network in self.perceptual:
             network.to(self.device, self.weight_dtype)
+            if self.frozen_dtype != self.weight_dtype:
+                rounded(network.to(memory_format=torch.channels_last), self.frozen_dtype)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """Rows of eight pictures, the last one filled up with white, each above the row of their

@@ -95,7 +95,8 @@ class Stage(BaseStage):
         self.place_text(self.model.text)
 
         self.working_codec = ()
-        if self.frozen_dtype != self.weight_dtype:
+        encodes = any(part.encoded is None for part in self.config.data.parts().values())
+        if self.frozen_dtype != self.weight_dtype and encodes:
             # A copy: the codec itself is saved with the run, as exact as it is.
             codec = copy.deepcopy(self.model.codec).to(self.device, self.frozen_dtype)
             codec.to(memory_format=torch.channels_last)
