@@ -29,7 +29,7 @@ WAYS = {
 # What is defined on the pictures that are looked at together.
 OF_A_PART = {
     "autoencoder/tiny_kl 2 x 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
-    "autoencoder/tiny_vq": "dead codes are restarted from the first process's micro-batch",
+    "autoencoder/tiny_vq 2 x 2 x 2": "a codebook learns in each forward pass, from its micro-batch",
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
     "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
 }

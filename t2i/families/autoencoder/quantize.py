@@ -76,7 +76,7 @@ class Codebook(nn.Module):
             vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
             averages = (self.codes, self.cluster_size, self.cluster_sum)
             before = [buffer.clone() for buffer in averages] if self.training else []
-            dead = self._restart(vectors) if self.training else None
+            dead = self._restart(vectors, height * width) if self.training else None
             flat_indices = self._nearest(vectors)
             indices = flat_indices.view(batch, height, width)
             quantized = self.lookup(indices)
@@ -113,19 +113,24 @@ class Codebook(nn.Module):
         distance = self.codes.square().sum(dim=1) - 2.0 * vectors @ self.codes.T
         return distance.argmin(dim=1)
 
-    def _restart(self, vectors: Tensor) -> Tensor:
-        """Gives dead codes a vector of this batch; returns which were dead, (num_codes,) bool.
+    def _restart(self, vectors: Tensor, per_picture: int) -> Tensor:
+        """Gives dead codes a vector of this batch, of all ranks; returns which were dead, (num_codes,) bool.
 
         Written without a branch on device values (the host never waits) and without random numbers: code i of
         step t takes the vector at frac((t * num_codes + i) * golden ratio) of the batch, in Knuth's integer
         form. Such points are evenly spread and aligned with no image grid.
         """
         dead = self.cluster_size <= self.restart_below * self.cluster_size.mean()
+        together = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         place = (self.steps * len(self.codes) + torch.arange(len(self.codes), device=vectors.device)) % 2**31
-        place = (place * 2654435761 % 2**32 * len(vectors)) >> 32
-        candidates = vectors[place]
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(candidates, src=0)
+        place = (place * 2654435761 % 2**32 * (len(vectors) * world)) >> 32
+        # Picture i of the step's batch is with rank i % world (`t2i.data.order`).
+        picture, within = place // per_picture, place % per_picture
+        candidates = vectors[picture // world * per_picture + within]
+        if together:
+            candidates = torch.where((picture % world == rank)[:, None], candidates, 0.0)
+            dist.all_reduce(candidates)
         self.codes.copy_(torch.where(dead[:, None], candidates, self.codes))
         return dead
 

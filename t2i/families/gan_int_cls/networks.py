@@ -107,7 +107,7 @@ class Discriminator(nn.Module):
 
     def seen(self, image: Tensor) -> Tensor:
         """What is seen of a picture, whatever its caption: (B, width, 4, 4)."""
-        h = image
+        h = image.contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             h = layer(h)
         return h
