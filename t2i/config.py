@@ -164,6 +164,7 @@ class EMAConfig:
 
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
+Strategy = Literal["ddp", "full_shard", "shard_grad_op", "hybrid_shard"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,9 @@ class TrainerConfig:
     keep_checkpoints: older ones are removed, but for
     keep_every_images: the first after each so many images; 0: none of them
     deadline_s: processes of a run that hear nothing of another one for so long end
+    strategy: what of the trained weights, gradients, moments and averages several processes keep: all of them ("ddp"),
+        or each its share (FSDP, 2304.11277), the weights gathered block by block in each pass ("full_shard"), in each
+        step ("shard_grad_op"), or shared among a machine's processes alone ("hybrid_shard")
     """
 
     num_images: int
@@ -203,6 +207,7 @@ class TrainerConfig:
     global_batch_size: int | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    strategy: Strategy = "ddp"
 
     def __post_init__(self) -> None:
         for name in (
@@ -227,6 +232,9 @@ class TrainerConfig:
                 parts,
                 "1 with trainer.global_batch_size: batch_size decides",
             )
+        allowed = f"auto, 32-true, bf16-mixed or 64-true with trainer.strategy={self.strategy}"
+        ok = self.strategy == "ddp" or self.precision != "16-mixed"
+        check(ok, "trainer.precision", self.precision, allowed)
         for name in ("sample_every_images", "checkpoint_every_images", "keep_every_images"):
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
 

@@ -18,7 +18,7 @@ def bytes_of_batch(config: RunConfig, model: Model, images_at_a_time: int) -> in
         model.activations,
         encoding,
         images_at_a_time,
-        "ddp",
+        config.trainer.strategy,
         config.trainer.activation_checkpointing,
         gpus,
         config.trainer.devices,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
+from t2i.config import Strategy
 from t2i.planning.count import Activations
 
-Strategy = Literal["ddp", "full_shard", "shard_grad_op", "hybrid_shard"]
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "full_shard", "shard_grad_op", "hybrid_shard")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FP32 = 4  # bytes: trained and saved weights, gradients, moments and averages, whatever the precision
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
 

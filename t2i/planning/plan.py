@@ -181,7 +181,8 @@ def memory_warnings(plan: Plan, config: RunConfig) -> list[str]:
     """What does not fit, with the largest part of it and what would make it fit."""
     usable = usable_bytes(plan.cluster)
     checkpointing = config.trainer.activation_checkpointing
-    ours, way = plan.memory["ddp", checkpointing], name("ddp", checkpointing)  # what `t2i train` does
+    strategy = config.trainer.strategy
+    ours, way = plan.memory[strategy, checkpointing], name(strategy, checkpointing)
     if ours.total <= usable:
         return []
     part, size = max(vars(ours).items(), key=lambda item: item[1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t2i.config import EMAConfig
 from t2i.nn.precision import widened
+from t2i.training.divided import own, put
 
 
 class EMA:
@@ -36,8 +37,8 @@ class EMA:
     def update(self, batch_images: int, images_seen: int) -> None:
         """Takes the present weights into the average."""
         share = 1 - self.beta(batch_images, images_seen)
-        averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [widened(p.detach()) for p in self.parameters.values()], share)
+        averages = [own(average) for average in self.average.values()]
+        torch._foreach_lerp_(averages, [widened(own(p.detach())) for p in self.parameters.values()], share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -58,7 +59,7 @@ class EMA:
         if state.keys() != self.average.keys():
             raise KeyError(f"EMA names differ: {sorted(state.keys() ^ self.average.keys())[:5]}")
         for name, value in state.items():
-            self.average[name].copy_(value)
+            put(value, self.average[name])
 
     def to(self, device: torch.device) -> None:
         """Moves the averages to the device of the weights."""
@@ -67,4 +68,4 @@ class EMA:
     @torch.no_grad()
     def _copy_into_parameters(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            own(parameter.detach()).copy_(own(values[name]))

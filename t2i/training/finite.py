@@ -18,6 +18,7 @@ from torch import Tensor
 
 from t2i.errors import TrainingError
 from t2i.files import written_whole
+from t2i.training.divided import group_of, own
 
 MAX_IN_ROW = 3
 MAX_IN_ROW_SCALED = 30  # with precision=16-mixed, whose scaler finds its scale by steps that overflow
@@ -74,15 +75,24 @@ class BatchKeys:
 
 def check_before_writing(tensors: Iterable[tuple[str, Tensor]], what: Path) -> None:
     """Raises TrainingError that names the first tensor with a number that is not finite. The host waits once for
-    each device."""
-    named = list(tensors)
+    each device. Where tensors are divided among processes, all have to ask, and all raise."""
+    given = list(tensors)
+    found = [_first_not_finite([(name, own(tensor)) for name, tensor in given])]
+    if group_of([tensor for _, tensor in given]) is not None:
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, found[0])
+    if name := next(filter(None, found), None):
+        raise TrainingError(f"{what} is not written: {name} has numbers that are not finite.")
+
+
+def _first_not_finite(named: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Its name; None where all are."""
     flags: dict[torch.device, list[Tensor]] = defaultdict(list)
     for _, tensor in named:
         flags[tensor.device].append(tensor.isfinite().all())
     if all(bool(torch.stack(of_device).all()) for of_device in flags.values()):
-        return
-    name = next(name for name, tensor in named if not tensor.isfinite().all())
-    raise TrainingError(f"{what} is not written: {name} has numbers that are not finite.")
+        return None
+    return next(name for name, tensor in named if not tensor.isfinite().all())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:

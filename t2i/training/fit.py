@@ -37,6 +37,7 @@ from t2i.training.loggers import build_loggers, log_config
 from t2i.training.saving import Checkpoints, Finish, NotFinite
 from t2i.training.stage import BaseStage
 from t2i.training.state_folder import check_whole
+from t2i.training.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -322,8 +323,10 @@ def fresh_start(config: RunConfig) -> tuple[RunConfig, LoadedCheckpoint | None]:
 
 def _strategy(config: RunConfig, stage: BaseStage) -> Strategy | str:
     """Where a step has several turns, each leaves the parameters of the others without gradients."""
-    if config.trainer.devices * config.trainer.num_nodes == 1:
+    if config.trainer.processes == 1:
         return "auto"
+    if config.trainer.strategy != "ddp":
+        return ShardedStrategy(config.trainer)
     return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=len(stage.turns()) > 1)
 
 

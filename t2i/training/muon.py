@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t2i.nn.precision import widened
+from t2i.training.divided import group_of, own
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pulls singular values towards 1
@@ -57,6 +58,28 @@ def orthogonalise_together(matrices: Tensor) -> Tensor:
     return gathered[:count]
 
 
+def orthogonalise_divided(own_rows: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    """The same, where each process of the group holds some rows of each matrix, the first the first ceil(rows / world):
+    (N, own rows, columns) -> (N, own rows, columns). Each gets whole matrices, its share of the N, from the others, and
+    gives them the rows back."""
+    world = dist.get_world_size(group)
+    count, held, columns = own_rows.shape
+    share, most = math.ceil(count / world), math.ceil(rows / world)
+    # (process, its matrices, rows of this process, columns): so that all give the same number
+    given = own_rows.new_zeros(world * share, most, columns)
+    given[:count, :held] = own_rows
+    got = torch.empty_like(given)
+    dist.all_to_all_single(got, given, group=group)
+    matrices = got.view(world, share, most, columns).transpose(0, 1).reshape(share, world * most, columns)
+    steps = orthogonalise(matrices[:, :rows])
+    back = steps.new_zeros(share, world * most, columns)
+    back[:, :rows] = steps
+    back = back.view(share, world, most, columns).transpose(0, 1).contiguous()
+    got = torch.empty_like(back)
+    dist.all_to_all_single(got, back, group=group)
+    return got.view(world * share, most, columns)[:count, :held]
+
+
 class MuonAdamW(torch.optim.AdamW):
     """Muon for the parameter groups that have `muon` true, AdamW for the others.
 
@@ -89,18 +112,26 @@ class MuonAdamW(torch.optim.AdamW):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.tensor(0.0)  # AdamW looks for it when a checkpoint is loaded
-            momentum = state["momentum"].lerp(parameter.grad, 1 - MOMENTUM)
-            nesterov = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
-            self._take(state["momentum"], momentum)
-            same_shape[nesterov.shape].append((parameter, nesterov))
+            gradient = own(parameter.grad)
+            momentum = own(state["momentum"]).lerp(gradient, 1 - MOMENTUM)
+            nesterov = gradient.lerp(momentum, MOMENTUM).flatten(1)
+            self._take(own(state["momentum"]), momentum)
+            same_shape[parameter.shape[0], nesterov.shape[1]].append((parameter, nesterov))
             parameter.grad = None
         for (rows, columns), pairs in same_shape.items():
-            steps = orthogonalise_together(torch.stack([step for _, step in pairs]))
+            together = torch.stack([step for _, step in pairs])
+            processes = group_of([parameter for parameter, _ in pairs])
+            steps = (
+                orthogonalise_together(together)
+                if processes is None
+                else orthogonalise_divided(together, rows, processes)
+            )
             for (parameter, _), step in zip(pairs, steps, strict=True):
                 scale = 0.2 * max(rows, columns) ** 0.5
-                stepped = parameter * (1 - group["lr"] * group["weight_decay"])
-                stepped.sub_(step.to(parameter.dtype).reshape(parameter.shape), alpha=group["lr"] * scale)
-                self._take(parameter, stepped)
+                held = own(parameter.detach())
+                stepped = held * (1 - group["lr"] * group["weight_decay"])
+                stepped.sub_(step.to(held.dtype).reshape(held.shape), alpha=group["lr"] * scale)
+                self._take(held, stepped)
 
     def _take(self, old: Tensor, new: Tensor) -> None:
         """Writes `new` over `old`, unless the step is left out; without a branch on what the device holds."""

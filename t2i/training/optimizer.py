@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2i.config import OptimizerConfig
+from t2i.training.divided import like
 from t2i.training.muon import MuonAdamW
 
 
@@ -36,7 +37,25 @@ def build_optimizer(
     optimizer = torch.optim.AdamW if config.muon_scale is None else MuonAdamW
     betas = (config.betas[0], config.betas[1])
     filled = [group for group in parameter_groups if group["params"]]
-    return optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)
+    made = optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)
+    made.register_load_state_dict_pre_hook(_as_parameters)
+    return made
+
+
+def _as_parameters(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved state with moments divided, and in memory, as the parameters are here."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    state = {
+        number: {
+            name: like(value, parameter.detach())
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+            else value
+            for name, value in saved["state"].get(number, {}).items()
+        }
+        for number, parameter in zip(numbers, parameters, strict=True)
+    }
+    return saved | {"state": {number: values for number, values in state.items() if values}}
 
 
 def _group(

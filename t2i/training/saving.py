@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -21,6 +23,7 @@ from t2i.training import run_folder, state_folder
 from t2i.training.callbacks import Pictures, crossed
 from t2i.training.checkpoint import images_seen, save_final
 from t2i.training.data import some_images
+from t2i.training.divided import whole
 from t2i.training.finite import (
     MAX_IN_ROW,
     MAX_IN_ROW_SCALED,
@@ -29,15 +32,19 @@ from t2i.training.finite import (
     optimizer_tensors,
 )
 from t2i.training.stage import BaseStage
+from t2i.training.state_shards import split
 
 log = logging.getLogger(__name__)
+LONGEST_WRITE = timedelta(
+    days=1
+)  # a process that dies is noticed at once, one that hangs by the others' steps
 
 
 class StateFolders(TorchCheckpointIO):
     """Lightning's checkpoints as folders that are complete or do not count.
 
-    written: called with the folder, in the background, when it is complete
-    failed: called with what the system refused, in the background; training goes on
+    written: called with the folder, in the background, when it is complete, in each process that wrote
+    failed: called with what the system refused, in the background, likewise; training goes on
     """
 
     def __init__(self, written: Callable[[Path], None], failed: Callable[[Path, OSError], None]) -> None:
@@ -46,12 +53,19 @@ class StateFolders(TorchCheckpointIO):
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffers: list[torch.Tensor] = []
+        self._group: dist.ProcessGroup | None = None  # those that write together, in the background
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copies to the host's memory, and begins to write. Waits for the one before, if that is still written."""
+        """Copies to the host's memory, and begins to write. Waits for the one before, if that is still written. Where
+        it is divided among processes, all have to call."""
         self.wait()
-        copied = state_folder.on_host(checkpoint, self._buffers)
-        self._writer = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
+        rest, shards = split(checkpoint)
+        if shards is not None and self._group is None:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONGEST_WRITE))
+        if shards is not None and dist.get_rank() > 0:
+            rest = {}
+        copied = state_folder.on_host((rest, shards), self._buffers)
+        self._writer = threading.Thread(target=self._write, args=(*copied, Path(path)), name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -75,9 +89,9 @@ class StateFolders(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return state_folder.read(Path(path))
 
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _write(self, checkpoint: dict[str, Any], shards: Any, path: Path) -> None:
         try:
-            state_folder.write(checkpoint, path)
+            state_folder.write(checkpoint, path, shards, None if shards is None else self._group)
             self.written(path)
         except OSError as error:
             self.failed(path, error)
@@ -153,6 +167,8 @@ class Checkpoints(Callback):
     def written(self, path: Path) -> None:
         """Removes what is not kept."""
         self.lost = None
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
         saved, every = run_folder.checkpoints(self.folder), self.config.keep_every_images
         seen = set[int]()
         for old in saved[: -self.config.keep_checkpoints]:
@@ -183,16 +199,17 @@ class Finish(Callback):
             return
         if self.finished == stage.images_seen:
             return
-        with torch.no_grad():
+        with torch.no_grad(), stage.averaged_weights():
             images = some_images(self.config)
             stage.after_training(image.to(stage.device, stage.weight_dtype) for image in images)
         self.pictures.draw(trainer, stage)
         self.saver.save(trainer, stage)
         self.saver.finish()
+        weights = {name: whole(value) for name, value in stage.inference_weights().items()}
         if trainer.is_global_zero:
             header = {
                 "config": run_to_dict(stage.config),
                 "extra": stage.checkpoint_extra(),
                 "images_seen": stage.images_seen,
             }
-            save_final(stage.inference_weights(), header, self.folder / run_folder.FINAL_WEIGHTS)
+            save_final(weights, header, self.folder / run_folder.FINAL_WEIGHTS)

@@ -15,6 +15,7 @@ from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, Feature, TextEncoder
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
+from t2i.training.divided import reshard
 from t2i.training.ema import EMA
 from t2i.training.finite import SkippedSteps
 from t2i.training.randomness import Randomness
@@ -65,6 +66,11 @@ class BaseStage(L.LightningModule):
         compilation and sharding work on, one at a time."""
         raise NotImplementedError
 
+    def blocks_to_gather(self) -> list[nn.Module]:
+        """Those of the blocks whose weights FSDP gathers for a pass through them, and frees again. Not those that
+        `losses` differentiates itself: their weights have to be there for all of it."""
+        return self.blocks()
+
     def idle_parameters(self) -> list[nn.Parameter]:
         """Trained ones that the step in progress leaves as they are: neither moved nor counted by the optimizer."""
         return []
@@ -87,7 +93,8 @@ class BaseStage(L.LightningModule):
         (B, 3, H, W) on the CPU."""
 
     def after_training(self, images: Iterable[Tensor]) -> None:
-        """Called once when the run is complete, with training pictures (B, 3, H, W) on the device."""
+        """Called once when the run is complete, with the averaged weights in place, with training pictures
+        (B, 3, H, W) on the device."""
 
     def features(self) -> Mapping[str, Feature]:
         """What can be computed ahead of training, by name: what `t2i data encode` makes and `losses` takes from
@@ -103,7 +110,7 @@ class BaseStage(L.LightningModule):
     @property
     def weight_dtype(self) -> torch.dtype:
         """float32, or float64 with trainer.precision=64-true."""
-        return next(self.parameters()).dtype
+        return torch.float64 if self.config.trainer.precision == "64-true" else torch.float32
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -155,7 +162,10 @@ class BaseStage(L.LightningModule):
     def averaged_weights(self) -> Iterator[None]:
         """Within this context the model has its averaged weights, where it keeps any."""
         with self.ema.applied() if self.ema is not None else nullcontext():
-            yield
+            try:
+                yield
+            finally:
+                reshard(self)
 
     def on_fit_start(self) -> None:
         settings = self.config.trainer
@@ -183,7 +193,7 @@ class BaseStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["t2i"]["images_seen"]
         self.steps_done = checkpoint["t2i"]["steps_done"]
-        self.skipped = SkippedSteps(torch.device("cpu"), checkpoint["t2i"].get("skipped_steps", 0))
+        self.skipped = SkippedSteps(self.device, checkpoint["t2i"].get("skipped_steps", 0))
         if self.config.ema is not None and "ema" in checkpoint:
             self.ema = EMA(self.averages(), self.config.ema)
             self.ema.load_state_dict(checkpoint["ema"])

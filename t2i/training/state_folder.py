@@ -1,6 +1,7 @@
 """Checkpoints as folders: `step_0000100/` with weights.safetensors, average.safetensors (where there is an EMA),
-rest.pt (optimizer, position and whatever else Lightning keeps) and, as the last of all, complete.json, which has the
-size and SHA-256 of each. They are written in the background, from copies in the host's memory."""
+rest.pt (optimizer, position and whatever else Lightning keeps), under FSDP shard_00000.safetensors and so on, and, as
+the last of all, complete.json, which has the size and SHA-256 of each. They are written in the background, from copies
+in the host's memory."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from t2i.errors import CheckpointError
 from t2i.files import system_error, written_whole
+from t2i.training.state_shards import SHARD, Shards, agreed, is_note
 
 FORMAT = 2
 WEIGHTS, AVERAGE, REST, MARK = "weights.safetensors", "average.safetensors", "rest.pt", "complete.json"
@@ -53,33 +56,65 @@ def on_host(values: Any, buffers: list[Tensor]) -> Any:
     return copies
 
 
-def write(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Writes aside, flushes to the disk, renames, and marks as complete. Raises OSError; nothing is left then."""
+def write(
+    checkpoint: Mapping[str, Any],
+    path: Path,
+    shards: Mapping[str, Mapping[str, Tensor]] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes aside, flushes to the disk, renames, and marks as complete. Raises OSError; nothing is left then.
+
+    shards, group: where several processes write one checkpoint, what each of them adds to it, by file; all have to
+        call. `checkpoint` counts in the first alone.
+    """
     aside = path.with_name(f".{path.name}.unfinished")
-    remove(aside)
-    remove(path)  # one without its mark
-    aside.mkdir(parents=True)
+    first = group is None or dist.get_rank(group) == 0
+
+    def prepare() -> None:
+        if first:
+            remove(aside)
+            remove(path)  # one without its mark
+            aside.mkdir(parents=True)
+
+    def fill() -> dict[str, Any]:
+        parts = dict(shards or {})
+        if first:
+            rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "ema")}
+            for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
+                if key in checkpoint:
+                    parts[name] = {n: v for n, v in checkpoint[key].items() if not is_note(v)}
+            torch.save(rest, aside / REST)
+        for name, tensors in parts.items():
+            place = aside / name
+            place.touch()
+            mode = place.stat().st_mode
+            save_file({n: value.contiguous() for n, value in tensors.items()}, place)
+            place.chmod(mode)  # safetensors makes its files with mode 0600
+        written = sorted(aside / name for name in (*parts, *([REST] if first else [])))
+        files = {each.name: _described(each) for each in written}
+        _flush(*written)
+        return files
+
+    def complete(files: dict[str, Any]) -> None:
+        if first:
+            _flush(aside)
+            aside.rename(path)
+            _flush(path.parent)
+            mark = {"format": FORMAT, "t2i": checkpoint["t2i"], "files": files}
+            with written_whole(path / MARK) as unfinished:
+                unfinished.write_text(json.dumps(mark, indent=1) + "\n")
+                _flush(unfinished)
+            _flush(path)
+
     try:
-        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "ema")}
-        for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
-            if key in checkpoint:
-                save_file({n: value.contiguous() for n, value in checkpoint[key].items()}, aside / name)
-        torch.save(rest, aside / REST)
-        for each in aside.iterdir():
-            each.chmod((aside / REST).stat().st_mode)  # safetensors makes its files with mode 0600
-        files = {each.name: _described(each) for each in sorted(aside.iterdir())}
-        _flush(*sorted(aside.iterdir()), aside)
-        aside.rename(path)
-        _flush(path.parent)
-        mark = {"format": FORMAT, "t2i": checkpoint["t2i"], "files": files}
-        with written_whole(path / MARK) as unfinished:
-            unfinished.write_text(json.dumps(mark, indent=1) + "\n")
-            _flush(unfinished)
-        _flush(path)
+        agreed(prepare, group)
+        files = {name: said for written in agreed(fill, group) for name, said in written.items()}
+        agreed(lambda: complete(files), group)
     except Exception as error:
-        remove(aside)
-        if not (path / MARK).is_file():
-            remove(path)
+        if first:
+            remove(aside)
+            if not (path / MARK).is_file():
+                remove(path)
         system = system_error(error)
         if system is None:
             raise
@@ -129,21 +164,27 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path / REST} cannot be read: {reason}.") from error
-    return dict(rest) | {
-        key: value for key, value in zip(("state_dict", "ema"), weights(path), strict=True) if value
-    }
+    found = zip(("state_dict", "ema"), weights(path), strict=True)
+    return dict(_shards(path).joined(rest)) | {key: value for key, value in found if value}
 
 
 def weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights, and those of the EMA, empty where there is none or it is not asked for. Raises CheckpointError."""
-    found = []
-    for name in (WEIGHTS, AVERAGE):
+    found, shards = list[dict[str, Tensor]](), _shards(path)
+    for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
+        if key == "ema" and not average:
+            found.append({})
+            continue
         try:
-            wanted = name == WEIGHTS or (average and (path / AVERAGE).is_file())
-            found.append(load_file(path / name) if wanted else {})
+            there = load_file(path / name) if key == "state_dict" or (path / name).is_file() else {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / name} cannot be read as safetensors: {error}.") from error
+        found.append(there | shards.under(key))
     return found[0], found[1]
+
+
+def _shards(path: Path) -> Shards:
+    return Shards([path / name for name in sorted(_mark(path)["files"]) if SHARD.fullmatch(name)])
 
 
 def _mark(path: Path) -> dict[str, Any]:

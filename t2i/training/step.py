@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2i.config import OptimizerConfig
 from t2i.interfaces import Batch
+from t2i.training.divided import group_of, own
 from t2i.training.finite import any_not_finite
 from t2i.training.optimizer import build_optimizer, learning_rate
 from t2i.training.ranges import part_of_step
@@ -82,13 +84,13 @@ def train_step(
         with part_of_step("optimizer"), torch.autocast(stage.device.type, enabled=False):
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            own = clip(turn, stage.idle_parameters())
-            optimizer.found_inf = any_not_finite(list(own.values()))  # type: ignore[attr-defined]  # read by a fused optimizer
+            found = clip(turn, stage.idle_parameters())
+            optimizer.found_inf = any_not_finite(list(found.values()))  # type: ignore[attr-defined]  # read by a fused optimizer
             optimizer.step()
         torch.clear_autocast_cache()  # of weights that have moved
         of = "gradient_norm" if len(turns) == 1 else f"gradient_norm_{turn.name}"
-        metrics |= {f"{of}_{i}" if i else of: norm for i, norm in own.items()}
-        norms += own.values()
+        metrics |= {f"{of}_{i}" if i else of: norm for i, norm in found.items()}
+        norms += found.values()
     if scaler is not None:
         scaler.update()
     stage.skipped.count(norms)
@@ -134,10 +136,21 @@ def clip(turn: Turn, idle: Sequence[nn.Parameter]) -> dict[int, Tensor]:
         gradients = [p.grad for p in group if p.grad is not None]
         if not gradients:
             continue
-        norms[i] = nn.utils.get_total_norm(gradients)
-        if turn.optimizer.gradient_clip:
-            nn.utils.clip_grads_with_norm_(group, turn.optimizer.gradient_clip, norms[i])
+        norms[i] = total_norm(gradients)
+        if largest := turn.optimizer.gradient_clip:
+            factor = torch.clamp(largest / (norms[i] + 1e-6), max=1.0)
+            torch._foreach_mul_([own(gradient) for gradient in gradients], factor)
     return norms
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """(), of all of them, whichever process holds which rows."""
+    norm = nn.utils.get_total_norm([own(gradient) for gradient in gradients])
+    if (group := group_of(gradients)) is not None:
+        norm = norm.square()
+        dist.all_reduce(norm, group=group)
+        norm = norm.sqrt()
+    return norm
 
 
 def logged(losses: dict[str, Tensor], turn: Turn, turns: Sequence[Turn]) -> dict[str, Tensor]:

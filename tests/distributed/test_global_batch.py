@@ -1,5 +1,5 @@
-"""One command is the same training on 1 and on 2 processes, in one part and in several: trainer.global_batch_size=8 as
-1 x 8, 2 x 4 and 2 x 2 x 2, each small experiment, in float64."""
+"""One command is the same training on 1 and on 2 processes, in one part and in several, by DDP and FSDP:
+trainer.global_batch_size=8 as 1 x 8, 2 x 4 and 2 x 2 x 2, each small experiment, in float64."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ SHARED = [
     *("trainer.accelerator=cpu", "optimizer.warmup_images=0", "name=run"),
 ]
 WAYS = {
-    "2 x 4": ["trainer.devices=2", "trainer.batch_size=4"],
-    "2 x 2 x 2": ["trainer.devices=2", "trainer.batch_size=2"],
+    f"{strategy} 2 x {parts}": [
+        "trainer.devices=2",
+        f"trainer.batch_size={size}",
+        f"trainer.strategy={strategy}",
+    ]
+    for strategy in ("ddp", "full_shard", "shard_grad_op")
+    for size, parts in ((4, "4"), (2, "2 x 2"))
 }
 
 
@@ -109,7 +114,7 @@ def of_two(compose_run, codec, shapes_overrides, tmp_path_factory) -> dict[str, 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_losses(name, way, of_two, compose_run, train, codec, tmp_path):
-    if reason := OF_A_PART.get(name) or OF_A_PART.get(f"{name} {way}"):
+    if reason := OF_A_PART.get(name) or OF_A_PART.get(f"{name} {way.split(' ', 1)[1]}"):
         pytest.skip(reason)
     config = compose_run(*arguments_of(name, compose_run, codec), *SHARED, f"runs_dir={tmp_path}")
     one = losses(train(config).folder)

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from t2i.training import muon
+from t2i.training.divided import whole
 from t2i.training.muon import MuonAdamW
 
 SHAPES = [(6, 4), (6, 4), (6, 4), (3, 8), (5, 2, 3, 3)]  # three, one and one of a shape
 ORTHOGONALISE = muon.orthogonalise
 
 
-def stepped() -> list[Tensor]:
-    """Weights after three steps."""
+def stepped(mesh: DeviceMesh | None = None) -> list[Tensor]:
+    """Weights after three steps; with a mesh each process holds its rows of them."""
+    place = (lambda x: x) if mesh is None else (lambda x: distribute_tensor(x, mesh, [Shard(0)]))
     generator = torch.Generator().manual_seed(0)
     draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    weights = [nn.Parameter(draw(shape)) for shape in SHAPES]
+    weights = [nn.Parameter(place(draw(shape))) for shape in SHAPES]
     optimizer = MuonAdamW([{"params": weights, "muon": True}], lr=0.1, weight_decay=0.1)
     for _ in range(3):
         for weight in weights:
-            weight.grad = draw(weight.shape)
+            weight.grad = place(draw(weight.shape))
         optimizer.step()
-    return [weight.detach() for weight in weights]
+    return [whole(weight) for weight in weights]
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, divided: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     done = []
 
@@ -38,12 +43,15 @@ def worker(rank: int, folder: str) -> None:
         return ORTHOGONALISE(matrices)
 
     muon.orthogonalise = counted
-    torch.save({"weights": stepped(), "done": done}, Path(folder, f"rank{rank}.pt"))
+    mesh = init_device_mesh("cpu", (2,)) if divided else None
+    torch.save({"weights": stepped(mesh), "done": done}, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
 
-def test_each_process_orthogonalises_its_share(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("divided", [False, True])
+def test_each_process_orthogonalises_its_share(divided, tmp_path):
+    """Also where each holds some rows of each matrix, of an odd number more in the first."""
+    mp.spawn(worker, (str(tmp_path), divided), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["done"] == [2, 1, 1] * 3
     assert second["done"] == [1, 0, 0] * 3

@@ -80,7 +80,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, **tole
     torch.testing.assert_close(actual, expected, **tolerance, msg=lambda text: f"{name}: {text}")
 
 
-def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "shard_grad_op"])
+def test_autoencoder_and_discriminator(strategy, compose_run, train, shapes_overrides, tmp_path):
     """With so narrow a bottleneck that real and decoded pictures differ well. Where they hardly do, their
     gradients in the discriminator cancel to rounding errors, and Adam makes whole steps of those."""
     check_two_equal_one(
@@ -96,23 +97,27 @@ def test_autoencoder_and_discriminator(compose_run, train, shapes_overrides, tmp
             "gradient_norm_1",
         ],
         *(compose_run, train, shapes_overrides, tmp_path),
+        of_two=[f"trainer.strategy={strategy}"],
     )
 
 
-def test_generator_and_text_encoder(autoencoder, compose_run, train, shapes_overrides, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "full_shard"])
+def test_generator_and_text_encoder(strategy, autoencoder, compose_run, train, shapes_overrides, tmp_path):
     """Each process in two micro-batches."""
     check_two_equal_one(
         ["experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={autoencoder}"],
         ["loss", "gradient_norm"],
         *(compose_run, train, shapes_overrides, tmp_path),
-        of_two=MICRO,
+        of_two=[*MICRO, f"trainer.strategy={strategy}"],
     )
 
 
-def test_two_turns_run_in_two_processes(shapes_overrides, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "full_shard"])
+def test_two_turns_run_in_two_processes(strategy, shapes_overrides, tmp_path):
     """Each turn leaves the parameters of the other without gradients, which DDP has to be told. Numbers cannot be those
     of one process: wrong captions and batch norm's statistics are those of a process's own batch."""
-    arguments = ["experiment=gan_int_cls/tiny_r1", *SHARED, *TWO, *MICRO, f"runs_dir={tmp_path}"]
+    arguments = ["experiment=gan_int_cls/tiny_r1", *SHARED, *TWO, *MICRO, f"trainer.strategy={strategy}"]
+    arguments += [f"runs_dir={tmp_path}"]
     printed = train_by_command([*shapes_overrides, *arguments], tmp_path)
     assert printed.count("Done:") == 1
     run = tmp_path / "gan_int_cls" / "run"

@@ -111,6 +111,13 @@ class Stage(BaseStage):
         discriminator = [] if self.discriminator is None else blocks_of(self.discriminator)
         return [*blocks_of(self.codec), *discriminator]
 
+    def blocks_to_gather(self) -> list[nn.Module]:
+        """Not the discriminator's, nor the one with the layer at which the adaptive weight compares gradients."""
+        if self.discriminator is None:
+            return blocks_of(self.codec)
+        last = self.codec.last_layer
+        return [block for block in blocks_of(self.codec) if all(p is not last for p in block.parameters())]
+
     def idle_parameters(self) -> list[nn.Parameter]:
         """The discriminator's, before it learns: steps with gradients of zero would make its first real step larger
         (Adam's averages, 1412.6980, would be taken for those of many steps)."""
@@ -129,8 +136,7 @@ class Stage(BaseStage):
         self.codec.initialise(torch.cat(list(images)))
 
     def after_training(self, images: Iterable[Tensor]) -> None:
-        with self.averaged_weights():
-            self.codec.eval().measure_scale(images)
+        self.codec.eval().measure_scale(images)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

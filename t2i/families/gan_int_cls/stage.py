@@ -98,6 +98,10 @@ class Stage(BaseStage):
     def blocks(self) -> list[nn.Module]:
         return [*blocks_of(self.model.generator), *blocks_of(self.model.discriminator)]
 
+    def blocks_to_gather(self) -> list[nn.Module]:
+        """Not the discriminator's, which the gradient penalty goes through twice."""
+        return blocks_of(self.model.generator)
+
     def averages(self) -> dict[str, nn.Parameter]:
         named = self.model.generator.named_parameters(prefix="model.generator")
         return dict(named)

@@ -1,0 +1,116 @@
+"""How the processes of a run share its work: DistributedDataParallel, or FSDP2 (torch's fully_shard)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_group
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.utils import _sync_module_states
+
+from t2i.config import TrainerConfig
+from t2i.training.divided import put
+from t2i.training.stage import BaseStage
+
+BUCKET_BYTES = 250 * 2**20  # of the buffers that are sent together
+
+
+class ShardedStrategy(DDPStrategy):
+    """Each process keeps its share of trained weights, gradients, moments and averages; frozen networks are whole.
+
+    `fully_shard` is put on the blocks, which are gathered one at a time, and on the stage, whose own weights (those
+    beside the blocks) are gathered for the whole of a call of `losses`. Of Lightning's DDPStrategy that is all that
+    differs: it starts, joins and ends the processes.
+    """
+
+    def __init__(self, config: TrainerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """So that a checkpoint is read into what is divided already."""
+        return True
+
+    def configure_ddp(self) -> None:
+        stage = self.model
+        assert isinstance(stage, BaseStage)
+        _sync_module_states(stage, _get_default_group(), BUCKET_BYTES, src=0, params_and_buffers_to_ignore=())
+        mesh = mesh_of(self.config, self.root_device)
+        divide(stage, mesh, self.config)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        if buffers := list(self.model.buffers()):  # as DDP does before each forward pass
+            dist._broadcast_coalesced(_get_default_group(), buffers, BUCKET_BYTES, 0)
+        return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Within this context gradients are added up in each process, whole."""
+        stage = self.model
+        assert isinstance(stage, FSDPModule)
+        stage.set_requires_gradient_sync(False)
+        stage.set_is_last_backward(False)
+        try:
+            yield
+        finally:
+            stage.set_requires_gradient_sync(True)
+            stage.set_is_last_backward(True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.model is not None
+        saved = checkpoint["state_dict"]
+        for name, target in self.model.state_dict().items():
+            put(saved[name], target)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Each process writes its share."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def teardown(self) -> None:
+        """Lightning's would move what is divided to the host."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def mesh_of(config: TrainerConfig, device: torch.device) -> DeviceMesh:
+    """The processes, in one row that shares all, or with hybrid_shard in one row for each machine."""
+    if config.strategy == "hybrid_shard" and config.num_nodes > 1:
+        shape, names = (config.num_nodes, config.devices), ("replicate", "shard")
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(device.type, (config.processes,), mesh_dim_names=("shard",))
+
+
+def divide(stage: BaseStage, mesh: DeviceMesh, config: TrainerConfig) -> None:
+    """Puts `fully_shard` on a stage, in place. Its trained parameters are DTensors then."""
+    in_bf16 = config.precision == "bf16-mixed"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        # Inputs stay what autocast makes of them, as with DDP: blocks add to float32.
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if in_bf16
+        else MixedPrecisionPolicy(),
+        "ignored_params": {p for p in stage.parameters() if not p.requires_grad},
+    }
+    for parameter in stage.parameters():
+        parameter.data = parameter.data.contiguous()  # rows of channels_last have no order of their own
+    for block in stage.blocks_to_gather():
+        if any(p.requires_grad for p in block.parameters()):
+            fully_shard(block, reshard_after_forward=config.strategy != "shard_grad_op", **options)
+    fully_shard(stage, reshard_after_forward=False, **options)
+    for name in ("losses", "draw", "after_training"):
+        register_fsdp_forward_method(stage, name)
