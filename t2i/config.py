@@ -184,7 +184,7 @@ class TrainerConfig:
     sample_every_images, checkpoint_every_images: 0 does it at the end only
     keep_checkpoints: older ones are removed, but for
     keep_every_images: the first after each so many images; 0: none of them
-    deadline_s: processes of a run that hear nothing of another one for so long end
+    deadline_s: a process that keeps the others of its run waiting for so long ends it, and is named
     strategy: what of the trained weights, gradients, moments and averages several processes keep: all of them ("ddp"),
         or each its share (FSDP, 2304.11277), the weights gathered block by block in each pass ("full_shard"), in each
         step ("shard_grad_op"), or shared among a machine's processes alone ("hybrid_shard")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,16 +13,18 @@ import torch.distributed as dist
 
 from t2i.errors import ConfigError, SaidByFirst
 from t2i.launch.ranks import Rank, rank_of
+from t2i.launch.watch import Watch, doing, patience_s
 
 T = TypeVar("T")
 PORTS = range(20_000, 40_000)  # below those that systems hand out
+_watch: Watch | None = None
 
 
 def join(environment: MutableMapping[str, str], deadline_s: float) -> Rank:
     """Connects this process to the others of its run, and tells which one it is. Alone, or where it is Lightning that
     starts the others, nothing is done.
 
-    deadline_s: a process that does not come, or does not answer for so long later, ends the run
+    deadline_s: a process that does not come, or later keeps the others waiting for so long, ends the run
     Raises ConfigError where the variables of torchrun or srun are not complete.
     """
     rank = rank_of(environment)
@@ -40,14 +42,31 @@ def join(environment: MutableMapping[str, str], deadline_s: float) -> Rank:
     # Tensors of the host, as those of agreements and checkpoints, go by gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=deadline_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s(deadline_s)))
         dist.monitored_barrier(timeout=timedelta(seconds=deadline_s))  # says who did not come
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Process {rank.rank} of {rank.world} does not find the others at {environment.get('MASTER_ADDR')}:"
             f"{environment.get('MASTER_PORT')}: {' '.join(str(error).split())[:300]}"
         ) from error
+    watch_over(environment, rank, deadline_s)
     return rank
+
+
+def watch_over(
+    environment: MutableMapping[str, str],
+    rank: Rank,
+    deadline_s: float,
+    children: Sequence[subprocess.Popen[Any]] = (),
+) -> None:
+    """From now on a process that keeps the others waiting for `deadline_s` ends the run, and is named. Nothing is done
+    where that is so already.
+
+    children: of the run's processes, those that this one started
+    """
+    global _watch
+    if _watch is None:
+        _watch = Watch.begun(environment, rank, deadline_s, children)
 
 
 def is_joined() -> bool:
@@ -56,7 +75,11 @@ def is_joined() -> bool:
 
 
 def leave() -> None:
-    """Ends what `join` began."""
+    """Ends what `join` and `watch_over` began."""
+    global _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -72,6 +95,7 @@ def from_first(make: Callable[[], T]) -> T:
             answer = [(True, make())]
         except Exception as error:
             failure, answer = error, [(False, str(error))]
+    doing("hears what the first process found")
     dist.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure

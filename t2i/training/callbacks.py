@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections import Counter
@@ -27,7 +28,9 @@ from rich.progress import (
 )
 
 from t2i.interfaces import Batch
-from t2i.launch import signals
+from t2i.launch import processes, signals
+from t2i.launch.ranks import Rank
+from t2i.launch.watch import doing
 from t2i.nn.precision import widened
 from t2i.training.pictures import grid, save_png, to_uint8
 from t2i.training.stage import BaseStage
@@ -40,6 +43,25 @@ def crossed(images_seen: int, images_per_step: int, every_images: int) -> bool:
     return (
         bool(every_images) and images_seen // every_images > (images_seen - images_per_step) // every_images
     )
+
+
+class Watched(Callback):
+    """Tells the watch over the processes how many steps are done; its place is before all others. Where it was
+    Lightning that started the processes, they are watched over from here on."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.world_size > 1:
+            rank = Rank(trainer.global_rank, trainer.world_size, trainer.local_rank)
+            children = getattr(trainer.strategy.launcher, "procs", ())
+            processes.watch_over(os.environ, rank, pl_module.config.trainer.deadline_s, children)
+
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        doing("begins", stage.steps_done)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        doing("after the step", stage.steps_done)
 
 
 class StopAtEnd(Callback):
@@ -96,6 +118,7 @@ class Metrics(Callback):
         rate = (stage.images_seen - images_then) / (now - then)
         waited_s = trainer.train_dataloader.waiting.take_s()  # type: ignore[union-attr]
         means["data_wait"] = torch.tensor(waited_s / (now - then), device=stage.device)
+        doing("logs")
         self.latest = mean_over_processes(means)
         if stage.device.type == "cuda":
             self.latest["peak_memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
@@ -282,6 +305,7 @@ class Pictures(Callback):
     def draw(self, trainer: L.Trainer, stage: BaseStage) -> None:
         """Draws with the averaged weights. All processes draw, since the model may be spread over them; the
         first writes."""
+        doing("draws")
         was_training = stage.training
         stage.eval()
         batch = self.batch.to(stage.device, stage.weight_dtype)
@@ -338,6 +362,7 @@ class StopOnSignal(Callback):
                 return
             now, (step, then) = time.perf_counter(), self.asked
             seconds = (now - then) / max(stage.steps_done - step, 1)
+            doing("asks whether to stop")
             answers = torch.tensor([float(received), seconds], device=stage.device)
             dist.all_reduce(answers, op=dist.ReduceOp.MAX)
             received, seconds = answers.tolist()  # the host waits here
@@ -347,6 +372,8 @@ class StopOnSignal(Callback):
             self.stopped = trainer.should_stop = True
 
     def restore(self) -> None:
-        """Gives the signals back to their former handlers."""
+        """Gives the signals back to their former handlers, where that was not done already: Lightning's would ask the
+        other processes, which may be gone."""
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self.handle:
+                signal.signal(number, handler)

@@ -16,6 +16,7 @@ from t2i.data.loader import BatchLoader, build_loader
 from t2i.data.reader import read_all
 from t2i.errors import CheckpointError, DataError
 from t2i.interfaces import Batch
+from t2i.launch.watch import doing
 from t2i.training.ranges import part_of_step
 from t2i.training.stage import BaseStage
 from t2i.training.waits import DataWait
@@ -68,6 +69,7 @@ def _check_same_everywhere(fingerprint: str) -> None:
     """Raises DataError where processes see other shards: each would then follow an order of its own."""
     if not dist.is_initialized():
         return
+    doing("compares the shards")
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, fingerprint)
     if len(set(seen)) > 1:

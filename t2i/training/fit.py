@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,18 @@ from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
 from t2i.launch import processes
 from t2i.launch.ranks import Rank
+from t2i.launch.watch import patience_s
 from t2i.nn.precision import chosen
 from t2i.training import run_folder
-from t2i.training.callbacks import Forecast, Metrics, Pictures, ProgressBar, StopAtEnd, StopOnSignal
+from t2i.training.callbacks import (
+    Forecast,
+    Metrics,
+    Pictures,
+    ProgressBar,
+    StopAtEnd,
+    StopOnSignal,
+    Watched,
+)
 from t2i.training.checkpoint import LoadedCheckpoint, load
 from t2i.training.data import ShardData, preview_batch, some_images
 from t2i.training.loggers import build_loggers, log_config
@@ -138,7 +148,15 @@ def _train(
     stop = StopOnSignal(say=console.print)
     pictures, saver = Pictures(folder, preview), Checkpoints(folder, config.trainer)
     callbacks = [
-        *(StopAtEnd(), stop, metrics, NotFinite(folder), Forecast(), ProgressBar(console, metrics)),
+        *(
+            Watched(),
+            StopAtEnd(),
+            stop,
+            metrics,
+            NotFinite(folder),
+            Forecast(),
+            ProgressBar(console, metrics),
+        ),
         *(pictures, saver, Finish(config, folder, pictures, saver)),
     ]
     loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
@@ -327,7 +345,9 @@ def _strategy(config: RunConfig, stage: BaseStage) -> Strategy | str:
         return "auto"
     if config.trainer.strategy != "ddp":
         return ShardedStrategy(config.trainer)
-    return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=len(stage.turns()) > 1)
+    timeout = timedelta(seconds=patience_s(config.trainer.deadline_s))
+    several = len(stage.turns()) > 1
+    return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=several, timeout=timeout)
 
 
 def _environment() -> list[ClusterEnvironment]:

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from t2i.config import RunConfig, TrainerConfig, run_to_dict
 from t2i.errors import TrainingError
 from t2i.interfaces import Batch
+from t2i.launch.watch import doing
 from t2i.training import run_folder, state_folder
 from t2i.training.callbacks import Pictures, crossed
 from t2i.training.checkpoint import images_seen, save_final
@@ -149,6 +150,7 @@ class Checkpoints(Callback):
 
     def save(self, trainer: L.Trainer, stage: BaseStage) -> None:
         """Begins to write the present state. Raises TrainingError where it is not finite."""
+        doing("saves")
         path = self.folder / "checkpoints" / f"step_{stage.steps_done:07d}"
         averages = stage.ema.state_dict() if stage.ema is not None else {}
         averaged = ((f"the average of {name}", value) for name, value in averages.items())
@@ -199,6 +201,7 @@ class Finish(Callback):
             return
         if self.finished == stage.images_seen:
             return
+        doing("measures what it has learned")
         with torch.no_grad(), stage.averaged_weights():
             images = some_images(self.config)
             stage.after_training(image.to(stage.device, stage.weight_dtype) for image in images)

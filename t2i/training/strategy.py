@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.utils import _sync_module_states
 
 from t2i.config import TrainerConfig
+from t2i.launch.watch import patience_s
 from t2i.training.divided import put
 from t2i.training.stage import BaseStage
 
@@ -35,7 +37,7 @@ class ShardedStrategy(DDPStrategy):
     """
 
     def __init__(self, config: TrainerConfig) -> None:
-        super().__init__()
+        super().__init__(timeout=timedelta(seconds=patience_s(config.deadline_s)))
         self.config = config
 
     @property
