@@ -201,6 +201,9 @@ def run_trainer(
     trainer: L.Trainer, stage: BaseStage, config: RunConfig, checkpoint: Path | None = None
 ) -> None:
     """From `checkpoint` until the trainer is told to stop. Raises UserError, and KeyboardInterrupt for Ctrl-C."""
+    # Lightning's own question whether a process got SIGTERM: asked at each step, and the host waits for the answer.
+    # `StopOnSignal` asks now and then.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with _without_warnings():
         try:

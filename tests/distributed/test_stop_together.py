@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,3 +47,37 @@ def test_both_end_after_the_same_step_within_seconds(tmp_path):
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second == [1, 5, 9]  # every 2 s of the slower one; 9 is the last step of both
+
+
+COUNTED = """
+import sys
+import torch.distributed as dist
+from t2i.training import callbacks
+broadcasts, moves = [], callbacks.ProgressBar.on_train_batch_end
+broadcast = dist.broadcast
+def counted(*args, **kwargs):
+    broadcasts.append(1)
+    return broadcast(*args, **kwargs)
+def at_end_of_step(self, trainer, stage, *more):
+    if stage.steps_done == 1:
+        dist.broadcast = counted
+    if stage.steps_done == 5:
+        dist.broadcast = broadcast
+        print("broadcasts:", len(broadcasts), flush=True)
+    moves(self, trainer, stage, *more)
+callbacks.ProgressBar.on_train_batch_end = at_end_of_step
+from t2i_cli.main import main
+main()
+"""
+
+
+def test_nothing_is_asked_at_each_step(tmp_path, shapes_overrides):
+    """As Lightning does by itself, about SIGTERM: on a GPU the host would wait for the answer."""
+    code = tmp_path / "run.py"
+    code.write_text(COUNTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(code)]
+    command += ["train", "experiment=autoencoder/tiny_kl", "trainer.accelerator=cpu", *shapes_overrides]
+    command += ["trainer.batch_size=4", "trainer.num_images=40", "logger.tensorboard=false", "name=run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("broadcasts: 0") == 2, done.stdout
