@@ -170,7 +170,7 @@ def test_recipes(name, compose_run):
     config = compose_run(f"experiment={name}")
     steps, batch, gpus = STEPS[name]
     assert config.trainer.devices * config.trainer.num_nodes == gpus
-    assert config.trainer.batch_size * gpus == batch
+    assert config.trainer.global_batch_size == config.trainer.batch_size * gpus == batch
     assert config.trainer.num_images == steps * batch
     assert config.optimizer.learning_rate == 1e-4
     assert config.optimizer.warmup_images == 10_000 * batch

@@ -332,7 +332,7 @@ def test_experiments_are_as_large_and_as_long_as_published(name: str, compose_ru
     assert count(denoiser) == parameters - CLASSES * 4 * shape.model_channels + of_text
     trainer = config.trainer
     assert trainer.devices * trainer.num_nodes == processes
-    assert trainer.batch_size * processes == batch_size
+    assert trainer.global_batch_size == trainer.batch_size * processes == batch_size
     assert trainer.num_images == steps * batch_size
     half_life_steps = config.ema.half_life_images / batch_size
     assert 0.5 ** (1 / half_life_steps) == pytest.approx(0.9999, abs=1e-6)

@@ -18,7 +18,7 @@ from t2i.interfaces import SampleRequest
 from t2i.interop.convert import Options, prepare, write
 from t2i.training import run_folder, state_folder
 
-SMALL = ("trainer.batch_size=4", "trainer.accelerator=cpu", "ema=short", "resolution='32'")
+SMALL = ("trainer.global_batch_size=4", "trainer.accelerator=cpu", "ema=short", "resolution='32'")
 
 
 @pytest.fixture(scope="module")
