@@ -55,18 +55,24 @@ class StateFolders(TorchCheckpointIO):
         self._error: Exception | None = None
         self._buffers: list[torch.Tensor] = []
         self._group: dist.ProcessGroup | None = None  # those that write together, in the background
+        self._frozen: Path | None = None  # of the newest checkpoint: later ones link to it
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Copies to the host's memory, and begins to write. Waits for the one before, if that is still written. Where
         it is divided among processes, all have to call."""
         self.wait()
+        frozen = self._frozen if self._frozen is not None and self._frozen.is_file() else None
+        if frozen is not None:
+            checkpoint.pop("frozen", None)
         rest, shards = split(checkpoint)
         if shards is not None and self._group is None:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONGEST_WRITE))
         if shards is not None and dist.get_rank() > 0:
             rest = {}
         copied = state_folder.on_host((rest, shards), self._buffers)
-        self._writer = threading.Thread(target=self._write, args=(*copied, Path(path)), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(*copied, Path(path), frozen), name="checkpoint"
+        )
         self._writer.start()
 
     def wait(self) -> None:
@@ -88,11 +94,13 @@ class StateFolders(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if not Path(path).is_dir():
             return super().load_checkpoint(path, map_location, weights_only=True)
+        self._frozen = Path(path) / state_folder.FROZEN
         return state_folder.read(Path(path))
 
-    def _write(self, checkpoint: dict[str, Any], shards: Any, path: Path) -> None:
+    def _write(self, checkpoint: dict[str, Any], shards: Any, path: Path, frozen: Path | None) -> None:
         try:
-            state_folder.write(checkpoint, path, shards, None if shards is None else self._group)
+            state_folder.write(checkpoint, path, shards, None if shards is None else self._group, frozen)
+            self._frozen = path / state_folder.FROZEN
             self.written(path)
         except OSError as error:
             self.failed(path, error)

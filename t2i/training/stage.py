@@ -122,6 +122,16 @@ class BaseStage(L.LightningModule):
         """Moves an encoder that may be frozen, and so no module of the stage, to its device."""
         text.to(self.device, self.weight_dtype if text.trainable else self.frozen_dtype)
 
+    def frozen_names(self) -> list[str]:
+        """Of the state dict, what belongs to networks in which nothing is trained."""
+        trained = {id(p) for turn in self.all_turns for group in turn.groups for p in group}
+        frozen = set[str]()
+        for prefix, module in self.named_modules():
+            ids = [id(p) for p in module.parameters()]
+            if ids and trained.isdisjoint(ids):
+                frozen |= {f"{prefix}.{name}" for name in module.state_dict()}
+        return [name for name in self.state_dict() if name in frozen]
+
     @property
     def is_complete(self) -> bool:
         """Whether trainer.num_images were seen."""
@@ -189,6 +199,9 @@ class BaseStage(L.LightningModule):
         }
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
+        state = checkpoint["state_dict"]
+        if frozen := {name: state.pop(name) for name in self.frozen_names()}:
+            checkpoint["frozen"] = frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["t2i"]["images_seen"]

@@ -1,7 +1,8 @@
 """Checkpoints as folders: `step_0000100/` with weights.safetensors, average.safetensors (where there is an EMA),
-rest.pt (optimizer, position and whatever else Lightning keeps), under FSDP shard_00000.safetensors and so on, and, as
-the last of all, complete.json, which has the size and SHA-256 of each. They are written in the background, from copies
-in the host's memory."""
+frozen.safetensors (networks that do not learn: written once, a hard link in later checkpoints), rest.pt (optimizer,
+position and whatever else Lightning keeps), under FSDP shard_00000.safetensors and so on, and, as the last of all,
+complete.json, which has the size and SHA-256 of each. They are written in the background, from copies in the host's
+memory."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from t2i.files import system_error, written_whole
 from t2i.training.state_shards import SHARD, Shards, agreed, is_note
 
 FORMAT = 2
-WEIGHTS, AVERAGE, REST, MARK = "weights.safetensors", "average.safetensors", "rest.pt", "complete.json"
+WEIGHTS, AVERAGE, FROZEN = "weights.safetensors", "average.safetensors", "frozen.safetensors"
+REST, MARK = "rest.pt", "complete.json"
+ENTRIES = {"state_dict": WEIGHTS, "ema": AVERAGE, "frozen": FROZEN}  # of a checkpoint
 
 
 def on_host(values: Any, buffers: list[Tensor]) -> Any:
@@ -61,9 +64,11 @@ def write(
     path: Path,
     shards: Mapping[str, Mapping[str, Tensor]] | None = None,
     group: dist.ProcessGroup | None = None,
+    frozen: Path | None = None,
 ) -> None:
     """Writes aside, flushes to the disk, renames, and marks as complete. Raises OSError; nothing is left then.
 
+    frozen: of an earlier checkpoint of the run, in place of the entry "frozen"
     shards, group: where several processes write one checkpoint, what each of them adds to it, by file; all have to
         call. `checkpoint` counts in the first alone.
     """
@@ -79,18 +84,21 @@ def write(
     def fill() -> dict[str, Any]:
         parts = dict(shards or {})
         if first:
-            rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "ema")}
-            for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
+            rest = {key: value for key, value in checkpoint.items() if key not in ENTRIES}
+            for key, name in ENTRIES.items():
                 if key in checkpoint:
                     parts[name] = {n: v for n, v in checkpoint[key].items() if not is_note(v)}
             torch.save(rest, aside / REST)
+            if frozen is not None:
+                _link(frozen, aside / FROZEN)
         for name, tensors in parts.items():
             place = aside / name
             place.touch()
             mode = place.stat().st_mode
             save_file({n: value.contiguous() for n, value in tensors.items()}, place)
             place.chmod(mode)  # safetensors makes its files with mode 0600
-        written = sorted(aside / name for name in (*parts, *([REST] if first else [])))
+        others = [name for name in (REST, FROZEN) if first and (aside / name).is_file()]
+        written = sorted(aside / name for name in {*parts, *others})
         files = {each.name: _described(each) for each in written}
         _flush(*written)
         return files
@@ -164,23 +172,31 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path / REST} cannot be read: {reason}.") from error
-    found = zip(("state_dict", "ema"), weights(path), strict=True)
+    found = zip(("state_dict", "ema"), weights(path), strict=True)  # with the frozen ones
     return dict(_shards(path).joined(rest)) | {key: value for key, value in found if value}
 
 
 def weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights, and those of the EMA, empty where there is none or it is not asked for. Raises CheckpointError."""
-    found, shards = list[dict[str, Tensor]](), _shards(path)
-    for key, name in (("state_dict", WEIGHTS), ("ema", AVERAGE)):
+    """The weights, trained and frozen, and those of the EMA, empty where there is none or it is not asked for. Raises
+    CheckpointError."""
+    found, shards = dict[str, dict[str, Tensor]](), _shards(path)
+    for key, name in ENTRIES.items():
         if key == "ema" and not average:
-            found.append({})
             continue
         try:
             there = load_file(path / name) if key == "state_dict" or (path / name).is_file() else {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / name} cannot be read as safetensors: {error}.") from error
-        found.append(there | shards.under(key))
-    return found[0], found[1]
+        found[key] = there | shards.under(key)
+    return found["state_dict"] | found["frozen"], found.get("ema", {})
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file under another name, or a copy where the file system has no such links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
 
 
 def _shards(path: Path) -> Shards:

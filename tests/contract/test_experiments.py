@@ -130,6 +130,14 @@ def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tm
     assert [path.name for path in run_folder.checkpoints(whole)] == ["step_0000002", "step_0000004"]
     assert [row["step"] for row in rows(whole)] == ["1", "2", "3", "4"]
 
+    # What does not learn is in each checkpoint, and on the disk once.
+    states = [load_file(each / state_folder.WEIGHTS) for each in run_folder.checkpoints(whole)]
+    frozen = [each / state_folder.FROZEN for each in run_folder.checkpoints(whole)]
+    assert [path.is_file() for path in frozen] == [bool(family.builds_on)] * 2
+    if family.builds_on:
+        assert frozen[0].samefile(frozen[1])
+        assert load_file(frozen[0]).keys().isdisjoint(states[0])
+
     cut = tmp_path / "cut" / whole.parent.name / "stopped"
     gone = shutil.ignore_patterns("step_0000004", run_folder.FINAL_WEIGHTS, "samples")
     shutil.copytree(whole, cut, ignore=gone)

@@ -50,6 +50,34 @@ def test_what_is_written_is_read_again(saved):
     assert same(checkpoint.load(saved, use_ema=False).weights, STATE["state_dict"])
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_frozen_is_written_once(links, tmp_path, monkeypatch):
+    """And again where the file system has no hard links. Each checkpoint is whole without the others."""
+
+    def refused(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    saver = StateFolders(lambda path: None, lambda path, error: None)
+    frozen = {"codec": torch.arange(4.0)}
+    folders = [tmp_path / f"step_000000{i}" for i in range(3)]
+    for folder in folders:
+        saver.save_checkpoint({**STATE, "frozen": frozen}, folder)
+    saver.wait()
+    first, *_, last = (folder / state_folder.FROZEN for folder in folders)
+    assert first.samefile(last) == links
+    shutil.rmtree(folders[0])
+    saver = StateFolders(lambda path: None, lambda path, error: None)  # of the next start
+    expected = {**STATE, "state_dict": STATE["state_dict"] | frozen}
+    assert same(saver.load_checkpoint(folders[2]), expected)
+    saver.save_checkpoint({**STATE, "frozen": frozen}, folders[0])
+    saver.wait()
+    state_folder.check_whole(folders[0])
+    assert same(state_folder.read(folders[0]), expected)
+    assert first.samefile(last) == links
+
+
 def test_later_steps_do_not_change_what_is_written(tmp_path):
     weights = {"a": torch.zeros(3), "tied": torch.ones(2)}
     weights["again"] = weights["tied"]
