@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from t2i.launch.ranks import is_first
+from t2i.launch.ranks import Rank, is_first
 
 from .trouble import one_line
 
@@ -49,6 +49,11 @@ def say_what_is_logged() -> None:
         logger.handlers = [_ToConsole()]
         logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def part_of(rank: Rank) -> str:
+    """Which of several processes says this, each of which has its share."""
+    return f" (process {rank.rank} of {rank.world})" if rank.world > 1 else ""
 
 
 def draw_with_bar(generator: Generator, request: SampleRequest, batch_size: int) -> Tensor:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from t2i.launch.slurm import SlurmConfig
     from t2i.planning.config import ClusterConfig
 
-SHARED = {"encode", "score"}  # jobs of `t2i data` whose processes share the shards among them
+# Jobs of `t2i data` whose processes share the shards among them: a process for each GPU, or for each node, where it
+# has processes of its own.
+PER_GPU, PER_NODE = {"encode", "score"}, {"download", "dedup", "inspect", "index"}
+# After the parts the same command, alone: it finds what they made, and decides what is about all shards.
+COMPLETED = {"dedup", "inspect", "index"}
 JOB = "slurm.json"  # in a run folder
 GIB = 2**30
 
@@ -76,12 +80,13 @@ def submit(
 
 def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
     """`t2i data JOB ... cluster=NAME launch=slurm`: a job whose processes share the shards among them is an array with
-    a part for each node, with a process for each GPU; any other is one process on one node.
+    a part for each node; any other is one process on one node. What has to be said of all shards together is a second
+    job, which begins when all parts have ended well.
 
     launched: of the command line, launch=, cluster= and --dry-run
     Raises UserError.
     """
-    from t2i.launch import slurm
+    from t2i.launch import queue, slurm
 
     from .composition import cluster_of_overrides
     from .console import console
@@ -89,19 +94,35 @@ def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
     given = [each for each in launched if each != "--dry-run"]
     values = cluster_of_overrides(given)
     cluster, options = _with_slurm(values)
-    parts, processes = (cluster.nodes, cluster.gpus_per_node) if job in SHARED else (1, 1)
+    parts = cluster.nodes if job in PER_GPU | PER_NODE else 1
+    processes = cluster.gpus_per_node if job in PER_GPU else 1
     cores = max(1, cluster.cpu_cores_per_node // processes)
-    machines = slurm.Machines(1, processes, cores, gpus=job in SHARED and cluster.has_gpus)
+    machines = slurm.Machines(1, processes, cores, gpus=job in PER_GPU and cluster.has_gpus)
     place = Path("runs").absolute() / "slurm" / f"data-{job}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
-    text = slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, options, Path.cwd(), log)
+    if job == "inspect" and parts > 1 and "--parts" not in arguments:
+        arguments = [*arguments, "--parts", str(place / "parts")]
+
+    def text(parts: int) -> str:
+        log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
+        return slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, options, Path.cwd(), log)
+
+    completed = parts > 1 and job in COMPLETED
     if "--dry-run" in launched:
-        print(text, end="")
+        print(text(parts), end="")
+        if completed:
+            print("\n# After all parts of it: sbatch --dependency=afterok:JOB")
+            print(text(1), end="")
         return
-    path, number = _submitted(text, place)
-    console.print(
-        f"Job {number}: {parts * processes} processes, log {log.replace('%A', number).replace('%j', number)}"
-    )
+    path, number = _submitted(text(parts), place)
+    named = f"{number}_%a" if parts > 1 else number
+    console.print(f"Job {number}: {parts * processes} processes, log {place}/{named}.log")
+    if completed:
+        try:
+            _, last = _submitted(text(1), place, "completes.sh", number)
+        except UserError:
+            queue.cancel(number)
+            raise
+        console.print(f"Job {last}, after it: what is about all shards, log {place}/{last}.log")
     console.print(f"Script: {path}")
 
 
@@ -114,14 +135,15 @@ def _with_slurm(values: dict[str, Any]) -> tuple[ClusterConfig, SlurmConfig]:
     return cluster, cluster.slurm
 
 
-def _submitted(text: str, place: Path) -> tuple[Path, str]:
-    """The script, written into a folder, and its job's number. Raises UserError."""
+def _submitted(text: str, place: Path, name: str = "job.sh", after: str | None = None) -> tuple[Path, str]:
+    """The script, written into a folder, and its job's number. after: a job that has to end well before it. Raises
+    UserError."""
     from t2i.launch import slurm
 
     place.mkdir(parents=True, exist_ok=True)
-    path = place / "job.sh"
+    path = place / name
     path.write_text(text)
-    return path, slurm.submit(path)
+    return path, slurm.submit(path, after)
 
 
 def cluster_of(values: dict[str, Any]) -> ClusterConfig:

@@ -26,6 +26,7 @@ from t2i.data.statistics import samples_in
 from t2i.data.store import ShardStore
 from t2i.errors import DataError, UserError
 from t2i.files import written_whole
+from t2i.launch.ranks import Rank
 
 from .places import places
 from .processes import leave_interrupts
@@ -100,6 +101,31 @@ def index_shards(
         raise DataError(
             f"None of {len(files)} shards can be read; of the first: {next(iter(report.unreadable.values()))}"
         )
+    return report
+
+
+def index_share(
+    urls: Sequence[str], out: Path | None, processes: int, rank: Rank, progress: Callable[[int], None]
+) -> Report:
+    """Of several processes each writes the indexes of its shards alone. `index_shards`, called by one process after all
+    of them, keeps those and writes what it is about whole folders. Raises as it does, but for shards that cannot be
+    read."""
+    files = places(urls, SUFFIX, out)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    mine, report = urls[rank.rank :: rank.world], Report()
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
+    try:
+        together = max(1, min(TOGETHER, len(mine) // (4 * processes)))
+        done = pool.map(_index_one, mine, [files[url] for url in mine], chunksize=together)
+        for url, found in zip(mine, done, strict=True):
+            if isinstance(found, str):
+                report.unreadable[url] = found
+            else:
+                report.add(found.entry, found.skipped)
+            progress(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return report
 
 

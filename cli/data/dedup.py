@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from t2i.errors import DataError
 
-from ..console import console
+from ..console import console, part_of
 from .filter import repack_with_bar, selection_path
 
 
@@ -18,6 +19,7 @@ def run(arguments: list[str]) -> None:
 
     from t2i.data.sources import expand
     from t2i.files import written_whole
+    from t2i.launch.ranks import rank_of
     from t2i_pipelines.deduplication.dedup import find, hash_shards, write_kept
     from t2i_pipelines.deduplication.report import contact_sheet, write_report
     from t2i_pipelines.places import check_writable
@@ -27,7 +29,7 @@ def run(arguments: list[str]) -> None:
     report = Path(options.report) if options.report else written.with_suffix(".report.json")
     for place in (written, report):
         check_writable(place)
-    sources = expand(options.shards, "SHARDS")
+    sources, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
     with Progress(console=console, transient=True) as bar:
         hashing, grouping = bar.add_task("shards", total=None), bar.add_task("compared", total=None)
         shards, hashes = hash_shards(
@@ -36,7 +38,11 @@ def run(arguments: list[str]) -> None:
             written.with_suffix(".hashes"),
             options.workers or cores(),
             lambda done, total: bar.update(hashing, completed=done, total=total),
+            rank,
         )
+        if rank.world > 1:
+            console.print(f"{len(shards)} shards are hashed{part_of(rank)}")
+            return
         found = find(
             shards,
             hashes,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from ..console import console
+from ..console import console, part_of
 
 
 def run(arguments: list[str]) -> None:
@@ -13,11 +14,12 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     from rich.progress import Progress
 
+    from t2i.launch.ranks import rank_of
     from t2i_pipelines.downloading import download as job
     from t2i_pipelines.downloading.fetch import FetchLimits
     from t2i_pipelines.tables import open_table, text_column
 
-    out = Path(options.out)
+    out, rank = Path(options.out), rank_of(os.environ)
     limits = FetchLimits(options.timeout_s, options.max_mib, options.retries)
     chosen = job.DownloadOptions(
         options.samples_per_shard,
@@ -29,7 +31,7 @@ def run(arguments: list[str]) -> None:
     )
     captions = [options.caption_column] if options.caption_column else ["caption", "text"]
     table = open_table(
-        options.table, out / job.COPIES, {name.lower() for name in (options.url_column, *captions)}
+        options.table, out / job.copies_name(rank), {name.lower() for name in (options.url_column, *captions)}
     )
     url_column, caption_column = text_column(table, options.url_column), text_column(table, *captions)
     for name in table.left_out:
@@ -37,17 +39,25 @@ def run(arguments: list[str]) -> None:
     report = job.Report()
     stopped = False
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("pictures", total=table.rows)
+        task = bar.add_task("pictures", total=-(-table.rows // rank.world))
         try:
             job.download(
-                table, out, chosen, url_column, caption_column, lambda done: bar.advance(task, done), report
+                table,
+                out,
+                chosen,
+                url_column,
+                caption_column,
+                lambda done: bar.advance(task, done),
+                report,
+                rank,
             )
         except KeyboardInterrupt:
             stopped = True
     counts = report.statuses.copy()
     console.print(
         f"{counts.pop('success', 0):,} of {report.statuses.total():,} pictures are in {report.shards} shards in {out}"
-        + (f", {report.skipped} of which were there" if report.skipped else ""),
+        + (f", {report.skipped} of which were there" if report.skipped else "")
+        + part_of(rank),
     )
     for cause, count in sorted(table.unusable.items()):
         console.print(f"Of the table, not read: {count:,} {cause}")

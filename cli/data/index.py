@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from t2i.few import first_few
 
-from ..console import console
+from ..console import console, part_of
 
 
 def run(arguments: list[str]) -> None:
@@ -16,16 +17,22 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
-    from t2i_pipelines.indexing import index_shards
+    from t2i.launch.ranks import rank_of
+    from t2i_pipelines.indexing import index_shards, index_share
     from t2i_pipelines.processes import cores
 
-    urls = list(dict.fromkeys(expand(options.shards, "SHARDS")))
+    urls, rank = list(dict.fromkeys(expand(options.shards, "SHARDS"))), rank_of(os.environ)
+    processes = options.processes or cores()
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("shards", total=len(urls))
+        task = bar.add_task("shards", total=len(urls[rank.rank :: rank.world]))
         out = Path(options.out) if options.out else None
-        report = index_shards(urls, out, options.processes or cores(), lambda done: bar.advance(task, done))
+        if rank.world > 1:
+            report = index_share(urls, out, processes, rank, lambda done: bar.advance(task, done))
+        else:
+            report = index_shards(urls, out, processes, lambda done: bar.advance(task, done))
     there = f", {report.skipped} were up to date" if report.skipped else ""
-    console.print(f"{report.samples} samples in {report.shards + report.skipped} shards are indexed{there}")
+    shards = report.shards + report.skipped
+    console.print(f"{report.samples} samples in {shards} shards are indexed{there}{part_of(rank)}")
     for cause, count in report.flaws.most_common():
         console.print(f"Lost by the tar files, {cause}: {count}")
     for line in first_few([f"Not indexed, {url}: {why}" for url, why in report.unreadable.items()]):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.few import first_few
 
-from ..console import console
+from ..console import console, part_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,7 @@ def run(arguments: list[str]) -> None:
     from t2i.data.sources import expand
     from t2i.errors import ConfigError
     from t2i.files import written_whole
+    from t2i.launch.ranks import rank_of
     from t2i_pipelines.inspecting.contact_sheet import contact_sheet
     from t2i_pipelines.inspecting.inspection import inspect_shards
     from t2i_pipelines.places import check_writable
@@ -35,14 +37,18 @@ def run(arguments: list[str]) -> None:
 
     if not 1 <= options.samples <= 1000:
         raise ConfigError(f"--samples is {options.samples}; allowed: 1 to 1000.")
-    urls = expand(options.shards, "SHARDS")
+    urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
+    if rank.world > 1 and not options.parts:
+        raise ConfigError(
+            f"--parts is not given; allowed: a folder, where {rank.world} processes share the shards."
+        )
     text = text_encoder(options.text, settings)
     for place in (options.json, options.sheet):
         if place:
             check_writable(Path(place))
     num_tiles = options.samples if options.sheet else 0
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("shards", total=len(urls))
+        task = bar.add_task("shards", total=len(urls[rank.rank :: rank.world]))
         report = inspect_shards(
             urls,
             options.fast,
@@ -52,7 +58,12 @@ def run(arguments: list[str]) -> None:
             cores(),
             lambda share: bar.advance(task, share),
             text,
+            Path(options.parts) if options.parts else None,
+            rank,
         )
+    if rank.world > 1:
+        console.print(f"{len(report.bytes)} shards are looked at{part_of(rank)}")
+        return
     facts = report.to_json()
     for table in tables(facts):
         console.print(table)
@@ -169,6 +180,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="count the tokens of captions for this text encoder, and the captions that it would cut: minilm, clip, "
         "open_clip, t5, learned, ldm_bert, with text.key=value as in the training command",
+    )
+    made.add_argument(
+        "--parts",
+        metavar="FOLDER",
+        help="keep there what is found of each shard, and do not look at those again that are there",
     )
     made.add_argument("--json", help="all figures, and the first 100 samples with each flaw, by name")
     made.add_argument("--fast", action="store_true", help="read the pictures' headers, do not decode them")

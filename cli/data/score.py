@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i.few import first_few
 
-from ..console import console, is_first_process
+from ..console import console, is_first_process, part_of
 
 
 def run(arguments: list[str]) -> None:
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> None:
             rank,
             lambda share: bar.advance(task, share),
         )
-    part = f" (process {rank.rank} of {rank.world})" if rank.world > 1 else ""
+    part = part_of(rank)
     console.print(
         f"Scored {report.samples} samples of {report.scored} shards on {device}; {report.skipped} of {mine} shards "
         f"had their scores{part}"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from t2i.errors import ConfigError
+from t2i.launch.ranks import ALONE, Rank
 
 from ..optional import need
 from ..processes import leave_interrupts
@@ -64,12 +65,14 @@ def hash_shards(
     folder: Path,
     processes: int,
     progress: Callable[[int, int], None],
+    rank: Rank = ALONE,
 ) -> tuple[list[str], list[Hashes]]:
     """The hashes of each of `shards` (paths and URLs of shards or selections, expanded), by several processes, kept
-    in `folder`: a second call computes what is missing. progress is called with the shards done with and all."""
+    in `folder`: a second call computes what is missing. progress is called with the shards done with and all.
+    rank: of several jobs, each of which hashes its share"""
     if algorithm not in HASHES:
         raise ConfigError(f"--hash is {algorithm!r}; allowed: {', '.join(HASHES)}.")
-    sources = listed_once(shards)
+    sources = listed_once(shards)[rank.rank :: rank.world]
     for package in ("imagehash", "faiss"):
         need(package, "dedup")
     jobs = [

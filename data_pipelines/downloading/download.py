@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from t2i.data.decode import BadSample
 from t2i.errors import ConfigError, DataError
+from t2i.launch.ranks import ALONE, Rank
 
 from ..pictures import Picture, prepare
 from ..processes import cores
@@ -82,6 +84,11 @@ class Report:
     seconds: float = 0.0
 
 
+def copies_name(rank: Rank) -> str:
+    """Each process has copies of its own."""
+    return COPIES if rank.world == 1 else f"{COPIES}{rank.rank}"
+
+
 def default_decoders() -> int:
     """A process for each core but the one that fetches."""
     return max(1, min(MAX_DECODERS, cores() - 1))
@@ -95,14 +102,17 @@ def download(
     caption_column: str,
     progress: Callable[[int], None],
     report: Report | None = None,
+    rank: Rank = ALONE,
 ) -> Report:
     """Fetches what `table` names and writes `out`/00000.tar, 00000.parquet and 00000_stats.json, 00001.tar, ...
 
     Shard i holds rows i * samples_per_shard and on; samples lie in the order of the table, so that the same answers
     give the same tar and parquet. Shards that are there are not fetched again. A shard gets its name when it is
     complete, the tar last. progress is called with the number of rows done with; `report` is filled on the way, for
-    who stops it. Raises DataError where a shard that is there was made from other rows or at another size, or where
-    nothing can be written.
+    who stops it.
+    rank: of several processes, each of which makes its share of the shards
+    Raises DataError where a shard that is there was made from other rows or at another size, or where nothing can be
+    written.
     """
     report = report or Report()
     shards = -(-table.rows // options.samples_per_shard)
@@ -114,7 +124,7 @@ def download(
     for path in out.glob("[0-9]" * 5 + ".tar"):
         if int(path.stem) >= shards:
             raise DataError(f"{path} is not of this table, which fills {shards} shards; name another folder.")
-    job = _Job(table, out, options, url_column, caption_column)
+    job = _Job(table, out, options, url_column, caption_column, rank)
     start = time.monotonic()
     try:
         asyncio.run(job.run(progress, report))
@@ -130,7 +140,7 @@ def download(
         raise error from group
     finally:
         report.seconds = time.monotonic() - start
-    shutil.rmtree(out / COPIES, ignore_errors=True)
+    shutil.rmtree(out / copies_name(rank), ignore_errors=True)
     return report
 
 
@@ -160,13 +170,20 @@ class _Fetched:
 
 class _Job:
     def __init__(
-        self, table: Table, out: Path, options: DownloadOptions, url_column: str, caption_column: str
+        self,
+        table: Table,
+        out: Path,
+        options: DownloadOptions,
+        url_column: str,
+        caption_column: str,
+        rank: Rank,
     ) -> None:
         self.out = out
         self.options = options
         self.url_column = url_column
         self.caption_column = caption_column
-        self.slices = enumerate(table.slices(options.samples_per_shard))
+        every = enumerate(table.slices(options.samples_per_shard))
+        self.slices = itertools.islice(every, rank.rank, None, rank.world)
 
     async def run(self, progress: Callable[[int], None], report: Report) -> None:
         """Starts a request for each row, in order, and never more than `connections` at once."""

@@ -179,10 +179,10 @@ class _Sample:
         if not among(tuple(members), (*PICTURE_ENDINGS, *UNREAD_ENDINGS)):
             return Tile(None, caption, self.flaw("no picture"))
         try:
-            picture = self._picture(image_bytes(members, self.key), fast, tile_px)
+            picture, note = self._picture(image_bytes(members, self.key), fast, tile_px)
         except BadSample as error:
             return Tile(None, caption, self.flaw(CAUSES[error.cause], error))
-        return Tile(picture, caption)
+        return Tile(picture, caption, note)
 
     def _metadata(self, members: Mapping[str, bytes]) -> dict[str, Any]:
         try:
@@ -217,19 +217,23 @@ class _Sample:
                 self.flaw(CUT, f"{self.key} with {tokens}")
         return caption
 
-    def _picture(self, data: bytes, fast: bool, tile_px: int | None) -> Image.Image | None:
-        """Counts it; a thumbnail where `tile_px` asks for one. Raises BadSample."""
+    def _picture(self, data: bytes, fast: bool, tile_px: int | None) -> tuple[Image.Image | None, str]:
+        """Counts it; a thumbnail where `tile_px` asks for one, or why there is none. Raises BadSample."""
         picture = None
-        if fast and tile_px is None:
+        if fast:
             height, width = stored_size(data, self.key)
         else:
-            small = (tile_px, tile_px) if fast and tile_px else None
-            picture, (height, width) = decode_image(data, self.key, small)
+            picture, (height, width) = decode_image(data, self.key)
         self.facts.formats[open_image(data).format or "unknown"] += 1
         self.facts.pictures += 1
         self.facts.stored_px[min(height, width)] += 1
         self.facts.aspects[bisect.bisect_right(ASPECT_EDGES, width / height)] += 1
-        if picture is None or tile_px is None:
-            return None
+        if tile_px is None:
+            return None, ""
+        if picture is None:
+            try:
+                picture, _ = decode_image(data, self.key, (tile_px, tile_px))
+            except BadSample as error:  # not counted, so that it is the same whichever samples are shown
+                return None, CAUSES[error.cause]
         picture.thumbnail((tile_px, tile_px), Image.Resampling.LANCZOS)
-        return picture
+        return picture, ""

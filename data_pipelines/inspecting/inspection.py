@@ -22,10 +22,12 @@ from t2i.config import TextConfig
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
+from t2i.launch.ranks import ALONE, Rank
 
 from ..processes import leave_interrupts
 from ..shard_metadata import local_copy
 from .facts import ASPECT_EDGES, Facts, Tile, look_at
+from .kept import Kept, ShardFacts
 
 ROWS_PER_TASK = 128
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -44,6 +46,13 @@ class Report:
     unreadable: dict[str, str] = field(default_factory=dict)
     repeated_keys: int = 0
     tiles: list[Tile] = field(default_factory=list)
+
+    def add(self, shard: ShardFacts) -> None:
+        """A shard, as far as it was looked at."""
+        self.bytes.append(shard.bytes)
+        self.shard_samples.append(shard.samples)
+        for facts in shard.facts:
+            self.facts.add(facts)
 
     def to_json(self) -> dict[str, Any]:
         facts = self.facts
@@ -117,6 +126,8 @@ def inspect_shards(
     workers: int,
     progress: Callable[[float], None],
     text: TextConfig | None = None,
+    parts: Path | None = None,
+    rank: Rank = ALONE,
 ) -> Report:
     """Reads shards with `workers` processes. Memory does not grow with the data, but for 8 bytes a sample that
     find repeated keys.
@@ -125,15 +136,27 @@ def inspect_shards(
     num_tiles: samples for the contact sheet, chosen by `seed` with equal chances, whatever `workers` is
     progress: called with the part of a shard that was done
     text: count the tokens of captions for this encoder, and the captions that it would cut
+    parts: a folder for what is found of each shard; a shard that is there is not looked at again
+    rank: of several processes each looks at its share alone, for `parts`; who calls alone after them has all
     Raises DataError where no shard can be read, or a picture kills the process that decodes it.
     """
-    report, choice = Report(), _Choice(num_tiles, seed)
+    report, choice = Report(), _Choice(num_tiles if rank.world == 1 else 0, seed)
     keys: list[np.ndarray] = []
+    kept = None if parts is None else Kept(parts, fast, text)
     # spawned: a fork of a process that has threads can wait for ever
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start) as pool:
-        tasks = _Tasks(pool, report, choice, fast, tile_px, 4 * workers, progress, text)
+        tasks = _Tasks(pool, report, choice, fast, tile_px, 4 * workers, progress, text, kept)
         for number, url in enumerate(urls):
+            if number % rank.world != rank.rank:
+                continue
+            if kept is not None and (known := kept.read(url)) is not None:
+                tasks.finish()  # those before come first
+                report.add(known)
+                keys.append(known.keys)
+                choice.draw(number, known.rows)
+                progress(1)
+                continue
             with contextlib.ExitStack() as stack:
                 try:
                     path = stack.enter_context(local_copy(url))
@@ -144,18 +167,23 @@ def inspect_shards(
                     progress(1)
                     continue
                 real = [row for row in range(len(index)) if (index.offsets[row] >= 0).any()]
-                report.bytes.append(index.file_bytes)
-                report.shard_samples.append(len(real))
-                keys.append(_digests(index.keys[row] for row in real if index.flaws.get(row) != "duplicate"))
-                tasks.submit(path, url, index, number)
+                digests = _digests(index.keys[row] for row in real if index.flaws.get(row) != "duplicate")
+                shard = ShardFacts(index.file_bytes, len(index), len(real), digests)
+                report.add(shard)
+                keys.append(digests)
+                tasks.submit(path, url, index, number, shard)
                 if not is_local(url) or path != local_path(url):
                     tasks.finish()  # before the copy goes
         tasks.finish()
+        for number, rows in choice.unseen().items():
+            choice.put(number, _tiles_of(pool, urls[number], rows, fast, tile_px))
+    if not report.bytes and rank.world > 1:
+        return report
     if not report.bytes:
         first = next(iter(report.unreadable.values()))
         raise DataError(f"None of {len(urls)} shards can be read; of the first: {first}")
-    known = np.concatenate(keys)
-    report.repeated_keys = len(known) - len(np.unique(known))
+    all_keys = np.concatenate(keys)
+    report.repeated_keys = len(all_keys) - len(np.unique(all_keys))
     report.tiles = choice.tiles()
     return report
 
@@ -184,6 +212,14 @@ class _Choice:
         chosen = {(at, row) for _, at, row in self._heap}
         self._tiles = {place: tile for place, tile in self._tiles.items() if place in chosen}
 
+    def unseen(self) -> dict[int, list[int]]:
+        """By shard the rows that are chosen and were looked at by another process."""
+        found: dict[int, list[int]] = {}
+        for _, shard, row in self._heap:
+            if (shard, row) not in self._tiles:
+                found.setdefault(shard, []).append(row)
+        return found
+
     def tiles(self) -> list[Tile]:
         return [self._tiles[place] for place in sorted(self._tiles)]
 
@@ -200,11 +236,13 @@ class _Tasks:
     limit: int
     progress: Callable[[float], None]
     text: TextConfig | None
+    kept: Kept | None
     _running: deque[_Task] = field(default_factory=deque)
 
-    def submit(self, path: Path, name: str, index: ShardIndex, number: int) -> None:
+    def submit(self, path: Path, name: str, index: ShardIndex, number: int, shard: ShardFacts) -> None:
         if not len(index):
             self.progress(1)
+            self._keep(name, shard)
         chosen = self.choice.draw(number, len(index))
         for start in range(0, len(index), ROWS_PER_TASK):
             while len(self._running) >= self.limit:
@@ -212,7 +250,8 @@ class _Tasks:
             part = _rows(index, start, start + ROWS_PER_TASK)
             rows = {row - start for row in chosen if start <= row < start + ROWS_PER_TASK}
             future = self.pool.submit(look_at, path, name, part, self.fast, rows, self.tile_px, self.text)
-            self._running.append(_Task(future, name, number, start, len(part) / len(index)))
+            last = start + ROWS_PER_TASK >= len(index)
+            self._running.append(_Task(future, name, number, start, len(part) / len(index), shard, last))
 
     def finish(self) -> None:
         while self._running:
@@ -229,21 +268,45 @@ class _Tasks:
             ) from error
         except OSError as error:
             self.report.unreadable[task.name] = str(error)
+            task.shard.whole = False
         else:
+            if self.kept is not None:
+                task.shard.facts.append(facts)
             self.report.facts.add(facts)
             self.choice.put(task.number, {task.start + row: tile for row, tile in tiles.items()})
         self.progress(task.share)
+        if task.last:
+            self._keep(task.name, task.shard)
+
+    def _keep(self, name: str, shard: ShardFacts) -> None:
+        if self.kept is not None and shard.whole:
+            self.kept.write(name, shard)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """start: the first row; share: of the shard's rows"""
+    """start: the first row; share: of the shard's rows; last: of the shard"""
 
     future: Future[tuple[Facts, dict[int, Tile]]]
     name: str
     number: int
     start: int
     share: float
+    shard: ShardFacts
+    last: bool
+
+
+def _tiles_of(
+    pool: ProcessPoolExecutor, url: str, rows: Sequence[int], fast: bool, tile_px: int
+) -> dict[int, Tile]:
+    with local_copy(url) as path:
+        with path.open("rb") as file:
+            index = ShardIndex.scan(url, file.fileno())
+        found = {}
+        for row in rows:
+            one = pool.submit(look_at, path, url, _rows(index, row, row + 1), fast, {0}, tile_px)
+            found[row] = one.result()[1][0]
+    return found
 
 
 def _rows(index: ShardIndex, start: int, stop: int) -> ShardIndex:

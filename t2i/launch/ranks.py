@@ -27,6 +27,9 @@ class Rank:
         return self.world // self.local_world
 
 
+ALONE = Rank()
+
+
 def rank_of(environment: Mapping[str, str]) -> Rank:
     """Of a process that torchrun or srun started; any other is the only one. Raises ConfigError for values that are no
     numbers."""
@@ -37,7 +40,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         local_world = _tasks_of_node(environment)
     else:
-        return Rank()
+        return ALONE
     rank, world, local = (_number(environment, name) for name in names)
     if world % local_world:
         raise ConfigError(

@@ -116,7 +116,7 @@ def data_script(
     log: str,
 ) -> str:
     """For sbatch: an array of so many parts of a job of `t2i data`, whose processes share its shards among them. A part
-    that is started again leaves out what is there.
+    that is started again leaves out what is there. One part is the whole job.
 
     arguments: of `t2i data`
     """
@@ -192,11 +192,16 @@ exit 1
 """
 
 
-def submit(script: Path) -> str:
-    """The number of the job. Raises UserError with what sbatch said."""
+def submit(script: Path, after: str | None = None) -> str:
+    """The number of the job. after: the number of one that has to end well before it; where that fails, this one ends
+    too. Raises UserError with what sbatch said."""
+    waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SBATCH_TIMEOUT_S
+            ["sbatch", "--parsable", *waits, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=SBATCH_TIMEOUT_S,
         )
     except FileNotFoundError as error:
         raise UserError(

@@ -139,7 +139,44 @@ def test_a_data_job_is_an_array_whose_processes_share_the_shards(t2i, programs):
         "8",
     )
 
-    alone = t2i("data", "index", "x.tar", "cluster=a100x64", "launch=slurm", "--dry-run").out
+    alone = t2i("data", "filter", "x.tar", "out", "cluster=a100x64", "launch=slurm", "--dry-run").out
     assert "--array" not in alone
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=48\n" in alone
     assert "needs cluster=NAME" in t2i("data", "index", "x.tar", "launch=slurm").sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (("download", "table.parquet", "out"), False),
+        (("index", "a/{000..099}.tar"), True),
+        (("dedup", "a/{000..099}.tar", "kept.arrow"), True),
+        (("inspect", "a/{000..099}.tar", "--json", "facts.json"), True),
+    ],
+)
+def test_what_is_about_all_shards_is_a_second_job(t2i, programs, words, completed):
+    launch = ("cluster=a100x64", "launch=slurm")
+    scripts = t2i("data", *words, *launch, "--dry-run").out.split("#!/bin/bash\n")[1:]
+    assert list(Path().iterdir()) == []
+    assert len(scripts) == 1 + completed
+    assert "#SBATCH --array=0-7\n" in scripts[0]  # a process for each node
+    for script in scripts:
+        assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=48\n" in script
+        assert "--gpus" not in script
+    programs(sbatch='echo "$@" >> submitted; echo 7$(wc -l < submitted)', scancel='echo "$@" >> cancelled')
+    said = t2i("data", *words, *launch).out
+    submitted = Path("submitted").read_text().splitlines()
+    assert len(submitted) == 1 + completed
+    assert said.startswith("Job 71: 8 processes, log ")
+    if not completed:
+        return
+    assert "--dependency=afterok:71 --kill-on-invalid-dep=yes" in submitted[1]
+    assert "Job 72, after it" in said
+    parts, whole = (Path(line.split()[-1]).read_text() for line in submitted)
+    assert whole.splitlines()[-1] == parts.splitlines()[-1]  # the same command
+    assert "WORLD_SIZE=$((8 * SLURM_NTASKS))" in parts
+    assert "WORLD_SIZE=$((1 * SLURM_NTASKS))" in whole
+    assert ("--parts" in whole) is (words[0] == "inspect")
+    programs(sbatch='[[ "$*" == *afterok* ]] && { echo no such job >&2; exit 1; }; echo 73')
+    assert "sbatch refused" in t2i("data", *words, *launch).sentence
+    assert Path("cancelled").read_text() == "73\n"

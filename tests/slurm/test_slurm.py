@@ -238,6 +238,23 @@ def test_a_data_job_is_one_array(slurm, reference):
     assert (slurm.folder / "encoded" / "encoded.json").is_file()
 
 
+def test_what_is_about_all_shards_is_a_second_job(slurm):
+    """Its JSON is that of one process, byte for byte."""
+    lists = [each.partition("=")[2] for each in slurm.data if "shards=" in each]
+    shards = [path for each in lists for path in each.strip("[]").split(",")]
+    conf = ["cluster.gpu=none", "cluster.gpus_per_node=1", "cluster.nodes=2", "cluster.cpu_cores_per_node=1"]
+    slurm.t2i("data", "inspect", *shards, "--json", "one.json")
+    launch = ["cluster=a100x8", *conf, "launch=slurm"]
+    said = slurm.t2i("data", "inspect", *shards, "--json", "two.json", *launch)
+    parts, last = (line.split()[1].rstrip(":,") for line in said.splitlines() if line.startswith("Job "))
+    assert slurm.job(last)["JobState"] == "PENDING"
+    subprocess.run(["scontrol", "requeue", f"{parts}_1"], check=False)  # where it runs already
+    assert slurm.wait(last)["JobState"] == "COMPLETED", slurm.log(parts) + slurm.log(last)
+    for part in ("0", "1"):
+        assert slurm.job(f"{parts}_{part}")["JobState"] == "COMPLETED", slurm.log(parts)
+    assert (slurm.folder / "two.json").read_bytes() == (slurm.folder / "one.json").read_bytes()
+
+
 def test_what_sbatch_refuses_is_one_sentence(slurm):
     command = [
         sys.executable,
