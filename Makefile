@@ -10,7 +10,7 @@ DATA ?= emoji
 # Where numbers are compared that a processor rounds.
 NUMERIC := $(addprefix tests/,nn diffusion families text training distributed evaluation generation interop planning)
 
-.PHONY: help setup setup-dev demo test test-slow test-gpu test-portable check format bench clean
+.PHONY: help setup setup-dev demo test test-slow test-gpu test-portable check format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,6 +64,9 @@ format: setup-dev ## mend what ruff can mend
 
 bench: setup-dev ## start-up time, as a ratio
 	$(BIN)/python benchmarks/startup.py
+
+bench-gpu: ## GPU tests, speed and memory on one GPU, in 9 minutes; --help of benchmarks/gpu.py says what it needs
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
