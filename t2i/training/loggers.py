@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
+import os
 import shlex
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from t2i.config import RunConfig
 from t2i.errors import ConfigError
 from t2i.files import written_whole
+from t2i.launch.ranks import is_first
 
 MAX_TEXT = 500  # letters of a value
 MAX_WANDB_ID = 100  # of the 128 letters that wandb takes
+WANDB = "wandb.json"  # in a run folder
 
 
 class MetricsCSV(Logger):
@@ -27,10 +32,13 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
+        self.reached = 0  # the last step of which there was a row before any was dropped
         if self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-            self.rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= from_step]
+            rows = list(csv.DictReader(whole))
+            self.reached = max((int(row["step"]) for row in rows), default=0)
+            self.rows = [row for row in rows if int(row["step"]) <= from_step]
             self._rewrite()
 
     @property
@@ -63,21 +71,40 @@ class MetricsCSV(Logger):
             writer.writerows(self.rows)
 
 
+class Wandb(WandbLogger):
+    """A run that is resumed repeats the steps since its checkpoint, to the bit; wandb, which takes nothing back, is
+    told of each once.
+
+    told_step: the last one that it was told of before
+    """
+
+    def __init__(self, told_step: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.told_step = told_step
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if step is None or step > self.told_step:
+            super().log_metrics(metrics, step)
+
+
 def build_loggers(config: RunConfig, folder: Path, from_step: int) -> list[Logger]:
     """metrics.csv first, then what config.logger asks for."""
-    loggers: list[Logger] = [MetricsCSV(folder, from_step)]
+    metrics = MetricsCSV(folder, from_step)
+    loggers: list[Logger] = [metrics]
     if config.logger.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.logger.wandb != "off":
+        run_id, told_step = _wandb_run(folder, metrics.reached)
         try:
             loggers.append(
-                WandbLogger(
+                Wandb(
+                    told_step,
                     name=f"{config.stage}-{config.resolution.size_px}-{folder.name}-s{config.seed}",
                     group=config.stage,
                     project=config.logger.wandb_project,
                     save_dir=folder,
                     offline=config.logger.wandb == "offline",
-                    id=_wandb_id(folder),
+                    id=run_id,
                     resume="allow",
                 )
             )
@@ -128,11 +155,32 @@ def _shortened(text: str) -> str:
 
 def sync_command(folder: Path) -> str:
     """What brings an offline run to wandb; of one that was stopped and resumed all parts, in order, into one run."""
-    return f"wandb sync --id {_wandb_id(folder)} {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+    return f"wandb sync --id {_wandb_run(folder)[0]} {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+
+
+def _wandb_run(folder: Path, reached: int = 0) -> tuple[str, int]:
+    """The id of a run folder's one run at wandb, whichever start this is, and the last step that wandb was told of
+    before; both are kept in the folder.
+
+    reached: the last step that the start before this one logged
+    """
+    path = folder / WANDB
+    try:
+        kept = json.loads(path.read_text())
+        run_id, told = str(kept["id"]), int(kept["told_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        run_id, told = _wandb_id(folder), 0
+        if not (folder / "wandb").is_dir():  # else of a version that had no such file
+            run_id += f"-{uuid.uuid4().hex[:8]}"  # runs of other people and machines may have the same name
+    told = max(told, reached)
+    if is_first(os.environ):
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps({"id": run_id, "told_step": told}) + "\n")
+    return run_id, told
 
 
 def _wandb_id(folder: Path) -> str:
-    """An id that a resumed run finds again, and no other run has: the folder's name, in the letters wandb allows."""
+    """The folder's name, in the letters that wandb allows."""
     name = f"{folder.parent.name}-{folder.name}"
     plain = "".join(c if (c.isascii() and c.isalnum()) or c in "-_" else "-" for c in name)
     if plain == name and len(name) <= MAX_WANDB_ID:

@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from t2i.errors import ConfigError
-from t2i.training.loggers import MetricsCSV, _wandb_id, log_config, sync_command
+from t2i.training.loggers import MetricsCSV, _wandb_id, _wandb_run, log_config, sync_command
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -110,6 +110,21 @@ def test_tensorboard_compares_runs_by_their_settings(tmp_path):
     assert len(told["data.shards"].string_value) <= 500
 
 
+def test_a_run_folder_is_one_run_at_wandb_and_no_other_one(tmp_path):
+    """Runs of the same name, on other machines, are others."""
+    folders = [tmp_path / machine / "ldm" / "trial" for machine in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    ids = [_wandb_run(folder)[0] for folder in folders]
+    assert ids[0] != ids[1]
+    assert all(re.fullmatch("ldm-trial-[0-9a-f]{8}", each) for each in ids)
+    folders[0].rename(tmp_path / "elsewhere")
+    assert _wandb_run(tmp_path / "elsewhere", 150) == (ids[0], 150)
+    assert _wandb_run(tmp_path / "elsewhere", 120) == (ids[0], 150)  # it got less far than the start before
+    (tmp_path / "old" / "wandb").mkdir(parents=True)  # of a version that named it by its folder alone
+    assert _wandb_run(tmp_path / "old")[0] == _wandb_id(tmp_path / "old")
+
+
 def test_wandb_without_an_account_is_one_sentence(tmp_path, monkeypatch):
     errors = pytest.importorskip("wandb.errors")
 
@@ -135,8 +150,9 @@ def test_wandb_ids_are_found_again_and_never_shared(tmp_path):
 
 def test_the_parts_of_a_resumed_run_are_brought_to_wandb_together(tmp_path):
     folder = tmp_path / "it's a run"
+    folder.mkdir()
     program, verb, flag, run_id, place = shlex.split(sync_command(folder))
-    assert (program, verb, flag, run_id) == ("wandb", "sync", "--id", _wandb_id(folder))
+    assert (program, verb, flag, run_id) == ("wandb", "sync", "--id", _wandb_run(folder)[0])
     assert place == f"{folder}/wandb/offline-run-*"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -172,12 +175,71 @@ def test_wandb_offline_writes_into_the_run_folder(compose_run, train, tmp_path, 
     assert wandb.run.config["trainer.num_images"] == 16
     assert wandb.run.config["optimizer.learning_rate"] > 0
     wandb.finish()
-    (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial")
+    (run,) = (folder / "wandb").glob("offline-run-*-autoencoder-trial-*")
     deadline = time.monotonic() + 60  # wandb's own process writes when it comes to it
     while (size := sum(path.stat().st_size for path in run.glob("*.wandb"))) <= 1_000:
         assert time.monotonic() < deadline, f"{size} bytes"
         time.sleep(0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Of a .wandb file, which is a log of LevelDB's behind a header of seven bytes: blocks of 32 KiB with chunks, each
+    with checksum, length and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def steps_at_wandb(part: Path) -> list[int]:
+    """Those whose loss an offline part of a run has."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    (path,) = part.glob("*.wandb")
+    for data in records(path):
+        items = Record.FromString(data).history.item
+        row = {item.key or "/".join(item.nested_key): item.value_json for item in items}
+        if "loss" in row:
+            found.append(int(row["trainer/global_step"]))
+    return found
+
+
+def test_wandb_has_one_run_and_each_step_once_however_often_it_is_started(
+    compose_run, train, tmp_path, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = (KL, "logger=wandb_offline", "logger.tensorboard=false", "name=trial", "resume=auto")
+    arguments += ("trainer.batch_size=4", "trainer.log_every_steps=1", "trainer.checkpoint_every_images=8")
+    parts: list[Path] = []
+    for images in (16, 12, 24):
+        config = compose_run(*arguments, f"trainer.num_images={images}", f"runs_dir={tmp_path / 'runs'}")
+        folder = train(config).folder
+        wandb.finish()
+        parts += set((folder / "wandb").glob("offline-run-*")) - set(parts)
+        for path in (folder / "checkpoints").glob("step_*"):  # as if it had died after the first checkpoint
+            if path.name != "step_0000002":
+                shutil.rmtree(path)
+        (folder / "model.safetensors").unlink()
+        time.sleep(1.1)  # wandb names its folders by the second
+    ids = {path.name.split("-", 3)[3] for path in parts}
+    assert len(parts) == 3
+    assert len(ids) == 1
+    assert [steps_at_wandb(part) for part in parts] == [[1, 2, 3, 4], [], [5, 6]]
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", *"123456"]
 
 
 def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
