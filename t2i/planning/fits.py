@@ -22,6 +22,7 @@ def bytes_of_batch(config: RunConfig, model: Model, images_at_a_time: int) -> in
         config.trainer.activation_checkpointing,
         gpus,
         config.trainer.devices,
+        accumulates=images_at_a_time < config.trainer.images_per_process,
     )
     return planned.total
 

@@ -74,8 +74,11 @@ def memory(
     checkpointing: bool,
     num_gpus: int,
     gpus_per_node: int,
+    accumulates: bool = False,
 ) -> Memory:
-    """images_at_a_time: on one GPU: a micro-batch"""
+    """images_at_a_time: on one GPU: a micro-batch
+    accumulates: there are several; each GPU then adds up whole gradients, which are reduced in the last
+    """
     per_image = kept.per_image_checkpointed if checkpointing else kept.per_image
     whole, block = FP32 * trained.parameters, trained.compute_bytes * trained.largest_block
     if strategy == "ddp":
@@ -91,7 +94,7 @@ def memory(
     return Memory(
         weights=whole // shards + gathered,
         copies=copies,
-        gradients=whole // shards,
+        gradients=whole if accumulates else whole // shards,
         buffers=buffers,
         optimizer=FP32 * trained.moments // shards,
         ema=FP32 * trained.averaged // shards,

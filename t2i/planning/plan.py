@@ -96,6 +96,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
                 checkpointing,
                 cluster.num_gpus,
                 cluster.gpus_per_node,
+                accumulates=at_a_time < per_gpu,
             )
             for strategy in STRATEGIES
             for checkpointing in (False, True)

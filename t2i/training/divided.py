@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
+def is_divided(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
 def own(tensor: Tensor) -> Tensor:
     """The rows that this process holds, in the same memory; a tensor that is not divided as it is."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor

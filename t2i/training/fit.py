@@ -28,7 +28,7 @@ from t2i.data.sources import Limits
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import Batch
 from t2i.launch import processes
-from t2i.launch.ranks import Rank
+from t2i.launch.ranks import Rank, is_first
 from t2i.launch.watch import patience_s
 from t2i.nn.precision import chosen
 from t2i.training import run_folder
@@ -87,7 +87,7 @@ def fit(
     began = time.perf_counter()
     reuse = config.resume == "auto"
     with run_folder.opened(config.runs_dir, config.stage, config.name, resumed, reuse) as folder:
-        if resumed is None:
+        if resumed is None and is_first(os.environ):
             run_folder.write_config(folder, run_to_dict(stage.config))
         log.info("run folder: %s", folder)
         trainer = _train(config, stage, folder, preview, console, Metrics(mfu_per_rate))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t2i.nn.precision import widened
+from t2i.training.adamw import AdamW
 from t2i.training.divided import group_of, own
 
 MOMENTUM = 0.95
@@ -80,7 +81,7 @@ def orthogonalise_divided(own_rows: Tensor, rows: int, group: dist.ProcessGroup)
     return got.view(world * share, most, columns)[:count, :held]
 
 
-class MuonAdamW(torch.optim.AdamW):
+class MuonAdamW(AdamW):
     """Muon for the parameter groups that have `muon` true, AdamW for the others.
 
     Convolutions are stepped as matrices (out_channels, everything else). A step has the root mean square

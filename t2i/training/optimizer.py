@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import OptimizerConfig
+from t2i.training.adamw import AdamW
 from t2i.training.divided import like
 from t2i.training.muon import MuonAdamW
 
@@ -34,7 +35,7 @@ def build_optimizer(
             _group(vectors, 0.0),
             _group(hidden, config.weight_decay, muon_scale=config.muon_scale),
         ]
-    optimizer = torch.optim.AdamW if config.muon_scale is None else MuonAdamW
+    optimizer = AdamW if config.muon_scale is None else MuonAdamW
     betas = (config.betas[0], config.betas[1])
     filled = [group for group in parameter_groups if group["params"]]
     made = optimizer(filled, lr=config.learning_rate, betas=betas, fused=True)

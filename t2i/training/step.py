@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from t2i.config import OptimizerConfig
 from t2i.interfaces import Batch
-from t2i.training.divided import group_of, own
+from t2i.training.divided import group_of, is_divided, own
 from t2i.training.finite import any_not_finite
 from t2i.training.optimizer import build_optimizer, learning_rate
 from t2i.training.ranges import part_of_step
@@ -145,12 +145,14 @@ def clip(turn: Turn, idle: Sequence[nn.Parameter]) -> dict[int, Tensor]:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """(), of all of them, whichever process holds which rows."""
-    norm = nn.utils.get_total_norm([own(gradient) for gradient in gradients])
-    if (group := group_of(gradients)) is not None:
-        norm = norm.square()
-        dist.all_reduce(norm, group=group)
-        norm = norm.sqrt()
-    return norm
+    if (group := group_of(gradients)) is None:
+        return nn.utils.get_total_norm(gradients)
+    divided = [own(gradient) for gradient in gradients if is_divided(gradient)]
+    square = nn.utils.get_total_norm(divided).square()
+    dist.all_reduce(square, group=group)
+    if others := [gradient for gradient in gradients if not is_divided(gradient)]:
+        square += nn.utils.get_total_norm(others).square()
+    return square.sqrt()
 
 
 def logged(losses: dict[str, Tensor], turn: Turn, turns: Sequence[Turn]) -> dict[str, Tensor]:

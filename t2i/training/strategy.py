@@ -20,9 +20,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.utils import _sync_module_states
 
-from t2i.config import TrainerConfig
+from t2i.config import Precision, TrainerConfig
 from t2i.launch.watch import patience_s
-from t2i.training.divided import put
+from t2i.training.divided import is_divided, put
 from t2i.training.stage import BaseStage
 
 BUCKET_BYTES = 250 * 2**20  # of the buffers that are sent together
@@ -39,6 +39,7 @@ class ShardedStrategy(DDPStrategy):
     def __init__(self, config: TrainerConfig) -> None:
         super().__init__(timeout=timedelta(seconds=patience_s(config.deadline_s)))
         self.config = config
+        self.reduces = True  # gradients, in the backward pass in progress
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -51,6 +52,15 @@ class ShardedStrategy(DDPStrategy):
         _sync_module_states(stage, _get_default_group(), BUCKET_BYTES, src=0, params_and_buffers_to_ignore=())
         mesh = mesh_of(self.config, self.root_device)
         divide(stage, mesh, self.config)
+        for parameter in stage.parameters():
+            if parameter.requires_grad and not is_divided(parameter):
+                parameter.register_post_accumulate_grad_hook(self._averaged)
+
+    def _averaged(self, parameter: torch.Tensor) -> None:
+        """The gradient of what is not divided, over all processes."""
+        if self.reduces and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.config.processes
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
@@ -63,13 +73,16 @@ class ShardedStrategy(DDPStrategy):
         """Within this context gradients are added up in each process, whole."""
         stage = self.model
         assert isinstance(stage, FSDPModule)
-        stage.set_requires_gradient_sync(False)
-        stage.set_is_last_backward(False)
+        self._reduce(stage, False)
         try:
             yield
         finally:
-            stage.set_requires_gradient_sync(True)
-            stage.set_is_last_backward(True)
+            self._reduce(stage, True)
+
+    def _reduce(self, stage: FSDPModule, reduces: bool) -> None:
+        self.reduces = reduces
+        stage.set_requires_gradient_sync(reduces)
+        stage.set_is_last_backward(reduces)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
@@ -99,20 +112,34 @@ def mesh_of(config: TrainerConfig, device: torch.device) -> DeviceMesh:
 
 def divide(stage: BaseStage, mesh: DeviceMesh, config: TrainerConfig) -> None:
     """Puts `fully_shard` on a stage, in place. Its trained parameters are DTensors then."""
-    in_bf16 = config.precision == "bf16-mixed"
     options: dict[str, Any] = {
         "mesh": mesh,
-        # Inputs stay what autocast makes of them, as with DDP: blocks add to float32.
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        if in_bf16
-        else MixedPrecisionPolicy(),
-        "ignored_params": {p for p in stage.parameters() if not p.requires_grad},
+        "mp_policy": gathered_in(config.precision),
+        # A single number has no rows.
+        "ignored_params": {p for p in stage.parameters() if not p.requires_grad or p.ndim == 0},
     }
     for parameter in stage.parameters():
         parameter.data = parameter.data.contiguous()  # rows of channels_last have no order of their own
     for block in stage.blocks_to_gather():
-        if any(p.requires_grad for p in block.parameters()):
+        if any(p not in options["ignored_params"] for p in block.parameters()):
             fully_shard(block, reshard_after_forward=config.strategy != "shard_grad_op", **options)
     fully_shard(stage, reshard_after_forward=False, **options)
     for name in ("losses", "draw", "after_training"):
         register_fsdp_forward_method(stage, name)
+
+
+def gathered_in(precision: Precision) -> MixedPrecisionPolicy:
+    """With bf16-mixed matrices are gathered in bfloat16, to which autocast would round them before each product, and
+    vectors, which norms take in float32, as they are; gradients are summed in float32. Inputs stay what autocast makes
+    of them. A torch that cannot tell one from the other (before 2.15) gathers all as it is."""
+    if (
+        precision != "bf16-mixed"
+        or "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__
+    ):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        torch.bfloat16,
+        torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda parameter: parameter.dtype if parameter.ndim < 2 else None,
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch.multiprocessing as mp
 
@@ -54,29 +55,15 @@ def losses(folder: Path) -> list[dict[str, float]]:
         ]
 
 
-def worker(rank: int, port: int, arguments: dict[str, list[str]], shards: list[str], folder: str) -> None:
-    """Trains each of the `arguments` as torchrun would have started it, and writes the losses of each."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
-    import torch
-    from hydra import compose, initialize_config_module
-    from rich.console import Console
-
-    from t2i.training.fit import fit
-    from t2i_cli.composition import checked
-    from t2i_cli.train import typed_run
-
-    torch.set_num_threads(1)
+def worker(
+    rank: int, ports: list[int], arguments: dict[str, list[str]], shards: list[str], folder: str
+) -> None:
+    """Trains each of the `arguments`, and writes the losses of each."""
     found = {}
-    for name, overrides in arguments.items():
-        runs_dir = f"runs_dir={folder}/{name.replace('/', '_').replace(' ', '')}/{rank}"
+    for port, (name, overrides) in zip(ports, arguments.items(), strict=True):
+        runs_dir = f"runs_dir={folder}/{name.replace('/', '_').replace(' ', '')}"
         typed = [*shards, "logger.tensorboard=false", *SHARED, *overrides, runs_dir]
-        with initialize_config_module("t2i_conf", version_base="1.3"):
-            config = typed_run(checked(compose("train", overrides=typed), typed))
-        stage = families.get(config.family).load_stage(config.stage)
-        result = fit(config, stage, Console(quiet=True))
-        found[name] = losses(result.folder) if rank == 0 else []
+        found[name] = losses(as_torchrun.train(rank, port, typed))
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(found))
 
@@ -95,31 +82,41 @@ def arguments_of(name: str, compose_run, codec: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def of_two(compose_run, codec, shapes_overrides, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("two")
-    asked = {
-        f"{name} {way}": [*arguments_of(name, compose_run, codec), *WAYS[way]]
-        for name in SMALL
-        for way in WAYS
-        if name not in OF_A_PART
-    }
-    mp.spawn(worker, (port, asked, shapes_overrides, str(folder)), nprocs=2)
-    return json.loads((folder / "losses.json").read_text())
+def of_two(
+    compose_run, codec, shapes_overrides, tmp_path_factory
+) -> Callable[[str], dict[str, list[dict[str, float]]]]:
+    @cache
+    def of_two(name: str) -> dict[str, list[dict[str, float]]]:
+        """By way."""
+        folder = tmp_path_factory.mktemp("two")
+        asked = {way: [*arguments_of(name, compose_run, codec), *WAYS[way]] for way in WAYS}
+        ports = as_torchrun.free_ports(len(asked))
+        mp.spawn(worker, (ports, asked, shapes_overrides, str(folder)), nprocs=2)
+        return json.loads((folder / "losses.json").read_text())
+
+    return of_two
+
+
+@pytest.fixture(scope="module")
+def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str], list[dict[str, float]]]:
+    @cache
+    def of_one(name: str) -> list[dict[str, float]]:
+        folder = tmp_path_factory.mktemp("one")
+        config = compose_run(*arguments_of(name, compose_run, codec), *SHARED, f"runs_dir={folder}")
+        return losses(train(config).folder)
+
+    return of_one
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SMALL)
-def test_the_same_losses(name, way, of_two, compose_run, train, codec, tmp_path):
+def test_the_same_losses(name, way, of_one, of_two):
     if reason := OF_A_PART.get(name) or OF_A_PART.get(f"{name} {way.split(' ', 1)[1]}"):
         pytest.skip(reason)
-    config = compose_run(*arguments_of(name, compose_run, codec), *SHARED, f"runs_dir={tmp_path}")
-    one = losses(train(config).folder)
+    one = [dict(row) for row in of_one(name)]
     assert [row["images"] for row in one] == [8, 16, 24, 32]
-    for expected, row in zip(one, of_two[f"{name} {way}"], strict=True):
+    for expected, row in zip(one, of_two(name)[way], strict=True):
         if name == "pixel_diffusion/tiny_linear_x0_classifier":  # tells a part's captions from one another
             for column in ("classifier", "gradient_norm_classifier"):
                 assert row.pop(column) != expected.pop(column)

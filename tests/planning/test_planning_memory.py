@@ -220,6 +220,8 @@ def test_what_each_strategy_shards():
         assert (held.gradients, held.ema) == (4_000_000 // shards[strategy],) * 2
         assert held.optimizer == 8_000_000 // shards[strategy]
         assert (held.frozen, held.activations) == (2_000_000, 10_000)
+        in_parts = memory(TRAINED, KEPT, 0, 10, strategy, False, 16, 8, accumulates=True)
+        assert in_parts.gradients == 4_000_000  # added up before they are reduced
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 
 from t2i.config import OptimizerConfig
 from t2i.training.finite import any_not_finite
-from t2i.training.muon import orthogonalise
+from t2i.training.muon import MuonAdamW, orthogonalise
 from t2i.training.optimizer import build_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, muon_scale=3.0, warmup_images=0)
@@ -75,7 +75,8 @@ def test_without_a_scale_all_is_adamw():
     model = nn.Linear(4, 4)
     config = OptimizerConfig(learning_rate=0.01, warmup_images=0)
     optimizer = build_optimizer([list(model.parameters())], [model.weight], config)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert not isinstance(optimizer, MuonAdamW)
     assert not any(group["muon"] for group in optimizer.param_groups)
 
 
