@@ -32,6 +32,13 @@ def mixed(precision: Precision, device: torch.device) -> AbstractContextManager[
     return torch.autocast(device.type, dtype=dtypes[precision])
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within this context what is computed on `device` has the dtype of what it is computed from."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def rounded(network: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the weights of a frozen network's products in `dtype`, in place: those that autocast, within which the
     network has to run, would round at each use. Norms stay as exact as they are."""

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
-from t2i.nn.norm import group_norm
+from t2i.nn.norm import GroupNorm, group_norm
 from t2i.nn.residual import Upsample
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> GroupNorm:
     return group_norm(channels, eps=1e-6)
 
 

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2i.families.autoencoder.config import PatchBackboneConfig
+from t2i.nn.norm import GroupNorm
 from t2i.nn.residual import zero_init
 
 INITIAL_LOG_VARIANCE = -6.0  # noise of 5% of the code's standard deviation
@@ -21,7 +22,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         zero_init(self.conv2)

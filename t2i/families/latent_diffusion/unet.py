@@ -15,7 +15,7 @@ from t2i.interfaces import TextFeatures
 from t2i.nn.attention import Attention
 from t2i.nn.denoiser import Denoiser
 from t2i.nn.embeddings import timestep_embedding
-from t2i.nn.norm import group_norm
+from t2i.nn.norm import LayerNorm, group_norm
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
 from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
@@ -52,9 +52,9 @@ class TransformerBlock(nn.Module):
         self.attn1 = Attention(dim, heads=heads, head_dim=dim // heads)
         self.attn2 = Attention(dim, context_dim, heads=heads, head_dim=dim // heads)
         self.ff = FeedForward(dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None) -> Tensor:
         """x: (B, N, dim), context: (B, L, context_dim), context_mask: (B, L) bool -> (B, N, dim)."""

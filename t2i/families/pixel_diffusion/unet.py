@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
-from t2i.nn.norm import RMSNorm
+from t2i.nn.norm import GroupNorm, RMSNorm
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
 from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
 POSITION_SPAN = 16.0  # positions run from 0 to this along the longer side, whatever the resolution
 
 
-def config_norm(config: UNetConfig, channels: int) -> nn.GroupNorm:
+def config_norm(config: UNetConfig, channels: int) -> GroupNorm:
     """In `config.norm_groups` groups. Each is normalised over the picture: of a picture of one colour, groups of two
     channels leave no more than a sign."""
-    return nn.GroupNorm(config.norm_groups, channels)
+    return GroupNorm(config.norm_groups, channels)
 
 
 class ResBlock(ResidualBlock):
