@@ -16,7 +16,9 @@ Spacing = Literal["leading", "linspace", "trailing"]
 TimeDistribution = Literal["uniform", "logit_normal"]
 FinalSigmas = Literal["zero", "sigma_min"]
 Objective = Literal["eps", "x0", "v", "flow"]
-SamplerName = Literal["ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m"]
+SamplerName = Literal[
+    "ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"
+]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class GridConfig:
     steps_offset: added to the times of "leading"
     set_alpha_to_one: whether ddim and pndm end on clean data, or else on the first training step; null is diffusers'
         default, true for ddim and false for pndm
-    final_sigmas_type: whether euler and dpmpp_2m end on clean data ("zero"), or else on the first training step
-    use_karras_sigmas: euler, heun and dpmpp_2m: noise levels spaced as in Karras et al. 2206.00364, eq. 5
+    final_sigmas_type: whether euler, unipc and dpmpp end on clean data ("zero"), or else on the first training step
+    use_karras_sigmas: euler, heun, unipc and dpmpp: noise levels spaced as in Karras et al. 2206.00364, eq. 5
+    use_exponential_sigmas: the same samplers: their logarithms evenly spaced
     """
 
     timestep_spacing: Spacing | None = None
@@ -97,9 +100,52 @@ class GridConfig:
     set_alpha_to_one: bool | None = False
     final_sigmas_type: FinalSigmas = "zero"
     use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
 
     def __post_init__(self) -> None:
         check(self.steps_offset >= 0, "sampling.steps_offset", self.steps_offset, "0 or more")
+        both = self.use_karras_sigmas and self.use_exponential_sigmas
+        check(not both, "sampling.use_exponential_sigmas", True, "false with sampling.use_karras_sigmas=true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSampling(GridConfig):
+    """How a diffusion model draws.
+
+    guidance_scale: of classifier-free guidance (2207.12598); 1 is without
+    guidance_rescale: 0 to 1: how far guided outputs are brought back to the standard deviation of the unguided ones
+        (2305.08891, section 3.4)
+    guidance_above, guidance_below: guidance at noise levels sigma / alpha above and up to these alone (2404.07724);
+        null: no limit. Elsewhere the model is asked once in place of twice
+    eta: of sampler ddim: the share of noise that each step adds, 0 to 1 (2010.02502, eq. 16); 1 is ddpm
+    """
+
+    sampler: SamplerName
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    guidance_above: float | None = None
+    guidance_below: float | None = None
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        ok = 0 <= self.guidance_scale < math.inf
+        check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")
+        for key in ("guidance_rescale", "eta"):
+            check(0 <= getattr(self, key) <= 1, f"sampling.{key}", getattr(self, key), "0 to 1")
+        check(self.eta == 0 or self.sampler == "ddim", "sampling.eta", self.eta, "0 but with sampler ddim")
+        low, high = self.guidance_above, self.guidance_below
+        check(low is None or 0 <= low < math.inf, "sampling.guidance_above", low, "0 or more, or null")
+        ok = high is None or (low or 0) < high
+        check(ok, "sampling.guidance_below", high, f"above sampling.guidance_above ({low or 0}), or null")
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        """Noise levels between which there is guidance."""
+        high = self.guidance_below
+        return self.guidance_above or 0.0, math.inf if high is None else high
 
 
 def check_objective(objective: str, schedule: ScheduleConfig) -> None:

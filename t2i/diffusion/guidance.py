@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from t2i.diffusion.config import DiffusionSampling
+from t2i.diffusion.schedules import Schedule
 from t2i.interfaces import TextFeatures
 
 
@@ -16,28 +19,56 @@ def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
+def rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
+    """`out` brought `share` of the way to the standard deviation that `cond` has, per sample (Lin et al. 2305.08891,
+    eq. 15 and 16). Both (B, ...)."""
+    axes = tuple(range(1, out.ndim))
+    ratio = cond.std(axes, keepdim=True) / out.std(axes, keepdim=True)
+    return out * (share * ratio + (1 - share))
+
+
+def thresholded(x0: Tensor, share: float) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2205.11487, section 2.3): cut to [-s, s] and divided by s, where s is the
+    quantile `share` of a sample's absolute values, but at least 1. x0: (B, ...) -> in [-1, 1]."""
+    limit = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=1)
+    limit = limit.view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-limit, limit) / limit
+
+
 def classifier_free(
     model: Callable[[Tensor, Tensor, TextFeatures], Tensor],
     cond: TextFeatures,
     uncond: TextFeatures,
-    scale: float,
+    sampling: DiffusionSampling,
+    schedule: Schedule,
+    channels: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """model(x, t, text) as a guided function of (x, t), one call of the model per call: on the batch
-    [uncond, cond], or, where scale is 1, on cond alone.
+    [uncond, cond], or, where there is no guidance, on cond alone.
 
     cond, uncond: B captions each, tokens of the same length
-    x: (B, ...), t: (B,)
+    channels: only so many are guided, the others are those of cond: a learned variance (GLIDE); None: all
+    x: (B, ...), t: (B,), equal times
     """
-    if scale == 1:
+    if sampling.guidance_scale == 1:
         return lambda x, t: model(x, t, cond)
     both = TextFeatures(
         tokens=torch.cat([uncond.tokens, cond.tokens]),
         pooled=torch.cat([uncond.pooled, cond.pooled]),
         mask=torch.cat([uncond.mask, cond.mask]),
     )
+    low, high = sampling.guidance_interval
 
     def guided_model(x: Tensor, t: Tensor) -> Tensor:
+        if (low, high) != (0.0, math.inf):
+            alpha, sigma = (value.item() for value in schedule.alpha_sigma(t[:1]))
+            if not (low * alpha < sigma and (high == math.inf or sigma <= high * alpha)):
+                return model(x, t, cond)
         out_uncond, out_cond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return guided(out_cond, out_uncond, scale)
+        kept = out_cond[:, : out_cond.shape[1] if channels is None else channels]
+        out = guided(kept, out_uncond[:, : kept.shape[1]], sampling.guidance_scale)
+        if sampling.guidance_rescale > 0:
+            out = rescaled(out, kept, sampling.guidance_rescale)
+        return torch.cat([out, out_cond[:, kept.shape[1] :]], dim=1)
 
     return guided_model

@@ -60,14 +60,19 @@ def levels_at(schedule: DiscreteSchedule, t: Tensor) -> list[tuple[float, Level]
 
 def karras_levels(first: float, last: float, steps: int, rho: float = 7.0) -> Tensor:
     """(steps,) float64 noise levels sigma / alpha, 2206.00364 eq. 5."""
-    check(
-        math.isfinite(first),
-        "sampling.use_karras_sigmas",
-        True,
-        "false on a schedule that ends on pure noise",
-    )
+    check_finite_end(first, "use_karras_sigmas")
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
     return (first ** (1 / rho) + share * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+
+
+def exponential_levels(first: float, last: float, steps: int) -> Tensor:
+    """(steps,) float64 noise levels sigma / alpha whose logarithms are evenly spaced."""
+    check_finite_end(first, "use_exponential_sigmas")
+    return torch.linspace(math.log(first), math.log(last), steps, dtype=torch.float64).exp()
+
+
+def check_finite_end(first: float, key: str) -> None:
+    check(math.isfinite(first), f"sampling.{key}", True, "false on a schedule that ends on pure noise")
 
 
 def as_tensors(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:

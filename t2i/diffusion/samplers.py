@@ -7,7 +7,6 @@ scheduler config, by default Stable Diffusion 1's, so that the same seed gives t
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -16,84 +15,21 @@ from torch import Tensor
 
 from t2i.config import check
 from t2i.diffusion.config import GridConfig
-from t2i.diffusion.levels import CLEAN, Level, NoiseLevels, as_tensors, first_level, karras_levels, levels_at
+from t2i.diffusion.dpm_solver import DPMSolverPlusPlus2M, DPMSolverPlusPlus2MSDE, UniPC
+from t2i.diffusion.levels import (
+    CLEAN,
+    Level,
+    NoiseLevels,
+    as_tensors,
+    exponential_levels,
+    first_level,
+    karras_levels,
+    levels_at,
+)
 from t2i.diffusion.objectives import Prediction, target, to_x0_eps
+from t2i.diffusion.sampler import Denoise, Sampler
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 from t2i.diffusion.variance import log_variance, posterior
-
-# denoise(x_t, t) with x_t: (B, ...) and t: (B,) floating point, in the schedule's own time.
-Denoise = Callable[[Tensor, Tensor], Prediction]
-
-
-class Sampler(ABC):
-    """One walk down the noise levels; a sampler of its own for every walk, as some remember past steps.
-
-    spacing: the time grid on discrete schedules, where nothing else is said
-    karras: whether it can walk Karras' levels
-    by_stride: whether its steps go by T // steps on discrete schedules, whatever the grid
-    whole_times: whether "linspace" is rounded to training steps
-
-    generators: one per picture, the source of what noise is added on the way; None takes torch's global one
-    """
-
-    spacing: ClassVar[Spacing]
-    karras: ClassVar[bool] = False
-    by_stride: ClassVar[bool] = False
-    whole_times: ClassVar[bool] = False
-
-    def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
-        self.levels = levels
-        self.generators = generators
-
-    @classmethod
-    def times(cls, schedule: Schedule, steps: int, spacing: Spacing, steps_offset: int) -> Tensor:
-        """(steps,) float64, decreasing: this sampler's version of the spacing."""
-        times = schedule.times(steps, spacing, steps_offset)
-        return times.round() if cls.whole_times and isinstance(schedule, DiscreteSchedule) else times
-
-    @classmethod
-    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
-        """Where the walk ends: on x_0, or else on the schedule's time 0, which on discrete schedules is the first
-        training step."""
-        return CLEAN
-
-    @classmethod
-    def karras_ends(cls, schedule: DiscreteSchedule, level: Tensor) -> tuple[float, float]:
-        """sigma / alpha of the first and the last of Karras' levels, given those of the grid."""
-        return level[0].item(), level[-1].item()
-
-    def grid_index(self, i: int) -> int:
-        """The noise level that step i starts from."""
-        return i
-
-    def num_steps(self) -> int:
-        return len(self.levels.sigma) - 1
-
-    def start(self, noise: Tensor, spacing: Spacing) -> Tensor:
-        """x at the first level, where nothing is there but noise."""
-        return noise
-
-    @abstractmethod
-    def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
-        """x after step i. Steps are taken in order; the first may be a later one than 0."""
-
-    def predict(self, denoise: Denoise, x: Tensor, index: int) -> Prediction:
-        # Half precision cannot hold the timestep 999.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        p = denoise(x, torch.full((len(x),), self.levels.t[index], dtype=dtype, device=x.device))
-        if self.levels.at_t is None:
-            return p
-        # The network is asked at a time near the level: what it put out is kept, and means x0 and eps at the level.
-        output = target(p.objective, p.x0, p.eps, *as_tensors(self.levels.at_t[index], x))
-        return to_x0_eps(p.objective, output, x, *as_tensors(self.levels.level(index), x))
-
-    def noise_like(self, x: Tensor) -> Tensor:
-        if self.generators is None:
-            return torch.randn_like(x)
-        draws = [
-            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
-        ]
-        return torch.stack(draws).to(x.device)
 
 
 class DDIM(Sampler):
@@ -105,7 +41,7 @@ class DDIM(Sampler):
     spacing: ClassVar[Spacing] = "leading"
     by_stride = True
     whole_times = True
-    eta: ClassVar[float] = 0.0
+    eta: float = 0.0
 
     @classmethod
     def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
@@ -260,56 +196,6 @@ class PNDM(Sampler):
         return alpha * p.x0 + sigma * p.eps
 
 
-class DPMSolverPlusPlus2M(Sampler):
-    """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: second order from one denoiser call per step, with
-    first-order steps where it starts and where sigma' = 0, and at the end of fewer than 15 steps."""
-
-    spacing = "linspace"
-    karras = True
-    whole_times = True
-
-    def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
-        super().__init__(levels, generators)
-        self._previous: tuple[Tensor, float] | None = None  # x0 and h of the step before
-
-    @classmethod
-    def times(cls, schedule: Schedule, steps: int, spacing: Spacing, steps_offset: int) -> Tensor:
-        """On discrete schedules the published grids count the clean end as one of their points, and round to
-        training steps."""
-        if spacing == "trailing" or not isinstance(schedule, DiscreteSchedule):
-            return super().times(schedule, steps, spacing, steps_offset)
-        limit = schedule.num_train_steps - (1 + steps_offset if spacing == "leading" else 1)
-        check(1 <= steps <= limit, "steps", steps, f"1 to {limit} for dpmpp_2m with the {spacing} spacing")
-        return super().times(schedule, steps + 1, spacing, steps_offset)[:-1].round()
-
-    @classmethod
-    def end_level(cls, schedule: Schedule, grid: GridConfig) -> Level:
-        return CLEAN if grid.final_sigmas_type == "zero" else first_level(schedule)
-
-    @classmethod
-    def karras_ends(cls, schedule: DiscreteSchedule, level: Tensor) -> tuple[float, float]:
-        """Here those of the schedule, whatever the grid."""
-        alpha, sigma = schedule.alpha_sigma(torch.tensor([schedule.num_train_steps - 1.0, 0.0]).double())
-        first, last = (sigma / alpha).tolist()
-        return first, last
-
-    def step(self, denoise: Denoise, x: Tensor, i: int) -> Tensor:
-        x0 = self.predict(denoise, x, i).x0
-        alpha, alpha_next = self.levels.alpha[i : i + 2]
-        sigma, sigma_next = self.levels.sigma[i : i + 2]
-        # lambda = log(alpha / sigma) and h = lambda' - lambda. h is infinite from pure noise (alpha = 0) and
-        # to clean data (sigma' = 0); exp(-h) is 0 there.
-        exp_minus_h = alpha * sigma_next / (alpha_next * sigma)
-        h = -math.log(exp_minus_h) if exp_minus_h > 0 else math.inf
-        d = x0
-        is_last = i == self.num_steps() - 1
-        if self._previous is not None and math.isfinite(h) and not (is_last and self.num_steps() < 15):
-            x0_previous, h_previous = self._previous
-            d = x0 + h / (2 * h_previous) * (x0 - x0_previous)
-        self._previous = (x0, h)
-        return sigma_next / sigma * x + alpha_next * (1 - exp_minus_h) * d
-
-
 # The names are those of `t2i.diffusion.config.SamplerName`.
 SAMPLERS: dict[str, type[Sampler]] = {
     "ddim": DDIM,
@@ -319,6 +205,8 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "euler_ancestral": EulerAncestral,
     "heun": Heun,
     "dpmpp_2m": DPMSolverPlusPlus2M,
+    "dpmpp_2m_sde": DPMSolverPlusPlus2MSDE,
+    "unipc": UniPC,
 }
 
 
@@ -332,6 +220,7 @@ def sample(
     *,
     grid: GridConfig | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
     init: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
@@ -342,7 +231,7 @@ def sample(
     sampler: a name in SAMPLERS
     steps: levels of the grid. Samplers call the denoiser once per level; heun calls it twice and pndm once more
     progress: called with (steps done, steps) after every step
-    grid: None for that of Stable Diffusion 1's scheduler config; generators: see `Sampler`
+    grid: None for that of Stable Diffusion 1's scheduler config; generators: see `Sampler`; eta: of ddim
     init: (B, ...) data to start from in place of nothing (SDEdit, Meng et al. 2108.01073)
     strength: above 0, at most 1: how much of the walk is taken from `init`; int(steps * strength) levels
     Raises ConfigError for a sampler, spacing, strength or number of steps that is not to be had.
@@ -353,6 +242,10 @@ def sample(
     spacing = grid.timestep_spacing or schedule.spacing or cls.spacing
     levels = noise_levels(cls, schedule, steps, spacing, grid)
     solver = cls(levels, generators)
+    if eta > 0:
+        check(cls is DDIM, "eta", eta, "0 but with ddim")
+        assert isinstance(solver, DDIM)
+        solver.eta = eta
     first = 0
     if init is None:
         x = solver.start(noise, spacing)
@@ -379,15 +272,17 @@ def noise_levels(
     end = cls.end_level(schedule, grid)
     at_t = below = above = None
     discrete = isinstance(schedule, DiscreteSchedule)
-    key, allowed = "sampling.use_karras_sigmas", "false with schedule.name=flow"
-    check(discrete or not grid.use_karras_sigmas, key, grid.use_karras_sigmas, allowed)
+    for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+        used = getattr(grid, key)
+        check(discrete or not used, f"sampling.{key}", used, "false with schedule.name=flow")
     if isinstance(schedule, DiscreteSchedule):
         if cls.by_stride:
             stride = schedule.num_train_steps // steps
             below = [end if time < 0 else level for time, level in levels_at(schedule, t - stride)]
             above = [level for _, level in levels_at(schedule, t + stride)]
-        if grid.use_karras_sigmas and cls.karras:
-            level = karras_levels(*cls.karras_ends(schedule, sigma / alpha), steps)
+        if cls.karras and (grid.use_karras_sigmas or grid.use_exponential_sigmas):
+            ends = cls.karras_ends(schedule, sigma / alpha)
+            level = (karras_levels if grid.use_karras_sigmas else exponential_levels)(*ends, steps)
             t = schedule.time_of(level)
             t = t.round() if cls.whole_times else t
             at_t = [each for _, each in levels_at(schedule, t)]

@@ -21,7 +21,9 @@ CLASSES = {
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
 }
+SDE = "sde-dpmsolver++"  # algorithm_type of DPMSolverMultistepScheduler: dpmpp_2m_sde
 # Of a model that no scheduler's configuration comes with: what Stable Diffusion was trained with, and is drawn with.
 SCHEDULE: dict[str, Any] = {
     "name": "scaled_linear",
@@ -36,21 +38,24 @@ SAMPLING: dict[str, Any] = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.
 
 # Entries that change pictures and have one value in our samplers.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
+    "algorithm_type": ("dpmsolver++", SDE),
+    "disable_corrector": ([],),
     "euler_at_final": (False,),
     "flow_shift": (1.0,),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-float("inf"),),
     "lower_order_final": (True,),
+    "predict_x0": (True,),
+    "shift_terminal": (None,),
     "sigma_max": (None,),
     "sigma_min": (None,),
     "solver_order": (2,),
+    "solver_p": (None,),
     "solver_type": ("midpoint",),
     "thresholding": (False,),
     "timestep_type": ("discrete",),
     "use_beta_sigmas": (False, None),
     "use_dynamic_shifting": (False,),
-    "use_exponential_sigmas": (False, None),
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
     "variance_type": (None, "fixed_small"),
@@ -58,7 +63,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 READ = {
     *("beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type", "num_train_timesteps"),
     *("rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type"),
-    *("use_karras_sigmas", "skip_prk_steps", "clip_sample"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "skip_prk_steps", "clip_sample"),
 }
 # Of no consequence while the entries above are as they are, or told by diffusers' own versions.
 WITHOUT_EFFECT = {
@@ -101,6 +106,8 @@ def read_scheduler(values: Mapping[str, Any], place: str, stable_diffusion: bool
         schedule["zero_terminal_snr"] = True
     kind = values.get("_class_name")
     sampler = CLASSES.get(kind) if isinstance(kind, str) else None
+    if sampler == "dpmpp_2m" and values.get("algorithm_type") == SDE:
+        sampler = "dpmpp_2m_sde"
     notes = []
     if sampler is None and kind is not None:
         notes.append(
@@ -122,20 +129,24 @@ def _grid(values: Mapping[str, Any], place: str, sampler: str, stable_diffusion:
     check(type(offset) is int and offset >= 0, f"{place}: steps_offset", offset, "a whole number, 0 or more")
     final = values.get("final_sigmas_type", "zero")
     check(final in ("zero", "sigma_min"), f"{place}: final_sigmas_type", final, "zero, sigma_min")
-    alpha_one, karras = values.get("set_alpha_to_one"), values.get("use_karras_sigmas") or False
+    alpha_one = values.get("set_alpha_to_one")
     check(alpha_one in (None, True, False), f"{place}: set_alpha_to_one", alpha_one, "true, false")
-    check(karras in (True, False), f"{place}: use_karras_sigmas", karras, "true, false")
+    levels = {key: values.get(key) or False for key in ("use_karras_sigmas", "use_exponential_sigmas")}
+    for key, used in levels.items():
+        check(used in (True, False), f"{place}: {key}", used, "true, false")
     return {
         "timestep_spacing": spacing,
         "steps_offset": offset,
         "set_alpha_to_one": alpha_one,
         "final_sigmas_type": final,
-        "use_karras_sigmas": karras,
+        **levels,
     }
 
 
 def _left_out(values: Mapping[str, Any], place: str, stable_diffusion: bool) -> list[str]:
     fixed = dict(FIXED)
+    if values.get("_class_name") == "UniPCMultistepScheduler":
+        fixed["solver_type"] = ("bh2",)
     if values.get("_class_name") == "PNDMScheduler":
         fixed["skip_prk_steps"] = (True,)
         values = {"skip_prk_steps": False} | dict(values)  # diffusers' default
@@ -160,6 +171,7 @@ def write_scheduler(
     names = {ours: theirs for theirs, ours in SCHEDULES.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     classes = {ours: theirs for theirs, ours in CLASSES.items()}
+    classes["dpmpp_2m_sde"] = classes["dpmpp_2m"]
     zero_snr = bool(schedule.get("zero_terminal_snr", False))
     sampler, spacing = sampling["sampler"], sampling.get("timestep_spacing")
     if zero_snr and sampler in ("pndm", "heun"):  # whose classes cannot rescale the schedule
@@ -186,6 +198,9 @@ def write_scheduler(
         values["timestep_spacing"] = spacing
     if sampling.get("final_sigmas_type", "zero") != "zero":
         values["final_sigmas_type"] = sampling["final_sigmas_type"]
-    if sampling.get("use_karras_sigmas", False):
-        values["use_karras_sigmas"] = True
+    for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+        if sampling.get(key, False):
+            values[key] = True
+    if sampler == "dpmpp_2m_sde":
+        values["algorithm_type"] = SDE
     return values

@@ -9,6 +9,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from schedule_configs import schedule_config
 
@@ -59,14 +60,22 @@ REFERENCES = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
     "heun": HeunDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
 }
+THEIR_OPTIONS = {"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}}
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
 EDM_VARIABLES = ("euler", "euler_ancestral", "heun")  # diffusers walks x / alpha
 
 
-def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, **changes):
+def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, eta=0.0, **changes):
     """The loop of diffusers' pipelines: what its network was asked, and the result."""
-    reference = REFERENCES[sampler].from_config(PNDMScheduler.from_config(SD1).config, **changes)
+    reference = REFERENCES[sampler].from_config(
+        PNDMScheduler.from_config(SD1).config, **THEIR_OPTIONS.get(sampler, {}), **changes
+    )
     reference.set_timesteps(steps)
+    if sampler == "unipc":  # its equations are in torch's default dtype, which is float64 here
+        reference.sigmas = reference.sigmas.double()
     times = reference.timesteps
     if init is None:
         x = noise * reference.init_noise_sigma
@@ -76,9 +85,10 @@ def reference_walk(sampler, noise, steps, seeds=None, init=None, strength=1.0, *
         if hasattr(reference, "set_begin_index"):
             reference.set_begin_index(first)
         x = reference.add_noise(init, noise, times[:1].repeat(len(init)))
-    stochastic = sampler in ("ddpm", "euler_ancestral")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
-    options = {"generator": generators} if stochastic else {}
+    options = {"generator": generators} if sampler in STOCHASTIC or eta > 0 else {}
+    if eta > 0:
+        options["eta"] = eta
     states = []
     for t in times:
         asked = reference.scale_model_input(x, t)

@@ -17,6 +17,7 @@ from diffusion_walks import (
     DIFFUSERS_OBJECTIVE,
     EDM_VARIABLES,
     REFERENCES,
+    STOCHASTIC,
     assert_same_walk,
     our_walk,
     reference_walk,
@@ -31,6 +32,7 @@ from t2i.diffusion.config import GridConfig, SamplerName
 from t2i.diffusion.objectives import Prediction
 from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
 from t2i.diffusion.schedules import build_schedule
+from t2i.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -64,6 +66,18 @@ def test_walks_from_a_picture_match_diffusers(sampler, objective, strength):
     options = {"seeds": (3, 4), "init": init, "strength": strength}
     ours = our_walk(sampler, "scaled_linear", objective, start(), 20, **options)
     assert_same_walk(ours, theirs, tolerance(sampler, objective))
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_ddim_that_adds_noise_matches_diffusers(eta, objective):
+    theirs = reference_walk(
+        "ddim", start(), 20, (3, 4), eta=eta, prediction_type=DIFFUSERS_OBJECTIVE[objective]
+    )
+    ours = our_walk("ddim", "scaled_linear", objective, start(), 20, seeds=(3, 4), eta=eta)
+    assert_same_walk(ours, theirs, tolerance("ddim", objective))
+    with pytest.raises(ConfigError, match=r"eta is 0\.5; allowed: 0 but with ddim"):
+        our_walk("ddpm", "scaled_linear", objective, start(), 20, seeds=(3, 4), eta=0.5)
 
 
 # Where alpha is 0 here, it is 2^-12 in two of diffusers' classes.
@@ -195,7 +209,7 @@ def transported(x, start_level, end_level):
     return end_mean + end_std * (x - mean) / std
 
 
-DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", "euler_ancestral")]
+DETERMINISTIC = [name for name in SAMPLERS if name not in STOCHASTIC]
 PATHS = {
     "variance_preserving": (lambda t: (math.cos(t), math.sin(t)), 1.5, 0.05),
     "flow": (lambda t: (1 - t, t), 0.95, 0.05),
@@ -203,10 +217,12 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-    ("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("pndm", 2), ("dpmpp_2m", 2)]
+    ("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("pndm", 2), ("dpmpp_2m", 2), ("unipc", 3)]
 )
 @pytest.mark.parametrize("path", PATHS)
-def test_order_of_convergence(sampler, order, path):
+def test_order_of_convergence(sampler, order, path, monkeypatch):
+    # UniPC's published last step is of first order.
+    monkeypatch.setattr(SAMPLERS["unipc"], "first_order_end_below", 0)
     alpha_sigma, first, last = PATHS[path]
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     exact = transported(x, alpha_sigma(first), alpha_sigma(last))

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from t2i.config import TextConfig
-from t2i.diffusion.config import ScheduleConfig
+from t2i.diffusion.config import DiffusionSampling, ScheduleConfig
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import AdversarialConfig, KLConfig, PatchBackboneConfig, PerceptualConfig
@@ -19,7 +19,6 @@ from t2i.families.latent_diffusion.config import (
     BuildsOn,
     Config,
     ObjectiveConfig,
-    SamplingConfig,
     UNetDenoiserConfig,
 )
 from t2i.families.latent_diffusion.model import LatentDiffusion
@@ -60,7 +59,7 @@ def build(name: str, denoiser: DiTConfig | UNetDenoiserConfig = DIT, **changes: 
         schedule=SCHEDULES[name],
         objective=ObjectiveConfig(name),
         text=TextConfig("learned", max_tokens=12, width=32, depth=1, heads=2),
-        sampling=SamplingConfig("euler", 4, 2.0),
+        sampling=DiffusionSampling(sampler="euler", steps=4, guidance_scale=2.0),
     )
     model = LatentDiffusion(dataclasses.replace(config, **changes), build_codec(codec)).eval()
     with torch.no_grad():
@@ -161,7 +160,7 @@ def draw(
     negative_prompt: str = "",
 ) -> torch.Tensor:
     request = SampleRequest(prompts, seeds, *size_px, negative_prompt)
-    return model.generate(request, SamplingConfig(sampler, 3, scale))
+    return model.generate(request, DiffusionSampling(sampler=sampler, steps=3, guidance_scale=scale))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from t2i.config import ModelConfig, TextConfig, check
-from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
+from t2i.diffusion.config import DiffusionSampling, Objective, ScheduleConfig, check_objective
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 from t2i.nn.dit_config import DiTConfig
 
@@ -62,21 +62,6 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig(GridConfig):
-    """How pictures are drawn while training, and what `t2i sample` does where its flags say nothing."""
-
-    sampler: SamplerName
-    steps: int
-    guidance_scale: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
-        ok = 0 <= self.guidance_scale < math.inf
-        check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")
-
-
-@dataclass(frozen=True)
 class BuildsOn:
     """codec: "latest", a run folder or a file. A run that continues another keeps that one's codec unless a path is
     given here"""
@@ -100,7 +85,7 @@ class Config(ModelConfig):
     schedule: ScheduleConfig
     objective: ObjectiveConfig
     text: TextConfig
-    sampling: SamplingConfig
+    sampling: DiffusionSampling
     mask_padding: bool = True
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2i.config import check
+from t2i.diffusion.config import DiffusionSampling
 from t2i.diffusion.guidance import classifier_free
 from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
@@ -18,7 +19,6 @@ from t2i.families.codec import image_codec
 from t2i.families.latent_diffusion.config import (
     Config,
     PixArtConfig,
-    SamplingConfig,
     UNetDenoiserConfig,
 )
 from t2i.families.latent_diffusion.pixart import PixArt
@@ -78,14 +78,14 @@ class LatentDiffusion(TextToImage):
 
     @torch.no_grad()
     def generate(
-        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+        self, request: SampleRequest, sampling: DiffusionSampling, progress: Progress | None = None
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
         text = self.text(list(request.prompts))
         negative = self.text([request.negative_prompt] * len(request.prompts))
-        model = classifier_free(self.denoise, text, negative, sampling.guidance_scale)
+        model = classifier_free(self.denoise, text, negative, sampling, self.schedule)
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
@@ -105,6 +105,7 @@ class LatentDiffusion(TextToImage):
             sampling.steps,
             progress,
             grid=sampling,
+            eta=sampling.eta,
             generators=generators,
             init=init,
             strength=request.strength,

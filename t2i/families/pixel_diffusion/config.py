@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from t2i.config import ModelConfig, TextConfig, check
-from t2i.diffusion.config import GridConfig, Objective, SamplerName, ScheduleConfig, check_objective
+from t2i.diffusion.config import DiffusionSampling, Objective, ScheduleConfig, check_objective
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.dit_config import DiTConfig
 
@@ -59,25 +59,27 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(GridConfig):
-    """How pictures are drawn while training, and what `t2i sample` does where nothing else is said. guidance_scale is
-    of classifier-free guidance.
+class SamplingConfig(DiffusionSampling):
+    """How pictures are drawn while training, and what `t2i sample` does where nothing else is said.
 
     clip_x0: brings each prediction of the picture to [-1, 1], as DDPM and ADM do
+    threshold_percentile: dynamic thresholding (2205.11487, section 2.3): where of a predicted picture's values this
+        share (0.995) lies within more than 1, larger ones are cut to that and all are divided by it; null for none
     classifier_scale: of classifier guidance (2105.05233, algorithm 2); 0 for none, and where no classifier was trained
     """
 
-    sampler: SamplerName
-    steps: int
-    guidance_scale: float
     clip_x0: bool
     classifier_scale: float
+    threshold_percentile: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
-        for key in ("guidance_scale", "classifier_scale"):
-            check(0 <= getattr(self, key) < math.inf, f"sampling.{key}", getattr(self, key), "0 or more")
+        ok = 0 <= self.classifier_scale < math.inf
+        check(ok, "sampling.classifier_scale", self.classifier_scale, "0 or more")
+        share = self.threshold_percentile
+        ok = share is None or (0 < share <= 1 and not self.clip_x0)
+        allowed = "above 0 to 1 with sampling.clip_x0=false, or null"
+        check(ok, "sampling.threshold_percentile", share, allowed)
 
 
 @dataclass(frozen=True)

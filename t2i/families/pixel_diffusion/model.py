@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import check
-from t2i.diffusion.guidance import guided
+from t2i.diffusion.guidance import classifier_free, thresholded
 from t2i.diffusion.objectives import Prediction, difference_error, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import DiscreteSchedule, build_schedule, per_sample
@@ -95,17 +95,8 @@ class PixelDiffusion(TextToImage):
     ) -> Callable[[Tensor, Tensor], Prediction]:
         """(x_t, t) -> what the guided model predicts."""
 
-        def output(x: Tensor, t: Tensor) -> Tensor:
-            if sampling.guidance_scale == 1:
-                return self.denoise(x, t, text)
-            both = TextFeatures(
-                torch.cat([negative.tokens, text.tokens]),
-                torch.cat([negative.pooled, text.pooled]),
-                torch.cat([negative.mask, text.mask]),
-            )
-            uncond, cond = self.denoise(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-            mean = guided(cond[:, :CHANNELS], uncond[:, :CHANNELS], sampling.guidance_scale)
-            return torch.cat([mean, cond[:, CHANNELS:]], dim=1)  # a learned variance is not guided (GLIDE)
+        # A learned variance is not guided (GLIDE).
+        output = classifier_free(self.denoise, text, negative, sampling, self.schedule, CHANNELS)
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = self.schedule.alpha_sigma(t)
@@ -115,8 +106,9 @@ class PixelDiffusion(TextToImage):
                 assert self.classifier is not None  # the configuration was checked
                 gradient = self.classifier.gradient(x, self.model_time(x, t), text)
                 p = towards(p, gradient, sampling.classifier_scale, alpha, sigma)
-            if sampling.clip_x0:
-                x0 = p.x0.clamp(-1, 1)
+            limit = sampling.threshold_percentile
+            if sampling.clip_x0 or limit is not None:
+                x0 = p.x0.clamp(-1, 1) if limit is None else thresholded(p.x0, limit)
                 p = Prediction(x0, (x - per_sample(alpha, x) * x0) / per_sample(sigma, x), "x0")
             share = {
                 "fixed_small": lambda: None,
@@ -149,6 +141,7 @@ class PixelDiffusion(TextToImage):
             sampling.steps,
             progress,
             grid=sampling,
+            eta=sampling.eta,
             generators=generators,
             init=None if request.image is None else request.image.to(device),
             strength=request.strength,
