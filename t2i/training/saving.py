@@ -36,9 +36,8 @@ from t2i.training.stage import BaseStage
 from t2i.training.state_shards import split
 
 log = logging.getLogger(__name__)
-LONGEST_WRITE = timedelta(
-    days=1
-)  # a process that dies is noticed at once, one that hangs by the others' steps
+# A process that dies is noticed at once, one that hangs by the others' steps.
+LONGEST_WRITE = timedelta(days=1)
 
 
 class StateFolders(TorchCheckpointIO):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.fsdp import (
@@ -121,6 +122,8 @@ def divide(stage: BaseStage, mesh: DeviceMesh, config: TrainerConfig) -> None:
     for parameter in stage.parameters():
         parameter.data = parameter.data.contiguous()  # rows of channels_last have no order of their own
     for block in stage.blocks_to_gather():
+        if type(block).forward is nn.Module.forward:
+            continue  # a container of others, which are called
         if any(p not in options["ignored_params"] for p in block.parameters()):
             fully_shard(block, reshard_after_forward=config.strategy != "shard_grad_op", **options)
     fully_shard(stage, reshard_after_forward=False, **options)
