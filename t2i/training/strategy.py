@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -52,7 +52,9 @@ class ShardedStrategy(DDPStrategy):
         assert isinstance(stage, BaseStage)
         _sync_module_states(stage, _get_default_group(), BUCKET_BYTES, src=0, params_and_buffers_to_ignore=())
         mesh = mesh_of(self.config, self.root_device)
-        divide(stage, mesh, self.config)
+        divide(stage, stage.blocks_to_gather(), mesh, self.config)
+        for name in ("losses", "draw", "after_training"):
+            register_fsdp_forward_method(stage, name)
         for parameter in stage.parameters():
             if parameter.requires_grad and not is_divided(parameter):
                 parameter.register_post_accumulate_grad_hook(self._averaged)
@@ -111,24 +113,26 @@ def mesh_of(config: TrainerConfig, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (config.processes,), mesh_dim_names=("shard",))
 
 
-def divide(stage: BaseStage, mesh: DeviceMesh, config: TrainerConfig) -> None:
-    """Puts `fully_shard` on a stage, in place. Its trained parameters are DTensors then."""
+def divide(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: TrainerConfig) -> None:
+    """Puts `fully_shard` on some blocks of a module and on the module, in place. Its trained parameters are DTensors
+    then."""
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": gathered_in(config.precision),
         # A single number has no rows.
-        "ignored_params": {p for p in stage.parameters() if not p.requires_grad or p.ndim == 0},
+        "ignored_params": {p for p in module.parameters() if not p.requires_grad or p.ndim == 0},
     }
-    for parameter in stage.parameters():
+    for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()  # rows of channels_last have no order of their own
-    for block in stage.blocks_to_gather():
-        if type(block).forward is nn.Module.forward:
-            continue  # a container of others, which are called
+    for block in with_forward(blocks):
         if any(p not in options["ignored_params"] for p in block.parameters()):
             fully_shard(block, reshard_after_forward=config.strategy != "shard_grad_op", **options)
-    fully_shard(stage, reshard_after_forward=False, **options)
-    for name in ("losses", "draw", "after_training"):
-        register_fsdp_forward_method(stage, name)
+    fully_shard(module, reshard_after_forward=False, **options)
+
+
+def with_forward(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Without mere containers, of which the members are called."""
+    return [block for block in blocks if type(block).forward is not nn.Module.forward]
 
 
 def gathered_in(precision: Precision) -> MixedPrecisionPolicy:
