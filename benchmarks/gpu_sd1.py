@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,14 @@ class Subject:
         assert model is not None
         save_final({f"codec.{name}": value for name, value in codec.state_dict().items()}, header, path)
 
-    def plan(self, size_px: int) -> Model:
-        device = self.device.type
-        return build_model(self.config_at(size_px), {"codec": run_to_dict(self.codec_config)}, device)
+    @cache  # noqa: B019  # there is one subject
+    def plan(self, size_px: int) -> tuple[Model, float | None]:
+        """What `t2i plan` counts, and the MFU of one picture per second on this GPU."""
+        config, builds_on = self.config_at(size_px), {"codec": run_to_dict(self.codec_config)}
+        model = build_model(config, builds_on, self.device.type)
+        if self.device.type == "cpu":
+            return model, None
+        return model, mfu_per_rate(config, builds_on, torch.cuda.get_device_name())
 
     # Training.
 
@@ -123,11 +129,7 @@ class Subject:
         switched = dataclasses.replace(config.trainer, compile=newly)
         self.stage.config = dataclasses.replace(config, model=self.stage.model_config, trainer=switched)
         torch._dynamo.reset()  # kernels of another size would be made for any size
-        planned = self.plan(size_px)
-        rate = None
-        if self.device.type == "cuda":
-            builds_on = {"codec": run_to_dict(self.codec_config)}
-            rate = mfu_per_rate(config, builds_on, torch.cuda.get_device_name())
+        planned, rate = self.plan(size_px)
 
         def timed(batch: int, seconds: float) -> None:
             images = batch * TIMED / seconds
@@ -151,6 +153,7 @@ class Subject:
         """Gives the device's memory back."""
         self.stage.zero_grad()
         self.stage.all_turns = []
+        self.stage.trainer = None  # with the optimizer
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

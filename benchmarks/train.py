@@ -3,7 +3,7 @@ time of one thread (which other jobs on the machine lengthen least), in turns.
 
     python benchmarks/train.py unet [--width 128] [--batch 4] [--latent 32] [--compiled]
     python benchmarks/train.py autoencoder [--width 128] [--batch 2] [--size 64]
-    python benchmarks/train.py memory [--width 128] [--batch 4] [--latent 32]
+    python benchmarks/train.py memory --width 320 --batch 16 --latent 64
 
 unet: Stable Diffusion 1's UNet (width 320; 128 makes it 142 million parameters) against UNet2DConditionModel: forward
 pass, squared error, backward pass, AdamW. Untuned: torch's default layout and AdamW; as they come: what `t2i train`
@@ -11,8 +11,8 @@ builds against diffusers' untuned; tuned alike: channels_last and fused AdamW fo
 torch.compile, ours a block at a time as trainer.compile does, theirs whole.
 autoencoder: the f8 KL autoencoder against AutoencoderKL with our losses and discriminator, each in our one backward
 pass, and ours against theirs in latent-diffusion's order: the reconstruction is made anew for each of two turns.
-memory: the most that a process takes over two steps of the tuned UNet, each in a process of its own, with activation
-checkpointing (theirs: enable_gradient_checkpointing) and without.
+memory: the most that activations and gradients of the UNet take at a time, counted on tensors that hold no data, with
+activation checkpointing (theirs: enable_gradient_checkpointing) and without.
 Before anything is timed, results and gradients are compared in float64.
 """
 
@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 
@@ -44,6 +41,7 @@ from t2i.interop.diffusers_config import write_codec, write_unet
 from t2i.interop.diffusers_out import codec_attention_matrix
 from t2i.interop.names import diffusers_codec, diffusers_unet
 from t2i.nn.blocks import blocks_of
+from t2i.planning.count import LiveBytes, pretended
 from t2i.training.blocks import prepare
 
 EXACT = 1e-9  # relative error that two orders of the same sums may have in float64
@@ -287,29 +285,44 @@ def time_autoencoders(options: argparse.Namespace) -> None:
 # Memory.
 
 
-def measure_memory(options: argparse.Namespace) -> None:
-    """In this process."""
-    unet = unets(options.width)[options.measure == "diffusers"]
-    if options.checkpointing and isinstance(unet, UNet):
-        prepare(blocks_of(unet), activation_checkpointing=True, compiled=False)
-    elif options.checkpointing:
-        unet.enable_gradient_checkpointing()
-    step = unet_step(unet, unet_batch(options.batch, options.latent), True)
-    step()
-    step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+class OneStep(nn.Module):
+    """A forward and a backward pass; bytes that they make, weights left out."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with LiveBytes([*self.parameters(), *self.buffers(), x, t, context]) as counted:
+            loss = predicted(self.unet, x, t, context).square().mean()
+            self.kept = counted.live
+            loss.backward()
+        self.peak = counted.peak
+        return loss
 
 
-def compare_memory(options: argparse.Namespace) -> None:
+def count_memory(options: argparse.Namespace) -> None:
+    config = unet_config(options.width)
+    shapes = (options.batch, 4, options.latent, options.latent), (options.batch, TOKENS, CONTEXT)
     for checkpointing in (False, True):
-        mib = {}
-        for name in ("t2i", "diffusers"):
-            command = [sys.executable, *sys.argv, "--measure", name] + checkpointing * ["--checkpointing"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            mib[name] = float(done.stdout.split()[-1])
-        said = ", ".join(f"{name} {value:,.0f} MiB" for name, value in mib.items())
-        print(f"{'with' if checkpointing else 'without'} checkpointing: {said}: ", end="")
-        print(f"{mib['t2i'] / mib['diffusers']:.2f}x", flush=True)
+        print("with checkpointing" if checkpointing else "without checkpointing")
+        with torch.device("meta"):
+            ours = UNet(config)
+            theirs = UNet2DConditionModel.from_config(write_unet(to_dict(config), 256, 8))
+        if checkpointing:
+            prepare(blocks_of(ours), activation_checkpointing=True, compiled=False)
+            theirs.enable_gradient_checkpointing()
+        peaks = []
+        for name, unet in (("t2i", ours), ("diffusers", theirs)):
+            step = OneStep(unet.train().to(memory_format=torch.channels_last))
+            with pretended(step, "cpu") as state:
+                given = torch.empty(shapes[0]), torch.empty(options.batch), torch.empty(shapes[1])
+                torch.func.functional_call(step, state, given)
+            print(
+                f"  {name}: at most {step.peak / 2**20:,.0f} MiB, {step.kept / 2**20:,.0f} MiB after the forward pass"
+            )
+            peaks.append(step.peak)
+        print(f"  {peaks[0] / peaks[1]:.3f}x", flush=True)
 
 
 def main() -> None:
@@ -323,16 +336,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the autoencoder's pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="time the compiled UNets too")
-    parser.add_argument("--measure", choices=("t2i", "diffusers"), help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.measure is not None:
-        measure_memory(options)
-    else:
-        {"unet": time_unets, "autoencoder": time_autoencoders, "memory": compare_memory}[options.what](
-            options
-        )
+    {"unet": time_unets, "autoencoder": time_autoencoders, "memory": count_memory}[options.what](options)
 
 
 if __name__ == "__main__":

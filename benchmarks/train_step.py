@@ -28,6 +28,7 @@ from t2i.training.data import loader_from
 from t2i.training.fit import fresh_start
 from t2i.training.optimizer import learning_rate
 from t2i.training.stage import BaseStage
+from t2i.training.waits import DataWait
 from t2i_cli.composition import checked
 from t2i_cli.train import typed_run
 
@@ -80,6 +81,7 @@ class Batches:
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
+        self.waiting = DataWait(torch.device("cpu"))
 
     def __iter__(self) -> Any:
         return iter(self.batches)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +93,8 @@ def peak_bytes_per_image(network: nn.Module, inputs: Inputs, precision: str, dev
     left out: of one picture."""
 
     def peak(batch: int) -> int:
-        live = _LiveBytes()
-        with _pretended(network, device) as state, torch.no_grad(), _as_trained(device, precision), live:
+        live = LiveBytes()
+        with pretended(network, device) as state, torch.no_grad(), _as_trained(device, precision), live:
             torch.func.functional_call(network, state, kwargs=inputs(batch))
         return live.peak
 
@@ -102,7 +102,7 @@ def peak_bytes_per_image(network: nn.Module, inputs: Inputs, precision: str, dev
 
 
 @contextmanager
-def _pretended(network: nn.Module, device: str) -> Iterator[dict[str, Tensor]]:
+def pretended(network: nn.Module, device: str) -> Iterator[dict[str, Tensor]]:
     """Within this context new tensors pretend to be on `device`; so do the network's state that it gives."""
     with FakeTensorMode(), torch.device(device):
         state: dict[str, Tensor] = {
@@ -120,7 +120,7 @@ def _saved(
 ) -> dict[int | str, int]:
     """Bytes of distinct storages that autograd saves in one forward pass, by the number of the block that saves
     them."""
-    with _pretended(network, device) as state:
+    with pretended(network, device) as state:
         tracker = _SavedBytes(state)
         handles = [
             handle
@@ -184,13 +184,16 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _LiveBytes(TorchDispatchMode):
-    """peak: the most bytes that the storages made within this context take at a time."""
+class LiveBytes(TorchDispatchMode):
+    """peak: the most bytes that the storages made within this context take at a time; live: those of now.
 
-    def __init__(self) -> None:
+    given: tensors from before, of which views are made
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
