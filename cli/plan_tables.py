@@ -65,12 +65,27 @@ def memory_table(plan: Plan) -> Table:
     return table(header, rows)
 
 
+def traffic_table(plan: Plan) -> Table:
+    """GB of a step, by strategy."""
+    from t2i.planning.memory import STRATEGIES
+
+    def row(label: str, part: str) -> tuple[str, ...]:
+        return label, *(f"{getattr(plan.traffic[strategy], part) / GIGA:,.3f}" for strategy in STRATEGIES)
+
+    rows = [row("weights", "weights"), row("gradients", "gradients")]
+    if plan.traffic["ddp"].muon:
+        rows.append(row("Muon's matrices", "muon"))
+    rows += [row("each GPU", "gpu"), row("each node to others", "node")]
+    return table(("Sent in a step: GB", *(s.upper() for s in STRATEGIES)), rows)
+
+
 def run_table(plan: Plan, config: RunConfig) -> Table:
     """Time, money, data and files."""
     cluster, work, speed, files = plan.cluster, plan.work, plan.speed, plan.checkpoints
     hidden = speed.communication_s - speed.exposed_s
     per_node = speed.images_per_second / cluster.nodes
     linear = speed.images_per_second / speed.ideal_images_per_second
+    way = config.trainer.strategy.upper()
     machines = f"{cluster.num_gpus} x {cluster.gpu} in {cluster.nodes} node{'s' * (cluster.nodes > 1)}"
     share = (
         f"{plan.mfu:.1%} of {cluster.peak_bf16_tflops:g} TFLOP/s, {work.flops / GIGA:,.1f} GFLOP per picture"
@@ -81,7 +96,10 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
         ("steps", f"{work.num_images / work.global_batch:,.0f} of {work.global_batch:,} pictures"),
         ("MFU", share),
         ("a step", f"{speed.compute_s + speed.exposed_s:.3f} s, {speed.compute_s:.3f} s of it computing"),
-        ("all-reduce", f"{speed.communication_s:.3f} s, {hidden:.3f} s of it during the backward pass"),
+        (
+            "between nodes",
+            f"{speed.communication_s:.3f} s a step by {way}, {hidden:.3f} s of it while computing",
+        ),
         ("images/s", f"{speed.images_per_second:,.0f}, {linear:.0%} of linear scaling"),
         ("per GPU", f"{speed.images_per_second / cluster.num_gpus:,.1f} images/s"),
         ("days", f"{speed.days:,.2f}"),

@@ -270,6 +270,8 @@ class PlannedNetwork:
     cached_as: of a frozen network, which of the stage's `features` stands in for it; such a network is drawn with
     saved: of a frozen network, whether the run's files have it
     num_parameters: where the module holds more than this network
+    by_block: of a trained network, whether FSDP gathers it block by block: whether its blocks are those of
+        `t2i.training.stage.BaseStage.blocks_to_gather`
     """
 
     name: str
@@ -282,6 +284,7 @@ class PlannedNetwork:
     cached_as: str | None = None
     saved: bool = False
     num_parameters: int | None = None
+    by_block: bool = True
 
     @property
     def parameters(self) -> int:

@@ -23,6 +23,7 @@ class Trained:
     frozen_bytes: weights of frozen networks
     largest_block: parameters of the largest block that FSDP gathers at a time
     compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
+    in_blocks: parameters of all blocks that FSDP gathers one at a time; the others are there for a whole pass
     """
 
     parameters: int
@@ -31,6 +32,7 @@ class Trained:
     frozen_bytes: int
     largest_block: int
     compute_bytes: int
+    in_blocks: int = 0
 
     @property
     def moments(self) -> int:

@@ -34,7 +34,7 @@ class Part:
     peak_per_image: bytes while it runs, where no backward pass follows
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
-    largest_block: parameters of the largest of its blocks
+    largest_block: parameters of the largest of its blocks; in_blocks: of those that FSDP gathers one at a time
     cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
     """
 
@@ -48,6 +48,7 @@ class Part:
     averaged: int = 0
     inference: bool = True
     largest_block: int = 0
+    in_blocks: int = 0
     cached_as: str | None = None
     saved: bool = False
 
@@ -83,6 +84,7 @@ class Model:
             frozen_bytes=self._frozen_bytes(cached),
             largest_block=max(part.largest_block for part in learning),
             compute_bytes=self.compute_bytes,
+            in_blocks=sum(part.in_blocks for part in learning),
         )
 
     def _frozen_bytes(self, cached: Collection[str]) -> int:
@@ -186,6 +188,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         averaged=network.parameters if network.trained and network.averaged and config.ema is not None else 0,
         inference=network.averaged,
         largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
+        in_blocks=num_parameters(*blocks_of(module)) if network.by_block else 0,
         cached_as=network.cached_as,
         saved=network.saved,
     )

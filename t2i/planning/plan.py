@@ -11,6 +11,7 @@ from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.planning.memory import FP32, STRATEGIES, Memory, Strategy, memory
 from t2i.planning.model import Model
 from t2i.planning.speed import Speed, Work, mfu_of, speed
+from t2i.planning.traffic import Traffic, traffic
 from t2i.text.cache import MAX_BYTES
 
 GIB = 2**30
@@ -29,7 +30,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Plan:
-    """memory: by strategy and whether activations are checkpointed
+    """traffic: by strategy; memory: by strategy and whether activations are checkpointed
     images_per_gpu: per step, rounded up
     images_at_a_time: of these, in a micro-batch, rounded up
     bytes_per_second_per_node, total_bytes: read from shards
@@ -42,6 +43,7 @@ class Plan:
     work: Work
     mfu: float
     speed: Speed
+    traffic: dict[Strategy, Traffic]
     images_per_gpu: int
     images_at_a_time: int
     memory: dict[tuple[Strategy, bool], Memory]
@@ -72,9 +74,11 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
     mfu = assumed.mfu or cluster.mfu
     if assumed.images_per_second_per_gpu is not None:
         mfu = mfu_of(work, cluster, assumed.images_per_second_per_gpu)
-    expected = speed(work, cluster, mfu)
     per_gpu = math.ceil(work.global_batch / cluster.num_gpus)
-    at_a_time = math.ceil(per_gpu / config.trainer.parts(per_gpu))
+    micro_batches = config.trainer.parts(per_gpu)
+    at_a_time = math.ceil(per_gpu / micro_batches)
+    sent = {each: traffic(model.trained(), each, cluster, micro_batches) for each in STRATEGIES}
+    expected = speed(work, cluster, mfu, sent[config.trainer.strategy])
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
     text_online = any(part.cached_as == "text" for part in model.needed(assumed.cached))
@@ -84,6 +88,7 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         work=work,
         mfu=mfu,
         speed=expected,
+        traffic=sent,
         images_per_gpu=per_gpu,
         images_at_a_time=at_a_time,
         memory={
@@ -120,7 +125,6 @@ def work_of(config: RunConfig, model: Model, assumed: Assumptions) -> Work:
         forward_flops=sum(flops.forward for flops in through),
         backward_flops=sum(flops.backward for flops in through),
         encoder_flops=sum(flops.forward for flops in run if not flops.backward),
-        gradient_bytes=FP32 * model.trained().parameters,
         global_batch=global_batch(config),
         num_images=config.trainer.num_images,
         recomputed_flops=sum(flops.forward for flops in through) * config.trainer.activation_checkpointing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from t2i.planning.config import ClusterConfig
+from t2i.planning.traffic import Traffic
 
 SECONDS_PER_HOUR, SECONDS_PER_DAY = 3_600, 86_400
 
@@ -15,7 +16,6 @@ class Work:
 
     forward_flops, backward_flops: of the trained networks, per picture
     encoder_flops: of the frozen encoders, per picture; 0 where their outputs are cached
-    gradient_bytes: summed over all GPUs once a step
     global_batch: pictures per step, over all GPUs
     num_images: pictures of the whole run
     recomputed_flops: of the trained networks' second forward pass, where activations are checkpointed, per picture;
@@ -25,7 +25,6 @@ class Work:
     forward_flops: int
     backward_flops: int
     encoder_flops: int
-    gradient_bytes: int
     global_batch: int
     num_images: int
     recomputed_flops: int = 0
@@ -39,7 +38,7 @@ class Work:
 @dataclass(frozen=True)
 class Speed:
     """compute_s: of one step's pictures on one GPU
-    communication_s: of one step's gradients; exposed_s: the part of it that the backward pass does not hide
+    communication_s: of one step between nodes; exposed_s: the part of it that computing does not hide
     ideal_images_per_second: of the same GPUs if communication took no time
     """
 
@@ -59,25 +58,22 @@ def mfu_of(work: Work, cluster: ClusterConfig, images_per_second_per_gpu: float)
     return images_per_second_per_gpu * work.flops / (cluster.peak_bf16_tflops * 1e12)
 
 
-def all_reduce_s(num_bytes: int, cluster: ClusterConfig) -> float:
-    """Seconds of a ring all-reduce: each node sends 2 (N - 1) / N of the bytes (Patarasuk & Yuan 2009), N GPUs,
-    at the bandwidth between nodes. Sharded training sends as much (reduce-scatter and all-gather). Within one node
-    the links are taken to be fast enough to be hidden."""
-    if cluster.nodes == 1:
-        return 0.0
-    n = cluster.num_gpus
-    return 2 * (n - 1) / n * num_bytes * 8 / (cluster.node_bandwidth_gbps * 1e9)
+def sent_s(sent: Traffic, cluster: ClusterConfig) -> float:
+    """Seconds that the links between nodes take for one step. Within a node they are taken to be fast enough to be
+    hidden."""
+    return sent.node * 8 / (cluster.node_bandwidth_gbps * 1e9)
 
 
-def speed(work: Work, cluster: ClusterConfig, mfu: float) -> Speed:
+def speed(work: Work, cluster: ClusterConfig, mfu: float, sent: Traffic) -> Speed:
     """The plan of a run at this share of the peak, communication apart. DistributedDataParallel sends gradients
-    while the backward pass goes on: what takes longer than that is waited for."""
+    while the backward pass goes on, and FSDP gathers weights in the forward pass too: what takes longer than that is
+    waited for."""
     n = cluster.num_gpus
     done = work.flops + work.recomputed_flops
     compute_s = work.global_batch / n * done / (cluster.peak_bf16_tflops * 1e12 * mfu)
     backward_s = compute_s * (work.backward_flops + work.recomputed_flops) / done
-    communication_s = all_reduce_s(work.gradient_bytes, cluster)
-    exposed_s = max(0.0, communication_s - backward_s)
+    communication_s = sent_s(sent, cluster)
+    exposed_s = max(0.0, communication_s - (compute_s if sent.weights else backward_s))
     images_per_second = work.global_batch / (compute_s + exposed_s)
     seconds = work.num_images / images_per_second
     gpu_hours = seconds * n / SECONDS_PER_HOUR

@@ -12,10 +12,12 @@ from rich.console import Console
 from t2i.errors import ConfigError
 from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.planning.count import Activations, Flops
+from t2i.planning.memory import Trained
 from t2i.planning.model import Model, Part
 from t2i.planning.picture import draw_scaling
 from t2i.planning.plan import make_plan, sweep
-from t2i.planning.speed import Work, all_reduce_s, speed
+from t2i.planning.speed import Work, sent_s, speed
+from t2i.planning.traffic import traffic
 from t2i.text.cache import MAX_BYTES
 from t2i_cli.plan import planned_run
 from t2i_cli.plan_tables import memory_table, run_table
@@ -36,7 +38,6 @@ WORK = Work(
     forward_flops=500 * 10**9,
     backward_flops=10**12,
     encoder_flops=500 * 10**9,
-    gradient_bytes=10**9,
     global_batch=320,
     num_images=3_200_000,
 )
@@ -83,15 +84,20 @@ def config():
     return dataclasses.replace(found, trainer=trainer)
 
 
+TRAINED = Trained(250_000_000, 0, 0, 0, 10**6, 2, 200_000_000)
+SENT = traffic(TRAINED, "ddp", CLUSTER)
+
+
 def test_a_ring_sends_all_but_one_part_twice():
     """31/32 of 1 GB twice, at 10 GB/s."""
-    assert all_reduce_s(10**9, CLUSTER) == pytest.approx(2 * 31 / 32 / 10)
-    assert all_reduce_s(10**9, dataclasses.replace(CLUSTER, nodes=1)) == 0
+    assert sent_s(SENT, CLUSTER) == pytest.approx(2 * 31 / 32 / 10)
+    alone = dataclasses.replace(CLUSTER, nodes=1)
+    assert sent_s(traffic(TRAINED, "ddp", alone), alone) == 0
 
 
 def test_time_and_money():
     """10 pictures per GPU at 0.04 s; the all-reduce hides behind the backward pass."""
-    planned = speed(WORK, CLUSTER, 0.5)
+    planned = speed(WORK, CLUSTER, 0.5, SENT)
     assert planned.compute_s == pytest.approx(0.4)
     assert planned.exposed_s == 0
     assert planned.images_per_second == pytest.approx(800) == planned.ideal_images_per_second
@@ -102,7 +108,7 @@ def test_time_and_money():
 
 def test_communication_is_waited_for_once_the_backward_pass_is_over():
     """At 4 pictures per GPU that pass takes 0.08 s and the all-reduce nearly 0.2 s."""
-    planned = speed(dataclasses.replace(WORK, global_batch=128), CLUSTER, 0.5)
+    planned = speed(dataclasses.replace(WORK, global_batch=128), CLUSTER, 0.5, SENT)
     assert planned.exposed_s == pytest.approx(2 * 31 / 320 - 0.08)
     assert planned.images_per_second == pytest.approx(128 / (0.16 + planned.exposed_s))
 

@@ -14,7 +14,7 @@ import pytest
 
 from t2i.planning.config import Assumptions
 from t2i.planning.plan import make_plan, work_of
-from t2i.planning.speed import all_reduce_s, mfu_of
+from t2i.planning.speed import mfu_of, sent_s
 
 GIGA = 1e9
 CACHED = Assumptions(cached=frozenset({"latents", "text"}))
@@ -98,10 +98,10 @@ def test_the_published_row_tells_the_bandwidth(planned):
     plan = mosaic_plan(planned, 256, A256, 128)
     backward_s = plan.speed.compute_s * plan.work.backward_flops / plan.work.flops
     published_s = BATCH / MOSAIC[128][0] - plan.speed.compute_s + backward_s
-    assert all_reduce_s(plan.work.gradient_bytes, plan.cluster) == within(published_s, 0.05)
+    assert sent_s(plan.traffic["ddp"], plan.cluster) == within(published_s, 0.05)
     for factor in (0.5, 2):
         other = dataclasses.replace(plan.cluster, node_bandwidth_gbps=factor * 400)
-        assert all_reduce_s(plan.work.gradient_bytes, other) != within(published_s)
+        assert sent_s(plan.traffic["ddp"], other) != within(published_s)
 
 
 def test_online_encoders_cost_as_published(planned):

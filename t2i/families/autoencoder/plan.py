@@ -55,6 +55,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
                 trained=True,
                 calls_per_image=calls_of_discriminator(adversarial),
                 averaged=False,
+                by_block=False,
             )
         )
     if perceptual is not None:

@@ -47,6 +47,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             # In its turn a picture and a generated one; in the generator's without its own gradients.
             calls_per_image=2 + penalty + generated * 2 / 3,
             averaged=False,
+            by_block=False,
         ),
         PlannedNetwork(
             "text encoder",

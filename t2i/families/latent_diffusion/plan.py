@@ -71,6 +71,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             lambda batch: {"input_ids": torch.zeros(batch, length, dtype=torch.int64)},
             trained=text.trainable,
             cached_as=None if text.trainable else "text",
+            by_block=False,
         ),
     ]
 

@@ -45,7 +45,9 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     ]
     if classifier is not None:
         hidden = classifier.encoder.hidden_matrices()
-        networks.append(PlannedNetwork("classifier", classifier, noisy, trained=True, hidden=hidden))
+        networks.append(
+            PlannedNetwork("classifier", classifier, noisy, trained=True, hidden=hidden, by_block=False)
+        )
     networks.append(
         PlannedNetwork(
             "text encoder",
@@ -53,6 +55,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             lambda batch: {"input_ids": torch.zeros(batch, length, dtype=torch.int64)},
             trained=text.trainable,
             cached_as=None if text.trainable else "text",
+            by_block=False,
         )
     )
     return networks
