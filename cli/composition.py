@@ -49,10 +49,7 @@ def composed_run(
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    overrides = [quoted(override) for override in overrides]
-    if config_dir is not None:
-        check(Path(config_dir).is_dir(), "--config-dir", config_dir, "an existing folder")
-        overrides.append(f"hydra.searchpath=[{_as_text(f'file://{Path(config_dir).absolute()}')}]")
+    overrides = [quoted(override) for override in overrides] + _searched(config_dir)
     with explained(config_dir):
         with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
             if needed is not None and not any(each.startswith(f"{needed}=") for each in overrides):
@@ -70,13 +67,22 @@ def composed_run(
     return values | {"cluster": launched(composed)[1]} if needed == "cluster" else values
 
 
-def cluster_of_overrides(overrides: list[str]) -> dict[str, Any]:
+def _searched(config_dir: str | None) -> list[str]:
+    """What has Hydra look into a folder of one's own too. Raises ConfigError where there is none."""
+    if config_dir is None:
+        return []
+    check(Path(config_dir).is_dir(), "--config-dir", config_dir, "an existing folder")
+    return [f"hydra.searchpath=[{_as_text(f'file://{Path(config_dir).absolute()}')}]"]
+
+
+def cluster_of_overrides(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """The cluster that launch=slurm, cluster= and cluster.KEY= name, for verbs that compose no run. Raises
     ConfigError."""
     import hydra
 
-    with explained(), hydra.initialize_config_module("t2i_conf", version_base="1.3"):
-        return launched(hydra.compose("launch", [quoted(each) for each in overrides]))[1]
+    given = [quoted(each) for each in overrides] + _searched(config_dir)
+    with explained(config_dir), hydra.initialize_config_module("t2i_conf", version_base="1.3"):
+        return launched(hydra.compose("launch", given))[1]
 
 
 def launched(composed: DictConfig) -> tuple[str, dict[str, Any]]:

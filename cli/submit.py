@@ -78,12 +78,13 @@ def submit(
     console.print(f"Script: {path}. `t2i jobs` shows how it goes on.")
 
 
-def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
+def submit_data(job: str, arguments: list[str], launched: list[str], config_dir: str | None = None) -> None:
     """`t2i data JOB ... cluster=NAME launch=slurm`: a job whose processes share the shards among them is an array with
     a part for each node; any other is one process on one node. What has to be said of all shards together is a second
     job, which begins when all parts have ended well.
 
     launched: of the command line, launch=, cluster= and --dry-run
+    config_dir: a folder with clusters of one's own
     Raises UserError.
     """
     from t2i.launch import queue, slurm
@@ -92,7 +93,7 @@ def submit_data(job: str, arguments: list[str], launched: list[str]) -> None:
     from .console import console
 
     given = [each for each in launched if each != "--dry-run"]
-    values = cluster_of_overrides(given)
+    values = cluster_of_overrides(given, config_dir)
     cluster, options = _with_slurm(values)
     parts = cluster.nodes if job in PER_GPU | PER_NODE else 1
     processes = cluster.gpus_per_node if job in PER_GPU else 1
@@ -150,6 +151,9 @@ def cluster_of(values: dict[str, Any]) -> ClusterConfig:
     """Raises ConfigError."""
     from t2i.planning.config import ClusterConfig
 
+    limit = (values.get("slurm") or {}).get("time") if isinstance(values.get("slurm"), dict) else None
+    allowed = 'text in quotation marks, such as "24:00:00", which YAML takes for a number without them'
+    check(not isinstance(limit, int), "cluster.slurm.time", limit, allowed)
     return parse(ClusterConfig, values, "cluster.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 
 from t2i.errors import ConfigError
@@ -26,13 +27,19 @@ def run(arguments: list[str]) -> None:
         print("usage: t2i data JOB ...    (t2i data JOB --help says more)\n")
         for job, text in JOBS.items():
             print(f"  {job:8} {text}")
-        print("\nWith cluster=NAME launch=slurm [--dry-run] it is a job of SLURM (docs/clusters.md).")
+        print(
+            "\nWith cluster=NAME launch=slurm [--config-dir DIR] [--dry-run] it is a job of SLURM (docs/clusters.md)."
+        )
         return
     if arguments[0] not in JOBS:
         raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
     if launched := [each for each in arguments if each.startswith(LAUNCH)]:
         from ..submit import submit_data
 
-        submit_data(arguments[0], [each for each in arguments[1:] if not each.startswith(LAUNCH)], launched)
+        flags = argparse.ArgumentParser(prog="t2i data", add_help=False, allow_abbrev=False)
+        flags.add_argument("--config-dir", "-cd")
+        own, others = flags.parse_known_args(arguments[1:])
+        words = [each for each in others if not each.startswith(LAUNCH)]
+        submit_data(arguments[0], words, launched, own.config_dir)
         return
     importlib.import_module(f"t2i_cli.data.{arguments[0]}").run(arguments[1:])

@@ -211,8 +211,10 @@ def submit(script: Path, after: str | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"sbatch did not answer within {SBATCH_TIMEOUT_S} s.") from error
     if done.returncode:
-        said = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
-        raise UserError(f"sbatch refused {script}: {said}")
+        said = re.sub(r"(?m)^sbatch: (error|fatal): ", "", done.stderr)
+        raise UserError(
+            f"sbatch refused {script}: {'; '.join(filter(None, map(str.strip, said.splitlines())))}"
+        )
     return done.stdout.strip().partition(";")[0]
 
 

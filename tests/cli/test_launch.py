@@ -180,3 +180,60 @@ def test_what_is_about_all_shards_is_a_second_job(t2i, programs, words, complete
     programs(sbatch='[[ "$*" == *afterok* ]] && { echo no such job >&2; exit 1; }; echo 73')
     assert "sbatch refused" in t2i("data", *words, *launch).sentence
     assert Path("cancelled").read_text() == "73\n"
+
+
+CLUSTER = """
+gpu: none
+peak_bf16_tflops: 1.0
+memory_gib: 8.0
+gpus_per_node: 1
+nodes: 2
+node_bandwidth_gbps: 10.0
+usd_per_gpu_hour: 0.0
+cpu_cores_per_node: 3
+mfu: 0.5
+slurm: {partition: big}
+"""
+
+
+@pytest.mark.parametrize("verb", [("train", *RUN), ("data", "index", "x.tar")], ids=["train", "data"])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (("memory_gib: 8.0\n", ""), "cluster.memory_gib is missing; it needs a value."),
+        (("nodes: 2", "nodes: two"), "cluster.nodes is 'two'; allowed: a whole number."),
+        (("nodes: 2", "nods: 2"), "cluster.nods is not a known key; did you mean cluster.nodes?"),
+        (("gpu: none", "gpu: [none"), "cluster/ours.yaml, line "),
+        (("{partition: big}", "5"), "cluster.slurm is 5; allowed: a mapping."),
+        (
+            ("{partition: big}", "{setup: module load x}"),
+            "cluster.slurm.setup is 'module load x'; allowed: a list.",
+        ),
+        (
+            ("{partition: big}", "{time: 24:00:00}"),
+            "cluster.slurm.time is 86400; allowed: text in quotation marks",
+        ),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_a_cluster_file_that_is_wrong_is_one_sentence(t2i, verb, wrong, sentence):
+    Path("conf/cluster").mkdir(parents=True)
+    Path("conf/cluster/ours.yaml").write_text(CLUSTER.replace(*wrong))
+    outcome = t2i(*verb, "--config-dir", "conf", "cluster=ours", "launch=slurm", "--dry-run")
+    assert sentence in outcome.sentence
+
+
+def test_a_data_job_on_a_cluster_of_ones_own(t2i, programs):
+    Path("conf/cluster").mkdir(parents=True)
+    Path("conf/cluster/ours.yaml").write_text(CLUSTER)
+    words = ("data", "index", "x.tar", "--config-dir", "conf", "cluster=ours", "launch=slurm")
+    said = t2i(*words, "--dry-run").out
+    assert "#SBATCH --partition=big\n" in said
+    assert "#SBATCH --cpus-per-task=3\n" in said
+    assert "--config-dir" not in said  # it was about the cluster
+    nowhere = t2i("data", "index", "x.tar", "--config-dir", "none", "cluster=ours", "launch=slurm").sentence
+    assert "--config-dir is 'none'; allowed: an existing folder." in nowhere
+    programs(sbatch="printf 'sbatch: error: no such thing\nsbatch: fatal: nor that\n' >&2; exit 1")
+    refused = t2i(*words).sentence
+    assert refused.startswith("t2i data: sbatch refused ")
+    assert refused.endswith(": no such thing; nor that")
