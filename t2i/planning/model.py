@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from t2i import families
 from t2i.config import RunConfig, check
@@ -105,6 +106,11 @@ class Model:
         return max((part.peak_per_image for part in self.needed(cached)), default=0)
 
 
+def _gathered(module: nn.Module) -> list[nn.Module]:
+    """Its blocks, but for mere containers, of which the members are called (t2i.training.strategy.with_forward)."""
+    return [block for block in blocks_of(module) if type(block).forward is not nn.Module.forward]
+
+
 def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], device: str = "cuda") -> Model:
     """The model that `config` trains.
 
@@ -188,7 +194,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         averaged=network.parameters if network.trained and network.averaged and config.ema is not None else 0,
         inference=network.averaged,
         largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
-        in_blocks=num_parameters(*blocks_of(module)) if network.by_block else 0,
+        in_blocks=num_parameters(*_gathered(module)) if network.by_block else 0,
         cached_as=network.cached_as,
         saved=network.saved,
     )
