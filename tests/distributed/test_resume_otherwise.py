@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ARGUMENTS = ["trainer.precision=64-true", "trainer.num_images=32", "trainer.global_batch_size=8"]
 ARGUMENTS += ["trainer.checkpoint_every_images=16", "trainer.accelerator=cpu", "optimizer.warmup_images=0"]
 ARGUMENTS += ["logger.tensorboard=false", "name=run"]
-ARGUMENTS += ["trainer.sample_every_images=16"]  # by the averaged weights, of which nothing must be left
+ARGUMENTS += ["trainer.sample_every_images=8"]  # by the averaged weights, of which nothing must be left
 WHOLE = ["ddp", "full_shard"]
 RESUMED = [("full_shard", "full_shard"), ("full_shard", "ddp"), ("ddp", "shard_grad_op")]
 
