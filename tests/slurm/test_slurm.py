@@ -177,6 +177,11 @@ def by_a_dead_rank(slurm: Slurm, job: str, name: str) -> None:
     os.kill(slurm.processes(name)[1], signal.SIGKILL)
 
 
+def by_a_stopped_rank(slurm: Slurm, job: str, name: str) -> None:
+    """It hangs: the other one names it, and ends the run."""
+    os.kill(slurm.processes(name)[1], signal.SIGSTOP)
+
+
 def by_skewed_signals(slurm: Slurm, job: str, name: str) -> None:
     """One rank hears of it some steps before the other."""
     first, second = slurm.processes(name)
@@ -187,17 +192,19 @@ def by_skewed_signals(slurm: Slurm, job: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "interrupt",
-    [by_signal, by_requeue, by_preemption, by_a_dead_rank, by_skewed_signals],
+    [by_signal, by_requeue, by_preemption, by_a_dead_rank, by_a_stopped_rank, by_skewed_signals],
     ids=lambda f: f.__name__,
 )
 def test_an_interrupted_run_goes_on_exactly(slurm, reference, interrupt):
     name = interrupt.__name__
-    job = slurm.submit(name, f"trainer.checkpoint_every_images={8 * 10}")
+    job = slurm.submit(name, f"trainer.checkpoint_every_images={8 * 10}", "trainer.deadline_s=20")
     slurm.wait_for_steps(name, job, 12)
     interrupt(slurm, job, name)
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
     check_same(slurm, name, reference)
+    named = "process 1 on n2 was last heard of 2" in slurm.log(job)
+    assert named is (interrupt is by_a_stopped_rank), slurm.log(job)
 
 
 def test_a_signal_before_training_is_not_lost(slurm, reference):
@@ -215,6 +222,39 @@ def test_what_a_person_has_to_mend_fails_at_once(slurm):
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), slurm.log(job)
     assert slurm.log(job).splitlines()[-1].startswith("failed process"), slurm.log(job)
     assert "are not finite" in slurm.log(job).splitlines()[-1]
+
+
+FAULT = """
+import sys, time
+from t2i.training import callbacks
+moves = callbacks.ProgressBar.on_train_batch_end
+def goes_wrong(self, trainer, stage, *more):
+    if (trainer.global_rank, stage.steps_done) == (1, 5):
+        sys.stderr.write(f"it goes wrong at {time.time()}\\n")
+        raise ZeroDivisionError("a fault of the code")
+    moves(self, trainer, stage, *more)
+callbacks.ProgressBar.on_train_batch_end = goes_wrong
+from t2i_cli.main import main
+main()
+"""
+
+
+def test_a_fault_in_one_process_ends_the_job_and_its_traceback_comes_first(slurm):
+    (slurm.folder / "fault.py").write_text(FAULT)
+    wrap = slurm.folder / "wrap.sh"  # in the place of python -m t2i_cli.main
+    wrap.write_text(f'#!/bin/bash\nshift 3\nexec {sys.executable} {slurm.folder}/fault.py "$@"\n')
+    wrap.chmod(0o755)
+    job = slurm.submit("fault", f"cluster.slurm.run_in={wrap}")
+    ended = slurm.wait(job)
+    now, log = time.time(), slurm.log(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log
+    lines = log.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("it goes wrong at"))
+    assert now - float(lines[first].split()[-1]) < 60
+    assert (
+        next(line for line in lines if "Traceback" in line) == "[rank1]: Traceback (most recent call last):"
+    )
+    assert lines[-1].startswith("failed process 1 on n2: ZeroDivisionError"), log
 
 
 def test_a_sweep_is_one_array(slurm, reference):
