@@ -213,7 +213,7 @@ def test_the_discriminator_moves_and_counts_from_its_start_on(compose_run, tmp_p
 
     config = compose_run(
         *("experiment=autoencoder/tiny_kl", "trainer.num_images=32", f"runs_dir={tmp_path}"),
-        "adversarial.start_images=16",
+        *("adversarial.start_images=16", "trainer.precision=64-true"),
     )
     fit(config, Spied, Console(quiet=True))
     moved = [not torch.equal(before[0], after[0]) for before, after in itertools.pairwise(history)]

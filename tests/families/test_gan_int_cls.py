@@ -107,7 +107,9 @@ def test_one_step_is_the_textbooks_two(experiment, compose_run):
     """Adam on the discriminator's loss with the generator's pictures as constants; then Adam on the generator's loss
     through the new discriminator, which stays as it is. (Running statistics of the discriminator's convolutions, which
     nothing reads, see real pictures once, not twice.)"""
-    config = compose_run(experiment, "trainer.batch_size=4", "optimizer.warmup_images=0")
+    config = compose_run(
+        experiment, "trainer.batch_size=4", "optimizer.warmup_images=0", "trainer.precision=64-true"
+    )
     stage = Stage(config).double()
     stage.__dict__["_device"] = torch.device("cpu")
     plain, batch, model = copy.deepcopy(stage.model), batch_of(), config.model
