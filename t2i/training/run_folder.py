@@ -101,9 +101,7 @@ def opened(
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
     try:
         with locked(folder) if own else nullcontext():
-            if own:
-                for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
-                    state_folder.remove(left)  # of a process that was killed while it wrote
+            from_first(lambda: _remove_left(folder) if own else None)  # before another one writes here
             yield folder
     except BaseException:
         if resumed is None and own and not _holds_results(folder):
@@ -114,6 +112,12 @@ def opened(
         raise
     finally:
         leave()
+
+
+def _remove_left(folder: Path) -> None:
+    """What a process that was killed had not written to its end."""
+    for left in (*folder.glob(".*.unfinished"), *folder.glob("checkpoints/.*.unfinished")):
+        state_folder.remove(left)
 
 
 def remove_unused(folder: Path) -> None:
