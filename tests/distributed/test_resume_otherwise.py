@@ -64,6 +64,8 @@ def check(experiment: str, typed: list[str], compose_run, train, shapes_override
     for of, to in RESUMED:
         moved = farthest(ends(folder / f"{of} {to}"), whole[of])
         assert moved == 0 if of == to else moved < 1e-9, (of, to)
+    if "classifier" in experiment:  # it tells captions of one process's batch from one another
+        return
     cut_short(folder / "full_shard", folder / "alone")
     train(compose_run(*typed, "resume=auto", "trainer.batch_size=8", f"runs_dir={folder / 'alone'}"))
     assert farthest(ends(folder / "alone"), whole["full_shard"]) < 1e-9
