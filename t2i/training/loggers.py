@@ -39,7 +39,8 @@ class MetricsCSV(Logger):
             rows = list(csv.DictReader(whole))
             self.reached = max((int(row["step"]) for row in rows), default=0)
             self.rows = [row for row in rows if int(row["step"]) <= from_step]
-            self._rewrite()
+            if is_first(os.environ):  # the others see the same rows, and write none
+                self._rewrite()
 
     @property
     def name(self) -> str:
