@@ -88,7 +88,8 @@ def write(
             for key, name in ENTRIES.items():
                 if key in checkpoint:
                     parts[name] = {n: v for n, v in checkpoint[key].items() if not is_note(v)}
-            torch.save(rest, aside / REST)
+            with (aside / REST).open("wb") as file:  # torch's own would not tell what the system refused
+                torch.save(rest, file)
             if frozen is not None:
                 _link(frozen, aside / FROZEN)
         for name, tensors in parts.items():
