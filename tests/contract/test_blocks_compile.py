@@ -4,19 +4,14 @@ in every experiment. On the meta device, so that the published ones take no memo
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from experiment_networks import trained_networks
 from torch import nn
 
-from t2i import families
 from t2i.nn.blocks import blocks_of
-from t2i_cli.composition import composed_run
-
-FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
-BUILT_ON = {"codec": "autoencoder/kl_f8"}
 
 
 def kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -39,17 +34,9 @@ def test_dynamo_finds_no_break_in_any_block(pattern, compose_run):
         assert found.graph_count <= 1, (type(block), found.break_reasons)
         assert not found.break_reasons, (type(block), found.break_reasons)
 
-    for path in sorted(FOLDER.glob(pattern)):
-        config = compose_run(f"experiment={path.relative_to(FOLDER).with_suffix('')}")
-        family = families.get(config.family)
-        builds_on = {
-            key: composed_run([f"experiment={BUILT_ON[part]}"]) for key, part in family.builds_on.items()
-        }
-        for network in family.load_plan()(config, builds_on):
-            if not network.trained:
-                continue
-            for block in blocks_of(network.module):
-                block.register_forward_pre_hook(explained, with_kwargs=True)
-            with torch.device("meta"):
-                network.module(**network.inputs(2))
+    for _, network in trained_networks(pattern, compose_run):
+        for block in blocks_of(network.module):
+            block.register_forward_pre_hook(explained, with_kwargs=True)
+        with torch.device("meta"):
+            network.module(**network.inputs(2))
     assert len(seen) > 10

@@ -5,26 +5,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from experiment_networks import trained_networks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from t2i import families
 from t2i.config import TrainerConfig
 from t2i.nn.blocks import blocks_of
 from t2i.training.divided import is_divided
 from t2i.training.strategy import divide, with_forward
-from t2i_cli.composition import composed_run
 
-FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
 FOR_THE_STEP = ("text encoder", "discriminator", "classifier")  # what is gathered for all of a step
-BUILT_ON = {"codec": "autoencoder/kl_f8"}
 
 
 class Uses(TorchFunctionMode):
@@ -62,21 +58,13 @@ def mesh() -> Iterator[DeviceMesh]:
 def test_blocks_are_gathered_one_at_a_time(pattern, mesh, compose_run):
     settings = TrainerConfig(num_images=1, batch_size=1, strategy="full_shard")
     seen = 0
-    for path in sorted(FOLDER.glob(pattern)):
-        config = compose_run(f"experiment={path.relative_to(FOLDER).with_suffix('')}")
-        family = families.get(config.family)
-        builds_on = {
-            key: composed_run([f"experiment={BUILT_ON[part]}"]) for key, part in family.builds_on.items()
-        }
-        for network in family.load_plan()(config, builds_on):
-            if not network.trained:
-                continue
-            module = network.module
-            blocks = [] if network.name in FOR_THE_STEP else with_forward(blocks_of(module))
-            with torch.device("meta"), Uses(module, blocks) as uses:
-                module(**network.inputs(2))
-            assert not uses.outside, (path.name, network.name)
-            divide(module, blocks, mesh, settings)
-            assert all(is_divided(p) == (p.ndim > 0) for p in module.parameters()), path.name
-            seen += 1
+    for name, network in trained_networks(pattern, compose_run):
+        module = network.module
+        blocks = [] if network.name in FOR_THE_STEP else with_forward(blocks_of(module))
+        with torch.device("meta"), Uses(module, blocks) as uses:
+            module(**network.inputs(2))
+        assert not uses.outside, (name, network.name)
+        divide(module, blocks, mesh, settings)
+        assert all(is_divided(p) == (p.ndim > 0) for p in module.parameters()), name
+        seen += 1
     assert seen > 10

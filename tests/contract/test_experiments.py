@@ -9,30 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiment_networks import FOLDER, networks
 from PIL import Image
 from safetensors.torch import load_file
 
 from t2i import families
-from t2i.config import RunConfig, parse_run, run_to_dict
+from t2i.config import parse_run, run_to_dict
 from t2i.errors import ConfigError
 from t2i.generation.text_to_image import draw, save
-from t2i.interfaces import PlannedNetwork, SampleRequest
+from t2i.interfaces import SampleRequest
 from t2i.training import checkpoint, run_folder, state_folder
-from t2i_cli.composition import composed_run
 
-FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
-BUILT_ON = {"codec": "autoencoder/kl_f8"}
 EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 SMALL = [name for name in EXPERIMENTS if "/tiny_" in name]
-
-
-def networks(config: RunConfig) -> list[PlannedNetwork]:
-    """Those of the experiment, without memory."""
-    family = families.get(config.family)
-    builds_on = {
-        key: composed_run([f"experiment={BUILT_ON[part]}"]) for key, part in family.builds_on.items()
-    }
-    return family.load_plan()(config, builds_on)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

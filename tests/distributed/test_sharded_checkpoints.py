@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from same_state import same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -78,16 +78,6 @@ def worker(rank: int, folder: str) -> None:
     with pytest.raises(TrainingError, match="a has numbers that are not finite"):
         check_before_writing([("a", target)], place)
     dist.destroy_process_group()
-
-
-def same(found, expected) -> bool:
-    if isinstance(expected, Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return found == expected
 
 
 def test_each_process_writes_its_rows(tmp_path):

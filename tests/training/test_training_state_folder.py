@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_state import same
 
 from t2i.errors import CheckpointError
 from t2i.training import checkpoint, run_folder, state_folder
@@ -28,16 +29,6 @@ def saved(tmp_path) -> Path:
     path = tmp_path / "run" / "checkpoints" / "step_0000100"
     state_folder.write(STATE, path)
     return path
-
-
-def same(found, expected) -> bool:
-    if isinstance(expected, torch.Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return found == expected
 
 
 def test_what_is_written_is_read_again(saved):

@@ -1,0 +1,34 @@
+"""The networks of every experiment, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from t2i import families
+from t2i.config import RunConfig
+from t2i.interfaces import PlannedNetwork
+from t2i_cli.composition import composed_run
+
+FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
+BUILT_ON = {"codec": "autoencoder/kl_f8"}
+
+
+def networks(config: RunConfig) -> list[PlannedNetwork]:
+    """Those of the experiment, without memory."""
+    family = families.get(config.family)
+    builds_on = {
+        key: composed_run([f"experiment={BUILT_ON[part]}"]) for key, part in family.builds_on.items()
+    }
+    return family.load_plan()(config, builds_on)
+
+
+def trained_networks(
+    pattern: str, compose_run: Callable[..., RunConfig]
+) -> Iterator[tuple[str, PlannedNetwork]]:
+    """Those that learn, of the experiments whose files match, each with its experiment's name."""
+    for path in sorted(FOLDER.glob(pattern)):
+        name = path.relative_to(FOLDER).with_suffix("").as_posix()
+        for network in networks(compose_run(f"experiment={name}")):
+            if network.trained:
+                yield name, network
