@@ -98,18 +98,20 @@ class Slurm:
         return "\n".join(path.read_text() for path in logs if path.stem.split("_")[0] == number.split("_")[0])
 
     def processes(self, name: str) -> list[int]:
-        """Of the run's ranks, in the order in which they were started."""
-        found = []
+        """Of the run's ranks, the first rank first."""
+        found = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = path.read_bytes().split(b"\0")
                 parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
                 of_step = b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes()
+                variables = (path.parent / "environ").read_bytes().split(b"\0")
             except (OSError, IndexError, ValueError):
                 continue
-            if of_step and f"name={name}".encode() in words and b"t2i_cli.main" in words:
-                found.append(int(path.parent.name))
-        return sorted(found)
+            rank = [int(each.partition(b"=")[2]) for each in variables if each.startswith(b"SLURM_PROCID=")]
+            if of_step and rank and f"name={name}".encode() in words and b"t2i_cli.main" in words:
+                found[rank[0]] = int(path.parent.name)
+        return [found[rank] for rank in sorted(found)]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.run(name) / "model.safetensors")
