@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-from t2i.config import check, parse_run
 from t2i.diffusion.config import SamplerName
-from t2i.errors import UserError
+from t2i.schema import check
 
-from . import hub
 from .arguments import parse_with_overrides
-from .newest import newest_that_draws
+from .generators import load_generator
 
 MAX_PX = 16_384
 MAX_NUMBER = 1_000_000  # of pictures per prompt, and of steps
@@ -31,34 +29,17 @@ def run(arguments: list[str]) -> None:
         for text in texts:
             check(is_unicode(text), flag, text, "text in UTF-8")
     # Heavy imports only now: a wrong flag is reported at once.
-    import torch
-
-    from t2i import families
     from t2i.generation.text_to_image import check_folder, read_image
     from t2i.interfaces import SampleRequest
     from t2i.schema import to_dict
     from t2i.text.tokens import token_counter
-    from t2i.training import checkpoint
 
     from .console import console, draw_files_with_bar
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    check(options.device in (None, *devices), "--device", options.device, " or ".join(devices))
-    path = weights_path(options.checkpoint, options.runs_dir)
     check_folder(Path(options.out))
-    loaded = checkpoint.load(path)
-    loaded.config = with_overrides(loaded.config, [*sampling_flags(options), *overrides])
-    family = loaded.config.get("family")
-    text = parse_run(loaded.config, families.get(family).load_config()).model.text_encoder()
-    if text is not None and text.allow_download:
-        hub.allow()
-    record = families.get(family)
-    if record.generator is None:
-        drawing = ", ".join(families.stages_with("generator"))
-        raise UserError(
-            f"{path} is of the family {family}, which draws nothing for prompts; allowed: a run of stage {drawing}."
-        )
-    generator = record.load_generator()(loaded, options.device)
+    path, generator, text = load_generator(
+        options.checkpoint, options.runs_dir, options.device, [*sampling_flags(options), *overrides]
+    )
     count = options.num_images
     size_px = options.height or generator.default_size_px, options.width or generator.default_size_px
     recipe: dict[str, Any] = {"checkpoint": str(path), "sampling": to_dict(generator.sampling)}
@@ -153,26 +134,3 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
     made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     return made
-
-
-def weights_path(checkpoint: str | None, runs_dir: str) -> Path:
-    """The weights to draw with."""
-    from t2i.training import run_folder
-
-    return run_folder.weights_file(checkpoint if checkpoint is not None else newest_that_draws(runs_dir))
-
-
-def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The checkpoint's configuration with key=value changes, such as text.model=/a/local/directory."""
-    if not overrides:
-        return config
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    from .composition import explained, quoted
-
-    changed = OmegaConf.create(config)
-    with explained():
-        for parsed in OverridesParser.create().parse_overrides([quoted(each) for each in overrides]):
-            OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
-    return OmegaConf.to_container(changed)  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 
 from t2i_cli import embedded
 from t2i_cli.composition import checked, composed_run, quoted, sentence
-from t2i_cli.sample import with_overrides
+from t2i_cli.generators import with_overrides
 from t2i_cli.train import typed_run
 
 
