@@ -314,7 +314,7 @@ def test_the_walk_sees_what_there_is():
     assert ("t2i.training.fit", "lightning") in edges
     assert ("t2i.training.fit", "t2i.training.run_folder") in edges
     assert ("t2i_pipelines.sources.shapes", "t2i_pipelines.shard_writer") in edges  # relative
-    assert ("t2i_cli.sample", "t2i.training.checkpoint") in edges  # inside a function
+    assert ("t2i_cli.generators", "t2i.training.checkpoint") in edges  # inside a function
     assert ("t2i_cli.train", "hydra") in edges
     assert "t2i.families.autoencoder.losses" in PLAIN_TORCH
     assert "lightning" in reached_from("t2i.families.autoencoder.stage")
