@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+
+from t2i.schema import check
 
 
 @dataclass
@@ -199,6 +201,31 @@ class Feature:
     made_by: str
 
 
+Tile = Literal["", "x", "y", "xy"]
+
+
+@dataclass(frozen=True)
+class Between:
+    """Other ends for N pictures: picture i lies shares[i] of the way from its own prompt and noise to these, along the
+    great circle (`t2i.nn.between.slerp`).
+
+    prompts, seeds: N of each, or None for the pictures' own
+    shares: N numbers from 0 to 1
+    """
+
+    shares: Sequence[float]
+    prompts: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+
+    def rows(self, places: Sequence[int]) -> Between:
+        """Of those pictures alone."""
+
+        def of(values: Sequence[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in places]
+
+        return Between([self.shares[i] for i in places], of(self.prompts), of(self.seeds))
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """What to draw: all that every family understands. What only some do (steps, guidance, temperature, ...) is in
@@ -207,6 +234,12 @@ class SampleRequest:
 
     image: (N, 3, height_px, width_px) float32 in [-1, 1] to start from, or None to start from noise
     strength: above 0, at most 1: how much of the way from noise is walked; with `image` only
+    mask: (N, 1, height_px, width_px), 1 where `image` is drawn anew and 0 where it stays as it is
+    between: what the pictures lie between, or None where each is that of its own prompt and seed
+    noise: (N, ...) to start from in place of the seeds' own, as `Generator.invert` gives it
+    tile: the axes along which the pictures continue on their other side: "x", "y", "xy" or "" for none
+
+    Raises ConfigError where these do not fit together.
     """
 
     prompts: Sequence[str]
@@ -216,6 +249,41 @@ class SampleRequest:
     negative_prompt: str = ""
     image: Tensor | None = None
     strength: float = 0.8
+    mask: Tensor | None = None
+    between: Between | None = None
+    noise: Tensor | None = None
+    tile: Tile = ""
+
+    def __post_init__(self) -> None:
+        check(self.tile in get_args(Tile), "tile", self.tile, "x, y, xy")
+        own = self.between is None or self.between.seeds is None
+        check(self.noise is None or own, "noise", "given", "none, or no other seeds to lie between")
+        if self.mask is None:
+            return
+        check(self.image is not None, "mask", "given", "only with a picture to start from")
+        size = (self.height_px, self.width_px)
+        found = tuple(self.mask.shape[-2:])
+        check(found == size, "mask (height, width)", found, f"{size}, as the picture has")
+        values = bool(((self.mask == 0) | (self.mask == 1)).all())
+        check(values, "mask", "of other values", "0 where the picture is kept, 1 where it is drawn anew")
+        check(bool(self.mask.any()), "mask", "empty", "one that marks something to draw anew")
+
+    def rows(self, places: Sequence[int]) -> SampleRequest:
+        """The request for those of its pictures alone."""
+        chosen = list(places)
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[chosen]
+
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in chosen],
+            seeds=[self.seeds[i] for i in chosen],
+            image=of(self.image),
+            mask=of(self.mask),
+            noise=of(self.noise),
+            between=None if self.between is None else self.between.rows(chosen),
+        )
 
     @classmethod
     def of_size(cls, prompts: Sequence[str], size_px: int) -> SampleRequest:
@@ -239,6 +307,11 @@ class TextToImage(nn.Module, ABC):
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
         `Generator`. sampling: the family's own options"""
 
+    def invert(self, request: SampleRequest, sampling: Any, progress: Progress | None = None) -> Tensor:
+        """The noise for request.image, on the model's device; see `Generator`."""
+        check(False, "image", "a picture to invert", "none with this model")
+        raise AssertionError
+
 
 class Generator(Protocol):
     """Any family's way from prompts to pictures.
@@ -253,6 +326,12 @@ class Generator(Protocol):
         """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture
         came to numbers that are not finite. progress: called after each step, and may raise to stop.
         Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from."""
+        ...
+
+    def invert(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
+        """The noise from which sampler ddim draws request.image for request.prompts, at guidance_scale 1 and in as many
+        steps as `sampling` says, up to the error of these steps: what `SampleRequest.noise` takes, on the CPU.
+        Raises ConfigError where this model cannot tell."""
         ...
 
 

@@ -16,6 +16,8 @@ from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 
 # denoise(x_t, t) with x_t: (B, ...) and t: (B,) floating point, in the schedule's own time.
 Denoise = Callable[[Tensor, Tensor], Prediction]
+# constrain(x, level) -> x at that level, with what is known of it in its place.
+Constrain = Callable[[Tensor, Level], Tensor]
 
 
 class Sampler(ABC):
@@ -27,6 +29,7 @@ class Sampler(ABC):
     whole_times: whether "linspace" is rounded to training steps
 
     generators: one per picture, the source of what noise is added on the way; None takes torch's global one
+    constrain: changes x at the levels on the way at which the denoiser is asked within a step
     """
 
     spacing: ClassVar[Spacing]
@@ -37,6 +40,7 @@ class Sampler(ABC):
     def __init__(self, levels: NoiseLevels, generators: Sequence[torch.Generator] | None = None) -> None:
         self.levels = levels
         self.generators = generators
+        self.constrain: Constrain = lambda x, level: x
 
     @classmethod
     def times(cls, schedule: Schedule, steps: int, spacing: Spacing, steps_offset: int) -> Tensor:

@@ -27,7 +27,7 @@ from t2i.diffusion.levels import (
     levels_at,
 )
 from t2i.diffusion.objectives import Prediction, target, to_x0_eps
-from t2i.diffusion.sampler import Denoise, Sampler
+from t2i.diffusion.sampler import Constrain, Denoise, Sampler
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 from t2i.diffusion.variance import log_variance, posterior
 
@@ -137,7 +137,7 @@ class Heun(Euler):
         straight = max(abs(a + s - 1) for a, s in ((alpha, sigma), (alpha_next, sigma_next))) < 1e-9
         if sigma_next == 0 or (alpha == 0 and not straight):
             return x
-        q = self.predict(denoise, x, i + 1)
+        q = self.predict(denoise, self.constrain(x, self.levels.level(i + 1)), i + 1)
         if straight:  # rectified flow
             return x + (sigma_next - sigma) / 2 * ((q.eps - q.x0) - (p.eps - p.x0))
         return x + (sigma_next - alpha_next * sigma / alpha) / 2 * (q.eps - p.eps)
@@ -223,6 +223,7 @@ def sample(
     eta: float = 0.0,
     init: Tensor | None = None,
     strength: float = 1.0,
+    constrain: Constrain | None = None,
 ) -> Tensor:
     """Walks from noise to a sample of the data. Whether gradients are recorded is the caller's choice.
 
@@ -234,6 +235,8 @@ def sample(
     grid: None for that of Stable Diffusion 1's scheduler config; generators: see `Sampler`; eta: of ddim
     init: (B, ...) data to start from in place of nothing (SDEdit, Meng et al. 2108.01073)
     strength: above 0, at most 1: how much of the walk is taken from `init`; int(steps * strength) levels
+    constrain: (x, (alpha, sigma)) -> x with what is known of it in its place, after every step: inpainting. All of the
+        walk then starts from noise, whatever `init` is
     Raises ConfigError for a sampler, spacing, strength or number of steps that is not to be had.
     """
     check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
@@ -246,8 +249,10 @@ def sample(
         check(cls is DDIM, "eta", eta, "0 but with ddim")
         assert isinstance(solver, DDIM)
         solver.eta = eta
+    if constrain is not None:
+        solver.constrain = constrain
     first = 0
-    if init is None:
+    if init is None or (constrain is not None and strength == 1):
         x = solver.start(noise, spacing)
     else:
         check(0 < strength <= 1, "strength", strength, "above 0, at most 1")
@@ -258,6 +263,8 @@ def sample(
     total = solver.num_steps()
     for i in range(first, total):
         x = solver.step(denoise, x, i)
+        if constrain is not None:
+            x = constrain(x, CLEAN if i + 1 == total else levels.level(solver.grid_index(i + 1)))
         if progress is not None:
             progress(i + 1 - first, total - first)
     return x

@@ -40,3 +40,8 @@ class ModelGenerator:
         """See `t2i.interfaces.Generator`."""
         with mixed(self.precision, self.device):
             return self.model.generate(request, self.sampling, progress).float().cpu()
+
+    def invert(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
+        """See `t2i.interfaces.Generator`."""
+        with mixed(self.precision, self.device):
+            return self.model.invert(request, self.sampling, progress).float().cpu()

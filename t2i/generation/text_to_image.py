@@ -24,14 +24,9 @@ RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
 
 def batches(request: SampleRequest, batch_size: int) -> Iterator[SampleRequest]:
     """The request in parts of at most `batch_size` pictures."""
-    for start in range(0, len(request.prompts), batch_size):
-        end = start + batch_size
-        yield dataclasses.replace(
-            request,
-            prompts=request.prompts[start:end],
-            seeds=request.seeds[start:end],
-            image=None if request.image is None else request.image[start:end],
-        )
+    count = len(request.prompts)
+    for start in range(0, count, batch_size):
+        yield request.rows(range(start, min(start + batch_size, count)))
 
 
 def draw(
@@ -94,13 +89,7 @@ def check_all_finite(request: SampleRequest, finite: list[bool], sampling: Any) 
 
 def _chosen(request: SampleRequest, good: list[bool]) -> SampleRequest:
     """The request for some of its pictures."""
-    places = [i for i, each in enumerate(good) if each]
-    return dataclasses.replace(
-        request,
-        prompts=[request.prompts[i] for i in places],
-        seeds=[request.seeds[i] for i in places],
-        image=None if request.image is None else request.image[places],
-    )
+    return request.rows([i for i, each in enumerate(good) if each])
 
 
 def save(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> list[Path]:
@@ -126,7 +115,9 @@ def save_grid(images: Tensor, request: SampleRequest, folder: Path, recipe: dict
 
 def shared_recipe(request: SampleRequest, recipe: dict[str, Any]) -> dict[str, Any]:
     """`recipe` and what the request says of all its pictures."""
-    own = {"prompts", "seeds", "image"} | ({"strength"} if request.image is None else set())
+    own = {"prompts", "seeds", "image", "mask", "noise", "between"}
+    own |= {"strength"} if request.image is None else set()
+    own |= set() if request.tile else {"tile"}
     names = [field.name for field in dataclasses.fields(request) if field.name not in own]
     return recipe | {name: getattr(request, name) for name in names}
 

@@ -11,7 +11,12 @@ from t2i.interfaces import TextFeatures
 
 
 class Denoiser(nn.Module, ABC):
-    """Predicts noise, v, x_0 or the velocity of a noisy latent or picture given the time and the text."""
+    """Predicts noise, v, x_0 or the velocity of a noisy latent or picture given the time and the text.
+
+    has_positions: whether it knows where in the picture it is other than by convolutions
+    """
+
+    has_positions = True
 
     @abstractmethod
     def conditioned(self, x: Tensor, t: Tensor, text: TextFeatures, mask: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from t2i.families.gan_int_cls.losses import (
 )
 from t2i.families.gan_int_cls.model import GanIntCls
 from t2i.families.gan_int_cls.stage import Stage
-from t2i.interfaces import Batch, SampleRequest, TextFeatures
+from t2i.interfaces import Batch, Between, SampleRequest, TextFeatures
 from t2i.training.optimizer import learning_rate
 from t2i.training.randomness import Randomness
 from t2i.training.step import train_step
@@ -272,12 +272,29 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(model):
         ({"height_px": 64}, "height is 64; allowed: 32, the size"),
         ({"negative_prompt": "blurry"}, "negative_prompt is 'blurry'; allowed: none"),
         ({"image": torch.zeros(1, 3, 32, 32)}, "image is 'a picture to start from'; allowed: none"),
+        ({"tile": "x"}, "tile is 'x'; allowed: none"),
     ],
 )
 def test_what_this_family_cannot_draw_is_refused(model, changes, sentence):
     network, sampling = model
     with pytest.raises(ConfigError, match=sentence):
         network.generate(request(**changes), sampling)
+
+
+def test_a_picture_has_no_noise_to_be_told(model):
+    network, sampling = model
+    with pytest.raises(ConfigError, match="image is 'a picture to invert'; allowed: none"):
+        network.invert(request(image=torch.zeros(1, 3, 32, 32)), sampling)
+
+
+@pytest.mark.usefixtures("float64")
+def test_pictures_between_two_begin_and_end_on_them(model):
+    network, sampling = model
+    ends = network.generate(request(CAPTIONS[:2]), sampling)
+    between = Between([0.0, 0.5, 1.0], CAPTIONS[1:2] * 3, [1] * 3)
+    strip = network.generate(request(CAPTIONS[:1] * 3, seeds=[0] * 3, between=between), sampling)
+    torch.testing.assert_close(strip[[0, 2]], ends)
+    assert min((strip[1] - end).abs().max() for end in ends) > 1e-5
 
 
 def test_numbers_that_are_not_finite_are_nan_pictures(model):

@@ -234,3 +234,38 @@ def test_a_frozen_text_encoder_stays_out_of_the_weights(monkeypatch):
         lambda config: Frozen(2, 2).requires_grad_(False),
     )
     assert not any(name.startswith("text") for name in build("flow").state_dict())
+
+
+def tile_request(noise: torch.Tensor, **changes: object) -> SampleRequest:
+    return SampleRequest(CAPTIONS[:2], [0, 1], 32, 32, noise=noise, **changes)
+
+
+@pytest.mark.parametrize("tile", ["x", "y", "xy"])
+def test_a_tiling_picture_of_moved_noise_is_the_moved_picture(tile):
+    model, noise = build("eps", UNET), batch()[1][:2]
+    shift = [4 * (axis in tile) for axis in "yx"]
+    pixels = [4 * each for each in shift]
+    sampling = dataclasses.replace(model.config.sampling, sampler="ddim")
+    first = model.generate(tile_request(noise, tile=tile), sampling)
+    moved = model.generate(tile_request(noise.roll(shift, (2, 3)), tile=tile), sampling)
+    torch.testing.assert_close(moved, first.roll(pixels, (2, 3)), rtol=0, atol=1e-10)
+    assert not torch.allclose(model.generate(tile_request(noise), sampling), first, atol=1e-3)
+    with pytest.raises(ConfigError, match="tile is 'x'; allowed: none with this model"):
+        build("eps").generate(tile_request(noise, tile="x"), sampling)
+
+
+def test_a_picture_and_its_noise():
+    """Without a codec's loss: the latent that the noise leads back to is that of the picture."""
+    model = build("eps", UNET)
+    with torch.no_grad():
+        model.denoiser.out[2].weight *= 0.05  # smooth, as what was trained is
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    asked = SampleRequest(CAPTIONS[:2], [0, 1], 32, 32, image=image)
+    expected = model.codec.decode(model.codec.encode(image)).clamp(-1, 1)
+    errors = []
+    for steps in (10, 80):
+        sampling = dataclasses.replace(model.config.sampling, sampler="ddim", steps=steps, guidance_scale=1.0)
+        noise = model.invert(asked, sampling)
+        assert noise.shape == (2, 4, 8, 8)
+        errors.append((model.generate(tile_request(noise), sampling) - expected).abs().mean().item())
+    assert errors[1] < errors[0] / 2

@@ -26,10 +26,11 @@ LAYERS = (
     {"families", "generation", "evaluation", "interop", "planning"},
     {"cli", "data_pipelines", "conf"},
 )
-# In one layer, only these: what configures raises errors, training reads batches and names a run as its job, the
-# command line makes data, planning and interop build whatever networks a family has (through its record).
+# In one layer, only these: what configures or is asked for raises errors, training reads batches and names a run as its
+# job, the command line makes data, planning and interop build whatever networks a family has (through its record).
 SIDEWAYS = {
     ("schema", "errors"),
+    ("interfaces", "schema"),
     ("weight_file", "errors"),
     ("data_config", "schema"),
     ("config", "schema"),

@@ -9,7 +9,7 @@ from t2i.config import check
 from t2i.families.gan_int_cls.config import Config, SamplingConfig
 from t2i.families.gan_int_cls.networks import Discriminator, GeneratorNetwork
 from t2i.interfaces import Progress, SampleRequest, TextToImage
-from t2i.nn.noise import draw_noise
+from t2i.nn.between import asked_noise, asked_text
 from t2i.text import text_encoder_for_training
 
 
@@ -35,9 +35,10 @@ class GanIntCls(TextToImage):
             )
         check(not request.negative_prompt, "negative_prompt", request.negative_prompt, "none with this model")
         check(request.image is None, "image", "a picture to start from", "none with this model")
+        check(not request.tile, "tile", request.tile, "none with this model")
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        noise = draw_noise(generators, (self.generator.noise_dim,))
-        pooled = self.text(list(request.prompts)).pooled
+        noise = asked_noise(request, generators, (self.generator.noise_dim,))
+        pooled = asked_text(self.text, request).pooled
         image = self.generator(sampling.noise_scale * noise.to(pooled), pooled)
         if progress is not None:
             progress(1, 1)

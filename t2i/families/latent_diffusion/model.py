@@ -12,7 +12,10 @@ from torch import Tensor
 from t2i.config import check
 from t2i.diffusion.config import DiffusionSampling
 from t2i.diffusion.guidance import classifier_free
+from t2i.diffusion.inpainting import coarse_mask, kept, pasted
+from t2i.diffusion.inversion import invert
 from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
+from t2i.diffusion.sampler import Denoise
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
 from t2i.families.codec import image_codec
@@ -24,11 +27,13 @@ from t2i.families.latent_diffusion.config import (
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.between import asked_noise, asked_text
 from t2i.nn.denoiser import Denoiser
 from t2i.nn.dit import DiT
 from t2i.nn.dit_config import DiTConfig
 from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
+from t2i.nn.tiling import check_tile, tiled
 from t2i.text import text_encoder_for_training
 
 
@@ -82,36 +87,65 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
+        model = self.predictor(request, sampling)
+        # All randomness of picture i comes from its own generator: a start picture's latent, the first noise,
+        # and what the sampler adds, in this order.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        shape = self.codec.latent_shape(request.height_px, request.width_px)
+        init = constrain = None
+        if request.image is not None:
+            image = request.image.to(self.device)
+            init = self.codec.encode(image, draw_noise(generators, shape).to(image))
+        noise = asked_noise(request, generators, shape).to(self.device)
+        if request.mask is not None:
+            assert init is not None
+            mask = request.mask.to(init)
+            constrain = kept(init, noise, coarse_mask(mask, self.codec.downsampling))
+        with tiled(request.tile, self.denoiser, self.codec):
+            latent = sample(
+                model,
+                noise,
+                self.schedule,
+                sampling.sampler,
+                sampling.steps,
+                progress,
+                grid=sampling,
+                eta=sampling.eta,
+                generators=generators,
+                init=init,
+                strength=request.strength,
+                constrain=constrain,
+            )
+            drawn = self.codec.decode(latent)
+        drawn = torch.where(drawn.isfinite(), drawn.clamp(-1, 1), torch.nan)
+        return drawn if request.mask is None else pasted(drawn, image, mask)
+
+    @torch.no_grad()
+    def invert(
+        self, request: SampleRequest, sampling: DiffusionSampling, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, C, h, w); see `t2i.interfaces.Generator`."""
+        assert request.image is not None
+        model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0))
+        latent = self.codec.encode(request.image.to(self.device))
+        return invert(model, latent, self.schedule, sampling.steps, progress, sampling)
+
+    def predictor(self, request: SampleRequest, sampling: DiffusionSampling) -> Denoise:
+        """(x_t, t) -> what the guided model predicts for the request. Raises ConfigError for what it cannot do."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
-        text = self.text(list(request.prompts))
+        check_tile(request, self.denoiser)
+        text = asked_text(self.text, request)
         negative = self.text([request.negative_prompt] * len(request.prompts))
         model = classifier_free(self.denoise, text, negative, sampling, self.schedule)
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
 
-        # All randomness of picture i comes from its own generator: a start picture's latent, the first noise,
-        # and what the sampler adds, in this order.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        shape = self.codec.latent_shape(request.height_px, request.width_px)
-        device, init = text.tokens.device, None
-        if request.image is not None:
-            init = self.codec.encode(request.image.to(device), draw_noise(generators, shape).to(device))
-        latent = sample(
-            predict,
-            draw_noise(generators, shape).to(device),
-            self.schedule,
-            sampling.sampler,
-            sampling.steps,
-            progress,
-            grid=sampling,
-            eta=sampling.eta,
-            generators=generators,
-            init=init,
-            strength=request.strength,
-        )
-        image = self.codec.decode(latent)
-        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+        return predict
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
 
 def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffusion:

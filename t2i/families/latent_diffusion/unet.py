@@ -104,6 +104,8 @@ def _to_map(x: Tensor, size: torch.Size) -> Tensor:
 class UNet(Denoiser):
     """Predicts noise, or v, of a noisy latent given the time and the text."""
 
+    has_positions = False
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config

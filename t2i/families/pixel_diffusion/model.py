@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from t2i.config import check
 from t2i.diffusion.guidance import classifier_free, thresholded
+from t2i.diffusion.inpainting import kept
+from t2i.diffusion.inversion import invert
 from t2i.diffusion.objectives import Prediction, difference_error, loss_weight, target, to_x0_eps
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import DiscreteSchedule, build_schedule, per_sample
@@ -19,10 +22,11 @@ from t2i.families.pixel_diffusion.config import Config, SamplingConfig
 from t2i.families.pixel_diffusion.unet import UNet
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage
+from t2i.nn.between import asked_noise, asked_text
 from t2i.nn.dit import DiT
 from t2i.nn.dit_config import DiTConfig
-from t2i.nn.noise import draw_noise
 from t2i.nn.precision import widened
+from t2i.nn.tiling import check_tile, tiled
 from t2i.text import text_encoder_for_training
 
 CHANNELS = 3
@@ -125,28 +129,55 @@ class PixelDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
-        check_side(self.config, request.height_px, "height")
-        check_side(self.config, request.width_px, "width")
-        text = self.text(list(request.prompts))
-        negative = self.text([request.negative_prompt] * len(request.prompts))
+        model = self.asked_predictor(request, sampling)
         # All randomness of picture i comes from its own generator: the first noise, then what the sampler adds.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         shape = (CHANNELS, request.height_px, request.width_px)
-        device = text.tokens.device
-        image = sample(
-            self.predictor(text, negative, sampling),
-            draw_noise(generators, shape).to(device),
-            self.schedule,
-            sampling.sampler,
-            sampling.steps,
-            progress,
-            grid=sampling,
-            eta=sampling.eta,
-            generators=generators,
-            init=None if request.image is None else request.image.to(device),
-            strength=request.strength,
-        )
+        noise = asked_noise(request, generators, shape).to(self.device)
+        init = None if request.image is None else request.image.to(noise)
+        constrain = None
+        if request.mask is not None:
+            assert init is not None
+            constrain = kept(init, noise, request.mask.to(noise))
+        with tiled(request.tile, self.denoiser):
+            image = sample(
+                model,
+                noise,
+                self.schedule,
+                sampling.sampler,
+                sampling.steps,
+                progress,
+                grid=sampling,
+                eta=sampling.eta,
+                generators=generators,
+                init=init,
+                strength=request.strength,
+                constrain=constrain,
+            )
         return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+
+    @torch.no_grad()
+    def invert(
+        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px); see `t2i.interfaces.Generator`."""
+        assert request.image is not None
+        model = self.asked_predictor(request, dataclasses.replace(sampling, guidance_scale=1.0))
+        return invert(model, request.image.to(self.device), self.schedule, sampling.steps, progress, sampling)
+
+    def asked_predictor(
+        self, request: SampleRequest, sampling: SamplingConfig
+    ) -> Callable[[Tensor, Tensor], Prediction]:
+        """`predictor` for the request. Raises ConfigError for what the model cannot do."""
+        check_side(self.config, request.height_px, "height")
+        check_side(self.config, request.width_px, "width")
+        check_tile(request, self.denoiser)
+        negative = self.text([request.negative_prompt] * len(request.prompts))
+        return self.predictor(asked_text(self.text, request), negative, sampling)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
 
 def check_side(config: Config, side_px: int, key: str) -> None:
@@ -169,6 +200,7 @@ class TextUNet(nn.Module):
 
     def __init__(self, config: Config, shape: UNetConfig, token_dim: int, pooled_dim: int) -> None:
         super().__init__()
+        self.has_positions = shape.position_embedding
         self.pooled = nn.LayerNorm(pooled_dim)
         self.tokens: nn.Module | None = None
         if shape.cross_attention:
