@@ -12,6 +12,7 @@ STOPPED = 130  # what a shell makes of a command that Ctrl-C ended
 VERBS = {
     "train": "train a stage: t2i train stage=autoencoder|ldm [resolution=64] [data=...] [key=value ...]",
     "sample": "draw pictures: t2i sample --prompt TEXT [--checkpoint RUN|FILE] [--seed N] ...",
+    "serve": "a page and an HTTP API that draw with a trained model: t2i serve [--checkpoint RUN|FILE] [--port N] ...",
     "plan": "what a run takes: t2i plan experiment=... cluster=a100x64 [--mfu X] [--sweep nodes=1,8,32]",
     "profile": "where a step's time goes: t2i profile stage=... [--steps N] [key=value ...]",
     "data": "make shards: t2i data make|pack|download|filter|dedup|score|encode|inspect|index ...",

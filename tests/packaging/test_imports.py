@@ -23,11 +23,12 @@ LAYERS = (
     {"nn"},
     {"diffusion", "adversarial"},
     {"launch", "training", "data", "text"},
-    {"families", "generation", "evaluation", "interop", "planning"},
+    {"families", "generation", "evaluation", "interop", "planning", "serving"},
     {"cli", "data_pipelines", "conf"},
 )
 # In one layer, only these: what configures or is asked for raises errors, training reads batches and names a run as its
-# job, the command line makes data, planning and interop build whatever networks a family has (through its record).
+# job, the command line makes data, planning and interop build whatever networks a family has (through its record),
+# serving draws.
 SIDEWAYS = {
     ("schema", "errors"),
     ("interfaces", "schema"),
@@ -41,6 +42,7 @@ SIDEWAYS = {
     ("cli", "data_pipelines"),
     ("planning", "families"),
     ("interop", "families"),
+    ("serving", "generation"),
 }
 
 

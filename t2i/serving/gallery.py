@@ -1,0 +1,152 @@
+"""All pictures of a folder, the newest first, with their recipes; searched by words and by likeness."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2i.files import written_whole
+from t2i.generation.text_to_image import RECIPE_KEY, read_image
+from t2i.schema import check
+
+VECTORS = ".search.safetensors"  # of a gallery's pictures, so that each is computed once
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One picture of the gallery. recipe: what it says of how it was drawn; it may come from anybody"""
+
+    path: Path
+    recipe: dict[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        return str(self.recipe.get("prompt", ""))
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vectors of length 1, whose inner product says how alike two are.
+
+    of_prompts: N texts -> (N, D)
+    of_pictures: (N, 3, H, W) in [-1, 1] -> (N, P)
+    name: of the networks; vectors of others are not compared
+    """
+
+    of_prompts: Callable[[Sequence[str]], Tensor]
+    of_pictures: Callable[[Tensor], Tensor]
+    size_px: int
+    name: str
+
+
+class Gallery:
+    """features: None where no network is at hand to search with: then words alone are looked for"""
+
+    def __init__(self, folder: Path, features: Features | None) -> None:
+        self.folder, self.features = folder, features
+        self.lock = threading.Lock()
+        self.read: dict[str, Kept | None] = {}  # by file name
+        self.vectors: dict[str, dict[str, Tensor]] = {"prompt": {}, "picture": {}}
+        self._load_vectors()
+
+    def all(self) -> list[Kept]:
+        """The newest first. A file that is no picture of ours is left out."""
+        with self.lock:
+            found = []
+            for path in self.folder.glob("*.png"):
+                if path.name not in self.read:
+                    self.read[path.name] = kept(path)
+                if (each := self.read[path.name]) is not None and path.is_file():
+                    found.append(each)
+        return sorted(found, key=lambda each: (each.path.stat().st_mtime_ns, each.path.name), reverse=True)
+
+    def get(self, name: str) -> Kept:
+        """Raises ConfigError for a name that is not in the gallery: no other file is ever given out."""
+        found = {each.path.name: each for each in self.all()}
+        check(name in found, "picture", name, "the name of a picture of the gallery")
+        return found[name]
+
+    def search(self, text: str, limit: int) -> list[Kept]:
+        """By prompt: first those that have all words of `text`, then by the likeness of meaning."""
+        pictures = self.all()
+        words = text.lower().split()
+        literal = [each for each in pictures if all(word in each.prompt.lower() for word in words)]
+        if self.features is None or not words:
+            return literal[:limit]
+        others = [each for each in pictures if each not in literal]
+        wanted = self.features.of_prompts([text])[0]
+        return [*literal, *self._ranked("prompt", others, wanted)][:limit]
+
+    def like(self, picture: Tensor | Kept, limit: int) -> list[Kept]:
+        """The pictures that look most like `picture`: (3, S, S) in [-1, 1] at the features' size, or one of the
+        gallery. Raises ConfigError where there are no features."""
+        features = self.features
+        check(features is not None, "like", "a picture", "only where `pip install 't2i[demo]'` was run")
+        assert features is not None
+        if isinstance(picture, Kept):
+            picture = read_image(picture.path, (features.size_px, features.size_px))
+        return self._ranked("picture", self.all(), features.of_pictures(picture[None])[0])[:limit]
+
+    def _ranked(self, kind: str, pictures: list[Kept], wanted: Tensor) -> list[Kept]:
+        if not pictures:
+            return []
+        with self.lock:
+            self._compute(kind, pictures)
+            vectors = torch.stack([self.vectors[kind][each.path.name] for each in pictures]).float()
+        return [
+            pictures[i] for i in (vectors @ wanted.float()).argsort(descending=True, stable=True).tolist()
+        ]
+
+    def _compute(self, kind: str, pictures: list[Kept]) -> None:
+        features, known = self.features, self.vectors[kind]
+        assert features is not None
+        missing = [each for each in pictures if each.path.name not in known]
+        for start in range(0, len(missing), 64):
+            part = missing[start : start + 64]
+            if kind == "prompt":
+                made = features.of_prompts([each.prompt for each in part])
+            else:
+                size_px = features.size_px, features.size_px
+                made = features.of_pictures(torch.stack([read_image(each.path, size_px) for each in part]))
+            known.update(zip((each.path.name for each in part), made.half(), strict=True))
+        if missing:
+            self._save_vectors()
+
+    def _save_vectors(self) -> None:
+        assert self.features is not None
+        names = {kind: list(vectors) for kind, vectors in self.vectors.items() if vectors}
+        tensors = {kind: torch.stack(list(self.vectors[kind].values())) for kind in names}
+        with written_whole(self.folder / VECTORS) as unfinished:
+            save_file(tensors, unfinished, {"names": json.dumps(names), "features": self.features.name})
+
+    def _load_vectors(self) -> None:
+        if self.features is None or not (self.folder / VECTORS).is_file():
+            return
+        try:
+            with safe_open(self.folder / VECTORS, "pt") as file:
+                metadata = file.metadata()
+                if metadata["features"] == self.features.name:
+                    for kind, names in json.loads(metadata["names"]).items():
+                        self.vectors[kind] = dict(zip(names, file.get_tensor(kind), strict=True))
+        except (SafetensorError, KeyError, TypeError, ValueError):  # it is made anew
+            self.vectors = {"prompt": {}, "picture": {}}
+
+
+def kept(path: Path) -> Kept | None:
+    """A picture with its recipe; None for a file without one."""
+    try:
+        with Image.open(path) as image:
+            recipe = json.loads(image.info[RECIPE_KEY])
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, RecursionError):
+        return None
+    return Kept(path, recipe) if isinstance(recipe, dict) and "prompt" in recipe else None

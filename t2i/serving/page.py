@@ -1,0 +1,243 @@
+"""The page: a prompt in, pictures out as they are drawn; and a gallery of all that was drawn."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from PIL import Image
+
+from t2i.errors import UserError
+from t2i.schema import parse
+from t2i.serving.gallery import Kept
+from t2i.serving.options import Option, options_of
+from t2i.serving.queue import Job
+from t2i.serving.service import Service
+from t2i.serving.wanted import Wanted
+
+LOOK_S = 0.1  # between two looks at how far a job is
+SHOWN = 60
+MAIN = ("steps", "guidance_scale")  # stand beside the prompt where a family has them
+
+
+def mount(app: FastAPI, service: Service) -> FastAPI:
+    """The application with the page at /."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        app,
+        page(service),
+        path="/",
+        footer_links=[],
+        allowed_paths=[str(service.folder.resolve())],
+        max_file_size=service.limits.max_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        theme=theme,
+    )
+
+
+def page(service: Service) -> gr.Blocks:
+    with gr.Blocks(title="t2i", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# t2i\n{service.checkpoint}")
+        with gr.Tab("Draw"):
+            fields = Fields(service)
+        with gr.Tab("Gallery") as tab:
+            of_gallery(service, fields, tab)
+    blocks.queue(api_open=False, max_size=4 * service.limits.max_waiting)
+    return blocks
+
+
+class Fields:
+    """The tab that draws."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.options = options_of(service.generator.sampling)
+        size_px, limits = service.generator.default_size_px, service.limits
+        with gr.Row():
+            with gr.Column(scale=2):
+                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+                self.negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+                with gr.Row():
+                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    self.count = gr.Slider(1, limits.max_images, 1, step=1, label="Pictures", elem_id="count")
+                with gr.Row():
+                    self.height = gr.Number(size_px, label="Height", precision=0, elem_id="height")
+                    self.width = gr.Number(size_px, label="Width", precision=0, elem_id="width")
+                with gr.Row():
+                    made = {each.name: field_of(each) for each in self.options if each.name in MAIN}
+                with gr.Accordion("All options of this model", open=False):
+                    made |= {each.name: field_of(each) for each in self.options if each.name not in MAIN}
+                self.of_options = [made[each.name] for each in self.options]
+                with gr.Accordion("Start from a picture", open=False, elem_id="start"):
+                    self.image = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"])
+                    self.strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How far from it")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Stop", elem_id="stop")
+                self.status = gr.Markdown("", elem_id="status")
+                self.pictures = gr.Gallery(label="Pictures", columns=4, format="png", elem_id="pictures")
+        self.job = gr.State("")
+        inputs = [self.prompt, self.negative, self.seed, self.count, self.height, self.width]
+        self.inputs = [*inputs, self.image, self.strength, *self.of_options]
+        outputs = [self.job, self.status, self.pictures]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        together: dict[str, Any] = private | {"concurrency_limit": None}
+        gr.on([draw.click, self.prompt.submit], self.draw, self.inputs, outputs, **together)
+        stop.click(self.stop, self.job, None, queue=False, **private)
+
+    def draw(self, *given: Any) -> Iterator[tuple[str, str, list[str]]]:
+        """(job, status, pictures), again and again until the job has ended."""
+        try:
+            job = self.service.ask(self.wanted(*given))
+        except UserError as error:
+            yield "", str(error), []
+            return
+        try:
+            while not job.ended:
+                yield job.id, spoken(self.service, job), [str(path) for path in job.pictures]
+                time.sleep(LOOK_S)
+            yield job.id, spoken(self.service, job), [str(path) for path in job.pictures]
+        finally:  # the page was closed
+            self.service.queue.stop(job)
+
+    def stop(self, id: str) -> None:
+        if (job := self.service.queue.get(id)) is not None:
+            self.service.queue.stop(job)
+
+    def wanted(self, *given: Any) -> Wanted:
+        """Raises ConfigError."""
+        prompt, negative, seed, count, height, width, image, strength, *options = given
+        sampling = {each.name: each.read(value) for each, value in zip(self.options, options, strict=True)}
+        values = {
+            "prompt": prompt,
+            "negative_prompt": negative,
+            "seed": seed,
+            "num_images": count,
+            "height": height,
+            "width": width,
+            "image": None if image is None else encoded(image),
+            "strength": strength,
+            "sampling": sampling,
+        }
+        return parse(Wanted, values)
+
+    def filled(self, recipe: dict[str, Any]) -> list[Any]:
+        """The values of `inputs` that draw a picture again. Of the recipe, which may come from anybody, what is no such
+        value is left out by the fields themselves and by `Wanted`."""
+        size_px, own = self.service.generator.default_size_px, recipe.get("sampling")
+        own = own if isinstance(own, dict) else {}
+        name = recipe.get("image")
+        image = self.service.input_picture(str(name)) if name else None
+        return [
+            str(recipe.get("prompt", "")),
+            str(recipe.get("negative_prompt", "")),
+            recipe.get("seed", 0),
+            1,
+            recipe.get("height_px", size_px),
+            recipe.get("width_px", size_px),
+            None if image is None else str(image),
+            recipe.get("strength", 0.8),
+            *(own.get(each.name, each.value) for each in self.options),
+        ]
+
+
+def field_of(option: Option) -> Any:
+    label, id = option.name.replace("_", " "), f"option_{option.name}"
+    if option.kind == "choice":
+        choices = [
+            *([("", None)] if option.optional else []),
+            *((str(each), each) for each in option.choices),
+        ]
+        return gr.Dropdown(choices, value=option.value, label=label, elem_id=id)
+    if option.kind == "truth":
+        return gr.Checkbox(option.value, label=label, elem_id=id)
+    if option.kind in ("whole", "number"):
+        return gr.Number(
+            option.value, label=label, elem_id=id, precision=0 if option.kind == "whole" else None
+        )
+    return gr.Textbox(option.value, label=label, elem_id=id)
+
+
+def spoken(service: Service, job: Job) -> str:
+    """How far a job is, for a person."""
+    done, count = len(job.pictures), len(job.checked.request.prompts)
+    if job.state == "waiting":
+        return f"Waiting: {service.queue.ahead(job)} before this one."
+    if job.state == "drawing":
+        return f"Drawing: {done} of {count} pictures; step {job.step} of {job.steps}."
+    said = {"done": f"Done: {done} of {count} pictures.", "stopped": f"Stopped: {done} of {count} pictures."}
+    return said.get(job.state) or f"Failed: {job.error}"
+
+
+def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
+    """The tab that shows what was drawn."""
+    with gr.Row():
+        words = gr.Textbox(label="Search by words", elem_id="words")
+        likeness = gr.Image(
+            label="Search by likeness", type="pil", sources=["upload", "clipboard"], height=160
+        )
+    shown = gr.Gallery(
+        label="All pictures, the newest first",
+        columns=8,
+        format="png",
+        elem_id="gallery",
+        allow_preview=False,
+    )
+    with gr.Row():
+        chosen = gr.Image(label="Chosen", interactive=False, type="filepath", elem_id="chosen")
+        with gr.Column():
+            recipe = gr.Code(label="Recipe", language="json", interactive=False, elem_id="recipe")
+            again = gr.Button("Take this recipe to Draw", elem_id="again")
+            alike = gr.Button("Pictures like this one", elem_id="alike")
+    names = gr.State([])
+    name = gr.State("")
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
+
+    def listed(found: list[Kept]) -> tuple[list[str], list[str]]:
+        return [str(each.path) for each in found], [each.path.name for each in found]
+
+    def by_words(text: str) -> tuple[list[str], list[str]]:
+        return listed(service.gallery.search(text or "", SHOWN))
+
+    def by_likeness(image: Image.Image | None) -> tuple[list[str], list[str]]:
+        return by_words("") if image is None else listed(told(lambda: service.alike(image, SHOWN)))
+
+    def by_chosen(of: str) -> tuple[list[str], list[str]]:
+        return listed(told(lambda: service.gallery.like(service.gallery.get(of), SHOWN)))
+
+    def choose(of: list[str], event: gr.SelectData) -> tuple[str, str, str]:
+        each = told(lambda: service.gallery.get(of[event.index]))
+        return str(each.path), json.dumps(each.recipe, indent=2), each.path.name
+
+    def take(of: str) -> list[Any]:
+        return fields.filled(told(lambda: service.gallery.get(of)).recipe)
+
+    tab.select(by_words, words, [shown, names], **quiet)
+    words.submit(by_words, words, [shown, names], **quiet)
+    likeness.change(by_likeness, likeness, [shown, names], **quiet)
+    shown.select(choose, names, [chosen, recipe, name], **quiet)
+    alike.click(by_chosen, name, [shown, names], **quiet)
+    again.click(take, name, fields.inputs, **quiet)
+
+
+def told(ask: Any) -> Any:
+    """What `ask` returns; its sentence is shown on the page where it refuses."""
+    try:
+        return ask()
+    except UserError as error:
+        raise gr.Error(str(error)) from error
+
+
+def encoded(image: Image.Image) -> str:
+    """A picture of the page as the API takes it: a PNG file in base64."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
