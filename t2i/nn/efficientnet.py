@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _packaged_weights() -> Path:
+def packaged_weights() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)  # finds the folder; the package's code is not run
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
@@ -71,7 +71,7 @@ class EfficientNetLite0(nn.Module):
 
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         if pretrained:
-            path = Path(weights) if weights is not None else _packaged_weights()
+            path = Path(weights) if weights is not None else packaged_weights()
             self.network.load_state_dict(self._renamed(read_weights(path), path))
         self.to(memory_format=torch.channels_last)  # a quarter to a third faster on a CPU
         self.requires_grad_(False)

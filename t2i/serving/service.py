@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.generation.text_to_image import batches, check_all_finite, finite_pictures, save
 from t2i.interfaces import Generator
+from t2i.nn import efficientnet
 from t2i.schema import to_dict
 from t2i.serving.gallery import Features, Gallery, Kept
 from t2i.serving.queue import DrawingQueue, Job
 from t2i.serving.wanted import Limits, Wanted
+from t2i.text import minilm
 from t2i.training.pictures import save_png
 
 SEARCH_PX = 128
@@ -90,21 +93,22 @@ def next_to(request: Any, i: int) -> Any:
 
 
 def features_at_hand() -> Features | None:
-    """MiniLM for prompts and EfficientNet-Lite0 for pictures, both of which come as packages; None without them."""
-    from t2i.nn.efficientnet import EfficientNetLite0
-    from t2i.text.minilm import MiniLMTextEncoder
-
+    """MiniLM for prompts and EfficientNet-Lite0 for pictures, both of which come as packages and are loaded when they
+    are first asked; None without them."""
     try:
-        text, pictures = MiniLMTextEncoder(64), EfficientNetLite0()
-    except (UserError, ImportError):
+        minilm.model_folder()
+        efficientnet.packaged_weights()
+    except UserError:
         return None
+    text = cache(lambda: minilm.MiniLMTextEncoder(64))
+    pictures = cache(efficientnet.EfficientNetLite0)
 
     def of_prompts(prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():
-            return F.normalize(text(list(prompts)).pooled.float().cpu(), dim=1)
+            return F.normalize(text()(list(prompts)).pooled.float(), dim=1)
 
     def of_pictures(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return F.normalize(pictures.pooled(images).float().cpu(), dim=1)
+            return F.normalize(pictures().pooled(images).float(), dim=1)
 
     return Features(of_prompts, of_pictures, SEARCH_PX, "minilm, efficientnet-lite0")
