@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -131,3 +133,21 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
                 f"{name} in {source} has {bad:,} numbers of {value.numel():,} that are not finite (NaN or infinite); "
                 "allowed: finite weights."
             )
+
+
+def sha256(*files: Path) -> str:
+    """Of the files' contents, one after the other. Raises CheckpointError."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def reason_of(error: Exception) -> str:
+    """The beginning of what a library says, which may be pages."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")

@@ -8,8 +8,6 @@ LAION-AI/LAION-5B-WatermarkDetection (inference.py).
 
 from __future__ import annotations
 
-import hashlib
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
-from t2i.weight_file import check_finite, named_by_content, weights_format
+from t2i.weight_file import check_finite, named_by_content, reason_of, weights_format
 
 for_watermark_detector = transforms.Compose(
     [
@@ -160,21 +158,3 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{file} is a {type(state).__name__}; allowed: a state dict of tensors.")
     check_finite(state, file)
     return state
-
-
-def sha256(*files: Path) -> str:
-    """Of the files' contents, one after the other. Raises CheckpointError."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()
-
-
-def reason_of(error: Exception) -> str:
-    """The beginning of what a library says, which may be pages."""
-    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2i.errors import ConfigError
+from t2i.evaluation.clip import Clip, load_clip
+from t2i.weight_file import sha256
 
-from .clip import Clip, load_clip
-from .heads import for_watermark_detector, load_head, load_watermark_detector, sha256
+from .heads import for_watermark_detector, load_head, load_watermark_detector
 
 HEAD_COLUMNS = ("aesthetic", "punsafe")
 

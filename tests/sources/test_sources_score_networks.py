@@ -34,7 +34,7 @@ from torch import nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
-from t2i_pipelines.scoring.clip import load_clip
+from t2i.evaluation.clip import load_clip
 from t2i_pipelines.scoring.heads import HEADS, for_watermark_detector, load_head
 from t2i_pipelines.scoring.scorer import ScorerFiles
 

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from t2i.errors import CheckpointError, ConfigError
-from t2i.weight_file import named_by_content
-
-from .heads import reason_of, sha256
+from t2i.weight_file import named_by_content, reason_of, sha256
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,25 @@ class Clip:
         return normalize(self.encode_text(self.tokenize(list(texts)).to(device)).float(), dim=-1)
 
 
-def load_clip(model: str, weights: str | None, device: torch.device, with_text: bool) -> Clip:
+def load_clip(
+    model: str,
+    weights: str | None,
+    device: torch.device,
+    with_text: bool,
+    flag: str = "--clip",
+) -> Clip:
     """
     model: a folder with a CLIP of open_clip (`open_clip_config.json`) or of transformers (`config.json`), or the name
         of an architecture of open_clip
     weights: with a name, its local file: .safetensors, or a .pt that weights_only reads
     with_text: with the tokenizer
+    flag: by which `model` was given, for messages
     Raises ConfigError, or CheckpointError where the files are missing or do not fit.
     """
     folder = Path(model)
     if folder.is_dir() and weights is not None:
         raise ConfigError(
-            f"--clip {model} is a folder; --clip-weights is allowed with an architecture's name only."
+            f"{flag} {model} is a folder; --clip-weights is allowed with an architecture's name only."
         )
     try:
         if (folder / "open_clip_config.json").is_file():
@@ -65,23 +70,23 @@ def load_clip(model: str, weights: str | None, device: torch.device, with_text: 
         if (folder / "config.json").is_file():
             return _transformers(folder, device, with_text)
         if folder.is_dir():
-            raise CheckpointError(f"--clip {model} holds neither open_clip_config.json nor config.json.")
+            raise CheckpointError(f"{flag} {model} holds neither open_clip_config.json nor config.json.")
         import open_clip
 
         if model not in open_clip.list_models():
             raise ConfigError(
-                f"--clip is {model!r}; allowed: a folder with a CLIP, or a name of open_clip.list_models()."
+                f"{flag} is {model!r}; allowed: a folder with a CLIP, or a name of open_clip.list_models()."
             )
         if weights is None or not Path(weights).is_file():
             raise CheckpointError(
-                f"--clip-weights is {weights!r}; allowed with --clip {model}: an existing file."
+                f"--clip-weights is {weights!r}; allowed with {flag} {model}: an existing file."
             )
         with named_by_content(Path(weights)) as named:
             return _open_clip(model, str(named), [Path(weights)], device, with_text)
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # whatever the readers of four file formats raise
-        raise CheckpointError(f"--clip {model} cannot be loaded: {reason_of(error)}") from error
+        raise CheckpointError(f"{flag} {model} cannot be loaded: {reason_of(error)}") from error
 
 
 def _open_clip(

@@ -1,0 +1,116 @@
+"""What the jobs of `t2i evaluate` have in common: flags, networks, runs that draw, bars."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.schema import check
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2i.data_config import DataConfig
+    from t2i.evaluation.features import Extractor
+
+
+def add_measures(made: argparse.ArgumentParser) -> None:
+    """The flags of all jobs."""
+    made.add_argument(
+        "--features",
+        action="append",
+        metavar="NAME[=PLACE]",
+        help="inception=FILE, dinov2=DIR, clip=DIR (with it the CLIP score), efficientnet (its ImageNet weights come "
+        "in a package); may be given several times; default: efficientnet",
+    )
+    made.add_argument(
+        "--resize",
+        default="clean",
+        help="for inception: clean (clean-fid), legacy_pytorch or legacy_tensorflow",
+    )
+    made.add_argument("--force", action="store_true", help="a distance of fewer pictures than features, too")
+    made.add_argument("--rounds", type=int, default=20, help="halves that the intervals are from; 0: none")
+    made.add_argument("--batch-size", type=int, default=64, help="pictures at a time")
+    made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError that names the first flag whose value is not to be had. Imports no torch."""
+    check(options.batch_size >= 1, "--batch-size", options.batch_size, "1 or more")
+    check(options.rounds == 0 or options.rounds >= 2, "--rounds", options.rounds, "2 or more, or 0 for none")
+    resizes = ("clean", "legacy_pytorch", "legacy_tensorflow")
+    check(options.resize in resizes, "--resize", options.resize, ", ".join(resizes))
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """Raises ConfigError for one that is not here."""
+    import torch
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    check(options.device in (None, *devices), "--device", options.device, " or ".join(devices))
+    return torch.device(options.device or devices[-1])
+
+
+def extractors_of(options: argparse.Namespace) -> list[Extractor]:
+    """The networks that --features names, each once."""
+    from t2i.evaluation.features import load
+
+    device = device_of(options)
+    return [
+        load(spec, options.resize, device) for spec in dict.fromkeys(options.features or ["efficientnet"])
+    ]
+
+
+def plain_data() -> DataConfig:
+    """How shards are read that no run names."""
+    from t2i.data_config import DataConfig
+
+    return DataConfig(
+        source=None,
+        shards="-",
+        caption_keys=["txt", "json:caption"],
+        filter_by_size=False,
+        num_workers=0,
+        cache_mib=0,
+    )
+
+
+@contextmanager
+def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; what is given is called with the number of pictures that are done since."""
+    from rich.progress import Progress
+
+    from ..console import console
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def print_table(rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    from ..console import console
+
+    header, *body = rows
+    table = Table(*header, box=None)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_json(path: Path | None, values: Any) -> None:
+    """Where a file was asked for."""
+    import json
+
+    from t2i.files import written_whole
+
+    from ..console import console
+
+    if path is not None:
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=2) + "\n")
+        console.print(f"The figures are in {path}")

@@ -1,0 +1,189 @@
+"""Sets of pictures to be measured: a folder of files, the samples of shards, or what a model draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i.data.decode import BadSample, decode_image, open_image, resize_and_crop, stored_size
+from t2i.data.fingerprint import contents
+from t2i.data.members import PICTURE_ENDINGS
+from t2i.data.reader import SampleReader, Wanted, causes
+from t2i.data.sources import expand, is_local
+from t2i.data_config import DataConfig
+from t2i.errors import DataError
+
+RECIPE_KEY = "t2i"  # of a PNG's text, where `t2i sample` writes the prompt
+
+
+@dataclass(frozen=True)
+class Item:
+    """picture: (3, H, W) uint8; caption: "" where none is known; metadata: the sample's JSON"""
+
+    picture: Tensor
+    caption: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """read: the pictures in their order, all of `size_px` (H, W); count: how many there may be; name: for people;
+    fingerprint: of what they are made from; bad: those that the last reading left out, by cause"""
+
+    name: str
+    count: int
+    size_px: tuple[int, int]
+    fingerprint: str
+    read: Callable[[], Iterator[Item]] = field(repr=False)
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The pictures at any depth, but for the sheets that `t2i sample` makes of them. Raises DataError where there is
+    none."""
+    endings = {f".{ending}" for ending in PICTURE_ENDINGS}
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file()]
+    files = [path for path in files if not path.stem.startswith("grid")]
+    if not files:
+        raise DataError(f"{folder} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
+    return files
+
+
+def generated_folder(folder: Path) -> Pictures:
+    """All pictures of a folder, as they are. Raises DataError where they are not of one size, or one cannot be read:
+    what a model drew has no bad ones to be left out."""
+    files = folder_files(folder)
+    sizes: dict[tuple[int, int], Path] = {}
+    for path in files:
+        try:
+            sizes.setdefault(stored_size(path.read_bytes(), str(path)), path)
+        except BadSample as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
+        if len(sizes) > 1:
+            (first, one), (second, other) = sizes.items()
+            raise DataError(
+                f"{folder} holds pictures of mixed size: {one.name} is {_wide(first)}, {other.name} {_wide(second)} "
+                "px; allowed: one size."
+            )
+
+    def read() -> Iterator[Item]:
+        for path in files:
+            image, _ = decode_image(path.read_bytes(), str(path))
+            yield Item(_uint8(image), _prompt(path))
+
+    return Pictures(str(folder), len(files), next(iter(sizes)), _fingerprint(files), read)
+
+
+def reference(place: str, size_px: tuple[int, int], data: DataConfig, limit: int | None = None) -> Pictures:
+    """Real pictures, each resized until it just covers `size_px` and cut to its middle, as training does.
+
+    place: a folder of pictures or of shards, or shards with braces; data: how shards are read; limit: the first ones
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return shards_pictures(place, size_px, data, limit)
+    if tars := sorted(folder.glob("*.tar")):
+        return shards_pictures([str(path) for path in tars], size_px, data, limit, name=place)
+    files = folder_files(folder)[:limit]
+
+    bad: Counter[str] = Counter()
+
+    def read() -> Iterator[Item]:
+        bad.clear()
+        for path in files:
+            try:
+                image, original = decode_image(path.read_bytes(), str(path), size_px)
+            except BadSample as error:
+                bad[error.cause] += 1
+                continue
+            yield Item(resize_and_crop(image, original, size_px)[0], _prompt(path))
+
+    return Pictures(place, len(files), size_px, _fingerprint(files), read, bad)
+
+
+def shards_pictures(
+    shards: str | list[str],
+    size_px: tuple[int, int],
+    data: DataConfig,
+    limit: int | None = None,
+    name: str | None = None,
+) -> Pictures:
+    """The good samples of shards in their order, each once."""
+    plain = dataclasses.replace(data, encoded=None, bucket_step_px=None, mixture={}, shards=shards)
+    urls = expand(shards, "--reference")
+    reader = SampleReader(plain, size_px, key="reference", shards=urls)
+    count = len(reader) if limit is None else min(limit, len(reader))
+    bad: Counter[str] = Counter()
+
+    def read() -> Iterator[Item]:
+        bad.clear()
+        for index in range(count):
+            (sample,) = reader.read([Wanted(index)])
+            if isinstance(sample, BadSample):
+                bad[sample.cause] += 1
+            else:
+                yield Item(sample.picture, next(iter(sample.captions)), sample.metadata)
+
+    remote = "\n".join(url for url in urls if not is_local(url))
+    digest = hashlib.sha256(contents(urls) + remote.encode()).hexdigest()
+    return Pictures(name or str(shards), count, size_px, digest, read, bad)
+
+
+def batches(pictures: Pictures, batch_size: int) -> Iterator[list[Item]]:
+    """In parts of at most `batch_size`. Raises DataError where no picture is there."""
+    part: list[Item] = []
+    seen = False
+    for item in pictures.read():
+        seen = True
+        part.append(item)
+        if len(part) == batch_size:
+            yield part
+            part = []
+    if part:
+        yield part
+    if not seen:
+        raise DataError(f"{pictures.name} holds no picture that can be read ({causes(pictures.bad)}).")
+
+
+def stacked(items: Sequence[Item]) -> Tensor:
+    """(B, 3, H, W) uint8."""
+    return torch.stack([item.picture for item in items])
+
+
+def _prompt(path: Path) -> str:
+    """What `t2i sample` wrote into the file, or a text beside it of the same name; "" where there is neither."""
+    if path.suffix.lower() == ".png":
+        image = open_image(path.read_bytes())
+        text = getattr(image, "text", {}).get(RECIPE_KEY)
+        if text:
+            try:
+                found = json.loads(text).get("prompt")
+            except (ValueError, AttributeError):
+                found = None
+            if isinstance(found, str):
+                return found
+    beside = path.with_suffix(".txt")
+    return beside.read_text(errors="replace").strip() if beside.is_file() else ""
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    return contents([str(path) for path in files]).hex()
+
+
+def _uint8(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _wide(size_px: tuple[int, int]) -> str:
+    return f"{size_px[1]} x {size_px[0]}"

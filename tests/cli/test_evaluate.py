@@ -1,0 +1,69 @@
+"""`t2i evaluate` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def folder_of(path: Path, count: int, level: int, side: int = 16) -> Path:
+    path.mkdir(parents=True)
+    random = np.random.default_rng(level)
+    for i in range(count):
+        pixels = random.normal(level, 30, (side, side, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path / f"{i:03d}.png")
+    return path
+
+
+def test_a_folder_beside_another(t2i, tmp_path):
+    drawn, real = folder_of(tmp_path / "drawn", 14, 100), folder_of(tmp_path / "real", 16, 120)
+    arguments = ("evaluate", str(drawn), "--reference", str(real), "--rounds", "2", "--out", "figures.json")
+    assert "compares 1,280 features, and" in (refused := t2i(*arguments).sentence)
+    assert refused.endswith("allowed: 1,280 or more, or --force, which gives the figure nevertheless.")
+    done = t2i(*arguments, "--force")
+    assert done.code == 0, done
+    figures = json.loads(Path("figures.json").read_text())
+    first = figures["figures"][0]
+    assert (first["name"], first["count"], first["reference"]) == ("FD over EfficientNet", 14, 16)
+    assert "EfficientNet-Lite0 of ImageNet, resize clean" in done.out
+    assert f"{first['value']:.5g}" in done.out
+    again = t2i(*arguments, "--force")  # the reference comes from the cache
+    assert again.out == done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rounds", "1"], "--rounds is 1; allowed: 2 or more, or 0 for none."),
+        (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more."),
+        (["--resize", "nice"], "--resize is 'nice'; allowed: clean, legacy_pytorch, legacy_tensorflow."),
+        (
+            ["--features", "vgg"],
+            "--features is 'vgg'; allowed: inception=FILE, dinov2=DIR, clip=DIR or efficientnet.",
+        ),
+        (
+            ["--features", "inception=none.pth"],
+            "--features inception: none.pth does not exist; allowed: inception=",
+        ),
+        (["--reference", "nowhere.tar"], "reference.shards names nowhere.tar, which does not exist."),
+        (["--reference", "."], ". holds no pictures; allowed: jpg"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(t2i, tmp_path, flags, said):
+    drawn = folder_of(tmp_path / "drawn", 2, 100)
+    arguments = ["evaluate", str(drawn), "--reference", str(drawn), *flags]
+    assert said in t2i(*arguments).sentence
+
+
+def test_flags_are_checked_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; sys.argv = ['t2i', 'evaluate', '.', '--rounds', '1']; from t2i_cli.main import main\n"
+        "try: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0

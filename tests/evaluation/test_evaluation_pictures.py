@@ -1,0 +1,171 @@
+"""Sets of pictures and the statistics of references: what is read, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_configs import data_config
+from PIL import Image
+
+from t2i.errors import ConfigError, DataError
+from t2i.evaluation import statistics
+from t2i.evaluation.features import Extractor
+from t2i.evaluation.measure import check_enough, figures, mean_figure
+from t2i.evaluation.pictures import generated_folder, reference
+from t2i.evaluation.statistics import collect, reference_statistics
+from t2i.training.pictures import save_png
+
+
+def extractor(sha256: str = "a") -> Extractor:
+    """The mean and the deviation of each channel."""
+
+    def compute(pictures: torch.Tensor) -> torch.Tensor:
+        flat = pictures.double().flatten(2)
+        return torch.cat([flat.mean(2), flat.std(2)], dim=1)
+
+    return Extractor("plain", "plain", 6, "clean", sha256, "FD", compute)
+
+
+def folder_of(path: Path, count: int, size: tuple[int, int] = (24, 20), level: int = 100) -> Path:
+    path.mkdir(parents=True)
+    random = np.random.default_rng(level)
+    for i in range(count):
+        pixels = random.normal(level, 30, (*size, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path / f"{i:03d}.png")
+    return path
+
+
+def progress(done: int) -> None:
+    pass
+
+
+def test_a_folder_is_read_as_it_is(tmp_path):
+    folder = folder_of(tmp_path / "a", 3)
+    (folder / "001.txt").write_text("a red circle\n")
+    save_png(torch.zeros(3, 24, 20), folder / "drawn.png", t2i=json.dumps({"prompt": "a star", "seed": 1}))
+    save_png(torch.zeros(3, 90, 90), folder / "grid.png")  # of `t2i sample`: no picture of its own
+    pictures = generated_folder(folder)
+    items = list(pictures.read())
+    assert (
+        (pictures.count, pictures.size_px) == (4, (24, 20)) == (len(items), tuple(items[0].picture.shape[1:]))
+    )
+    assert [item.caption for item in items] == ["", "a red circle", "", "a star"]
+    expected = np.asarray(Image.open(folder / "000.png"))
+    assert (items[0].picture.permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_a_reference_is_cut_to_the_others_size_and_counts_what_it_leaves_out(tmp_path):
+    folder = folder_of(tmp_path / "real", 3, (60, 30))
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    real = reference(str(folder), (24, 20), data_config(shards="-"))
+    assert [tuple(item.picture.shape) for item in real.read()] == [(3, 24, 20)] * 3
+    assert real.bad == {"image": 1}
+
+
+def test_a_reference_of_the_same_size_is_not_touched(tmp_path):
+    folder = folder_of(tmp_path / "real", 2)
+    real, plain = reference(str(folder), (24, 20), data_config(shards="-")), generated_folder(folder)
+    for one, other in zip(real.read(), plain.read(), strict=True):
+        assert (one.picture == other.picture).all()
+
+
+def test_shards_and_the_folder_that_they_lie_in(shapes_shards):
+    shards = str(shapes_shards / "heldout" / "{00000..00000}.tar")
+    for place in (shards, str(shapes_shards / "heldout")):
+        real = reference(place, (32, 32), data_config(shards="-"))
+        items = list(real.read())
+        assert real.count == len(items) >= 8
+        assert all(item.caption and "scene" in item.metadata for item in items)
+    assert reference(shards, (32, 32), data_config(shards="-"), limit=3).count == 3
+
+
+def test_what_cannot_be_measured_is_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no pictures; allowed: jpg"):
+        reference(str(tmp_path / "empty"), (24, 20), data_config(shards="-"))
+    mixed = folder_of(tmp_path / "mixed", 2)
+    Image.new("RGB", (7, 9)).save(mixed / "x.png")
+    with pytest.raises(DataError, match=r"mixed size: 000.png is 20 x 24, x.png 7 x 9 px; allowed: one size"):
+        generated_folder(mixed)
+    broken = folder_of(tmp_path / "broken", 1)
+    (broken / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"bad.png cannot be read"):
+        generated_folder(broken)
+    with pytest.raises(
+        ConfigError, match="6 features, and mine has 5 pictures; allowed: 6 or more, or --force"
+    ):
+        check_enough(extractor(), 5, "mine", force=False)
+    check_enough(extractor(), 5, "mine", force=True)
+    check_enough(extractor(), 6, "mine", force=False)
+
+
+def test_statistics_are_kept_under_what_decides_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = folder_of(tmp_path / "real", 12)
+
+    def of(sha256: str = "a", size: tuple[int, int] = (24, 20)) -> statistics.Statistics:
+        real = reference(str(folder), size, data_config(shards="-"))
+        return reference_statistics(real, [extractor(sha256)], 5, progress)[0]
+
+    def kept() -> int:
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
+
+    first = of()
+    assert (len(first.features), first.about["count"], kept()) == (12, 12, 1)
+    monkeypatch.setattr(statistics, "collect", None)  # is not computed again
+    again = of()
+    assert (again.features == first.features).all()
+    assert (again.gaussian.covariance == first.gaussian.covariance).all()
+    assert again.about == first.about
+    monkeypatch.setattr(statistics, "collect", collect)
+    of("b")
+    of("a", (16, 16))
+    assert kept() == 3
+    Image.new("RGB", (20, 24)).save(folder / "000.png")  # other data
+    of()
+    assert kept() == 4
+
+
+def test_a_named_file_of_statistics_has_to_be_of_the_same(tmp_path):
+    file, folder = tmp_path / "real.safetensors", folder_of(tmp_path / "real", 12)
+    real = reference(str(folder), (24, 20), data_config(shards="-"))
+    reference_statistics(real, [extractor()], 5, progress, file)
+    reference_statistics(real, [extractor()], 5, progress, file)
+    with pytest.raises(DataError, match="sha256 'a', asked is 'b'; allowed: another file"):
+        reference_statistics(real, [extractor("b")], 5, progress, file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="cannot be read as statistics"):
+        reference_statistics(real, [extractor()], 5, progress, file)
+
+
+def test_every_figure_has_its_counts_and_an_interval(tmp_path):
+    drawn, real = folder_of(tmp_path / "a", 30), folder_of(tmp_path / "b", 40, level=110)
+    (features,) = collect(generated_folder(drawn), [extractor()], 7, progress)
+    (known,) = reference_statistics(
+        reference(str(real), (24, 20), data_config(shards="-")),
+        [extractor()],
+        7,
+        progress,
+        tmp_path / "x.safetensors",
+    )
+    made = figures(extractor(), features, known, rounds=6)
+    assert [each.name for each in made] == ["FD", "KID x 1000", "precision", "recall", "density", "coverage"]
+    for each in made:
+        assert (each.count, each.reference) == (30, 40)
+        low, high = each.interval
+        assert low <= each.value <= high
+    assert made[0].value == pytest.approx(3 * 10**2, rel=0.2)  # 10 levels apart in each of 3 channels
+    assert all(each.interval is None for each in figures(extractor(), features, known, rounds=0))
+
+
+def test_the_interval_of_a_mean():
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = mean_figure("mean", values)
+    assert found.deviation == pytest.approx(float(values.std()) / 2)
+    assert found.interval == pytest.approx(
+        (2.5 - 1.959964 * found.deviation, 2.5 + 1.959964 * found.deviation)
+    )
