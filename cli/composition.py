@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def composed_run(
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    check_own_cluster(overrides, config_dir)
     overrides = [quoted(override) for override in overrides] + _searched(config_dir)
     with explained(config_dir):
         with hydra.initialize_config_module("t2i_conf", version_base="1.3"):
@@ -75,11 +77,34 @@ def _searched(config_dir: str | None) -> list[str]:
     return [f"hydra.searchpath=[{_as_text(f'file://{Path(config_dir).absolute()}')}]"]
 
 
+def check_own_cluster(overrides: list[str], config_dir: str | None) -> None:
+    """Raises ConfigError where the file that cluster=NAME means in a folder of one's own has no keys: Hydra would name
+    no file, or go on without it."""
+    from t2i.launch.slurm import SlurmConfig
+    from t2i.planning.config import ClusterConfig
+
+    names = [each.removeprefix("cluster=") for each in overrides if each.startswith("cluster=")]
+    for path in (Path(config_dir or "", "cluster", f"{name}.yaml") for name in names):
+        if config_dir is None or not path.is_file():
+            continue
+        with explained(config_dir):
+            found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        check(isinstance(found, dict) and len(found) > 0, str(path), found, _keys(ClusterConfig))
+        slurm = found.get("slurm")
+        check(not isinstance(slurm, list), f"slurm in {path}", slurm, _keys(SlurmConfig))
+
+
+def _keys(config: Any) -> str:
+    names = sorted(field.name for field in dataclasses.fields(config))
+    return f"a mapping with the keys {', '.join(names)}"
+
+
 def cluster_of_overrides(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """The cluster that launch=slurm, cluster= and cluster.KEY= name, for verbs that compose no run. Raises
     ConfigError."""
     import hydra
 
+    check_own_cluster(overrides, config_dir)
     given = [quoted(each) for each in overrides] + _searched(config_dir)
     with explained(config_dir), hydra.initialize_config_module("t2i_conf", version_base="1.3"):
         return launched(hydra.compose("launch", given))[1]

@@ -131,7 +131,7 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
 
 
 def sweep_table(plans: Sequence[Plan]) -> Table:
-    """One row per number of nodes: pictures per GPU and step, share of linear scaling, GiB on a GPU under DDP."""
+    """One row per number of nodes: pictures per GPU and step, share of linear scaling, GiB on a GPU."""
     rows = [
         (
             f"{plan.cluster.nodes}",
@@ -142,7 +142,7 @@ def sweep_table(plans: Sequence[Plan]) -> Table:
             f"{plan.speed.days:,.2f}",
             f"{plan.speed.gpu_hours:,.0f}",
             f"{plan.speed.usd:,.0f}",
-            f"{plan.memory['ddp', plan.work.recomputed_flops > 0].total / GIB:.1f}",
+            f"{plan.ours.total / GIB:.1f}",
         )
         for plan in plans
     ]

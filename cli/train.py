@@ -19,7 +19,7 @@ from t2i.launch.ranks import is_first, is_launched
 from t2i.schema import check
 
 from . import hub
-from .composition import checked, explained, launched, quoted, sentence
+from .composition import check_own_cluster, checked, explained, launched, quoted, sentence
 from .train_help import help_text
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> None:
     flags.add_argument("--multirun", "-m", action="store_true")
     flags.add_argument("--dry-run", action="store_true")
     own, _ = flags.parse_known_args(arguments)
+    check_own_cluster(arguments, own.config_dir)
     arguments = flags_last([each for each in arguments if each != "--dry-run"])
     typed = sys.argv
     program = (

@@ -351,6 +351,7 @@ class PlannedNetwork:
     num_parameters: where the module holds more than this network
     by_block: of a trained network, whether FSDP gathers it block by block: whether its blocks are those of
         `t2i.training.stage.BaseStage.blocks_to_gather`
+    turn: of a trained network, the step's turn that trains it
     """
 
     name: str
@@ -364,6 +365,7 @@ class PlannedNetwork:
     saved: bool = False
     num_parameters: int | None = None
     by_block: bool = True
+    turn: str = "train"
 
     @property
     def parameters(self) -> int:

@@ -24,6 +24,7 @@ class Trained:
     largest_block: parameters of the largest block that FSDP gathers at a time
     compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
     in_blocks: parameters of all blocks that FSDP gathers one at a time; the others are there for a whole pass
+    turns: of a step
     """
 
     parameters: int
@@ -33,6 +34,7 @@ class Trained:
     largest_block: int
     compute_bytes: int
     in_blocks: int = 0
+    turns: int = 1
 
     @property
     def moments(self) -> int:

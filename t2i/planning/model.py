@@ -36,7 +36,7 @@ class Part:
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
     largest_block: parameters of the largest of its blocks; in_blocks: of those that FSDP gathers one at a time
-    cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
+    turn, cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
     """
 
     name: str
@@ -50,6 +50,7 @@ class Part:
     inference: bool = True
     largest_block: int = 0
     in_blocks: int = 0
+    turn: str = "train"
     cached_as: str | None = None
     saved: bool = False
 
@@ -86,6 +87,7 @@ class Model:
             largest_block=max(part.largest_block for part in learning),
             compute_bytes=self.compute_bytes,
             in_blocks=sum(part.in_blocks for part in learning),
+            turns=len({part.turn for part in learning}),
         )
 
     def _frozen_bytes(self, cached: Collection[str]) -> int:
@@ -195,6 +197,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         inference=network.averaged,
         largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
         in_blocks=num_parameters(*_gathered(module)) if network.by_block else 0,
+        turn=network.turn,
         cached_as=network.cached_as,
         saved=network.saved,
     )

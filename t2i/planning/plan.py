@@ -30,7 +30,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Plan:
-    """traffic: by strategy; memory: by strategy and whether activations are checkpointed
+    """traffic: by strategy; memory: by strategy and whether activations are checkpointed; ours: as configured
     images_per_gpu: per step, rounded up
     images_at_a_time: of these, in a micro-batch, rounded up
     bytes_per_second_per_node, total_bytes: read from shards
@@ -47,6 +47,7 @@ class Plan:
     images_per_gpu: int
     images_at_a_time: int
     memory: dict[tuple[Strategy, bool], Memory]
+    ours: Memory
     bytes_per_second_per_node: float
     total_bytes: float
     loader_images_per_second_per_node: float
@@ -81,6 +82,21 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
     expected = speed(work, cluster, mfu, sent[config.trainer.strategy])
     size_px, per_node = config.resolution.size_px, expected.images_per_second / cluster.nodes
     bytes_per_image = assumed.bytes_per_pixel * size_px**2
+    memories: dict[tuple[Strategy, bool], Memory] = {
+        (strategy, checkpointing): memory(
+            model.trained(assumed.cached),
+            model.activations,
+            model.frozen_peak_per_image(assumed.cached),
+            at_a_time,
+            strategy,
+            checkpointing,
+            cluster.num_gpus,
+            cluster.gpus_per_node,
+            accumulates=at_a_time < per_gpu,
+        )
+        for strategy in STRATEGIES
+        for checkpointing in (False, True)
+    }
     text_online = any(part.cached_as == "text" for part in model.needed(assumed.cached))
     plan = Plan(
         cluster=cluster,
@@ -91,21 +107,8 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
         traffic=sent,
         images_per_gpu=per_gpu,
         images_at_a_time=at_a_time,
-        memory={
-            (strategy, checkpointing): memory(
-                model.trained(assumed.cached),
-                model.activations,
-                model.frozen_peak_per_image(assumed.cached),
-                at_a_time,
-                strategy,
-                checkpointing,
-                cluster.num_gpus,
-                cluster.gpus_per_node,
-                accumulates=at_a_time < per_gpu,
-            )
-            for strategy in STRATEGIES
-            for checkpointing in (False, True)
-        },
+        memory=memories,
+        ours=memories[config.trainer.strategy, config.trainer.activation_checkpointing],
         bytes_per_second_per_node=per_node * bytes_per_image,
         total_bytes=work.num_images * bytes_per_image,
         loader_images_per_second_per_node=min(reader_processes(config, cluster), cluster.cpu_cores_per_node)
@@ -187,7 +190,7 @@ def memory_warnings(plan: Plan, config: RunConfig) -> list[str]:
     usable = usable_bytes(plan.cluster)
     checkpointing = config.trainer.activation_checkpointing
     strategy = config.trainer.strategy
-    ours, way = plan.memory[strategy, checkpointing], name(strategy, checkpointing)
+    ours, way = plan.ours, name(strategy, checkpointing)
     if ours.total <= usable:
         return []
     part, size = max(vars(ours).items(), key=lambda item: item[1])

@@ -43,11 +43,13 @@ def traffic(trained: Trained, strategy: Strategy, cluster: ClusterConfig, micro_
     gradients, muon = FP32 * trained.parameters, trained.muon
     orthogonal = FP32 if by_gloo else 2  # bytes of a number
     if strategy == "ddp":
-        summed, shared = 2 * _ring(n) * gradients, _ring(n) * orthogonal * muon
+        # All gradients in each turn, those that it leaves alone too.
+        summed, shared = 2 * _ring(n) * gradients * trained.turns, _ring(n) * orthogonal * muon
         return Traffic(0.0, summed, shared, (summed + shared) * (nodes > 1))
     shards = cluster.gpus_per_node if strategy == "hybrid_shard" else n
     replicas = n // shards
-    passes = trained.parameters + (trained.in_blocks if strategy != "shard_grad_op" else 0)
+    # In each turn forward, and blocks of which the weights were freed backward too.
+    passes = trained.parameters * trained.turns + (trained.in_blocks if strategy != "shard_grad_op" else 0)
     weights = _ring(shards) * trained.compute_bytes * passes * micro_batches
     # gloo's reduce-scatter is an all-reduce of which a part is kept.
     scattered = _ring(shards) * gradients * (2 if by_gloo else 1)

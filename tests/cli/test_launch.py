@@ -204,6 +204,15 @@ slurm: {partition: big}
         (("nodes: 2", "nodes: two"), "cluster.nodes is 'two'; allowed: a whole number."),
         (("nodes: 2", "nods: 2"), "cluster.nods is not a known key; did you mean cluster.nodes?"),
         (("gpu: none", "gpu: [none"), "cluster/ours.yaml, line "),
+        (
+            (CLUSTER, ""),
+            "cluster/ours.yaml is {}; allowed: a mapping with the keys cpu_cores_per_node, gpu, ",
+        ),
+        (
+            (CLUSTER, "- gpu"),
+            "cluster/ours.yaml is ['gpu']; allowed: a mapping with the keys cpu_cores_per_node, ",
+        ),
+        (("{partition: big}", "[5]"), "cluster/ours.yaml is [5]; allowed: a mapping with the keys account, "),
         (("{partition: big}", "5"), "cluster.slurm is 5; allowed: a mapping."),
         (
             ("{partition: big}", "{setup: module load x}"),

@@ -32,12 +32,18 @@ WAYS = {
 }
 
 
-# What is defined on the pictures that are looked at together.
+# What is defined on the pictures that are looked at together, so that only an equal split is the same training.
 OF_A_PART = {
-    "autoencoder/tiny_kl 2 x 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
-    "autoencoder/tiny_vq 2 x 2 x 2": "a codebook learns in each forward pass, from its micro-batch",
+    "autoencoder/tiny_kl 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
+    "autoencoder/tiny_vq 2 x 2": "a codebook learns in each forward pass, from its micro-batch over all processes",
+}
+OF_A_PROCESS = {
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
     "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
+}
+# Tells a part's captions from one another.
+COLUMNS_OF_A_PROCESS = {
+    "pixel_diffusion/tiny_linear_x0_classifier": ("classifier", "gradient_norm_classifier")
 }
 NO_MEANS = (
     "images_per_second",
@@ -98,12 +104,12 @@ def of_two(
 
 
 @pytest.fixture(scope="module")
-def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str], list[dict[str, float]]]:
+def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int], list[dict[str, float]]]:
     @cache
-    def of_one(name: str) -> list[dict[str, float]]:
-        folder = tmp_path_factory.mktemp("one")
-        config = compose_run(*arguments_of(name, compose_run, codec), *SHARED, f"runs_dir={folder}")
-        return losses(train(config).folder)
+    def of_one(name: str, batch_size: int) -> list[dict[str, float]]:
+        """batch_size: of a micro-batch"""
+        typed = [*SHARED, f"trainer.batch_size={batch_size}", f"runs_dir={tmp_path_factory.mktemp('one')}"]
+        return losses(train(compose_run(*arguments_of(name, compose_run, codec), *typed)).folder)
 
     return of_one
 
@@ -112,12 +118,16 @@ def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str], list[
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_losses(name, way, of_one, of_two):
-    if reason := OF_A_PART.get(name) or OF_A_PART.get(f"{name} {way.split(' ', 1)[1]}"):
-        pytest.skip(reason)
-    one = [dict(row) for row in of_one(name)]
+    split = way.split(" ", 1)[1]
+    if name in OF_A_PROCESS:
+        if way.startswith("ddp"):
+            pytest.skip(OF_A_PROCESS[name])
+        one = of_two(name)[f"ddp {split}"]
+    else:
+        one = of_one(name, 4 if f"{name} {split}" in OF_A_PART else 8)
     assert [row["images"] for row in one] == [8, 16, 24, 32]
-    for expected, row in zip(one, of_two(name)[way], strict=True):
-        if name == "pixel_diffusion/tiny_linear_x0_classifier":  # tells a part's captions from one another
-            for column in ("classifier", "gradient_norm_classifier"):
-                assert row.pop(column) != expected.pop(column)
-        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    by_ddp = of_two(name)[f"ddp {split}"]
+    for expected, row, same_split in zip(one, of_two(name)[way], by_ddp, strict=True):
+        others = {column: same_split[column] for column in COLUMNS_OF_A_PROCESS.get(name, ())}
+        assert all(expected[column] != value for column, value in others.items())
+        assert row == pytest.approx(expected | others, rel=1e-9, abs=1e-12)

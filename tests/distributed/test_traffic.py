@@ -37,7 +37,7 @@ from t2i_cli.main import main
 main()
 """.replace("STEPS", str(STEPS))
 # With Muon, and weights beside the blocks.
-EXPERIMENT = "experiment=pixel_diffusion/tiny_flow_dit"
+EXPERIMENT = "pixel_diffusion/tiny_flow_dit"
 
 own_network = subprocess.run(["unshare", "-n", "ip", "link", "set", "lo", "up"], capture_output=True)
 pytestmark = pytest.mark.skipif(
@@ -72,8 +72,10 @@ def planned(config: RunConfig, strategy: Strategy, nodes: int, per_node: int, mi
     return traffic(build_model(config, {}, "cpu").trained(), strategy, cluster, micro_batches)
 
 
-def check(compose_run, shapes_overrides, folder, strategy, nodes, per_node, micro_batches=1) -> None:
-    settings = [EXPERIMENT, "trainer.precision=32-true"]
+def check(
+    compose_run, shapes_overrides, folder, strategy, nodes, per_node, micro_batches=1, experiment=EXPERIMENT
+) -> None:
+    settings = [f"experiment={experiment}", "trainer.precision=32-true"]
     config = compose_run(*settings, "trainer.accelerator=cpu")
     sent = planned(config, strategy, nodes, per_node, micro_batches)
     arguments = [
@@ -103,3 +105,10 @@ def test_two_processes(compose_run, shapes_overrides, tmp_path):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_four_processes(compose_run, shapes_overrides, tmp_path, strategy, micro_batches):
     check(compose_run, shapes_overrides, tmp_path, strategy, 2, 2, micro_batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "full_shard"])
+@pytest.mark.parametrize("experiment", ["gan_int_cls/tiny_r1", "pixel_diffusion/tiny_linear_x0_classifier"])
+def test_two_turns(compose_run, shapes_overrides, tmp_path, strategy, experiment):
+    check(compose_run, shapes_overrides, tmp_path, strategy, 1, 2, experiment=experiment)

@@ -77,3 +77,18 @@ def test_vectors_are_not_decayed_and_frozen_weights_are_left_out():
     optimizer.step()
     for p, value in before.items():
         torch.testing.assert_close(p.detach(), value * (1 - 0.1 * 0.5) if p.ndim >= 2 else value)
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_is_read_as_what_it_is():
+    """torch's fused AdamW reads it in the order of the parameter's memory."""
+    gradient = torch.arange(1.0, 7.0, dtype=torch.float64).view(2, 3)
+    config = OptimizerConfig(learning_rate=1.0, warmup_images=0, schedule="constant", muon_scale=None)
+    ends = []
+    for given in (gradient, gradient.T.contiguous().T):
+        parameter = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+        optimizer = build_optimizer([[parameter]], [], config)
+        parameter.grad = given
+        optimizer.step()
+        ends.append(optimizer.state[parameter]["exp_avg"])
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    torch.testing.assert_close(ends[0], (1 - config.betas[0]) * gradient)

@@ -35,6 +35,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             },
             trained=True,
             calls_per_image=generated + 1 / 3,  # and forward alone, in the discriminator's turn
+            turn="generator",
         ),
         PlannedNetwork(
             "discriminator",
@@ -48,6 +49,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             calls_per_image=2 + penalty + generated * 2 / 3,
             averaged=False,
             by_block=False,
+            turn="discriminator",
         ),
         PlannedNetwork(
             "text encoder",

@@ -46,7 +46,15 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     if classifier is not None:
         hidden = classifier.encoder.hidden_matrices()
         networks.append(
-            PlannedNetwork("classifier", classifier, noisy, trained=True, hidden=hidden, by_block=False)
+            PlannedNetwork(
+                "classifier",
+                classifier,
+                noisy,
+                trained=True,
+                hidden=hidden,
+                by_block=False,
+                turn="classifier",
+            )
         )
     networks.append(
         PlannedNetwork(
