@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -65,19 +64,3 @@ def draw_with_bar(generator: Generator, request: SampleRequest, batch_size: int)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("pictures", total=len(request.prompts))
         return draw(generator, request, batch_size, lambda done: bar.advance(task, done))
-
-
-def draw_files_with_bar(
-    generator: Generator, request: SampleRequest, batch_size: int, folder: Path, recipe: dict[str, Any]
-) -> None:
-    """`t2i.generation.text_to_image.draw_files` under a progress bar; says what was written, as soon as it is."""
-    from rich.progress import Progress
-
-    from t2i.generation.text_to_image import draw_files
-
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("pictures", total=len(request.prompts))
-        for path in draw_files(
-            generator, request, batch_size, folder, recipe, lambda done: bar.advance(task, done)
-        ):
-            console.print(str(path))

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.config import TextConfig, parse_run
+from t2i.config import Precision, TextConfig, parse_run
 from t2i.errors import UserError
+from t2i.launch.ranks import ALONE, Rank
 from t2i.schema import check
 
 from . import hub
 from .newest import newest_that_draws
 
 if TYPE_CHECKING:
+    import torch
+
     from t2i.interfaces import Generator
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """path: of the weights; weights: what tells them, with the changes to their configuration, from all others
+    text: its text encoder; config: the run's, changed"""
+
+    path: Path
+    generator: Generator
+    weights: str
+    text: TextConfig | None
+    config: dict[str, Any]
+
+    def sampling(self, changes: Mapping[str, Any]) -> Any:
+        """The family's own options with changes. Raises ConfigError for what there is not."""
+        from t2i import families
+        from t2i.schema import to_dict
+
+        if not changes:
+            return self.generator.sampling
+        values = {**self.config, "sampling": {**to_dict(self.generator.sampling), **changes}}
+        return vars(parse_run(values, families.get(self.config["family"]).load_config()).model)["sampling"]
 
 
 def load_generator(
@@ -21,19 +48,41 @@ def load_generator(
 ) -> tuple[Path, Generator, TextConfig | None]:
     """(its weights, the generator, its text encoder). checkpoint: a run or a file of weights; None takes the newest run
     that draws. Raises ConfigError for a device that is not there, UserError for a run that draws nothing."""
+    loaded = load(weights_path(checkpoint, runs_dir), device_named(device, ALONE), overrides)
+    return loaded.path, loaded.generator, loaded.text
+
+
+def device_named(name: str | None, rank: Rank) -> torch.device:
+    """The device of that name, cpu or cuda, for this process. Raises ConfigError for one that is not there."""
     import torch
 
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    check(name in (None, *devices), "--device", name, " or ".join(devices))
+    if (name or devices[-1]) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", rank.local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def load(
+    path: Path, device: torch.device, overrides: Sequence[str], precision: Precision | None = None
+) -> Loaded:
+    """What a file of weights draws with. Raises UserError for one that draws nothing.
+
+    overrides: key=value for its configuration; precision: in place of its run's
+    """
     from t2i import families
+    from t2i.generation.recipes import weights_digest
     from t2i.training import checkpoint as checkpoints
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    check(device in (None, *devices), "--device", device, " or ".join(devices))
-    path = weights_path(checkpoint, runs_dir)
-    loaded = checkpoints.load(path)
-    loaded.config = with_overrides(loaded.config, overrides)
-    family = loaded.config.get("family")
+    found = checkpoints.load(path)
+    found.config = with_overrides(found.config, list(overrides))
+    if precision is not None:
+        found.config = {**found.config, "trainer": {**found.config["trainer"], "precision": precision}}
+    family = found.config.get("family")
     record = families.get(family)
-    text = parse_run(loaded.config, record.load_config()).model.text_encoder()
+    text = parse_run(found.config, record.load_config()).model.text_encoder()
     if text is not None and text.allow_download:
         hub.allow()
     if record.generator is None:
@@ -41,7 +90,9 @@ def load_generator(
         raise UserError(
             f"{path} is of the family {family}, which draws nothing for prompts; allowed: a run of stage {drawing}."
         )
-    return path, record.load_generator()(loaded, device), text
+    generator = record.load_generator()(found, device)
+    changes = [each for each in overrides if not each.startswith("sampling.")]
+    return Loaded(path, generator, weights_digest(found.weights, changes), text, found.config)
 
 
 def weights_path(checkpoint: str | None, runs_dir: str) -> Path:

@@ -3,134 +3,159 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from t2i.diffusion.config import SamplerName
-from t2i.schema import check
+from t2i.config import check
+from t2i.errors import UserError
+from t2i.generation.prompts import Line, Prompts, read_prompts
+from t2i.launch.ranks import rank_of
 
 from .arguments import parse_with_overrides
-from .generators import load_generator
+from .generators import Loaded, device_named, load, weights_path
+from .sample_flags import STRENGTH, check_flags, filled, parser, sampling_flags, take_recipes
 
-MAX_PX = 16_384
-MAX_NUMBER = 1_000_000  # of pictures per prompt, and of steps
-MAX_SEED = 2**64 - 1  # of torch.Generator
+if TYPE_CHECKING:
+    from t2i.generation.text_to_image import Drawing
+    from t2i.interfaces import SampleRequest
 
 
 def run(arguments: list[str]) -> None:
     """Parses, loads, draws, writes PNGs and says where."""
     options, overrides = parse_with_overrides(parser(), arguments)
-    check(options.checkpoint != "", "--checkpoint", "", "a run folder or a file of weights")
-    image_is_there = options.image is None or Path(options.image).is_file()
-    check(image_is_there, "--image", options.image, "a picture file that exists")
-    check_numbers(options)
-    for flag, texts in {"--prompt": options.prompt, "--negative-prompt": [options.negative_prompt]}.items():
-        for text in texts:
-            check(is_unicode(text), flag, text, "text in UTF-8")
+    check_flags(options)
+    prompts = asked(options, overrides)
+    if not prompts.lines:
+        number, why = next(iter(prompts.broken.items()))
+        raise UserError(f"No line of {options.prompts_file} can be used (line {number}: {why}).")
     # Heavy imports only now: a wrong flag is reported at once.
-    from t2i.generation.text_to_image import check_folder, read_image
-    from t2i.interfaces import SampleRequest
-    from t2i.schema import to_dict
-    from t2i.text.tokens import token_counter
+    from t2i.generation.batch_size import BatchSize
+    from t2i.generation.names import check_folder
+    from t2i.generation.text_to_image import Report, draw_files
 
-    from .console import console, draw_files_with_bar
-
-    check_folder(Path(options.out))
-    path, generator, text = load_generator(
-        options.checkpoint, options.runs_dir, options.device, [*sampling_flags(options), *overrides]
+    from .console import console, say_what_is_logged
+    from .sample_bar import (
+        Bar,
+        conclude,
+        say_what_differs,
+        say_what_is_cut,
+        say_what_is_large,
+        write_layout,
     )
-    count = options.num_images
-    size_px = options.height or generator.default_size_px, options.width or generator.default_size_px
-    recipe: dict[str, Any] = {"checkpoint": str(path), "sampling": to_dict(generator.sampling)}
+
+    say_what_is_logged()
+    rank = rank_of(os.environ)
+    device = device_named(options.device, rank)
+    on_cpu = device.type == "cpu" and options.precision not in (None, "auto", "32-true")
+    check(not on_cpu or options.recipe is not None, "--precision", options.precision, "32-true on a CPU")
+    path = weights_path(options.checkpoint, options.runs_dir)
+    folder = Path(options.out)
+    check_folder(folder)
+    loaded = load(path, device, [*sampling_flags(options), *overrides], options.precision)
+    generator = loaded.generator
+    recipe = {"checkpoint": str(path), "weights": loaded.weights, "precision": generator.precision}
+    say_what_differs(options, recipe)
+    if options.compile:
+        generator.compile()
+    drawings = grouped(prompts, options, loaded, recipe | ({"compile": True} if options.compile else {}))
+    if rank.rank == 0:
+        write_layout(prompts, options)
+    say_what_is_cut(loaded.text, prompts, options)
+    say_what_is_large(drawings, generator)
+    console.print(f"Drawing with {path}")
+    report = Report()
+    try:
+        with Bar(rank) as bar:
+            batch_size = BatchSize(options.batch_size, device)
+            draw_files(generator, drawings, folder, batch_size, bar, report, rank)
+    except KeyboardInterrupt:
+        kept = report.drawn + report.there
+        console.print(f"{kept:,} pictures are kept in {folder}: the same command goes on from there.")
+        raise
+    conclude(report, prompts, options, rank, generator.sampling)
+
+
+def asked(options: argparse.Namespace, overrides: Sequence[str]) -> Prompts:
+    """The prompts, from where the flags say, each with what else is said of it. Raises UserError."""
+    if options.prompts_file is not None:
+        found = read_prompts(Path(options.prompts_file), other_keys=options.layout == "geneval")
+    elif options.recipe is not None:
+        found = Prompts(take_recipes(options, overrides), {}, 0)
+    else:
+        found = Prompts([Line(prompt) for prompt in options.prompt], {}, 0)
+    return Prompts([filled(line, options) for line in found.lines], found.broken, found.blank)
+
+
+def grouped(
+    prompts: Prompts,
+    options: argparse.Namespace,
+    loaded: Loaded,
+    recipe: dict[str, Any],
+) -> list[Drawing]:
+    """The pictures of all lines; those that share what can be shared are drawn together. A line of a file with options
+    that there are not is put among the broken ones."""
+    from t2i.errors import ConfigError
+    from t2i.generation.names import file_name
+    from t2i.generation.text_to_image import Drawing
+    from t2i.schema import to_dict
+
+    groups: dict[str, list[Line]] = {}
+    chosen: dict[str, Any] = {}
+    for line in prompts.lines:
+        own = json.dumps(line.sampling, sort_keys=True)
+        key = json.dumps([line.height, line.width, line.negative_prompt, own])
+        try:
+            if own not in chosen:
+                chosen[own] = loaded.sampling(line.sampling)
+        except ConfigError as error:
+            if not options.prompts_file:
+                raise
+            prompts.broken[line.number] = str(error).removesuffix(".")
+            continue
+        groups.setdefault(key, []).append(line)
+    drawings = []
+    for lines in groups.values():
+        pictures = [(line, i) for line in lines for i in range(line.num_images or 1)]
+        sampling = chosen[json.dumps(lines[0].sampling, sort_keys=True)]
+        names = [file_name(options.layout, line, (line.seed or 0) + i, i) for line, i in pictures]
+        numbers = [line.number for line, _ in pictures] if options.prompts_file else []
+        request = request_of(
+            [line.prompt for line, _ in pictures],
+            [(line.seed or 0) + i for line, i in pictures],
+            lines[0],
+            options,
+            loaded.generator.default_size_px,
+        )
+        made_by = {**recipe, "sampling": to_dict(sampling)}
+        if options.image is not None:
+            made_by["image"] = options.image
+        drawings.append(Drawing(request, sampling, made_by, names, options.layout is not None, numbers))
+    return drawings
+
+
+def request_of(
+    prompts: list[str], seeds: list[int], line: Line, options: argparse.Namespace, size_px: int
+) -> SampleRequest:
+    """For pictures that share what `line` says but for the prompt and the seed.
+
+    size_px: where nothing is said
+    """
+    from t2i.generation.text_to_image import read_image
+    from t2i.interfaces import SampleRequest
+
+    size = line.height or size_px, line.width or size_px
     image = None
     if options.image is not None:
-        recipe["image"] = options.image
-        image = read_image(Path(options.image), size_px).expand(len(options.prompt) * count, -1, -1, -1)
-    request = SampleRequest(
-        prompts=[prompt for prompt in options.prompt for _ in range(count)],
-        seeds=[options.seed + i for _ in options.prompt for i in range(count)],
-        height_px=size_px[0],
-        width_px=size_px[1],
-        negative_prompt=options.negative_prompt,
+        image = read_image(Path(options.image), size).expand(len(prompts), -1, -1, -1)
+    return SampleRequest(
+        prompts=prompts,
+        seeds=seeds,
+        height_px=size[0],
+        width_px=size[1],
+        negative_prompt=line.negative_prompt or "",
         image=image,
-        strength=0.8 if options.strength is None else options.strength,
+        strength=STRENGTH if options.strength is None else options.strength,
     )
-    given = [
-        *(("--prompt", prompt) for prompt in options.prompt),
-        ("--negative-prompt", options.negative_prompt),
-    ]
-    if text is not None:
-        counter = token_counter(text)
-        for flag, words in given:
-            if cut := counter.cut(words):
-                console.print(
-                    f"{flag} has {counter.count(words)} tokens, of which the text encoder takes {counter.max_tokens}: "
-                    f"{cut!r} is left out.",
-                )
-    console.print(f"Drawing with {path}")
-    draw_files_with_bar(generator, request, options.batch_size, Path(options.out), recipe)
-
-
-def check_numbers(options: argparse.Namespace) -> None:
-    """Raises ConfigError that names the first flag whose number is not to be had."""
-    most = {"steps": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
-    for name, limit in (most | {"height": MAX_PX, "width": MAX_PX}).items():
-        value = getattr(options, name)
-        ok = value is None or 1 <= value <= limit
-        check(
-            ok,
-            "--" + name.replace("_", "-"),
-            value,
-            f"1 to {limit:,}" if value and value > limit else "1 or more",
-        )
-    last = MAX_SEED - options.num_images + 1
-    check(0 <= options.seed <= last, "--seed", options.seed, f"0 to {last}")
-    scale = options.guidance_scale
-    check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
-    strength = options.strength
-    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
-    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
-
-
-def sampling_flags(options: argparse.Namespace) -> list[str]:
-    """The flags that stand for the family's own options, as key=value."""
-    given = {name: getattr(options, name) for name in ("steps", "sampler", "guidance_scale")}
-    return [f"sampling.{name}={value}" for name, value in given.items() if value is not None]
-
-
-def is_unicode(text: str) -> bool:
-    """False for what was typed in another encoding: Python then has surrogates in the place of its bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags. What is not given is taken from the checkpoint's own configuration."""
-    made = argparse.ArgumentParser(
-        prog="t2i sample",
-        description="Draw pictures for prompts.",
-        epilog="Trailing key=value change the run's config.",
-    )
-    made.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    made.add_argument("--negative-prompt", default="", help="what guidance moves away from")
-    made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
-    made.add_argument("--strength", type=float, help="how far from --image, above 0 to 1; default: 0.8")
-    made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest run that draws")
-    made.add_argument("--steps", type=int, help="denoiser calls per picture: sampling.steps")
-    made.add_argument(
-        "--sampler", metavar="NAME", help=f"sampling.sampler: {', '.join(get_args(SamplerName))}"
-    )
-    made.add_argument("--guidance-scale", type=float, help="sampling.guidance_scale; 1: no guidance")
-    made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
-    made.add_argument("--num-images", type=int, default=4, help="per prompt")
-    made.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    made.add_argument("--height", type=int, help="in pixels; default: what the model was trained at")
-    made.add_argument("--width", type=int, help="in pixels")
-    made.add_argument("--out", default="samples", metavar="DIR", help="folder for the PNGs")
-    made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
-    made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
-    return made

@@ -44,7 +44,7 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
         from t2i.serving import api, page
     except ImportError as error:
         raise UserError(f"The page needs {error.name}: `pip install 't2i[serve]'` brings it.") from error
-    from t2i.generation.text_to_image import check_folder
+    from t2i.generation.names import check_folder
     from t2i.serving.guard import Guard, is_loopback
     from t2i.serving.service import Service, features_at_hand
     from t2i.serving.wanted import Limits

@@ -316,11 +316,17 @@ class TextToImage(nn.Module, ABC):
 class Generator(Protocol):
     """Any family's way from prompts to pictures.
 
-    sampling: a dataclass, the family's own options: the entry `sampling` of its configuration
+    sampling: a dataclass, the family's own options: the entry `sampling` of its configuration; may be replaced
+    precision: what it computes in, as a run's trainer.precision names it
     """
 
     default_size_px: int
     sampling: Any
+    precision: str
+
+    def compile(self) -> None:
+        """Has torch compile the networks, block by block, when they are first called."""
+        ...
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture

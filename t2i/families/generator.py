@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.config import Precision
 from t2i.interfaces import Progress, SampleRequest, TextToImage
-from t2i.nn.precision import mixed
+from t2i.nn.blocks import blocks_of
+from t2i.nn.precision import chosen, mixed
+from t2i.text.cache import CachedTextEncoder
+from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 
 
@@ -30,11 +33,23 @@ class ModelGenerator:
     ) -> None:
         self.default_size_px, self.sampling = size_px, sampling
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.precision: Precision = checkpoint.config["trainer"]["precision"]
+        # A CPU computes in single precision, whatever the run did.
+        is_cpu = self.device.type == "cpu"
+        precision: Precision = checkpoint.config["trainer"]["precision"]
+        self.precision: Precision = "32-true" if is_cpu else chosen(precision, self.device)
         self.model = model.eval()
         load_into(self.model, checkpoint.weights, checkpoint.path, prefix="model.")
         self.model.to(self.device)
+        if isinstance(self.model.text, nn.Module):  # it has learned with the model, and does no more
+            encoder = self.model.text
+            encoder.trainable = False
+            del self.model.text
+            self.model.text = CachedTextEncoder(encoder)
         self.model.text.to(self.device)
+
+    def compile(self) -> None:
+        """Has torch compile the model's blocks, each when it is first called."""
+        prepare([block for network in self.model.children() for block in blocks_of(network)], False, True)
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """See `t2i.interfaces.Generator`."""

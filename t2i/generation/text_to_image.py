@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,86 @@ import torch
 from torch import Tensor
 
 from t2i.data.decode import BadSample, decode_image, resize_and_crop
-from t2i.errors import UserError
+from t2i.errors import ConfigError, UserError
+from t2i.generation import grid
+from t2i.generation.batch_size import BatchSize
+from t2i.generation.manifest import Line, Manifest
+from t2i.generation.names import check_folder, place_of, slug
+from t2i.generation.recipes import Recipe, chunk, identity, shared_recipe, together
 from t2i.interfaces import Generator, SampleRequest
-from t2i.training.pictures import grid, save_png
+from t2i.launch.ranks import ALONE, Rank
+from t2i.training.pictures import save_picture, save_png
 
-RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
+NOT_FINITE = "numbers that are not finite"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures that share all but prompt, seed and what else `request` has one of for each.
+
+    sampling: the family's own options; recipe: what `request` does not say, the same of all
+    names: of each its file within the folder, ending in .png
+    is_fixed: whether it can have no other name where one is taken
+    lines: of each its line in a file of prompts; empty where there is none
+    """
+
+    request: SampleRequest
+    sampling: Any
+    recipe: Recipe
+    names: Sequence[str]
+    is_fixed: bool = False
+    lines: Sequence[int] = ()
+
+    def recipe_of(self, place: int) -> Recipe:
+        """Of one picture."""
+        own = {"prompt": self.request.prompts[place], "seed": self.request.seeds[place]}
+        return {**shared_recipe(self.request, self.recipe), **own}
+
+
+@dataclass
+class Report:
+    """What became of the pictures of this process. total: of all processes; there: were there already; repeated: asked
+    for more than once, of all
+    lines: of all pictures, in the manifest; whole: whether all of them are
+    """
+
+    total: int = 0
+    drawn: int = 0
+    there: int = 0
+    repeated: int = 0
+    lines: dict[str, Line] = field(default_factory=dict)
+    whole: bool = False
+
+
+class Listener:
+    """Is told how drawing goes on.
+
+    share: pictures that this process has to draw, when that is known; steps: done, and all, of those drawn at a time
+    """
+
+    def share(self, pictures: int) -> None: ...
+
+    def steps(self, done: int, steps: int) -> None: ...
+
+    def picture(self, path: Path | None) -> None:
+        """One is done; None where it is not finite."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """place: in its drawing; key: of its line in the manifest"""
+
+    place: int
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Of a drawing, what one process has to draw."""
+
+    drawing: Drawing
+    pictures: list[_Picture]
 
 
 def batches(request: SampleRequest, batch_size: int) -> Iterator[SampleRequest]:
@@ -45,27 +117,120 @@ def draw(
 
 def draw_files(
     generator: Generator,
-    request: SampleRequest,
-    batch_size: int,
+    drawings: Sequence[Drawing],
     folder: Path,
-    recipe: dict[str, Any],
-    progress: Callable[[int], None],
-) -> Iterator[Path]:
-    """Draws as `draw` does and writes as `save` does, batch by batch, so that what is finished stays if a later one
-    fails; then grid.png. Pictures that are not finite are not written: UserError then names them at the end."""
+    batch_size: BatchSize,
+    listener: Listener,
+    report: Report,
+    rank: Rank = ALONE,
+) -> None:
+    """Draws the pictures that are not there yet, writes each as it is finished, and a line of it into the manifest.
+    What is finished stays if a later one fails, or an error or Ctrl-C ends it. In memory there are the pictures of one
+    batch.
+
+    Of several processes each draws its own: the pictures are cut into blocks of a batch, which are dealt to them in
+    turn, so that where the number at a time is given, each batch is the same on any number of processes.
+    report: filled in
+    Raises ConfigError for what the model cannot draw, where the picture does not come from a line of a file.
+    """
     check_folder(folder)
-    finite: list[bool] = []
-    drawn = []
-    for part in batches(request, batch_size):
-        images = generator.generate(part)
-        good = finite_pictures(images).tolist()
-        drawn.append(images[good])
-        yield from save(images[good], _chosen(part, good), folder, recipe)
-        finite += good
-        progress(len(part.prompts))
-    if sum(finite) > 1:
-        yield save_grid(torch.cat(drawn), _chosen(request, finite), folder, recipe)
-    check_all_finite(request, finite, generator.sampling)
+    manifest = Manifest(folder, rank)
+    order: dict[str, int] = {}
+    try:
+        blocks = list(_own_blocks(drawings, manifest, batch_size, rank, report, order))
+        listener.share(sum(len(block.pictures) for block in blocks))
+        for block in blocks:
+            try:
+                _draw_block(generator, block, batch_size, listener, manifest, report)
+            except ConfigError as error:
+                if not block.drawing.lines:
+                    raise
+                for picture in block.pictures:
+                    why = f"line {block.drawing.lines[picture.place]}: {str(error).removesuffix('.')}"
+                    manifest.add(picture.key, block.drawing.recipe_of(picture.place), error=why)
+    finally:
+        report.lines = manifest.close(order)
+    report.whole = len(report.lines) == len(order)
+
+
+def _own_blocks(
+    drawings: Sequence[Drawing],
+    manifest: Manifest,
+    batch_size: BatchSize,
+    rank: Rank,
+    report: Report,
+    order: dict[str, int],
+) -> Iterator[_Block]:
+    """What is missing of the share of this process. order: filled with the keys of all pictures, as they come"""
+    taken: set[str] = set()
+    size = batch_size.block(sum(len(drawing.names) for drawing in drawings), rank.world)
+    number = -1
+    for drawing in drawings:
+        for start in range(0, len(drawing.names), size):
+            number += 1
+            missing = []
+            for place in range(start, min(len(drawing.names), start + size)):
+                name, recipe = drawing.names[place], drawing.recipe_of(place)
+                known_by = identity(recipe)
+                key = f"{known_by[:32]} {name}" if drawing.is_fixed else known_by[:32]
+                if key in order:
+                    report.repeated += 1
+                    continue
+                order[key] = len(order)
+                if number % rank.world == rank.rank:
+                    path, is_there = place_of(
+                        manifest.folder / name, known_by, drawing.is_fixed, name in taken
+                    )
+                    if not is_there:
+                        missing.append(_Picture(place, path, key))
+                    else:
+                        report.there += 1
+                        if key not in manifest:
+                            manifest.add(key, recipe, path)
+                taken.add(name)
+            if missing:
+                yield _Block(drawing, missing)
+    report.total = len(order)
+
+
+def _draw_block(
+    generator: Generator,
+    block: _Block,
+    batch_size: BatchSize,
+    listener: Listener,
+    manifest: Manifest,
+    report: Report,
+) -> None:
+    drawing = block.drawing
+    generator.sampling = drawing.sampling
+    request = drawing.request.rows([picture.place for picture in block.pictures])
+    for places, images in batch_size.parts(request, lambda part: generator.generate(part, listener.steps)):
+        finite = finite_pictures(images).tolist()
+        for i, image, good in zip(places, images, finite, strict=True):
+            picture = block.pictures[i]
+            recipe = drawing.recipe_of(picture.place)
+            if good:
+                save_png(image, picture.path, **chunk(recipe))
+                manifest.add(picture.key, recipe, picture.path)
+                report.drawn += 1
+            else:
+                manifest.add(picture.key, recipe, error=NOT_FINITE)
+            listener.picture(picture.path if good else None)
+
+
+def write_grid(folder: Path, lines: Iterable[Line]) -> Path | None:
+    """grid.png, of the first `grid.MOST` pictures, captioned, with the recipes of all on it; None where there are fewer
+    than two. lines: of the manifest"""
+    shown = list(islice((line for line in lines if "file" in line), grid.MOST))
+    if len(shown) < 2:
+        return None
+    recipe = together([{**line["recipe"], "prompt": line["prompt"], "seed": line["seed"]} for line in shown])
+    path, is_there = place_of(folder / "grid.png", identity(recipe), is_fixed=False)
+    if not is_there:
+        paths = [folder / line["file"] for line in shown]
+        sheet = grid.captioned_grid(paths, [line["prompt"] for line in shown])
+        save_picture(sheet, path, **chunk(recipe))
+    return path
 
 
 def finite_pictures(images: Tensor) -> Tensor:
@@ -73,65 +238,38 @@ def finite_pictures(images: Tensor) -> Tensor:
     return images.isfinite().flatten(1).all(1)
 
 
-def check_all_finite(request: SampleRequest, finite: list[bool], sampling: Any) -> None:
+def check_all_finite(request: SampleRequest, finite: Sequence[bool], sampling: Any) -> None:
     """Raises UserError that names the pictures which are not. sampling: the generator's options"""
     bad = [i for i, good in enumerate(finite) if not good]
     if bad:
-        named = [f"{request.prompts[i]!r} seed {request.seeds[i]}" for i in bad[:3]] + ["..."] * (
-            len(bad) > 3
-        )
-        options = ", ".join(f"sampling.{name}={value}" for name, value in vars(sampling).items())
-        raise UserError(
-            f"{len(bad)} of {len(finite)} pictures came out with numbers that are not finite and were not written "
-            f"({', '.join(named)}); with other options they may be finite (here: {options or 'none'})."
-        )
+        described = [f"{request.prompts[i]!r} seed {request.seeds[i]}" for i in bad]
+        raise UserError(not_finite(described, len(finite), sampling))
 
 
-def _chosen(request: SampleRequest, good: list[bool]) -> SampleRequest:
-    """The request for some of its pictures."""
-    return request.rows([i for i, each in enumerate(good) if each])
-
-
-def save(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> list[Path]:
-    """Writes one PNG per picture, named by prompt and seed. Each holds its recipe: `recipe` and what the request
-    says of that picture. Earlier files are never written over."""
+def save(images: Tensor, request: SampleRequest, folder: Path, recipe: Recipe) -> list[Path]:
+    """Writes one PNG per picture, named by prompt and seed, with its recipe: `recipe` and what the request says of that
+    picture. One that is there is not written again, and no other file written over."""
     paths = []
     for image, prompt, seed in zip(images, request.prompts, request.seeds, strict=True):
-        path = unused(folder / f"{slug(prompt)}_{seed}.png")
-        made_by = shared_recipe(request, recipe) | {"prompt": prompt, "seed": seed}
-        save_png(image, path, **{RECIPE_KEY: json.dumps(made_by)})
+        made_by = {**shared_recipe(request, recipe), "prompt": prompt, "seed": seed}
+        path, is_there = place_of(folder / f"{slug(prompt)}_{seed}.png", identity(made_by), is_fixed=False)
+        if not is_there:
+            save_png(image, path, **chunk(made_by))
         paths.append(path)
     return paths
 
 
-def save_grid(images: Tensor, request: SampleRequest, folder: Path, recipe: dict[str, Any]) -> Path:
-    """Writes all pictures as one, grid.png, with the recipe of all."""
-    path = unused(folder / "grid.png")
-    everything = {"prompts": list(request.prompts), "seeds": list(request.seeds)}
-    made_by = shared_recipe(request, recipe) | everything
-    save_png(grid(images, min(len(images), 8)), path, **{RECIPE_KEY: json.dumps(made_by)})
-    return path
+def not_finite(bad: Sequence[str], pictures: int, sampling: Any) -> str:
+    """A sentence that names the pictures which are not.
 
-
-def shared_recipe(request: SampleRequest, recipe: dict[str, Any]) -> dict[str, Any]:
-    """`recipe` and what the request says of all its pictures."""
-    own = {"prompts", "seeds", "image", "mask", "noise", "between"}
-    own |= {"strength"} if request.image is None else set()
-    own |= set() if request.tile else {"tile"}
-    names = [field.name for field in dataclasses.fields(request) if field.name not in own]
-    return recipe | {name: getattr(request, name) for name in names}
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError where no file can be written into `folder`, which need not be there yet: better before the
-    pictures are drawn than after."""
-    there = next(
-        place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink()
+    bad: prompts and seeds; pictures: of which they are; sampling: the generator's options
+    """
+    named = [*bad[:3]] + ["..."] * (len(bad) > 3)
+    options = ", ".join(f"sampling.{name}={value}" for name, value in vars(sampling).items())
+    return (
+        f"{len(bad)} of {pictures} pictures came out with numbers that are not finite and were not written "
+        f"({', '.join(named)}); with other options they may be finite (here: {options or 'none'})."
     )
-    if not there.is_dir():
-        raise UserError(f"The folder {folder} cannot be made: {there} is not a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"The folder {folder} cannot be written to: {there} is read-only.")
 
 
 def read_image(path: Path, size_px: tuple[int, int]) -> Tensor:
@@ -144,22 +282,3 @@ def read_image(path: Path, size_px: tuple[int, int]) -> Tensor:
     except BadSample as error:
         raise UserError(f"{path} is not a picture that can be read: {error}.") from error
     return resize_and_crop(image, original, size_px)[0].float() / 127.5 - 1
-
-
-def slug(prompt: str, length: int = 60) -> str:
-    """The prompt as part of a file name: in lower case, as some systems take A and a for the same. One that is too
-    long ends in a digest of the whole prompt, so that prompts with the same beginning have names of their own."""
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    if len(name) > length:
-        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-        name = f"{name[: length - 9].strip('-')}-{digest}"
-    return name or "empty"
-
-
-def unused(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
-    candidate, copy = path, 1
-    while candidate.exists():
-        copy += 1
-        candidate = path.with_stem(f"{path.stem}-{copy}")
-    return candidate

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i.files import written_whole
-from t2i.generation.text_to_image import RECIPE_KEY, read_image
+from t2i.generation.recipes import RECIPE_KEY
+from t2i.generation.text_to_image import read_image
 from t2i.schema import check
 
 VECTORS = ".search.safetensors"  # of a gallery's pictures, so that each is computed once

@@ -36,11 +36,16 @@ def grid(images: Tensor, columns: int, gap_px: int = 2) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path, **text: str) -> None:
-    """Writes (3, H, W) in [-1, 1] as PNG, with `text` as its text chunks; there is all of the file or none."""
+    """Writes (3, H, W) in [-1, 1] as `save_picture` does."""
+    save_picture(to_pil(image), path, **text)
+
+
+def save_picture(picture: Image.Image, path: Path, **text: str) -> None:
+    """Writes a PNG, with `text` as its text chunks; there is all of the file or none."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
     with written_whole(path) as unfinished:
-        to_pil(image).save(unfinished, format="PNG", pnginfo=info)
+        picture.save(unfinished, format="PNG", pnginfo=info)

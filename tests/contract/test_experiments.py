@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from t2i import families
 from t2i.config import parse_run, run_to_dict
 from t2i.errors import ConfigError
-from t2i.generation.text_to_image import draw, save
+from t2i.generation.text_to_image import draw
 from t2i.interfaces import SampleRequest
 from t2i.training import checkpoint, run_folder, state_folder
+from t2i.training.pictures import save_png
 
 EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 SMALL = [name for name in EXPERIMENTS if "/tiny_" in name]
@@ -159,8 +160,9 @@ def test_trains_resumes_exactly_and_draws(name, compose_run, train, runs_dir, tm
             images = draw(generator, request, batch_size=2, progress=lambda done: None)
         assert images.shape == (2, 3, 32, request.width_px)
         assert images.isfinite().all()
-        for path in save(images, request, tmp_path / "png", {}):
-            with Image.open(path) as picture:
+        for i, image in enumerate(images):
+            save_png(image, tmp_path / f"{i}.png")
+            with Image.open(tmp_path / f"{i}.png") as picture:
                 assert picture.size == (request.width_px, 32)
 
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from t2i.generation.text_to_image import RECIPE_KEY
+from t2i.generation.recipes import RECIPE_KEY
 from t2i.serving import api
 from t2i.serving.guard import Guard
 

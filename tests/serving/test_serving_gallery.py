@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from t2i.errors import ConfigError
-from t2i.generation.text_to_image import RECIPE_KEY
+from t2i.generation.recipes import RECIPE_KEY
 from t2i.serving.gallery import VECTORS, Features, Gallery
 from t2i.training.pictures import save_png
 

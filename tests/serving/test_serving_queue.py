@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from t2i.errors import ConfigError
-from t2i.generation.text_to_image import RECIPE_KEY
+from t2i.generation.recipes import RECIPE_KEY
 from t2i.serving.queue import Job, QueueFull
 from t2i.serving.wanted import Wanted
 

@@ -1,0 +1,165 @@
+"""What `t2i sample` says while it draws and at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from t2i.config import TextConfig
+from t2i.errors import UserError
+from t2i.few import first_few
+from t2i.files import written_whole
+from t2i.generation import grid
+from t2i.generation.manifest import NAME
+from t2i.generation.prompts import Prompts
+from t2i.generation.recipes import Recipe, read
+from t2i.generation.text_to_image import NOT_FINITE, Drawing, Listener, Report, not_finite, write_grid
+from t2i.interfaces import Generator
+from t2i.launch.ranks import Rank
+
+from .console import console, part_of
+
+SAID_PATHS = 64  # pictures whose files are named; of more only the folder is
+
+
+class Bar(Listener):
+    """Pictures, and steps of those that are drawn at a time."""
+
+    def __init__(self, rank: Rank) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._pictures = self._bar.add_task(f"pictures{part_of(rank)}", total=None)
+        self._steps = self._bar.add_task("steps", total=None)
+        self._named = 0
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def share(self, pictures: int) -> None:
+        self._bar.update(self._pictures, total=pictures)
+
+    def steps(self, done: int, steps: int) -> None:
+        self._bar.update(self._steps, completed=done, total=steps)
+
+    def picture(self, path: Path | None) -> None:
+        self._bar.advance(self._pictures)
+        self._named += path is not None
+        if path is not None and self._named <= SAID_PATHS:
+            console.print(str(path))
+
+
+def say_what_is_large(drawings: Sequence[Drawing], generator: Generator) -> None:
+    """Sizes above the one of training: a convolutional network goes on where it has not been."""
+    sizes = dict.fromkeys((each.request.height_px, each.request.width_px) for each in drawings)
+    side = generator.default_size_px
+    large = [f"{height} x {width}" for height, width in sizes if height * width > side * side]
+    for size in first_few(large):
+        console.print(
+            f"{size} px is larger than the {side} x {side} px of training: what is drawn may repeat itself."
+        )
+
+
+def say_what_is_cut(text: TextConfig | None, prompts: Prompts, options: argparse.Namespace) -> None:
+    """Prompts that are longer than the text encoder takes, each once, the first few by name."""
+    from t2i.text.tokens import token_counter
+
+    if text is None:
+        return
+    counter = token_counter(text)
+    given: dict[str, str] = {}
+    for line in prompts.lines:
+        where = f"{options.prompts_file}, line {line.number}," if options.prompts_file else "--prompt"
+        given.setdefault(line.prompt, where)
+        if line.negative_prompt:
+            given.setdefault(line.negative_prompt, "--negative-prompt")
+    said = [
+        f"{where} has {counter.count(words)} tokens, of which the text encoder takes {counter.max_tokens}: "
+        f"{cut!r} is left out."
+        for words, where in given.items()
+        if (cut := counter.cut(words))
+    ]
+    for sentence in first_few(said):
+        console.print(sentence)
+
+
+def say_what_differs(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Whether what is there can make the picture of --recipe."""
+    if options.recipe is None:
+        return
+    then = read(Path(options.recipe))[0]
+    for name, what in {"weights": "the weights", "precision": "the precision"}.items():
+        if then.get(name) not in (None, recipe[name]):
+            console.print(
+                f"{options.recipe} was drawn with {name} {then[name]!r}, and {what} here are {recipe[name]!r}: "
+                "another picture will come of it."
+            )
+
+
+def conclude(
+    report: Report, prompts: Prompts, options: argparse.Namespace, rank: Rank, sampling: Any
+) -> None:
+    """The grid, and what became of all pictures; of several processes the last to end says that. Raises UserError
+    where some are not to be had."""
+    folder = Path(options.out)
+    if rank.world > 1:
+        console.print(f"{report.drawn:,} pictures are drawn{part_of(rank)}; {report.there:,} were there.")
+    if not report.whole:
+        return
+    console.quiet = False
+    lines = list(report.lines.values())
+    if options.layout is None and (path := write_grid(folder, lines)) is not None:
+        console.print(f"{path}")
+        if (count := sum("file" in line for line in lines)) > grid.MOST:
+            console.print(f"It shows the first {grid.MOST} of {count:,} pictures.")
+    if prompts.blank:
+        console.print(f"{options.prompts_file}: {prompts.blank:,} blank lines are passed over.")
+    if report.repeated:
+        console.print(f"{report.repeated:,} pictures were asked for more than once and are drawn once.")
+    if rank.world > 1:
+        console.print(f"All {len(lines):,} pictures are listed in {folder / NAME}.")
+    elif report.there or report.drawn > SAID_PATHS:
+        console.print(
+            f"{report.drawn:,} pictures are drawn in {folder}; {report.there:,} were there already."
+        )
+    bad = [line for line in lines if "error" in line]
+    not_drawn = {f"line {number}: {why}" for number, why in prompts.broken.items()}
+    refused = dict.fromkeys([*sorted(not_drawn), *(x["error"] for x in bad if x["error"] != NOT_FINITE)])
+    sentences = []
+    if refused:
+        for sentence in first_few(list(refused)):
+            console.print(sentence)
+        sentences.append(
+            f"{len(refused):,} lines of {options.prompts_file} are not drawn ({'; '.join([*refused][:3])})."
+        )
+    if odd := [f"{x['prompt']!r} seed {x['seed']}" for x in bad if x["error"] == NOT_FINITE]:
+        sentences.append(not_finite(odd, len(lines), sampling))
+    if sentences:
+        raise UserError(" ".join(sentences))
+
+
+def write_layout(prompts: Prompts, options: argparse.Namespace) -> None:
+    """What scorers read beside the pictures. Raises UserError where another such file is there."""
+    folder = Path(options.out)
+    if options.layout == "geneval":
+        for line in prompts.lines:
+            _write(folder / f"{line.number - 1:05}" / "metadata.jsonl", json.dumps(line.entry))
+    if options.layout == "parti":
+        _write(folder / "PartiPrompts.tsv", Path(options.prompts_file).read_text(encoding="utf-8-sig"))
+
+
+def _write(path: Path, text: str) -> None:
+    if path.is_file():
+        if path.read_text(errors="replace") != text:
+            raise UserError(f"{path} is there and says something else; allowed: another --out.")
+        return
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text)

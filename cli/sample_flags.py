@@ -1,0 +1,191 @@
+"""What is typed after `t2i sample`, and what of it a recipe or a file of prompts says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from t2i.config import Precision, check
+from t2i.diffusion.config import SamplerName
+from t2i.errors import ConfigError, UserError
+from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number
+
+NUM_IMAGES, STRENGTH = 4, 0.8
+LAYOUTS = ("geneval", "parti")
+# Flags that stand for the family's own options.
+SAMPLING = ("steps", "sampler", "guidance_scale")
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises ConfigError that names the first flag whose value is not to be had."""
+    check(options.checkpoint != "", "--checkpoint", "", "a run folder or a file of weights")
+    sources = [name for name in ("prompts_file", "recipe") if getattr(options, name) is not None]
+    check(len(sources) < 2, "--recipe", options.recipe, "without --prompts-file")
+    if options.prompts_file is not None:
+        check(not options.prompt, "--prompt", options.prompt, "without --prompts-file")
+    if not sources and not options.prompt:
+        raise ConfigError("--prompt is not given; allowed: --prompt, --prompts-file or --recipe.")
+    needs_file = options.layout is None or options.prompts_file is not None
+    check(needs_file, "--layout", options.layout, "only with --prompts-file")
+    ending = {"geneval": ".jsonl", "parti": ".tsv"}.get(options.layout, "")
+    ok = options.layout is None or Path(options.prompts_file).suffix == ending
+    check(ok, "--prompts-file", options.prompts_file, f"a file {ending} with --layout {options.layout}")
+    image_is_there = options.image is None or Path(options.image).is_file()
+    check(image_is_there, "--image", options.image, "a picture file that exists")
+    _check_numbers(options)
+    texts = [("--prompt", text) for text in options.prompt or ()]
+    if options.negative_prompt is not None:
+        texts.append(("--negative-prompt", options.negative_prompt))
+    for flag, text in texts:
+        check(_is_unicode(text), flag, text, "text in UTF-8")
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    most = {"steps": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
+    for name, limit in (most | {"height": MAX_PX, "width": MAX_PX}).items():
+        check_number("--" + name.replace("_", "-"), getattr(options, name), limit)
+    last = MAX_SEED - (options.num_images or NUM_IMAGES) + 1
+    ok = options.seed is None or 0 <= options.seed <= last
+    check(ok, "--seed", options.seed, f"0 to {last}")
+    scale = options.guidance_scale
+    check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
+    strength = options.strength
+    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
+    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
+
+
+def sampling_flags(options: argparse.Namespace) -> list[str]:
+    """The flags that stand for the family's own options, as key=value."""
+    given = {name: getattr(options, name) for name in SAMPLING}
+    return [f"sampling.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def filled(line: Line, options: argparse.Namespace) -> Line:
+    """The line with what the flags say where it says nothing."""
+    given = {name: getattr(options, name) for name in ("seed", "num_images", "height", "width")}
+    given = {"seed": 0, "num_images": NUM_IMAGES} | {k: v for k, v in given.items() if v is not None}
+    given["negative_prompt"] = options.negative_prompt or ""
+    own = {name: getattr(line, name) for name in given}
+    return dataclasses.replace(line, **given | {k: v for k, v in own.items() if v is not None})
+
+
+def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[Line]:
+    """Of --recipe: a line for each of its pictures. What the recipe says of all of them is put into the options that
+    are not given; what is given changes it. Taken are the entries named here, checked as flags are, and no others.
+    Raises UserError."""
+    from t2i.generation import recipes
+
+    path = Path(options.recipe)
+    found = recipes.read(path)
+    first = found[0]
+    kinds: dict[str, Any] = {
+        "checkpoint": str,
+        "precision": str,
+        "compile": bool,
+        "image": str,
+        "strength": float,
+    }
+    for name, kind in kinds.items():
+        value = _entry(first, name, kind, path)
+        if value is None or getattr(options, name):
+            continue
+        setattr(options, name, value)
+        if name == "checkpoint" and not Path(value).exists():
+            raise UserError(
+                f"The recipe in {path} names {value}, which is not here: name it by --checkpoint."
+            )
+    options.num_images = options.num_images or 1
+    typed = {each.partition("=")[0] for each in [*sampling_flags(options), *overrides]}
+    lines = []
+    for each in found:
+        sampling = _entry(each, "sampling", dict, path) or {}
+        own = {
+            "prompt": _entry(each, "prompt", str, path),
+            "seed": _entry(each, "seed", int, path),
+            "height": _entry(each, "height_px", int, path),
+            "width": _entry(each, "width_px", int, path),
+            "negative_prompt": _entry(each, "negative_prompt", str, path),
+        }
+        own |= {name: None for name in own if name != "prompt" and getattr(options, name) is not None}
+        own["sampling"] = {k: v for k, v in sampling.items() if f"sampling.{k}" not in typed}
+        for prompt in options.prompt or [own["prompt"]]:
+            check(prompt is not None, f"prompt in {path}", None, "text")
+            lines.append(Line(**own | {"prompt": prompt}))
+    check_flags(argparse.Namespace(**vars(options) | {"prompt": [line.prompt for line in lines]}))
+    return lines
+
+
+def _entry(recipe: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+    value = recipe.get(name)
+    number = kind is float and isinstance(value, int)
+    ok = value is None or ((isinstance(value, kind) or number) and (kind is bool or value is not True))
+    words: dict[Any, str] = {str: "text", dict: "a mapping"}
+    check(ok, f"{name} in {path}", value, words.get(kind, f"a {kind.__name__}"))
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what was typed in another encoding: Python then has surrogates in the place of its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags. What is not given is taken from the recipe, and else from the checkpoint's own configuration."""
+    made = argparse.ArgumentParser(
+        prog="t2i sample",
+        description="Draw pictures for prompts. What lies in --out under the same recipe is not drawn again; under "
+        "torchrun or srun each process draws its own share.",
+        epilog="Trailing key=value change the run's config.",
+    )
+    made.add_argument("--prompt", action="append", help="may be given several times")
+    made.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="one prompt a line; .jsonl: objects with prompt and optionally seed, num_images, height, width, "
+        "negative_prompt and sampling; .tsv: a table with the column Prompt",
+    )
+    made.add_argument(
+        "--recipe", metavar="PNG", help="make a picture, or those of grid.png, again; flags change it"
+    )
+    made.add_argument("--negative-prompt", help="what guidance moves away from")
+    made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
+    made.add_argument(
+        "--strength", type=float, help=f"how far from --image, above 0 to 1; default: {STRENGTH}"
+    )
+    made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest run that draws")
+    made.add_argument("--steps", type=int, help="denoiser calls per picture: sampling.steps")
+    made.add_argument(
+        "--sampler", metavar="NAME", help=f"sampling.sampler: {', '.join(get_args(SamplerName))}"
+    )
+    made.add_argument("--guidance-scale", type=float, help="sampling.guidance_scale; 1: no guidance")
+    made.add_argument(
+        "--seed", type=int, help="of each prompt's first picture, the next ones count up; default: 0"
+    )
+    made.add_argument("--num-images", type=int, help=f"per prompt; default: {NUM_IMAGES}")
+    made.add_argument(
+        "--batch-size",
+        type=int,
+        help="pictures drawn at a time; default: 16 on a CPU, by free memory on a GPU; halved where memory "
+        "does not do",
+    )
+    made.add_argument("--height", type=int, help="in pixels; default: what the model was trained at")
+    made.add_argument("--width", type=int, help="in pixels")
+    made.add_argument(
+        "--precision", choices=[*get_args(Precision)], help="default: what the run was trained in; on a GPU"
+    )
+    made.add_argument("--compile", action="store_true", help="have torch compile the networks' blocks")
+    made.add_argument("--out", default="samples", metavar="DIR", help="folder for the PNGs")
+    made.add_argument(
+        "--layout", choices=LAYOUTS, help="name files as the scorers of GenEval and PartiPrompts want"
+    )
+    made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
+    made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    return made

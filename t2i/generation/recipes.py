@@ -1,0 +1,109 @@
+"""What a picture was made by: the recipe in its file, from which it is made again and known as there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i.errors import UserError
+from t2i.interfaces import SampleRequest
+
+RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
+LAST_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+# What says where the weights lay and how many pictures were drawn together, and not which picture this is.
+BESIDE = {"checkpoint", "batch"}
+Recipe = dict[str, Any]
+
+
+def shared_recipe(request: SampleRequest, recipe: Mapping[str, Any]) -> Recipe:
+    """`recipe` and what the request says of all its pictures."""
+    said = {each.name: getattr(request, each.name) for each in dataclasses.fields(request)}
+    if request.image is None:
+        del said["strength"]
+    if not request.tile:
+        del said["tile"]
+    shared = {name: value for name, value in said.items() if isinstance(value, str | int | float)}
+    return {**recipe, **shared}
+
+
+def identity(recipe: Mapping[str, Any]) -> str:
+    """A digest that pictures share which are the same: 64 hexadecimal digits."""
+    kept = {name: value for name, value in recipe.items() if name not in BESIDE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(weights: Mapping[str, Tensor], changes: Iterable[str] = ()) -> str:
+    """16 hexadecimal digits that tell a checkpoint from every other, wherever it lies.
+
+    changes: to its configuration, key=value
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update("\n".join(sorted(changes)).encode())
+    return digest.hexdigest()[:16]
+
+
+def found_in(path: Path) -> Recipe | None:
+    """The recipe in a PNG of ours that is there whole; None for any other file and where there is none."""
+    try:
+        if not _ends(path):
+            return None
+        with Image.open(path, formats=["PNG"]) as picture:
+            found = json.loads(picture.info.get(RECIPE_KEY, "null"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _ends(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - len(LAST_CHUNK)))
+        return file.read() == LAST_CHUNK
+
+
+def chunk(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """As `t2i.training.pictures.save_png` takes it."""
+    return {RECIPE_KEY: json.dumps(recipe)}
+
+
+def together(recipes: Sequence[Mapping[str, Any]]) -> Recipe:
+    """Of several pictures in one file: what all have in common, and under "pictures" what each has of its own."""
+    first = recipes[0]
+    common = {
+        name: value
+        for name, value in first.items()
+        if name not in ("prompt", "seed") and all(each.get(name, _NONE) == value for each in recipes)
+    }
+    own = [{name: value for name, value in each.items() if name not in common} for each in recipes]
+    return {**common, "pictures": own}
+
+
+_NONE = object()
+
+
+def read(path: Path) -> list[Recipe]:
+    """The recipes of the pictures in a file that `t2i sample` wrote, in their order. Raises UserError where there is no
+    such file or recipe; nothing else about them is checked."""
+    if not path.is_file():
+        raise UserError(f"--recipe is {str(path)!r}; allowed: a picture that t2i sample wrote.")
+    found = found_in(path)
+    if found is None:
+        raise UserError(
+            f"{path} holds no recipe: it is not a whole PNG that t2i sample wrote, or another program wrote it anew."
+        )
+    pictures = found.pop("pictures", [{}])
+    if not isinstance(pictures, list) or not all(isinstance(each, dict) for each in pictures) or not pictures:
+        raise UserError(f"{path} has a recipe whose entry pictures is not a list of pictures.")
+    return [{**found, **each} for each in pictures]
