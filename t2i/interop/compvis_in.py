@@ -31,6 +31,7 @@ from t2i.interop.parts import (
     codec_shapes,
     denoiser_shapes,
     lacking,
+    masks_of,
     scale,
 )
 from t2i.interop.scheduler import ASSUMED_EPS, SAMPLING, SCHEDULE
@@ -110,10 +111,13 @@ def _latent_diffusion(
             raise lacking(path, f"text encoder ({TEXT}*)", "--text DIR or FILE")
         text = read_text_weights(weights, path)
     config = infer_unet(unet, path)
+    latent = parts.codec.config["backbone"]["latent_channels"]
+    masks = masks_of(config["in_channels"], latent, path)
     width = config["context_dim"]
     allowed = f"{text.token_dim}, as its text encoder has"
     check(width == text.token_dim, f"the width of the text that the UNet in {path} takes", width, allowed)
-    latent = parts.codec.config["backbone"]["latent_channels"]
+    if masks is not None:
+        config["masks"] = masks
     config |= {"in_channels": latent, "out_channels": latent, "context_dim": text.token_dim}
     found = fit(unet, denoiser_shapes(config, latent, text.token_dim), path, "UNet")
     _check_all_known(

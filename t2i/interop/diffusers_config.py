@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i.config import check
-from t2i.interop.parts import bounded, scale
+from t2i.interop.parts import bounded, input_channels, scale
 
 UNET_CLASS, KL_CLASS, VQ_CLASS = "UNet2DConditionModel", "AutoencoderKL", "VQModel"
 
@@ -153,7 +153,7 @@ def write_unet(config: Mapping[str, Any], size_px: int, downsampling: int) -> di
         "_class_name": UNET_CLASS,
         **{key: allowed[0] for key, allowed in UNET_FIXED.items()},
         "sample_size": size_px // downsampling,
-        "in_channels": config["in_channels"],
+        "in_channels": input_channels(config),
         "out_channels": config["out_channels"],
         "block_out_channels": widths,
         "layers_per_block": config["num_res_blocks"],

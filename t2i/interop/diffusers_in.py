@@ -35,6 +35,7 @@ from t2i.interop.parts import (
     codec_shapes,
     denoiser_shapes,
     lacking,
+    masks_of,
 )
 from t2i.interop.scheduler import ASSUMED_EPS, SAMPLING, SCHEDULE, Scheduler, read_scheduler
 from t2i.interop.weights import fit
@@ -43,7 +44,14 @@ from t2i.interop.weights import fit
 PIPELINES = {
     "StableDiffusionPipeline": {"codec": "vae", "text": "text_encoder"},
     "StableDiffusionImg2ImgPipeline": {"codec": "vae", "text": "text_encoder"},
+    "StableDiffusionInpaintPipeline": {"codec": "vae", "text": "text_encoder"},
     "LDMTextToImagePipeline": {"codec": "vqvae", "text": "bert"},
+}
+UNSUPPORTED_PIPELINES = {
+    "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
+    "StableDiffusionUpscalePipeline": "a x4 upscaler",
+    "StableDiffusionLatentUpscalePipeline": "an upscaler of latents",
+    "StableDiffusionInstructPix2PixPipeline": "a model that edits by instruction",
 }
 STEM = "diffusion_pytorch_model"
 
@@ -55,6 +63,11 @@ def read_pipeline(root: Path, options: Options, codec: CodecPart | None, text: T
     if (root / "model_index.json").exists():
         name = read_json(root, "model_index.json").get("_class_name")
         key = f"{root / 'model_index.json'}: _class_name"
+        if name in UNSUPPORTED_PIPELINES:
+            raise CheckpointError(
+                f"{root} is {UNSUPPORTED_PIPELINES[name]} ({name}), which is not supported; allowed: "
+                f"{', '.join(PIPELINES)}."
+            )
         check(name in tuple(PIPELINES), key, name, ", ".join(PIPELINES))
     notes: list[str] = []
     places = PIPELINES[name]
@@ -87,8 +100,11 @@ def _with_unet(parts: Parts, root: Path, component: str, options: Options, stabl
     codec, text = parts.codec, parts.text
     assert text is not None
     values = _config(root, component, UNET_CLASS)
-    config = read_unet(values, _place(root, component))
     latent = codec.config["backbone"]["latent_channels"]
+    masks = masks_of(values.get("in_channels"), latent, root)
+    config = read_unet(values, _place(root, component))
+    if masks is not None:
+        config |= {"in_channels": latent, "masks": masks}
     fitting = {"cross_attention_dim": ("context_dim", text.token_dim)}
     fitting |= {key: (key, latent) for key in ("in_channels", "out_channels")}
     for theirs, (ours, value) in fitting.items():

@@ -42,7 +42,7 @@ def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Pr
     assert isinstance(text, ClipText)
     scheduler = write_scheduler(denoiser.schedule, denoiser.prediction, denoiser.sampling)
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'Inpaint' if denoiser.config.get('masks') else ''}Pipeline",
         "_diffusers_version": "0.6.0",
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

@@ -82,6 +82,27 @@ def lacking(source: object, what: str, flag: str) -> CheckpointError:
     return CheckpointError(f"{source} has no {what}; name one by {flag}.")
 
 
+# What a UNet takes beside C latent channels, in models that are not drawn with.
+UNSUPPORTED = {1: "a depth-to-image model (a depth map", 3: "a x4 upscaler (a picture of low resolution"}
+
+
+def masks_of(channels: Any, latent: int, source: object) -> str | None:
+    """The entry denoiser.masks of a UNet that takes so many channels: an inpainting model's is given a mask and a
+    second latent. Raises CheckpointError that names what is not supported."""
+    if isinstance(channels, int) and channels - latent in UNSUPPORTED:
+        raise CheckpointError(
+            f"{source} is {UNSUPPORTED[channels - latent]} beside the latent: {channels} channels), which is not "
+            "supported; allowed: text-to-image and inpainting models."
+        )
+    return "lama" if channels == 2 * latent + 1 else None
+
+
+def input_channels(config: Mapping[str, Any]) -> int:
+    """What the UNet of an entry denoiser takes."""
+    latent: int = config["out_channels"]
+    return latent if config.get("masks") is None else 2 * latent + 1
+
+
 def bounded(value: Any, key: str, most: int) -> int:
     """A whole number from 1 to `most`, so that no file can ask for a model of any size."""
     check(type(value) is int and 1 <= value <= most, key, value, f"a whole number from 1 to {most:,}")

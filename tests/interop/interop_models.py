@@ -85,6 +85,7 @@ def save_pipeline(folder: Path, kind: str, **scheduler: Any) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    channels = scheduler.pop("in_channels", 4)
     values: Any = LEVELS[kind]
     torch.manual_seed(0)
     text = CLIPTextConfig(num_hidden_layers=2, vocab_size=49408, **values["text"])
@@ -94,7 +95,7 @@ def save_pipeline(folder: Path, kind: str, **scheduler: Any) -> None:
         vae=small_autoencoder(),
         text_encoder=randomised(CLIPTextModel(text), 3),
         tokenizer=clip_tokenizer("<|endoftext|>" if kind == "sd1" else "!"),
-        unet=randomised(UNet2DConditionModel(sample_size=8, **values["unet"]), 4),
+        unet=randomised(UNet2DConditionModel(sample_size=8, in_channels=channels, **values["unet"]), 4),
         scheduler=DDIMScheduler(**(noise | scheduler)),
         safety_checker=None,
         feature_extractor=None,

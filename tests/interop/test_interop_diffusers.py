@@ -219,7 +219,7 @@ def test_heads_of_the_published_configurations():
         ("unet/config.json", {"attention_head_dim": 7}, ("num_heads", "7")),
         ("unet/config.json", {"attention_head_dim": 0}, ("attention_head_dim", "0")),
         ("unet/config.json", {"cross_attention_dim": 65}, ("cross_attention_dim", "65", "64")),
-        ("unet/config.json", {"in_channels": 9}, ("in_channels", "9", "4")),
+        ("unet/config.json", {"in_channels": 8}, ("in_channels", "8", "4")),
         ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 3}, ("up_block_types",)),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, ("_class_name", "AutoencoderKL or VQModel")),
         ("vae/config.json", {"latent_channels": 10**8}, ("latent_channels", "100000000")),

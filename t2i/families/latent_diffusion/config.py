@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import DiffusionSampling, Objective, ScheduleConfig, check_objective
@@ -41,11 +41,24 @@ class PixArtConfig:
         check(ok, "denoiser.interpolation_scale", self.interpolation_scale, "more than 0")
 
 
+Masks = Literal["lama", "rectangles"]
+
+
 @dataclass(frozen=True)
 class UNetDenoiserConfig(UNetConfig):
-    """The UNet. Its latent channels and context width are taken from the codec and the text encoder."""
+    """The UNet. Its latent channels and context width are taken from the codec and the text encoder.
+
+    masks: of a model for inpainting, which random masks it is trained with: "lama" (strokes and rectangles) or
+        "rectangles"; it takes the mask and the latent of what the mask leaves beside the noisy latent. null: neither
+    """
 
     name: Literal["unet"] = "unet"
+    masks: Masks | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.masks is None or self.masks in get_args(Masks)
+        check(ok, "denoiser.masks", self.masks, f"{', '.join(get_args(Masks))} or null")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def shapes(denoiser: Mapping[str, Any]) -> Shapes:
     """Of the UNet."""
     config = parse(UNetDenoiserConfig, denoiser, "denoiser.")
     with torch.device("meta"):
-        unet = build_denoiser(config, config.in_channels, config.context_dim, config.context_dim)
+        unet = build_denoiser(config, config.out_channels, config.context_dim, config.context_dim)
     return {name: tuple(value.shape) for name, value in unet.state_dict().items()}
 
 

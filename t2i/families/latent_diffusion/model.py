@@ -24,6 +24,7 @@ from t2i.families.latent_diffusion.config import (
     PixArtConfig,
     UNetDenoiserConfig,
 )
+from t2i.families.latent_diffusion.masks import known_part
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures, TextToImage
@@ -63,21 +64,32 @@ class LatentDiffusion(TextToImage):
         for key, value in zip(keys, (height_px, width_px), strict=True):
             check_side(self.config.denoiser, self.codec, value, key)
 
-    def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule."""
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser takes the known part of a picture."""
+        config = self.config.denoiser
+        return isinstance(config, UNetDenoiserConfig) and config.masks is not None
+
+    def denoise(self, x: Tensor, t: Tensor, text: TextFeatures, known: Tensor | None = None) -> Tensor:
+        """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule. known: of a model that inpaints,
+        `known_part` (n, 1 + C, h, w), repeated where x is n pictures several times over"""
+        if known is not None:
+            x = torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1)
         mask = text.mask if self.config.mask_padding else None
         time = self.schedule.model_time(t).to(widened(x).dtype)
         return self.denoiser.conditioned(x, time, text, mask)
 
-    def loss(self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> Tensor:
+    def loss(
+        self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor, known: Tensor | None = None
+    ) -> Tensor:
         """(B,) weighted squared errors of the prediction (DDPM, algorithm 1; flow matching, 2210.02747).
 
-        latent, eps: (B, C, h, w); t: (B,) times of the schedule
+        latent, eps: (B, C, h, w); t: (B,) times of the schedule; known: as `denoise` takes it
         """
         prediction = self.config.objective.prediction
         alpha, sigma = self.schedule.alpha_sigma(t)
         x_t = self.schedule.add_noise(latent, eps, t)
-        error = widened(self.denoise(x_t, t, text)) - target(prediction, latent, eps, alpha, sigma)
+        error = widened(self.denoise(x_t, t, text, known)) - target(prediction, latent, eps, alpha, sigma)
         weight = loss_weight(prediction, self.schedule.snr(t), self.config.objective.min_snr_gamma)
         return weight * error.square().flatten(1).mean(1)
 
@@ -87,20 +99,22 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
-        model = self.predictor(request, sampling)
-        # All randomness of picture i comes from its own generator: a start picture's latent, the first noise,
-        # and what the sampler adds, in this order.
+        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        # All randomness of picture i comes from its own generator: a start picture's latent, the first noise, the
+        # latent of what a mask leaves, where the model takes that, and what the sampler adds, in this order.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         shape = self.codec.latent_shape(request.height_px, request.width_px)
-        init = constrain = None
-        if request.image is not None:
+        init = constrain = known = None
+        if request.image is not None and not (self.inpaints and request.strength == 1):
             image = request.image.to(self.device)
             init = self.codec.encode(image, draw_noise(generators, shape).to(image))
         noise = asked_noise(request, generators, shape).to(self.device)
-        if request.mask is not None:
+        if self.inpaints:
+            known = self.known(request, draw_noise(generators, shape))
+        elif request.mask is not None:
             assert init is not None
-            mask = request.mask.to(init)
-            constrain = kept(init, noise, coarse_mask(mask, self.codec.downsampling))
+            constrain = kept(init, noise, coarse_mask(request.mask.to(init), self.codec.downsampling))
+        model = self.predictor(request, sampling, known)
         with tiled(request.tile, self.denoiser, self.codec):
             latent = sample(
                 model,
@@ -118,7 +132,20 @@ class LatentDiffusion(TextToImage):
             )
             drawn = self.codec.decode(latent)
         drawn = torch.where(drawn.isfinite(), drawn.clamp(-1, 1), torch.nan)
-        return drawn if request.mask is None else pasted(drawn, image, mask)
+        if request.mask is None or request.image is None:
+            return drawn
+        return pasted(drawn, request.image.to(drawn), request.mask.to(drawn))
+
+    def known(self, request: SampleRequest, noise: Tensor | None = None) -> Tensor:
+        """(N, 1 + C, h, w) of the request's picture and mask; without a mask nothing is known. noise: of the latent's
+        posterior"""
+        size = (len(request.prompts), 1, request.height_px, request.width_px)
+        mask = torch.ones(size) if request.mask is None else request.mask
+        image = torch.zeros(1, 3, *size[2:]) if request.image is None else request.image
+        like = next(self.denoiser.parameters())
+        mask, image = mask.to(like), image.to(like)
+        latent = self.codec.encode(image * (1 - mask), None if noise is None else noise.to(like))
+        return known_part(mask, latent)
 
     @torch.no_grad()
     def invert(
@@ -126,17 +153,22 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, C, h, w); see `t2i.interfaces.Generator`."""
         assert request.image is not None
-        model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0))
+        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        known = self.known(request) if self.inpaints else None
+        model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0), known)
         latent = self.codec.encode(request.image.to(self.device))
         return invert(model, latent, self.schedule, sampling.steps, progress, sampling)
 
-    def predictor(self, request: SampleRequest, sampling: DiffusionSampling) -> Denoise:
+    def predictor(self, request: SampleRequest, sampling: DiffusionSampling, known: Tensor | None) -> Denoise:
         """(x_t, t) -> what the guided model predicts for the request. Raises ConfigError for what it cannot do."""
-        self.check_size(request.height_px, request.width_px, ("height", "width"))
         check_tile(request, self.denoiser)
         text = asked_text(self.text, request)
         negative = self.text([request.negative_prompt] * len(request.prompts))
-        model = classifier_free(self.denoise, text, negative, sampling, self.schedule)
+
+        def denoise(x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+            return self.denoise(x, t, text, known)
+
+        model = classifier_free(denoise, text, negative, sampling, self.schedule)
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return to_x0_eps(self.config.objective.prediction, model(x, t), x, *self.schedule.alpha_sigma(t))
@@ -176,5 +208,7 @@ def build_denoiser(
         return DiT(config, channels, context_dim, pooled_dim)
     if isinstance(config, PixArtConfig):
         return PixArt(config, channels, context_dim)
-    fitted = dataclasses.replace(config, in_channels=channels, out_channels=channels, context_dim=context_dim)
+    # Beside the latent, a mask and the latent of what it leaves.
+    taken = channels if config.masks is None else 2 * channels + 1
+    fitted = dataclasses.replace(config, in_channels=taken, out_channels=channels, context_dim=context_dim)
     return UNet(fitted).to(memory_format=torch.channels_last)

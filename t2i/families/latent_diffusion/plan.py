@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig
 from t2i.families.codec import image_codec
-from t2i.families.latent_diffusion.config import Config
+from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser, check_side
 from t2i.interfaces import ImageCodec, PlannedNetwork
 from t2i.text.architecture import build_architecture
@@ -27,12 +27,13 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         text = build_architecture(model.text)
         denoiser = build_denoiser(model.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim)
     check_side(model.denoiser, codec, size, "resolution.size_px")
+    inpaints = isinstance(model.denoiser, UNetDenoiserConfig) and model.denoiser.masks is not None
     length, latent_shape = model.text.max_tokens, codec.latent_shape(size, size)
     takes = inspect.signature(denoiser.forward).parameters
 
     def denoised(batch: int) -> dict[str, Tensor]:
         given = {
-            "x": torch.empty(batch, *latent_shape),
+            "x": torch.empty(batch, latent_shape[0] * (1 + inpaints) + inpaints, *latent_shape[1:]),
             "t": torch.empty(batch),
             "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
             "pooled": torch.empty(batch, text.pooled_dim, requires_grad=text.trainable),
@@ -51,7 +52,8 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             encoding,
             lambda batch: {"image": torch.empty(batch, 3, size, size)},
             trained=False,
-            cached_as="latents",
+            calls_per_image=1 + inpaints,
+            cached_as=None if inpaints else "latents",
             saved=True,
             num_parameters=encoder,
         ),
@@ -61,7 +63,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             lambda batch: {"latent": torch.empty(batch, *latent_shape)},
             trained=False,
             calls_per_image=0,
-            cached_as="latents",
+            cached_as=None if inpaints else "latents",
             saved=True,
             num_parameters=decoder,
         ),

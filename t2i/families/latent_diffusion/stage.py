@@ -15,7 +15,8 @@ from t2i import families
 from t2i.config import RunConfig
 from t2i.diffusion.objectives import loss_by_time
 from t2i.errors import CheckpointError
-from t2i.families.latent_diffusion.config import BuildsOn, Config
+from t2i.families.latent_diffusion.config import BuildsOn, Config, UNetDenoiserConfig
+from t2i.families.latent_diffusion.masks import known_part, random_masks
 from t2i.families.latent_diffusion.model import build_model
 from t2i.interfaces import Batch, Feature, ImageCodec, SampleRequest
 from t2i.nn.blocks import blocks_of
@@ -56,14 +57,28 @@ class Stage(BaseStage):
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         moments = batch.features.get("moments")
         if moments is None:
-            with torch.no_grad():
-                moments = self.codec.moments(batch.image).to(self.weight_dtype)
+            moments = self.moments(batch.image)
         shape = (self.model.codec.latent_channels, *moments.shape[2:])
         t = self.model.schedule.training_times(random.uniform("time"))
         eps = random.normal("noise", *shape)
         latent = self.model.codec.latent(moments, random.normal("posterior", *shape))
-        losses = self.model.loss(latent, text_of(batch, self.model.text), t, eps)
+        known = self.known(batch.image, random) if self.model.inpaints else None
+        losses = self.model.loss(latent, text_of(batch, self.model.text), t, eps, known)
         return {"loss": losses.mean(), **loss_by_time(losses, t, self.model.schedule)}
+
+    @torch.no_grad()
+    def moments(self, image: Tensor) -> Tensor:
+        return self.codec.moments(image).to(self.weight_dtype)
+
+    def known(self, image: Tensor, random: Randomness) -> Tensor:
+        """(B, 1 + C, h, w): what a model that inpaints is given of the pictures, each with a mask of its own."""
+        config = self.model_config.denoiser
+        assert isinstance(config, UNetDenoiserConfig)
+        assert config.masks is not None
+        mask = random_masks(config.masks, random, *image.shape[2:])
+        moments = self.moments(image * (1 - mask))
+        shape = (self.model.codec.latent_channels, *moments.shape[2:])
+        return known_part(mask, self.model.codec.latent(moments, random.normal("known posterior", *shape)))
 
     def turns(self) -> list[Turn]:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -74,8 +89,11 @@ class Stage(BaseStage):
         return blocks_of(self.model.denoiser)
 
     def features(self) -> Mapping[str, Feature]:
-        """Of latents the posterior's moments, not a sample of it: that is drawn afresh each time a picture is seen."""
+        """Of latents the posterior's moments, not a sample of it: that is drawn afresh each time a picture is seen. A
+        model that inpaints sees the picture itself, under a new mask each time."""
         codec, config = self.model.codec, self.model_config
+        if self.model.inpaints:
+            return text_feature(self.model.text, config.text)
         latents = Feature(
             of="image",
             tensors=("moments",),

@@ -6,6 +6,8 @@ load as they are, once the prefix `model.diffusion_model.` is cut.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,6 +159,13 @@ class UNet(Denoiser):
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return hidden_matrices(self)
+
+    def fitted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of an ordinary UNet for one that inpaints: what is added to its input counts for nothing at first."""
+        name = "input_blocks.0.0.weight"
+        first = weights[name]
+        added = max(0, self.config.in_channels - first.shape[1])
+        return dict(weights) | {name: F.pad(first, (0, 0, 0, 0, 0, added))}
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """x: (B, in_channels, h, w) noisy latent, h and w multiples of `config.downsampling`;
