@@ -23,7 +23,7 @@ from torch import Tensor
 from t2i.config import DataConfig
 from t2i.data.reader import read_all
 from t2i.families.autoencoder.codec import Codec, VQCodec, from_checkpoint
-from t2i.families.autoencoder.perceptual import build_perceptual
+from t2i.nn.perceptual import build_perceptual
 from t2i.training.checkpoint import load, load_into
 from t2i.training.pictures import grid, save_png
 

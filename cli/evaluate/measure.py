@@ -3,75 +3,112 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i.schema import check
 
-from .options import (
-    add_measures,
-    bar,
-    check_numbers,
-    extractors_of,
-    plain_data,
-    print_table,
-    write_json,
-)
+from .options import add_measures, bar, check_numbers, extractors_of, plain_data, print_table, write_json
+from .runs import Measured, add_prompts, check_prompts, measure_generator
+
+if TYPE_CHECKING:
+    from t2i.evaluation.features import Extractor
 
 
 def run(arguments: list[str]) -> None:
     """Reads or draws, computes features, prints the figures."""
     options = parser().parse_args(arguments)
     check_numbers(options)
+    check_prompts(options)
     target = Path(options.target)
-    check(target.is_dir(), "FOLDER|RUN", options.target, "a folder of pictures, or a run")
-    check(options.reference is not None, "--reference", None, "a folder of pictures, or shards")
+    check(target.exists(), "FOLDER|RUN", options.target, "a folder of pictures, a run or a checkpoint of one")
+    is_run = not target.is_dir() or any(
+        (target / name).exists() for name in ("config.yaml", "weights.safetensors")
+    )
+    given = options.reference is not None or is_run
+    check(given, "--reference", options.reference, "a folder of pictures, or shards")
     # Heavy imports only now: a wrong flag is reported at once.
-    from t2i.evaluation.measure import check_enough, figures, rows
-    from t2i.evaluation.pictures import generated_folder, reference
-    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.evaluation.measure import rows
 
     from ..console import console
 
-    pictures = generated_folder(target)
-    real = reference(options.reference, pictures.size_px, plain_data(), options.reference_count)
     extractors = extractors_of(options)
+    measured = (measure_run if is_run else measure_folder)(options.target, options, extractors)
+    for cause, count in sorted(measured.about["left_out"].items()):
+        console.print(f"Left out of the reference, {cause}: {count}")
+    for features in dict.fromkeys(figure.features for figure in measured.figures):
+        console.print(f"{options.target}, {features}")
+        print_table(rows([figure for figure in measured.figures if figure.features == features]))
+    write_json(options.out, measured.about | {"figures": [each.to_json() for each in measured.figures]})
+
+
+def measure_run(place: str, options: argparse.Namespace, extractors: Sequence[Extractor]) -> Measured:
+    """A run that draws for prompts, or a codec."""
+    from t2i import families
+    from t2i.training import checkpoint, run_folder
+
+    from .codecs import measure_codec
+
+    family = checkpoint.load(run_folder.weights_file(place)).config.get("family")
+    is_codec = families.get(family).generator is None and families.get(family).codec is not None
+    return (measure_codec if is_codec else measure_generator)(place, options, extractors)
+
+
+def measure_folder(place: str, options: argparse.Namespace, extractors: Sequence[Extractor]) -> Measured:
+    """Pictures in files, with what `t2i sample` wrote into them or a .txt beside as their captions."""
+    from t2i.evaluation.features import clip_scores
+    from t2i.evaluation.measure import check_enough, figures, mean_figure
+    from t2i.evaluation.pictures import generated_folder, reference
+    from t2i.evaluation.statistics import collect, reference_statistics
+
+    from .options import device_of
+
+    pictures = generated_folder(Path(place))
+    real = reference(options.reference, pictures.size_px, plain_data(), options.reference_count)
     for extractor in extractors:
         check_enough(extractor, pictures.count, pictures.name, options.force)
         check_enough(extractor, real.count, real.name, options.force)
+    captions: list[str] = []
     with bar("reference", len(extractors) * real.count) as progress:
         known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     with bar("pictures", pictures.count) as progress:
-        found = collect(pictures, extractors, options.batch_size, progress)
-    for cause, count in sorted(real.bad.items()):
-        console.print(f"Left out of {real.name}, {cause}: {count}")
-    made = [
-        figure
-        for extractor, features, statistics in zip(extractors, found, known, strict=True)
-        for figure in figures(extractor, features, statistics, options.rounds)
-    ]
-    for features in dict.fromkeys(figure.features for figure in made):
-        console.print(features)
-        print_table(rows([figure for figure in made if figure.features == features]))
-    about = {"pictures": pictures.name, "reference": [each.about for each in known]}
-    write_json(options.out, about | {"figures": [each.to_json() for each in made]})
+        found = collect(
+            pictures,
+            extractors,
+            options.batch_size,
+            progress,
+            lambda items: captions.extend(item.caption for item in items),
+        )
+    made = []
+    for extractor, features, statistics in zip(extractors, found, known, strict=True):
+        made += figures(extractor, features, statistics, options.rounds)
+        told = [i for i, caption in enumerate(captions) if caption]
+        if extractor.clip is not None and told:
+            texts = [captions[i] for i in told]
+            scores = clip_scores(extractor.clip, features[told], texts, device_of(options))
+            made.append(mean_figure("CLIP score", scores, extractor.title))
+    about = {"pictures": place, "reference": [each.about for each in known], "left_out": dict(real.bad)}
+    return Measured(made, about)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="t2i evaluate",
-        description="FID, KID, CMMD, precision, recall, density and coverage of pictures, and their CLIP score.",
+        description="FID, KID, CMMD, precision, recall, density and coverage of pictures, their CLIP score, and of a "
+        "run how often they show what was asked; of a codec rFID, PSNR, SSIM, LPIPS and the use of its codes.",
         epilog="t2i evaluate compare RUN ...: a table of runs; t2i evaluate sweep RUN ...: a curve over their options.",
     )
-    made.add_argument("target", metavar="FOLDER|RUN", help="pictures, or a run")
-    made.add_argument(
-        "--reference", metavar="FOLDER|SHARDS", help="real pictures; are cut to the size of the others"
-    )
-    made.add_argument("--reference-count", type=int, help="take the first so many of them; default: all")
+    made.add_argument("target", metavar="FOLDER|RUN", help="pictures, or a run or a checkpoint of one")
+    add_prompts(made)
     made.add_argument(
         "--statistics",
         type=Path,
         metavar="FILE",
         help="keep those of the reference here, and take them from here",
+    )
+    made.add_argument(
+        "--lpips", metavar="FILE", help="of a codec: torchvision's vgg16-397923af.pth, for LPIPS"
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
     add_measures(made)

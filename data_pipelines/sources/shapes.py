@@ -178,13 +178,18 @@ def attributes(scene: Scene) -> dict[str, str]:
 
 
 def _sample(kind: Callable[[random.Random], Scene], unseen: bool, size_px: int, rng: random.Random) -> Sample:
+    scene = _drawn(kind, unseen, rng)
+    picture = render(scene, place(scene, rng), size_px)
+    columns = {"attributes": attributes(scene), "scene": scene.to_json(), "unseen": unseen}
+    return png_sample(picture, caption(scene, rng), columns)
+
+
+def _drawn(kind: Callable[[random.Random], Scene], unseen: bool, rng: random.Random) -> Scene:
     """A scene whose objects are all held out (unseen), or none of them."""
     scene = kind(rng)
     while any(is_heldout(item, scene.background) != unseen for item in scene.objects):
         scene = kind(rng)
-    picture = render(scene, place(scene, rng), size_px)
-    columns = {"attributes": attributes(scene), "scene": scene.to_json(), "unseen": unseen}
-    return png_sample(picture, caption(scene, rng), columns)
+    return scene
 
 
 def _random_object(rng: random.Random) -> SceneObject:
@@ -197,3 +202,32 @@ def _choice(rng: random.Random, words: Iterable[str]) -> str:
 
 def _jitter(x: float, y: float, rng: random.Random) -> tuple[float, float]:
     return x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER)
+
+
+def composition(per_category: int, seed: int = 0) -> list[tuple[str, str, Scene]]:
+    """Prompts of combinations that are never trained on, so many of each of `t2i.evaluation.suites.CATEGORIES`: the
+    category, the caption and the scene. Always the same ones for a seed."""
+    kinds: dict[str, Callable[[random.Random], Scene]] = {
+        "counts": random_alike,
+        "colours": random_one,
+        "positions": random_one,
+        "relations": random_two,
+        "sizes": random_one,
+        "binding": _random_unlike,
+    }
+    made = []
+    for category, kind in kinds.items():
+        rng = random.Random(f"{seed} {category}")
+        for _ in range(per_category):
+            scene = _drawn(kind, True, rng)
+            made.append((category, caption(scene, rng), scene))
+    return made
+
+
+def _random_unlike(rng: random.Random) -> Scene:
+    """Two objects that differ in shape and in colour, so that each has to have its own."""
+    while True:
+        scene = random_two(rng)
+        first, second = scene.objects
+        if first.shape != second.shape and first.colour != second.colour:
+            return scene

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,25 +30,19 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class Figure:
-    """name: such as "FID"; features: by which network, and how pictures came to its size; deviation: the standard
-    deviation over samples of pictures, None where it was not asked; count: pictures measured; reference: real ones"""
+    """name: such as "FID"; interval_95: in which it lies for 95% of such samples of pictures, None where that was not
+    asked; count: pictures measured; features: by which network, and how pictures came to its size; reference: real
+    ones"""
 
     name: str
     value: float
-    deviation: float | None
+    interval_95: tuple[float, float] | None
     count: int
     features: str = ""
     reference: int | None = None
 
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """In which 95% of such samples have the value, if their values are normal around it."""
-        if self.deviation is None:
-            return None
-        return self.value - NORMAL_95 * self.deviation, self.value + NORMAL_95 * self.deviation
-
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"interval_95": self.interval}
+        return asdict(self)
 
 
 def check_enough(extractor: Extractor, count: int, of: str, force: bool) -> None:
@@ -75,8 +70,8 @@ def figures(extractor: Extractor, features: Tensor, reference: Statistics, round
     made = []
     for name, value in of_all.items():
         spread = [each[name] for each in of_halves if name in each]
-        deviation = statistics.stdev(spread) if len(spread) > 1 else None
-        made.append(Figure(name, value, deviation, count, described, of_reference))
+        interval = normal_interval(value, statistics.stdev(spread)) if len(spread) > 1 else None
+        made.append(Figure(name, value, interval, count, described, of_reference))
     return made
 
 
@@ -97,17 +92,34 @@ def estimates(
 
 
 def mean_figure(name: str, values: Tensor, features: str = "") -> Figure:
-    """A mean over pictures; the deviation is that of the mean."""
+    """A mean over pictures, with the interval of a normal mean."""
     values = values.double()
-    spread = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    return Figure(name, float(values.mean()), spread, len(values), features)
+    mean, count = float(values.mean()), len(values)
+    interval = normal_interval(mean, float(values.std()) / count**0.5) if count > 1 else None
+    return Figure(name, mean, interval, count, features)
+
+
+def share_figure(name: str, right: Sequence[bool], features: str = "") -> Figure:
+    """A share of pictures, with Wilson's interval (1927), which is none of width 0 where all or none are right."""
+    count, share = len(right), sum(right) / len(right)
+    square = NORMAL_95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return Figure(name, share, (max(0.0, middle - half), min(1.0, middle + half)), count, features)
+
+
+def normal_interval(value: float, deviation: float) -> tuple[float, float]:
+    """Of 95%."""
+    return value - NORMAL_95 * deviation, value + NORMAL_95 * deviation
 
 
 def rows(made: Sequence[Figure]) -> list[list[str]]:
     """A table of text, the header first."""
     table = [["figure", "value", "95% interval", "pictures", "reference"]]
     for each in made:
-        low_high = "-" if each.interval is None else f"{each.interval[0]:.4g} to {each.interval[1]:.4g}"
+        low_high = "-"
+        if each.interval_95 is not None:
+            low_high = f"{each.interval_95[0]:.4g} to {each.interval_95[1]:.4g}"
         reference = "-" if each.reference is None else f"{each.reference:,}"
         table.append([each.name, f"{each.value:.5g}", low_high, f"{each.count:,}", reference])
     return table

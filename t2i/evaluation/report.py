@@ -19,6 +19,7 @@ from t2i.evaluation.background import white_deviation
 from t2i.evaluation.comparison import NOT_THE_SAME, comparison, same_prompts, share, spoken
 from t2i.evaluation.page import Page
 from t2i.evaluation.prompts import GroupScore, judge_for, score_groups
+from t2i.evaluation.reconstruction import psnr
 from t2i.evaluation.runs import LEFT_OUT, Origin, Run, prompts_hash
 from t2i.interfaces import Batch
 from t2i.training.pictures import grid
@@ -202,9 +203,8 @@ def show_run(page: Page, run: Run, families: Families) -> dict[str, Any]:
 
 
 def psnr_db(image: Tensor, decoded: Tensor) -> float:
-    """Mean over pictures of 10 log10(peak^2 / MSE), for (N, 3, H, W) in [-1, 1] (peak 2), clamped there."""
-    mse = (image - decoded.clamp(-1, 1)).square().flatten(1).mean(1).clamp_min(1e-12)
-    return float((10 * torch.log10(4 / mse)).mean())
+    """Mean over pictures; see `t2i.evaluation.reconstruction.psnr`."""
+    return float(psnr(image, decoded).mean())
 
 
 def plot_metrics(axes: Any, folder: Path) -> None:

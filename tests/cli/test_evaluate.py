@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from t2i.evaluation import features
+from t2i.evaluation.features import Extractor
 
 
 def folder_of(path: Path, count: int, level: int, side: int = 16) -> Path:
@@ -67,3 +71,61 @@ def test_flags_are_checked_before_torch_is_imported(tmp_path):
         "try: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def runs(compose_run, train, tmp_path_factory) -> dict[str, Path]:
+    """One that draws and one that gives pictures back, after two steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    names = {"draws": "gan_int_cls/tiny_published", "codec": "autoencoder/tiny_vq"}
+    return {
+        key: train(compose_run(f"experiment={name}", "trainer.num_images=16", f"runs_dir={folder}")).folder
+        for key, name in names.items()
+    }
+
+
+@pytest.fixture
+def plain_features(monkeypatch):
+    """Means and deviations of the channels in the place of a network's features."""
+
+    def compute(pictures: torch.Tensor) -> torch.Tensor:
+        flat = pictures.double().flatten(2)
+        return torch.cat([flat.mean(2), flat.std(2)], dim=1)
+
+    made = Extractor("plain", "plain features", 6, "clean", "0", "FD", compute)
+    monkeypatch.setattr(features, "load", lambda spec, resize, device: made)
+
+
+def figures_in(file: str) -> dict[str, dict]:
+    return {figure["name"]: figure for figure in json.loads(Path(file).read_text())["figures"]}
+
+
+def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
+    flags = ["--prompts", "shapes", "--count", "12", "--rounds", "0", "--out", "a.json"]
+    done = t2i("evaluate", str(runs["draws"]), *flags)
+    assert done.code == 0, done
+    found, about = figures_in("a.json"), json.loads(Path("a.json").read_text())
+    assert found["exact"]["count"] == found["FD"]["count"] == 12
+    assert found["FD"]["reference"] == 12  # the run's held-out ones
+    assert found["category binding"]["count"] == 2
+    assert about["training_images"] == 16
+    assert about["parameters"] > 1000
+    assert about["seconds_per_picture"] > 0
+
+
+def test_a_codec_gives_pictures_back(t2i, runs, plain_features):
+    done = t2i("evaluate", str(runs["codec"]), "--rounds", "0", "--out", "a.json")
+    assert done.code == 0, done
+    found = figures_in("a.json")
+    names = {
+        "rFD",
+        "rKID x 1000",
+        "PSNR in dB",
+        "SSIM",
+        "codebook usage",
+        "codebook perplexity",
+    }
+    assert found.keys() == names
+    assert 1 <= found["codebook perplexity"]["value"] <= 64
+    said = t2i("evaluate", str(runs["codec"]), "--lpips", "none.pth").sentence
+    assert "LPIPS needs torchvision's VGG16 weights, and none.pth does not exist" in said

@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_bit import BitImageProcessor
 
 from t2i.errors import CheckpointError, ConfigError
-from t2i.evaluation.features import check_published, load
+from t2i.evaluation.features import check_published, clip_scores, load
 from t2i.evaluation.resizing import resized
 from t2i.nn.inception import Inception
 
@@ -137,3 +137,30 @@ def test_efficientnets_features_are_what_the_package_gives():
     expected = EfficientNetLite0().pooled(pictures.float() / 127.5 - 1)
     torch.testing.assert_close(extractor(pictures), expected)
     assert "FID" not in extractor.distance
+
+
+def test_the_clip_score_is_the_cosine_of_picture_and_caption(tmp_path):
+    import json
+
+    import open_clip
+
+    described = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "ViT-least.json").write_text(json.dumps(described))
+    open_clip.add_model_config(tmp_path / "ViT-least.json")
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-least")
+    torch.save(model.state_dict(), tmp_path / "least.pt")
+    pictures, captions = some_pictures(3), ["a cat", "two dogs", "nothing"]
+    extractor = load(f"clip=ViT-least:{tmp_path}/least.pt", "clean", CPU)
+    images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
+    with torch.inference_mode():
+        ours = clip_scores(extractor.clip, extractor(pictures), captions, CPU)
+        of_images = model.eval().encode_image(images, normalize=True)
+        of_texts = model.encode_text(open_clip.get_tokenizer("ViT-least")(captions), normalize=True)
+    expected = 100 * (of_images * of_texts).sum(1).clamp_min(0)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+    assert expected.abs().max() > 0.1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from data_configs import data_config
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from t2i.errors import ConfigError, DataError
 from t2i.evaluation import statistics
 from t2i.evaluation.features import Extractor
-from t2i.evaluation.measure import check_enough, figures, mean_figure
+from t2i.evaluation.measure import check_enough, figures, mean_figure, share_figure
 from t2i.evaluation.pictures import generated_folder, reference
 from t2i.evaluation.statistics import collect, reference_statistics
 from t2i.training.pictures import save_png
@@ -156,16 +157,22 @@ def test_every_figure_has_its_counts_and_an_interval(tmp_path):
     assert [each.name for each in made] == ["FD", "KID x 1000", "precision", "recall", "density", "coverage"]
     for each in made:
         assert (each.count, each.reference) == (30, 40)
-        low, high = each.interval
+        low, high = each.interval_95
         assert low <= each.value <= high
     assert made[0].value == pytest.approx(3 * 10**2, rel=0.2)  # 10 levels apart in each of 3 channels
-    assert all(each.interval is None for each in figures(extractor(), features, known, rounds=0))
+    assert all(each.interval_95 is None for each in figures(extractor(), features, known, rounds=0))
 
 
 def test_the_interval_of_a_mean():
     values = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found = mean_figure("mean", values)
-    assert found.deviation == pytest.approx(float(values.std()) / 2)
-    assert found.interval == pytest.approx(
-        (2.5 - 1.959964 * found.deviation, 2.5 + 1.959964 * found.deviation)
-    )
+    half = 1.959964 * float(values.std()) / 2
+    assert mean_figure("mean", values).interval_95 == pytest.approx((2.5 - half, 2.5 + half))
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 20), (20, 20), (7, 25)])
+def test_the_interval_of_a_share_is_wilsons(right, count):
+    """As scipy has it."""
+    expected = scipy.stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+    found = share_figure("share", [True] * right + [False] * (count - right))
+    assert found.value == right / count
+    assert found.interval_95 == pytest.approx(tuple(expected), abs=1e-6)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from t2i.errors import CheckpointError
-from t2i.families.autoencoder.perceptual import EfficientNetDistance, build_architecture, build_perceptual
 from t2i.nn.efficientnet import EfficientNetLite0, read_weights
+from t2i.nn.perceptual import EfficientNetDistance, build_architecture, build_perceptual
 from t2i.nn.precision import rounded
 
 pytestmark = pytest.mark.usefixtures("float64")

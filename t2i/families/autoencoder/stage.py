@@ -14,9 +14,9 @@ from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
-from t2i.families.autoencoder.perceptual import build_perceptual
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
+from t2i.nn.perceptual import build_perceptual
 from t2i.nn.precision import rounded
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness

@@ -1,0 +1,88 @@
+"""Codecs that are measured: what they give back of real pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .options import bar
+from .runs import Measured, reference_of
+
+if TYPE_CHECKING:
+    from t2i.evaluation.features import Extractor
+
+
+def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[Extractor]) -> Measured:
+    """rFID, PSNR, SSIM, with --lpips LPIPS, and where there are codes their use, over the reference's pictures."""
+    import dataclasses
+
+    import torch
+
+    from t2i import families
+    from t2i.evaluation.distances import Manifolds
+    from t2i.evaluation.measure import Figure, check_enough, figures, mean_figure
+    from t2i.evaluation.pictures import Item, Pictures, batches, stacked
+    from t2i.evaluation.reconstruction import codebook_use, psnr, ssim
+    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.interfaces import TokenCodec
+    from t2i.nn.perceptual import build_perceptual
+    from t2i.training import checkpoint, run_folder
+    from t2i.training.pictures import to_uint8
+
+    from .options import device_of
+
+    device = device_of(options)
+    loaded = checkpoint.load(run_folder.weights_file(place))
+    config = loaded.config
+    codec = families.get(config.get("family")).load_codec()(config).eval()
+    checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
+    codec.to(device)
+    lpips = build_perceptual("lpips_vgg", options.lpips) if options.lpips else None
+    if lpips is not None:
+        lpips.to(device)
+    real = reference_of(options.reference, config, options.reference_count)
+    for extractor in extractors:
+        check_enough(extractor, real.count, real.name, options.force)
+    values: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("PSNR in dB", "SSIM", *(["LPIPS"] if lpips is not None else []))
+    }
+    tokens = codec.tokens if isinstance(codec, TokenCodec) else None
+    counts = torch.zeros(codec.num_codes if isinstance(codec, TokenCodec) else 0, dtype=torch.int64)
+
+    def read() -> Iterator[Item]:
+        for items in batches(real, options.batch_size):
+            image = (stacked(items).float() / 127.5 - 1).to(device)
+            decoded = codec.decode(codec.encode(image)).clamp(-1, 1)
+            values["PSNR in dB"].append(psnr(image, decoded).cpu())
+            values["SSIM"].append(ssim(image, decoded).cpu())
+            if lpips is not None:
+                values["LPIPS"].append(lpips(image, decoded).cpu())
+            if tokens is not None:
+                counts.add_(torch.bincount(tokens(image).flatten().cpu(), minlength=len(counts)))
+            yield from (Item(picture) for picture in to_uint8(decoded))
+
+    with bar("reference", len(extractors) * real.count) as progress:
+        known = reference_statistics(real, extractors, options.batch_size, progress)
+    pictures = Pictures(str(place), real.count, real.size_px, "", read)
+    with bar(f"pictures through {place}", real.count) as progress, torch.inference_mode():
+        found = collect(pictures, extractors, options.batch_size, progress)
+    made = [  # of what is new, or missing, nothing can be asked of pictures that are given back
+        dataclasses.replace(figure, name=f"r{figure.name}")
+        for extractor, features, statistics in zip(extractors, found, known, strict=True)
+        for figure in figures(extractor, features, statistics, options.rounds)
+        if figure.name not in Manifolds.__annotations__
+    ]
+    made += [mean_figure(name, torch.cat(parts), "pairs of pictures") for name, parts in values.items()]
+    if tokens is not None:
+        for name, value in zip(("codebook usage", "codebook perplexity"), codebook_use(counts), strict=True):
+            made.append(Figure(name, value, None, len(found[0]), f"{len(counts):,} codes"))
+    about: dict[str, Any] = {
+        "run": str(place),
+        "type": config["family"],
+        "size_px": config["resolution"]["size_px"],
+        "parameters": sum(p.numel() for p in codec.parameters()),
+        "reference": [each.about for each in known],
+        "left_out": dict(real.bad),
+    }
+    return Measured(made, about)

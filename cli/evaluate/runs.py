@@ -1,0 +1,231 @@
+"""Runs that are measured: what they draw, or give back, and what that took."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.errors import ConfigError
+from t2i.schema import check
+
+from .options import bar, plain_data
+
+if TYPE_CHECKING:
+    from t2i.config import TextConfig
+    from t2i.evaluation.cost import Cost
+    from t2i.evaluation.features import Extractor
+    from t2i.evaluation.measure import Figure
+    from t2i.evaluation.pictures import Item, Pictures
+    from t2i.evaluation.prompts import Judge
+    from t2i.evaluation.suites import Prompt
+    from t2i.interfaces import Generator
+
+SHAPES = "shapes"
+HELDOUT = "heldout"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """figures: of one run; about: what it is and what it took"""
+
+    figures: list[Figure]
+    about: dict[str, Any]
+
+
+def add_prompts(made: argparse.ArgumentParser) -> None:
+    """The flags that say what a run draws."""
+    made.add_argument(
+        "--prompts",
+        default=HELDOUT,
+        metavar="NAME|FILE",
+        help="heldout: captions that the run was not trained on; shapes: the compositional suite; a .json of COCO's "
+        "captions, a .tsv like PartiPrompts, a .txt; default: heldout",
+    )
+    made.add_argument("--count", type=int, help="of prompts; default: all, of shapes 64 of each category")
+    made.add_argument(
+        "--reference", metavar="FOLDER|SHARDS", help="real pictures; default: the run's held-out ones"
+    )
+    made.add_argument("--reference-count", type=int, help="take the first so many of them; default: all")
+    made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+
+
+def check_prompts(options: argparse.Namespace) -> None:
+    """Raises ConfigError. Imports no torch."""
+    check(options.count is None or options.count >= 2, "--count", options.count, "2 or more")
+    most = options.reference_count
+    check(most is None or most >= 2, "--reference-count", most, "2 or more")
+    known = options.prompts in (HELDOUT, SHAPES) or Path(options.prompts).is_file()
+    check(known, "--prompts", options.prompts, f"{HELDOUT}, {SHAPES} or a file that exists")
+
+
+def prompts_of(options: argparse.Namespace, config: dict[str, Any]) -> list[Prompt]:
+    """Those that --prompts names, for a run with this configuration."""
+    from t2i.evaluation.suites import CATEGORIES, Prompt, read_suite
+
+    if options.prompts == SHAPES:
+        from t2i_pipelines.sources.shapes import composition
+
+        each = 64 if options.count is None else -(-options.count // len(CATEGORIES))
+        return [
+            Prompt(text, category, {"scene": scene.to_json(), "category": category})
+            for category, text, scene in composition(each)
+        ]
+    if options.prompts != HELDOUT:
+        return read_suite(Path(options.prompts), options.count)
+    heldout = reference_of(None, config, options.count)
+    return [Prompt(item.caption, "", item.metadata) for item in heldout.read()]
+
+
+def reference_of(place: str | None, config: dict[str, Any], limit: int | None) -> Pictures:
+    """Real pictures at the run's size: those at `place`, or the run's held-out ones."""
+    from t2i.config import DataConfig, parse
+    from t2i.evaluation.pictures import reference, shards_pictures
+
+    size = (config["resolution"]["size_px"],) * 2
+    if place is not None:
+        return reference(place, size, plain_data(), limit)
+    data = parse(DataConfig, config["data"], "data.")
+    if not data.heldout_shards:
+        raise ConfigError("The run has no data.heldout_shards; --reference and --prompts name others.")
+    return shards_pictures(data.heldout_shards, size, data, limit, name="the run's held-out pictures")
+
+
+def measure_generator(
+    place: str,
+    options: argparse.Namespace,
+    extractors: Sequence[Extractor],
+    overrides: Sequence[str] = (),
+) -> Measured:
+    """Draws with a run or one of its checkpoints, and measures that. overrides: sampling.key=value"""
+    from t2i.evaluation.attributes import Attributes
+    from t2i.evaluation.cost import Cost
+    from t2i.evaluation.features import clip_scores
+    from t2i.evaluation.measure import check_enough, figures, mean_figure
+    from t2i.evaluation.runs import prompts_hash
+    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.schema import to_dict
+    from t2i.training import checkpoint, run_folder
+
+    from ..generators import load_generator
+    from ..report import is_trained
+    from .options import device_of
+
+    device = device_of(options)
+    path, generator, text = load_generator(place, "", str(device), list(overrides))
+    loaded = checkpoint.load(path)
+    config = loaded.config
+    prompts = prompts_of(options, config)
+    real = reference_of(options.reference, config, options.reference_count)
+    for extractor in extractors:
+        check_enough(extractor, len(prompts), f"--prompts {options.prompts}", options.force)
+        check_enough(extractor, real.count, real.name, options.force)
+    cost = Cost(device)
+    pictures = drawn(generator, prompts, options, cost, str(place))
+    with bar("reference", len(extractors) * real.count) as progress:
+        known = reference_statistics(real, extractors, options.batch_size, progress)
+    judge = _judge(options, config, prompts, place)
+    attributes = Attributes(judge) if judge else None
+    with bar(f"pictures of {place}", len(prompts)) as progress:
+        look = attributes.look if attributes else (lambda items: None)
+        found = collect(pictures, extractors, options.batch_size, progress, look)
+    made: list[Figure] = []
+    for extractor, features, statistics in zip(extractors, found, known, strict=True):
+        made += figures(extractor, features, statistics, options.rounds)
+        if extractor.clip is not None:
+            scores = clip_scores(extractor.clip, features, [prompt.text for prompt in prompts], device)
+            made.append(mean_figure("CLIP score", scores, extractor.title))
+    made += attributes.figures() if attributes else []
+    trained = sum(value.numel() for name, value in loaded.weights.items() if is_trained(name))
+    folder = run_folder.run_of(place)
+    about = {
+        "run": str(place),
+        "type": config["family"],
+        "stage": config["stage"],
+        "size_px": config["resolution"]["size_px"],
+        "parameters": trained,
+        "text_encoder": None if text is None else text.model or text.name,
+        "text_encoder_parameters": encoder_parameters(text),
+        "training_images": _images_seen(loaded.path, folder),
+        "sampling": to_dict(generator.sampling),
+        "prompts": options.prompts,
+        "prompts_hash": prompts_hash([prompt.text for prompt in prompts]),
+        "seconds_per_picture": cost.seconds_per_picture,
+        "memory_gib": cost.memory_gib,
+        "device": str(device),
+        "reference": [each.about for each in known],
+        "left_out": dict(real.bad),
+    }
+    return Measured(made, about)
+
+
+def drawn(
+    generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace, cost: Cost, name: str
+) -> Pictures:
+    """What a generator draws, one picture per prompt, a batch at a time."""
+    from t2i.evaluation.pictures import Item, Pictures
+    from t2i.generation.text_to_image import batches, check_all_finite, finite_pictures
+    from t2i.interfaces import SampleRequest
+    from t2i.training.pictures import to_uint8
+
+    size, count = generator.default_size_px, len(prompts)
+    request = SampleRequest(
+        [prompt.text for prompt in prompts], range(options.seed, options.seed + count), size, size
+    )
+
+    def read() -> Iterator[Item]:
+        place = 0
+        for part in batches(request, options.batch_size):
+            with cost.drawing(len(part.prompts)):
+                images = generator.generate(part)
+            check_all_finite(part, finite_pictures(images).tolist(), generator.sampling)
+            for image in to_uint8(images):
+                prompt = prompts[place]
+                place += 1
+                yield Item(image, prompt.text, dict(prompt.metadata))
+
+    return Pictures(name, count, (size, size), "", read)
+
+
+def _judge(
+    options: argparse.Namespace, config: dict[str, Any], prompts: Sequence[Prompt], place: str
+) -> Judge | None:
+    """What tells whether pictures show what was asked; None where nothing does."""
+    from t2i.evaluation.prompts import check_scenes, judge_for
+    from t2i.evaluation.runs import Run
+    from t2i.training import run_folder
+
+    if "scene" in prompts[0].metadata:
+        return check_scenes
+    folder = run_folder.run_of(place)
+    if "attributes" not in prompts[0].metadata or folder is None:
+        return None
+    run, size = Run(folder, config, ""), config["resolution"]["size_px"]
+    return judge_for(partial(run.train, size), run.heldout(size))
+
+
+def encoder_parameters(text: TextConfig | None) -> int | None:
+    """Of the text encoder."""
+    import torch
+
+    from t2i.text.architecture import build_architecture
+
+    if text is None:
+        return None
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_architecture(text).network.parameters())
+
+
+def _images_seen(weights: Path, folder: Path | None) -> int | None:
+    """That the weights were trained on."""
+    from t2i.training import checkpoint, run_folder
+
+    if weights.is_dir():
+        return run_folder.images_of(weights) or None
+    found = checkpoint.images_seen(weights)
+    return (
+        found if found is not None or folder is None else run_folder.read_summary(folder).get("images_seen")
+    )
