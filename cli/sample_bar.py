@@ -131,15 +131,15 @@ def conclude(
             f"{report.drawn:,} pictures are drawn in {folder}; {report.there:,} were there already."
         )
     bad = [line for line in lines if "error" in line]
-    not_drawn = {f"line {number}: {why}" for number, why in prompts.broken.items()}
-    refused = dict.fromkeys([*sorted(not_drawn), *(x["error"] for x in bad if x["error"] != NOT_FINITE)])
+    refused = {f"line {number}: {why}" for number, why in prompts.broken.items()}
+    refused |= {line["error"] for line in bad if line["error"] != NOT_FINITE}
     sentences = []
     if refused:
-        for sentence in first_few(list(refused)):
+        said = sorted(refused, key=lambda each: int(each.removeprefix("line ").partition(":")[0]))
+        for sentence in first_few(said):
             console.print(sentence)
-        sentences.append(
-            f"{len(refused):,} lines of {options.prompts_file} are not drawn ({'; '.join([*refused][:3])})."
-        )
+        few = "; ".join(said[:3])
+        sentences.append(f"{len(said):,} lines of {options.prompts_file} are not drawn ({few}).")
     if odd := [f"{x['prompt']!r} seed {x['seed']}" for x in bad if x["error"] == NOT_FINITE]:
         sentences.append(not_finite(odd, len(lines), sampling))
     if sentences:

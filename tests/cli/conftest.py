@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from weight_files import composed, write
 
 from t2i_cli.main import main
 
@@ -63,3 +65,20 @@ def t2i(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     os.environ.update(environment)
     for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
         logger.level, logger.handlers, logger.propagate = level, handlers, propagate
+
+
+@pytest.fixture(scope="session")
+def ldm_file(tmp_path_factory) -> str:
+    """A latent diffusion model at its random start, as its final weights file."""
+    from t2i.config import parse_run
+    from t2i.families.latent_diffusion.config import Config
+    from t2i.families.latent_diffusion.stage import build_model
+
+    codec = composed("stage=autoencoder", "backbone.width=32", "backbone.depth=1")
+    values = composed(
+        "stage=ldm", "text=learned", "denoiser.width=32", "denoiser.depth=1", "sampling.steps=2"
+    )
+    torch.manual_seed(0)
+    model = build_model(parse_run(values, Config).model, codec)
+    weights = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    return write(tmp_path_factory.mktemp("ldm") / "ldm.safetensors", weights, values, {"codec": codec})

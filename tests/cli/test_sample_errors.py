@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from t2i_cli.composition import composed_run
+from weight_files import composed, write
 
 PROMPT = ("sample", "--prompt", "a red circle")
 
@@ -96,34 +95,8 @@ def test_a_foreign_checkpoint(t2i, tmp_path, name):
     assert not Path("ran-code").exists()
 
 
-def composed(*overrides: str) -> dict:
-    return composed_run(["data=shapes", *overrides])
-
-
-def write(path: Path, weights: dict[str, torch.Tensor], config: dict, extra: dict | None = None) -> str:
-    save_file(weights, path, metadata={"t2i": json.dumps({"config": config, "extra": extra or {}})})
-    return str(path)
-
-
 def autoencoder_checkpoint(path: Path, **changes) -> str:
     return write(path, {"weight": torch.zeros(2)}, composed("stage=autoencoder") | changes)
-
-
-@pytest.fixture(scope="module")
-def ldm_file(tmp_path_factory) -> str:
-    """A latent diffusion model at its random start, as its final weights file."""
-    from t2i.config import parse_run
-    from t2i.families.latent_diffusion.config import Config
-    from t2i.families.latent_diffusion.stage import build_model
-
-    codec = composed("stage=autoencoder", "backbone.width=32", "backbone.depth=1")
-    values = composed(
-        "stage=ldm", "text=learned", "denoiser.width=32", "denoiser.depth=1", "sampling.steps=2"
-    )
-    torch.manual_seed(0)
-    model = build_model(parse_run(values, Config).model, codec)
-    weights = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    return write(tmp_path_factory.mktemp("ldm") / "ldm.safetensors", weights, values, {"codec": codec})
 
 
 def test_an_autoencoder_draws_nothing_for_prompts(t2i, tmp_path):
