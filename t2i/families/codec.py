@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from t2i import families
 from t2i.errors import ConfigError
 from t2i.interfaces import ImageCodec, TokenCodec
+
+SLICE_PX = 512 * 512  # pixels that are decoded at a time
+
+
+def decoded(codec: ImageCodec, latents: Tensor) -> Tensor:
+    """As codec.decode gives it, (B, C, h, w) -> (B, 3, h*f, w*f), in slices of at most SLICE_PX pixels, or one picture:
+    what is computed on the way does not take more memory for a larger batch."""
+    pixels = latents.shape[2] * latents.shape[3] * codec.downsampling**2
+    parts = latents.split(max(1, SLICE_PX // pixels))
+    first = codec.decode(parts[0])
+    if len(parts) == 1:
+        return first
+    images = first.new_empty(len(latents), *first.shape[1:])
+    start = 0
+    for part in parts:
+        images[start : start + len(part)] = codec.decode(part) if start else first
+        start += len(part)
+    return images
 
 
 def image_codec(values: Mapping[str, Any]) -> ImageCodec:

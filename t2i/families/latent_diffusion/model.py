@@ -18,7 +18,7 @@ from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.sampler import Denoise
 from t2i.diffusion.samplers import sample
 from t2i.diffusion.schedules import build_schedule
-from t2i.families.codec import image_codec
+from t2i.families.codec import decoded, image_codec
 from t2i.families.latent_diffusion.config import (
     Config,
     PixArtConfig,
@@ -130,7 +130,7 @@ class LatentDiffusion(TextToImage):
                 strength=request.strength,
                 constrain=constrain,
             )
-            drawn = self.codec.decode(latent)
+            drawn = decoded(self.codec, latent)
         drawn = torch.where(drawn.isfinite(), drawn.clamp(-1, 1), torch.nan)
         if request.mask is None or request.image is None:
             return drawn
