@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from t2i.errors import UserError
 from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
+from . import sample_edit
 from .arguments import parse_with_overrides
 from .generators import Loaded, device_named, load, weights_path
-from .sample_flags import STRENGTH, check_flags, filled, parser, sampling_flags, take_recipes
+from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from t2i.generation.text_to_image import Drawing
-    from t2i.interfaces import SampleRequest
+    from t2i.interfaces import Between, Generator, SampleRequest
 
 
 def run(arguments: list[str]) -> None:
@@ -86,7 +90,8 @@ def asked(options: argparse.Namespace, overrides: Sequence[str]) -> Prompts:
         found = Prompts(take_recipes(options, overrides), {}, 0)
     else:
         found = Prompts([Line(prompt) for prompt in options.prompt], {}, 0)
-    return Prompts([filled(line, options) for line in found.lines], found.broken, found.blank)
+    lines = sample_edit.between([filled(line, options) for line in found.lines], options)
+    return Prompts(lines, found.broken, found.blank)
 
 
 def grouped(
@@ -106,7 +111,7 @@ def grouped(
     chosen: dict[str, Any] = {}
     for line in prompts.lines:
         own = json.dumps(line.sampling, sort_keys=True)
-        key = json.dumps([line.height, line.width, line.negative_prompt, own])
+        key = json.dumps([line.height, line.width, line.negative_prompt, own, sorted(line.between)])
         try:
             if own not in chosen:
                 chosen[own] = loaded.sampling(line.sampling)
@@ -127,35 +132,57 @@ def grouped(
             [(line.seed or 0) + i for line, i in pictures],
             lines[0],
             options,
-            loaded.generator.default_size_px,
+            loaded.generator,
+            sampling,
         )
+        if lines[0].between:
+            request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
         made_by = {**recipe, "sampling": to_dict(sampling)}
-        if options.image is not None:
-            made_by["image"] = options.image
+        for name in ("image", "mask", "extend", "invert"):
+            if (value := getattr(options, name)) is not None:
+                made_by[name] = value
         drawings.append(Drawing(request, sampling, made_by, names, options.layout is not None, numbers))
     return drawings
 
 
 def request_of(
-    prompts: list[str], seeds: list[int], line: Line, options: argparse.Namespace, size_px: int
+    prompts: list[str],
+    seeds: list[int],
+    line: Line,
+    options: argparse.Namespace,
+    generator: Generator,
+    sampling: Any,
 ) -> SampleRequest:
-    """For pictures that share what `line` says but for the prompt and the seed.
-
-    size_px: where nothing is said
-    """
-    from t2i.generation.text_to_image import read_image
+    """For pictures that share what `line` says but for the prompt and the seed."""
     from t2i.interfaces import SampleRequest
 
-    size = line.height or size_px, line.width or size_px
-    image = None
-    if options.image is not None:
-        image = read_image(Path(options.image), size).expand(len(prompts), -1, -1, -1)
+    side = generator.default_size_px
+    start, noise = sample_edit.start_of(line, options, side), None
+    if start is not None and options.invert is not None:
+        noise = sample_edit.inverted(generator, sampling, start, options.invert, line.negative_prompt or "")
+    size = (line.height or side, line.width or side) if start is None else start.size_px
+
+    def repeated(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.expand(len(prompts), *value.shape[-3:])
+
     return SampleRequest(
         prompts=prompts,
         seeds=seeds,
         height_px=size[0],
         width_px=size[1],
         negative_prompt=line.negative_prompt or "",
-        image=image,
-        strength=STRENGTH if options.strength is None else options.strength,
+        image=None if start is None or noise is not None else repeated(start.image),
+        strength=sample_edit.strength_of(options),
+        mask=None if start is None else repeated(start.mask),
+        noise=repeated(noise),
+        tile=options.tile or "",
     )
+
+
+def other_ends(lines: Sequence[Line]) -> Between:
+    """Of lines that all lie between two pictures."""
+    from t2i.interfaces import Between
+
+    others = [line.between for line in lines]
+    prompts = [each["prompt"] for each in others] if "prompt" in others[0] else None
+    return Between([each["share"] for each in others], prompts, [each["seed"] for each in others])

@@ -18,6 +18,7 @@ from t2i.generation import grid
 from t2i.generation.manifest import NAME
 from t2i.generation.prompts import Prompts
 from t2i.generation.recipes import Recipe, read
+from t2i.generation.strip import write_strip
 from t2i.generation.text_to_image import NOT_FINITE, Drawing, Listener, Report, not_finite, write_grid
 from t2i.interfaces import Generator
 from t2i.launch.ranks import Rank
@@ -120,6 +121,9 @@ def conclude(
         console.print(f"{path}")
         if (count := sum("file" in line for line in lines)) > grid.MOST:
             console.print(f"It shows the first {grid.MOST} of {count:,} pictures.")
+    if options.interpolate is not None and len(drawn := [line for line in lines if "file" in line]) > 1:
+        for path in write_strip(folder, drawn):
+            console.print(f"{path}")
     if prompts.blank:
         console.print(f"{options.prompts_file}: {prompts.blank:,} blank lines are passed over.")
     if report.repeated:

@@ -14,7 +14,9 @@ from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
 from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number
 
-NUM_IMAGES, STRENGTH = 4, 0.8
+from . import sample_edit
+
+NUM_IMAGES = 4
 LAYOUTS = ("geneval", "parti")
 # Flags that stand for the family's own options.
 SAMPLING = ("steps", "sampler", "guidance_scale")
@@ -34,8 +36,7 @@ def check_flags(options: argparse.Namespace) -> None:
     ending = {"geneval": ".jsonl", "parti": ".tsv"}.get(options.layout, "")
     ok = options.layout is None or Path(options.prompts_file).suffix == ending
     check(ok, "--prompts-file", options.prompts_file, f"a file {ending} with --layout {options.layout}")
-    image_is_there = options.image is None or Path(options.image).is_file()
-    check(image_is_there, "--image", options.image, "a picture file that exists")
+    sample_edit.check_flags(options)
     _check_numbers(options)
     texts = [("--prompt", text) for text in options.prompt or ()]
     if options.negative_prompt is not None:
@@ -53,9 +54,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
     check(ok, "--seed", options.seed, f"0 to {last}")
     scale = options.guidance_scale
     check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
-    strength = options.strength
-    check(strength is None or options.image is not None, "--strength", strength, "only with --image")
-    check(strength is None or 0 < strength <= 1, "--strength", strength, "above 0, at most 1")
 
 
 def sampling_flags(options: argparse.Namespace) -> list[str]:
@@ -86,8 +84,7 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
         "checkpoint": str,
         "precision": str,
         "compile": bool,
-        "image": str,
-        "strength": float,
+        **sample_edit.RECIPE,
     }
     for name, kind in kinds.items():
         value = _entry(first, name, kind, path)
@@ -111,6 +108,7 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
             "negative_prompt": _entry(each, "negative_prompt", str, path),
         }
         own |= {name: None for name in own if name != "prompt" and getattr(options, name) is not None}
+        own["between"] = sample_edit.check_between(_entry(each, "between", dict, path), path)
         own["sampling"] = {k: v for k, v in sampling.items() if f"sampling.{k}" not in typed}
         for prompt in options.prompt or [own["prompt"]]:
             check(prompt is not None, f"prompt in {path}", None, "text")
@@ -156,10 +154,7 @@ def parser() -> argparse.ArgumentParser:
         "--recipe", metavar="PNG", help="make a picture, or those of grid.png, again; flags change it"
     )
     made.add_argument("--negative-prompt", help="what guidance moves away from")
-    made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
-    made.add_argument(
-        "--strength", type=float, help=f"how far from --image, above 0 to 1; default: {STRENGTH}"
-    )
+    sample_edit.add_flags(made)
     made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest run that draws")
     made.add_argument("--steps", type=int, help="denoiser calls per picture: sampling.steps")
     made.add_argument(

@@ -34,6 +34,7 @@ class Line:
     number: of the line in its file, from 1; 0 where there is none
     sampling: of the family's own options, those that are given
     entry: all that the line says
+    between: the other end, where the picture lies between two: seed, share of the way, and prompt where it has another
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class Line:
     negative_prompt: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     entry: Mapping[str, Any] = field(default_factory=dict)
+    between: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, limit in {"num_images": MAX_NUMBER, "height": MAX_PX, "width": MAX_PX}.items():

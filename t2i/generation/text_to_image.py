@@ -44,7 +44,14 @@ class Drawing:
 
     def recipe_of(self, place: int) -> Recipe:
         """Of one picture."""
-        own = {"prompt": self.request.prompts[place], "seed": self.request.seeds[place]}
+        own: Recipe = {"prompt": self.request.prompts[place], "seed": self.request.seeds[place]}
+        if (between := self.request.between) is not None:
+            other: dict[str, Any] = {"share": between.shares[place]}
+            if between.prompts is not None:
+                other["prompt"] = between.prompts[place]
+            if between.seeds is not None:
+                other["seed"] = between.seeds[place]
+            own["between"] = other
         return {**shared_recipe(self.request, self.recipe), **own}
 
 

@@ -162,7 +162,10 @@ class PixelDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px); see `t2i.interfaces.Generator`."""
         assert request.image is not None
-        model = self.asked_predictor(request, dataclasses.replace(sampling, guidance_scale=1.0))
+        plain = dataclasses.replace(
+            sampling, guidance_scale=1.0, classifier_scale=0.0, clip_x0=False, threshold_percentile=None
+        )
+        model = self.asked_predictor(request, plain)
         return invert(model, request.image.to(self.device), self.schedule, sampling.steps, progress, sampling)
 
     def asked_predictor(
