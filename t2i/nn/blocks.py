@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
+
+from t2i.nn.unet import Stack
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -13,3 +17,9 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
         holds_list = any(isinstance(inner, nn.ModuleList) for inner in child.children())
         found += blocks_of(child) if holds_list or isinstance(child, nn.ModuleList) else [child]
     return found
+
+
+def run_again(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """What activation checkpointing runs again at a time: a block, or each layer of a `Stack`, so that a residual block
+    and an attention are not alive together."""
+    return [part for block in blocks for part in (block if isinstance(block, Stack) else [block])]

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.nn.blocks import blocks_of
+from t2i.nn.blocks import blocks_of, run_again
 
 Inputs = Callable[[int], dict[str, Tensor]]  # batch size -> keyword arguments, on the current default device
 INPUTS, BETWEEN = "inputs", "between"  # of and between blocks: what checkpointing keeps
@@ -124,7 +124,7 @@ def _saved(
         tracker = _SavedBytes(state)
         handles = [
             handle
-            for i, block in enumerate(blocks_of(network))
+            for i, block in enumerate(run_again(blocks_of(network)))
             for handle in (
                 block.register_forward_pre_hook(tracker.entering(i), with_kwargs=True),
                 block.register_forward_hook(tracker.leaving),

@@ -34,8 +34,8 @@ WAYS = {
 
 # What is defined on the pictures that are looked at together, so that only an equal split is the same training.
 OF_A_PART = {
-    "autoencoder/tiny_kl 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
-    "autoencoder/tiny_vq 2 x 2": "a codebook learns in each forward pass, from its micro-batch over all processes",
+    "autoencoder/tiny_kl 2 x 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
+    "autoencoder/tiny_vq 2 x 2 x 2": "a codebook learns in each forward pass, from its micro-batch over all processes",
 }
 OF_A_PROCESS = {
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
