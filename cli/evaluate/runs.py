@@ -80,12 +80,24 @@ def prompts_of(options: argparse.Namespace, config: dict[str, Any]) -> list[Prom
     return [Prompt(item.caption, "", item.metadata) for item in heldout.read()]
 
 
-def reference_of(place: str | None, config: dict[str, Any], limit: int | None) -> Pictures:
-    """Real pictures at the run's size: those at `place`, or the run's held-out ones."""
+def config_of(place: str) -> dict[str, Any]:
+    """The configuration of a run or of one of its checkpoints."""
+    from t2i.training import checkpoint, run_folder
+
+    folder = run_folder.run_of(place)
+    if folder is not None:
+        return run_folder.read_config(folder)
+    return checkpoint.load(run_folder.weights_file(place)).config
+
+
+def reference_of(
+    place: str | None, config: dict[str, Any], limit: int | None, size_px: int | None = None
+) -> Pictures:
+    """Real pictures: those at `place`, or the run's held-out ones. size_px: None: the run's"""
     from t2i.config import DataConfig, parse
     from t2i.evaluation.pictures import reference, shards_pictures
 
-    size = (config["resolution"]["size_px"],) * 2
+    size = (size_px or config["resolution"]["size_px"],) * 2
     if place is not None:
         return reference(place, size, plain_data(), limit)
     data = parse(DataConfig, config["data"], "data.")
@@ -99,8 +111,12 @@ def measure_generator(
     options: argparse.Namespace,
     extractors: Sequence[Extractor],
     overrides: Sequence[str] = (),
+    protocol: dict[str, Any] | None = None,
 ) -> Measured:
-    """Draws with a run or one of its checkpoints, and measures that. overrides: sampling.key=value"""
+    """Draws with a run or one of its checkpoints, and measures that.
+
+    overrides: sampling.key=value; protocol: configuration of the run whose held-out data is meant, where not its own
+    """
     from t2i.evaluation.attributes import Attributes
     from t2i.evaluation.cost import Cost
     from t2i.evaluation.features import clip_scores
@@ -118,8 +134,9 @@ def measure_generator(
     path, generator, text = load_generator(place, "", str(device), list(overrides))
     loaded = checkpoint.load(path)
     config = loaded.config
-    prompts = prompts_of(options, config)
-    real = reference_of(options.reference, config, options.reference_count)
+    protocol = protocol or config
+    prompts = prompts_of(options, protocol)
+    real = reference_of(options.reference, protocol, options.reference_count, generator.default_size_px)
     for extractor in extractors:
         check_enough(extractor, len(prompts), f"--prompts {options.prompts}", options.force)
         check_enough(extractor, real.count, real.name, options.force)
@@ -127,7 +144,7 @@ def measure_generator(
     pictures = drawn(generator, prompts, options, cost, str(place))
     with bar("reference", len(extractors) * real.count) as progress:
         known = reference_statistics(real, extractors, options.batch_size, progress)
-    judge = _judge(options, config, prompts, place)
+    judge = _judge(protocol, prompts, generator.default_size_px)
     attributes = Attributes(judge) if judge else None
     with bar(f"pictures of {place}", len(prompts)) as progress:
         look = attributes.look if attributes else (lambda items: None)
@@ -190,20 +207,16 @@ def drawn(
     return Pictures(name, count, (size, size), "", read)
 
 
-def _judge(
-    options: argparse.Namespace, config: dict[str, Any], prompts: Sequence[Prompt], place: str
-) -> Judge | None:
+def _judge(config: dict[str, Any], prompts: Sequence[Prompt], size: int) -> Judge | None:
     """What tells whether pictures show what was asked; None where nothing does."""
     from t2i.evaluation.prompts import check_scenes, judge_for
     from t2i.evaluation.runs import Run
-    from t2i.training import run_folder
 
     if "scene" in prompts[0].metadata:
         return check_scenes
-    folder = run_folder.run_of(place)
-    if "attributes" not in prompts[0].metadata or folder is None:
+    if "attributes" not in prompts[0].metadata:
         return None
-    run, size = Run(folder, config, ""), config["resolution"]["size_px"]
+    run = Run(Path("the run"), config, "")
     return judge_for(partial(run.train, size), run.heldout(size))
 
 

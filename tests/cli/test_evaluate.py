@@ -129,3 +129,46 @@ def test_a_codec_gives_pictures_back(t2i, runs, plain_features):
     assert 1 <= found["codebook perplexity"]["value"] <= 64
     said = t2i("evaluate", str(runs["codec"]), "--lpips", "none.pth").sentence
     assert "LPIPS needs torchvision's VGG16 weights, and none.pth does not exist" in said
+
+
+def test_runs_side_by_side(t2i, runs, plain_features):
+    run = str(runs["draws"])
+    done = t2i(
+        "evaluate", "compare", run, run, "--rounds", "0", "--published", "--count", "8", "--out", "table"
+    )
+    assert done.code == 0, done
+    values = json.loads(Path("table/compare.json").read_text())["runs"]
+    assert len(values) == 2
+    assert values[0]["figures"] == values[1]["figures"]  # one protocol
+    assert values[0]["prompts_hash"] == values[1]["prompts_hash"]
+    assert "| published, 2205.11487 |" in Path("table/compare.md").read_text()
+
+
+def test_a_sweep_goes_on_where_it_was_stopped_and_is_shared(t2i, runs, plain_features, monkeypatch):
+    run, codec = str(runs["draws"]), str(runs["codec"])
+    checkpoint = str(next((runs["draws"] / "checkpoints").glob("step_*")))
+    arguments = ("evaluate", "sweep", run, checkpoint, "--rounds", "0", "--count", "6")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first = t2i(*arguments)
+    assert first.code == 0, first
+    assert "1 of 2 points are still to come from other processes." in first.out
+    (point,) = Path("sweep/points").glob("*.json")
+    written = point.stat().st_mtime_ns
+    monkeypatch.setenv("RANK", "1")
+    assert t2i(*arguments).code == 0
+    assert len(Path("sweep/sweep.csv").read_text().splitlines()) == 3
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    again = t2i(*arguments)
+    assert again.out.count(" is there") == 2
+    assert point.stat().st_mtime_ns == written
+    assert "draws nothing for prompts; allowed: a run of stage" in t2i("evaluate", "sweep", codec).sentence
+
+
+def test_what_a_sweep_refuses_is_one_sentence(t2i, runs, plain_features):
+    run = str(runs["draws"])
+    assert "RUN is 'none'; allowed: a run or a checkpoint" in t2i("evaluate", "sweep", "none").sentence
+    assert "sweep is 'steps='; allowed: key=value,value" in t2i("evaluate", "sweep", run, "steps=").sentence
+    assert "sampling.wrong is not a known key" in t2i("evaluate", "sweep", run, "wrong=1").sentence
+    assert "RUN is None; allowed: at least one run" in t2i("evaluate", "sweep", "steps=1").sentence

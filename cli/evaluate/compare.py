@@ -1,0 +1,54 @@
+"""`t2i evaluate compare RUN ...`: runs of any families by one protocol, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from t2i.schema import check
+
+from .options import add_measures, check_numbers, extractors_of, print_table, write_json
+from .runs import add_prompts, check_prompts, config_of, measure_generator
+
+
+def run(arguments: list[str]) -> None:
+    """Measures each run with the prompts and the reference of the first; writes the tables."""
+    options = parser().parse_args(arguments)
+    check_numbers(options)
+    check_prompts(options)
+    for place in options.runs:
+        check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
+    # Heavy imports only now: a wrong flag is reported at once.
+    from t2i.evaluation.table import comparison_rows, notes, write_tables
+
+    from ..console import console
+
+    extractors = extractors_of(options)
+    protocol = config_of(options.runs[0])
+    measured = [measure_generator(place, options, extractors, (), protocol) for place in options.runs]
+    runs = [(each.about, each.figures) for each in measured]
+    rows, said = comparison_rows(runs, options.published), notes(runs)
+    folder = Path(options.out)
+    for path in write_tables(rows, said, folder):
+        console.print(str(path))
+    print_table(rows)
+    for line in said:
+        console.print(line)
+    values = [each.about | {"figures": [dataclasses.asdict(f) for f in each.figures]} for each in measured]
+    write_json(folder / "compare.json", {"runs": values})
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i evaluate compare",
+        description="Runs of any families in one table, all with the first one's prompts, seeds and reference.",
+    )
+    made.add_argument("runs", nargs="+", metavar="RUN", help="runs, or checkpoints of runs")
+    add_prompts(made)
+    made.add_argument(
+        "--out", default="compare", metavar="DIR", help="folder of compare.md, .csv, .png and .json"
+    )
+    made.add_argument("--published", action="store_true", help="with rows of published figures, marked so")
+    add_measures(made)
+    return made

@@ -1,0 +1,131 @@
+"""`t2i evaluate sweep RUN ... key=a,b,c ...`: a distance and the CLIP score over options of sampling."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.schema import check
+
+from .options import add_measures, check_numbers, extractors_of
+from .runs import add_prompts, check_prompts, config_of, measure_generator
+
+if TYPE_CHECKING:
+    from t2i.evaluation.features import Extractor
+
+
+def run(arguments: list[str]) -> None:
+    """Measures this process's part of the points that are not there yet; draws the curves of all that are."""
+    options = parser().parse_args(arguments)
+    check_numbers(options)
+    check_prompts(options)
+    places = [word for word in options.words if Path(word).exists() or "=" not in word]
+    check(bool(places), "RUN", None, "at least one run or checkpoint")
+    for place in places:
+        check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
+    choices = [parsed(word) for word in options.words if word not in places]
+    # Heavy imports only now: a wrong flag is reported at once.
+    import torch
+
+    from t2i.evaluation.curves import Point, write_curves
+    from t2i.launch.ranks import rank_of
+
+    from ..console import console, part_of
+
+    rank = rank_of(os.environ)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank.local % torch.cuda.device_count())
+    extractors, folder = extractors_of(options), Path(options.out)
+    protocol = config_of(places[0])
+    wanted = [
+        (
+            place,
+            dict(chosen),
+            folder / "points" / name_of(place, chosen, options, extractors, protocol["data"]),
+        )
+        for place in places
+        for chosen in itertools.product(*choices)
+    ]
+    mine = wanted[rank.rank :: rank.world]
+    for number, (place, chosen, file) in enumerate(mine, 1):
+        said = " ".join([place, *(f"{key}={value}" for key, value in chosen.items())])
+        if file.is_file():
+            console.print(f"{number} of {len(mine)}{part_of(rank)}: {said} is there")
+            continue
+        overrides = [f"sampling.{key}={value}" for key, value in chosen.items()]
+        measured = measure_generator(place, options, extractors, overrides, protocol)
+        point = Point(place, chosen, measured.about, measured.figures)
+        point.write(file)
+        console.print(
+            f"{number} of {len(mine)}{part_of(rank)}: {said}: {point.distance.name} {point.distance.value:.4g}"
+        )
+    found = [Point.read(file) for _, _, file in wanted if file.is_file()]
+    for path in write_curves(found, folder):  # of whoever is last, of all
+        console.print(str(path))
+    if len(found) < len(wanted):
+        console.print(
+            f"{len(wanted) - len(found)} of {len(wanted)} points are still to come from other processes."
+        )
+
+
+def parsed(word: str) -> list[tuple[str, str]]:
+    """key=a,b as [(key, a), (key, b)]. Raises ConfigError for what has no values."""
+    key, _, values = word.partition("=")
+    key = key.removeprefix("sampling.")
+    given = [value for value in values.split(",") if value]
+    check(bool(key and given), "sweep", word, "key=value,value,..., such as guidance_scale=1.5,3,5")
+    return [(key, value) for value in dict.fromkeys(given)]
+
+
+def name_of(
+    place: str,
+    chosen: Sequence[tuple[str, str]],
+    options: argparse.Namespace,
+    extractors: Sequence[Extractor],
+    data: dict[str, Any],
+) -> str:
+    """Tells what decides a point's figures: weights, options, prompts, reference, features.
+
+    data: the entry of the configuration whose held-out pictures are meant
+    """
+    from t2i.training import run_folder
+
+    weights = run_folder.weights_file(place)
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files_of(weights)]
+    asked = {
+        key: getattr(options, key)
+        for key in ("prompts", "count", "reference", "reference_count", "seed", "rounds")
+    }
+    networks = [(each.title, each.resize, each.sha256) for each in extractors]
+    decides = json.dumps([str(weights.resolve()), state, list(chosen), asked, networks, data])
+    return f"{hashlib.sha256(decides.encode()).hexdigest()[:20]}.json"
+
+
+def files_of(weights: Path) -> list[Path]:
+    """Of a checkpoint, which may be a folder."""
+    return sorted(path for path in weights.iterdir() if path.is_file()) if weights.is_dir() else [weights]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="t2i evaluate sweep",
+        description="All combinations of runs or checkpoints and of options of sampling, on one plot: sweep.csv, "
+        "sweep.png, and encoders.png where the runs' text encoders differ. What is there is not measured again; under "
+        "torchrun or srun each process takes its part.",
+    )
+    made.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN|key=a,b",
+        help="runs and checkpoints, and lists such as guidance_scale=1.5,2,3 sampler=ddim,dpmpp_2m steps=10,50",
+    )
+    add_prompts(made)
+    made.add_argument("--out", default="sweep", metavar="DIR", help="folder of the points and of the curves")
+    add_measures(made)
+    return made
