@@ -7,13 +7,15 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import gradio as gr
 from fastapi import FastAPI
 from PIL import Image
 
 from t2i.errors import UserError
+from t2i.interfaces import Tile
 from t2i.schema import parse
 from t2i.serving.gallery import Kept
 from t2i.serving.options import Option, options_of
@@ -76,8 +78,22 @@ class Fields:
                     made |= {each.name: field_of(each) for each in self.options if each.name not in MAIN}
                 self.of_options = [made[each.name] for each in self.options]
                 with gr.Accordion("Start from a picture", open=False, elem_id="start"):
-                    self.image = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"])
+                    self.image = gr.ImageEditor(
+                        label="Picture; what is painted over is drawn anew, the rest is kept",
+                        type="pil",
+                        sources=["upload", "clipboard"],
+                        transforms=[],
+                        brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"),
+                        layers=gr.LayerOptions(allow_additional_layers=False),
+                        elem_id="image",
+                    )
                     self.strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How far from it")
+                self.tile = gr.Dropdown(
+                    [("no", ""), *((each, each) for each in get_args(Tile) if each)],
+                    value="",
+                    label="Seamless along",
+                    elem_id="tile",
+                )
             with gr.Column(scale=3):
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -86,7 +102,7 @@ class Fields:
                 self.pictures = gr.Gallery(label="Pictures", columns=4, format="png", elem_id="pictures")
         self.job = gr.State("")
         inputs = [self.prompt, self.negative, self.seed, self.count, self.height, self.width]
-        self.inputs = [*inputs, self.image, self.strength, *self.of_options]
+        self.inputs = [*inputs, self.image, self.strength, self.tile, *self.of_options]
         outputs = [self.job, self.status, self.pictures]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         together: dict[str, Any] = private | {"concurrency_limit": None}
@@ -114,8 +130,9 @@ class Fields:
 
     def wanted(self, *given: Any) -> Wanted:
         """Raises ConfigError."""
-        prompt, negative, seed, count, height, width, image, strength, *options = given
+        prompt, negative, seed, count, height, width, painted, strength, tile, *options = given
         sampling = {each.name: each.read(value) for each, value in zip(self.options, options, strict=True)}
+        image, mask = start_of(painted)
         values = {
             "prompt": prompt,
             "negative_prompt": negative,
@@ -123,8 +140,10 @@ class Fields:
             "num_images": count,
             "height": height,
             "width": width,
-            "image": None if image is None else encoded(image),
+            "image": image,
+            "mask": mask,
             "strength": strength,
+            "tile": tile,
             "sampling": sampling,
         }
         return parse(Wanted, values)
@@ -134,8 +153,7 @@ class Fields:
         value is left out by the fields themselves and by `Wanted`."""
         size_px, own = self.service.generator.default_size_px, recipe.get("sampling")
         own = own if isinstance(own, dict) else {}
-        name = recipe.get("image")
-        image = self.service.input_picture(str(name)) if name else None
+        image, mask = (self.service.input_picture(str(recipe.get(key))) for key in ("image", "mask"))
         return [
             str(recipe.get("prompt", "")),
             str(recipe.get("negative_prompt", "")),
@@ -143,8 +161,9 @@ class Fields:
             1,
             recipe.get("height_px", size_px),
             recipe.get("width_px", size_px),
-            None if image is None else str(image),
+            None if image is None else painted_over(image, mask),
             recipe.get("strength", 0.8),
+            recipe.get("tile", ""),
             *(own.get(each.name, each.value) for each in self.options),
         ]
 
@@ -234,6 +253,27 @@ def told(ask: Any) -> Any:
         return ask()
     except UserError as error:
         raise gr.Error(str(error)) from error
+
+
+def start_of(painted: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """(image, mask) of `Wanted`, of what stands in the editor."""
+    if painted is None or painted["background"] is None:
+        return None, None
+    image = painted["background"].convert("RGBA")
+    mask = Image.new("L", image.size)
+    for layer in painted["layers"]:
+        mask.paste(255, mask=layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0)))
+    return encoded(image), None if mask.getbbox() is None else encoded(mask)
+
+
+def painted_over(image: Path, mask: Path | None) -> dict[str, Any]:
+    """What stands in the editor, of the files of a recipe."""
+    layers = []
+    if mask is not None:
+        with Image.open(mask) as file:
+            alpha = file.convert("L")
+        layers = [Image.merge("RGBA", (*[Image.new("L", alpha.size, 255)] * 3, alpha))]
+    return {"background": str(image), "layers": layers, "composite": None}
 
 
 def encoded(image: Image.Image) -> str:

@@ -53,8 +53,9 @@ class Service:
     def _draw(self, job: Job) -> None:
         request, sampling = job.checked.request, job.checked.sampling
         recipe: dict[str, Any] = {"checkpoint": self.checkpoint, "sampling": to_dict(sampling)}
-        if request.image is not None:
-            recipe["image"] = str(self._kept_input(request.image[0]))
+        for key, given in (("image", request.image), ("mask", request.mask)):
+            if given is not None:
+                recipe[key] = str(self._kept_input(given[0]))
         self.generator.sampling = sampling  # only this thread draws
         finite: list[bool] = []
         for part in batches(request, self.batch_size):
@@ -62,13 +63,13 @@ class Service:
             good = finite_pictures(images).tolist()
             finite += good
             for i in (i for i, each in enumerate(good) if each):
-                job.pictures += save(images[i : i + 1], next_to(part, i), self.folder, recipe)
+                job.pictures += save(images[i : i + 1], part.rows([i]), self.folder, recipe)
         check_all_finite(request, finite, sampling)
 
     def input_picture(self, named: str) -> Path | None:
         """The picture that a recipe says it started from, where it is one that a client sent here: no other file is
         ever read for a recipe."""
-        path = self.folder / INPUTS / Path(named).name
+        path = self.folder / INPUTS / (Path(named).name or "none")
         return path if path.is_file() else None
 
     def alike(self, image: Image.Image, limit: int) -> list[Kept]:
@@ -79,17 +80,14 @@ class Service:
         return self.gallery.like(pixels.float() / 127.5 - 1, limit)
 
     def _kept_input(self, image: Tensor) -> Path:
-        """A picture that a client sent, as a file that a recipe can name."""
+        """A picture that a client sent, or a mask, as a file that a recipe can name."""
+        if len(image) == 1:
+            image = image.expand(3, -1, -1) * 2 - 1
         digest = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16]
         path = self.folder / INPUTS / f"{digest}.png"
         if not path.is_file():
             save_png(image, path)
         return path
-
-
-def next_to(request: Any, i: int) -> Any:
-    """The request for its picture i alone."""
-    return list(batches(request, 1))[i]
 
 
 def features_at_hand() -> Features | None:

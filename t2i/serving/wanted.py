@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from t2i.data.decode import BadSample, decode_image, resize_and_crop
 from t2i.errors import ConfigError
-from t2i.interfaces import Generator, SampleRequest
+from t2i.interfaces import Generator, SampleRequest, Tile
 from t2i.schema import check, parse, to_dict
 
 MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
@@ -42,6 +41,8 @@ class Wanted:
     sampling: those of the family's own options that are to differ from the model's configuration
     image: a picture file (PNG, JPEG, WebP) in base64, to start from; resized and cut to fit
     strength: how far from `image`, above 0, at most 1
+    mask: a picture file in base64, resized and cut as `image` is: white where it is drawn anew, black where it is kept
+    tile: the axes along which the pictures continue on their other side: "x", "y", "xy" or "" for none
     """
 
     prompt: str
@@ -53,6 +54,8 @@ class Wanted:
     sampling: dict[str, Any] = field(default_factory=dict)
     image: str | None = None
     strength: float = 0.8
+    mask: str | None = None
+    tile: Tile = ""
 
     def checked(self, generator: Generator, limits: Limits) -> Checked:
         """The request that the generator understands. Raises ConfigError, which names the key."""
@@ -77,9 +80,12 @@ class Wanted:
             check(1 <= sides[key] <= most, key, sides[key], f"1 to {most}")
         sampling = self.sampling_of(generator)
         size_px = sides["height"], sides["width"]
-        image = None
+        image = mask = None
         if self.image is not None:
             image = picture(self.image, "image", size_px).expand(self.num_images, -1, -1, -1)
+        if self.mask is not None:
+            white = (picture(self.mask, "mask", size_px).mean(0, keepdim=True) > 0).float()
+            mask = white.expand(self.num_images, -1, -1, -1)
         request = SampleRequest(
             prompts=[self.prompt] * self.num_images,
             seeds=range(self.seed, self.seed + self.num_images),
@@ -88,6 +94,8 @@ class Wanted:
             negative_prompt=self.negative_prompt,
             image=image,
             strength=self.strength,
+            mask=mask,
+            tile=self.tile,
         )
         return Checked(request, sampling)
 
@@ -127,8 +135,3 @@ def picture(text: str, key: str, size_px: tuple[int, int]) -> Any:
     except (binascii.Error, BadSample) as error:
         raise ConfigError(f"{key} is not a picture file in base64: {error}.") from error
     return resize_and_crop(image, original, size_px)[0].float() / 127.5 - 1
-
-
-def described(wanted: Wanted) -> dict[str, Any]:
-    """As it was asked for, without the picture's bytes."""
-    return {key: value for key, value in dataclasses.asdict(wanted).items() if key != "image"}

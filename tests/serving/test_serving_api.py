@@ -107,6 +107,8 @@ def test_fifty_at_once_are_answered_or_told_to_wait(ask):
         (b'{"prompt": "red", "steps": 3}', "application/json", "steps is not a known key"),
         (b'{"prompt": 3}', "application/json", "prompt is 3; allowed: text."),
         (b"{}", "application/json", "prompt is missing"),
+        (b'{"prompt": "red", "tile": "z"}', "application/json", "tile is 'z'; allowed: , x, y, xy."),
+        (b'{"prompt": "red", "mask": "x"}', "application/json", "mask is not a picture file in base64"),
         (b"[]", "application/json", "The body is 'list'; allowed: a JSON object."),
         (b"{", "application/json", "The body is not JSON"),
         (b"[" * 100_000, "application/json", "The body is not JSON"),

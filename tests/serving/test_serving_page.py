@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -105,7 +106,7 @@ def test_pictures_appear_as_they_are_drawn_and_draw_again_by_their_recipe(served
     page.get_by_role("tab", name="Gallery").click()
     page.locator("#words textarea, #words input").fill("circle")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#gallery button img').src.includes('a-red-circle_1')")
+    page.wait_for_function("document.querySelector('#gallery button img')?.src.includes('a-red-circle_1')")
     page.locator("#gallery button img").nth(1).click()  # the older of the two
     page.locator("#recipe").get_by_text("a red circle").wait_for()
     page.locator("#again").click()
@@ -126,6 +127,41 @@ def test_the_stop_button_stops(served):
     served.page.locator("#stop").click()
     served.page.get_by_text("Stopped: 0 of 1 pictures.").wait_for()
     assert not list(served.pictures.glob("a-green-star*"))
+
+
+def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
+    green = (30, 160, 60)
+    Image.new("RGB", (256, 256), green).save(tmp_path / "green.png")
+    page = served.page
+    page.goto(served.address)
+    page.get_by_role("button", name="Start from a picture").click()
+    page.locator("#image input[type=file]").first.set_input_files(tmp_path / "green.png")
+    canvas = page.locator("#image canvas").first
+    canvas.scroll_into_view_if_needed()
+
+    def middle() -> tuple[float, float]:
+        box = canvas.bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def seen() -> tuple[int, ...]:
+        x, y = middle()
+        shot = page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
+        return Image.open(io.BytesIO(shot)).convert("RGB").getpixel((0, 0))
+
+    until(lambda: seen() == green)
+    x, y = middle()
+    page.mouse.move(x - 4, y)
+    page.mouse.down()
+    page.mouse.move(x + 4, y, steps=4)
+    page.mouse.up()
+    page.mouse.move(0, 0)
+    until(lambda: seen() == (255, 255, 255))
+    draw(served, "a pink star", steps=3)
+    page.get_by_text("Done: 1 of 1 pictures.").wait_for()
+    until(lambda: list(served.pictures.glob("a-pink-star*")))
+    drawn = Image.open(next(served.pictures.glob("a-pink-star*")))
+    assert drawn.getpixel((0, 0)) == green
+    assert drawn.getpixel((16, 16)) != green
 
 
 def test_what_is_not_allowed_is_said_on_the_page(served):
