@@ -44,18 +44,21 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
         from t2i.serving import api, page
     except ImportError as error:
         raise UserError(f"The page needs {error.name}: `pip install 't2i[serve]'` brings it.") from error
+    from t2i.generation.batch_size import BatchSize
     from t2i.generation.names import check_folder
+    from t2i.launch.ranks import ALONE
     from t2i.serving.guard import Guard, is_loopback
     from t2i.serving.service import Service, features_at_hand
     from t2i.serving.wanted import Limits
 
     from .console import console
-    from .generators import load_generator
+    from .generators import device_named, load, weights_path
 
     folder = Path(options.out)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, generator, _ = load_generator(options.checkpoint, options.runs_dir, options.device, overrides)
+    device = device_named(options.device, ALONE)
+    loaded = load(weights_path(options.checkpoint, options.runs_dir), device, overrides)
     limits = Limits(options.max_side, options.max_images, options.max_waiting)
     features = features_at_hand()
     if features is None:
@@ -65,14 +68,20 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     token = options.token
     if token is None and not is_loopback(options.host):
         token = secrets.token_urlsafe(16)
-    service = Service(generator, str(path), folder, limits, options.batch_size, features)
+    recipe = {
+        "checkpoint": str(loaded.path),
+        "weights": loaded.weights,
+        "precision": loaded.generator.precision,
+    }
+    batch_size = BatchSize(options.batch_size, device)
+    service = Service(loaded.generator, loaded.sampling, recipe, folder, limits, batch_size, features)
     host, port = taken.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
     with tempfile.TemporaryDirectory(prefix="t2i-serve-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         app = Guard(page.mount(api.build(service), service), token, limits.max_bytes)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        console.print(f"Drawing with {path}; the pictures go to {folder}. Ctrl-C ends.")
+        console.print(f"Drawing with {loaded.path}; the pictures go to {folder}. Ctrl-C ends.")
         console.print(address)
         try:
             server.run(sockets=[taken])

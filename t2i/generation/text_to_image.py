@@ -16,7 +16,7 @@ from t2i.errors import ConfigError, UserError
 from t2i.generation import grid
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.manifest import Line, Manifest
-from t2i.generation.names import check_folder, place_of, slug
+from t2i.generation.names import check_folder, place_of
 from t2i.generation.recipes import Recipe, chunk, identity, shared_recipe, together
 from t2i.interfaces import Generator, SampleRequest
 from t2i.launch.ranks import ALONE, Rank
@@ -251,19 +251,6 @@ def check_all_finite(request: SampleRequest, finite: Sequence[bool], sampling: A
     if bad:
         described = [f"{request.prompts[i]!r} seed {request.seeds[i]}" for i in bad]
         raise UserError(not_finite(described, len(finite), sampling))
-
-
-def save(images: Tensor, request: SampleRequest, folder: Path, recipe: Recipe) -> list[Path]:
-    """Writes one PNG per picture, named by prompt and seed, with its recipe: `recipe` and what the request says of that
-    picture. One that is there is not written again, and no other file written over."""
-    paths = []
-    for image, prompt, seed in zip(images, request.prompts, request.seeds, strict=True):
-        made_by = {**shared_recipe(request, recipe), "prompt": prompt, "seed": seed}
-        path, is_there = place_of(folder / f"{slug(prompt)}_{seed}.png", identity(made_by), is_fixed=False)
-        if not is_there:
-            save_png(image, path, **chunk(made_by))
-        paths.append(path)
-    return paths
 
 
 def not_finite(bad: Sequence[str], pictures: int, sampling: Any) -> str:

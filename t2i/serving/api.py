@@ -74,9 +74,9 @@ def build(service: Service) -> FastAPI:
     async def model() -> Response:
         return JSONResponse(
             {
-                "checkpoint": service.checkpoint,
+                "checkpoint": service.recipe["checkpoint"],
                 "size_px": service.generator.default_size_px,
-                "sampling": to_dict(service.generator.sampling),
+                "sampling": to_dict(service.usual),
                 "limits": to_dict(service.limits),
             }
         )

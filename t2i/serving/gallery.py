@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i.files import written_whole
-from t2i.generation.recipes import RECIPE_KEY
+from t2i.generation.recipes import found_in
 from t2i.generation.text_to_image import read_image
 from t2i.schema import check
 
@@ -25,10 +24,17 @@ VECTORS = ".search.safetensors"  # of a gallery's pictures, so that each is comp
 
 @dataclass(frozen=True)
 class Kept:
-    """One picture of the gallery. recipe: what it says of how it was drawn; it may come from anybody"""
+    """One picture of the gallery. recipe: what it says of how it was drawn; it may come from anybody
+    changed_ns: when its file was written"""
 
     path: Path
     recipe: dict[str, Any]
+    changed_ns: int
+
+    @property
+    def key(self) -> str:
+        """Of this file as it is now."""
+        return f"{self.path.name} {self.changed_ns}"
 
     @property
     def prompt(self) -> str:
@@ -56,20 +62,25 @@ class Gallery:
     def __init__(self, folder: Path, features: Features | None) -> None:
         self.folder, self.features = folder, features
         self.lock = threading.Lock()
-        self.read: dict[str, Kept | None] = {}  # by file name
+        self.read: dict[str, tuple[int, Kept | None]] = {}  # by file name: when it was written, what it is
         self.vectors: dict[str, dict[str, Tensor]] = {"prompt": {}, "picture": {}}
         self._load_vectors()
 
     def all(self) -> list[Kept]:
         """The newest first. A file that is no picture of ours is left out."""
+        found = []
         with self.lock:
-            found = []
             for path in self.folder.glob("*.png"):
-                if path.name not in self.read:
-                    self.read[path.name] = kept(path)
-                if (each := self.read[path.name]) is not None and path.is_file():
-                    found.append(each)
-        return sorted(found, key=lambda each: (each.path.stat().st_mtime_ns, each.path.name), reverse=True)
+                try:
+                    changed_ns = path.stat().st_mtime_ns
+                except OSError:  # it was deleted just now
+                    continue
+                before = self.read.get(path.name)
+                if before is None or before[0] != changed_ns:
+                    before = self.read[path.name] = (changed_ns, kept(path, changed_ns))
+                if before[1] is not None:
+                    found.append(before[1])
+        return sorted(found, key=lambda each: (each.changed_ns, each.path.name), reverse=True)
 
     def get(self, name: str) -> Kept:
         """Raises ConfigError for a name that is not in the gallery: no other file is ever given out."""
@@ -103,7 +114,7 @@ class Gallery:
             return []
         with self.lock:
             self._compute(kind, pictures)
-            vectors = torch.stack([self.vectors[kind][each.path.name] for each in pictures]).float()
+            vectors = torch.stack([self.vectors[kind][each.key] for each in pictures]).float()
         return [
             pictures[i] for i in (vectors @ wanted.float()).argsort(descending=True, stable=True).tolist()
         ]
@@ -111,7 +122,7 @@ class Gallery:
     def _compute(self, kind: str, pictures: list[Kept]) -> None:
         features, known = self.features, self.vectors[kind]
         assert features is not None
-        missing = [each for each in pictures if each.path.name not in known]
+        missing = [each for each in pictures if each.key not in known]
         for start in range(0, len(missing), 64):
             part = missing[start : start + 64]
             if kind == "prompt":
@@ -119,7 +130,7 @@ class Gallery:
             else:
                 size_px = features.size_px, features.size_px
                 made = features.of_pictures(torch.stack([read_image(each.path, size_px) for each in part]))
-            known.update(zip((each.path.name for each in part), made.half(), strict=True))
+            known.update(zip((each.key for each in part), made.half(), strict=True))
         if missing:
             self._save_vectors()
 
@@ -143,11 +154,7 @@ class Gallery:
             self.vectors = {"prompt": {}, "picture": {}}
 
 
-def kept(path: Path) -> Kept | None:
+def kept(path: Path, changed_ns: int) -> Kept | None:
     """A picture with its recipe; None for a file without one."""
-    try:
-        with Image.open(path) as image:
-            recipe = json.loads(image.info[RECIPE_KEY])
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError, RecursionError):
-        return None
-    return Kept(path, recipe) if isinstance(recipe, dict) and "prompt" in recipe else None
+    recipe = found_in(path)
+    return None if recipe is None or "prompt" not in recipe else Kept(path, recipe, changed_ns)

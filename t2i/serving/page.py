@@ -46,7 +46,7 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
 
 def page(service: Service) -> gr.Blocks:
     with gr.Blocks(title="t2i", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# t2i\n{service.checkpoint}")
+        gr.Markdown(f"# t2i\n{service.recipe['checkpoint']}")
         with gr.Tab("Draw"):
             fields = Fields(service)
         with gr.Tab("Gallery") as tab:
@@ -60,7 +60,7 @@ class Fields:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.options = options_of(service.generator.sampling)
+        self.options = options_of(service.usual)
         size_px, limits = service.generator.default_size_px, service.limits
         with gr.Row():
             with gr.Column(scale=2):
@@ -187,7 +187,7 @@ def field_of(option: Option) -> Any:
 
 def spoken(service: Service, job: Job) -> str:
     """How far a job is, for a person."""
-    done, count = len(job.pictures), len(job.checked.request.prompts)
+    done, count = len(job.pictures), len(job.request.prompts)
     if job.state == "waiting":
         return f"Waiting: {service.queue.ahead(job)} before this one."
     if job.state == "drawing":

@@ -8,10 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from t2i.errors import UserError
-from t2i.serving.wanted import Checked, Wanted
+from t2i.interfaces import SampleRequest
 
 State = Literal["waiting", "drawing", "done", "stopped", "failed"]
 KEPT = 1000  # jobs that have ended, of which one may still ask
@@ -29,13 +29,14 @@ class Stopped(Exception):
 class Job:
     """One request.
 
+    sampling: the family's own options
     step, steps: of the pictures that are being drawn
     pictures: files that were written
     error: the sentence that says why it failed
     """
 
-    wanted: Wanted
-    checked: Checked
+    request: SampleRequest
+    sampling: Any
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     step: int = 0
@@ -70,9 +71,9 @@ class DrawingQueue:
         self.thread = threading.Thread(target=self._work, name="drawing", daemon=True)
         self.thread.start()
 
-    def add(self, wanted: Wanted, checked: Checked) -> Job:
+    def add(self, request: SampleRequest, sampling: Any) -> Job:
         """Raises QueueFull."""
-        job = Job(wanted, checked)
+        job = Job(request, sampling)
         with self.changed:
             if len(self.waiting) >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests wait already: ask again later.")

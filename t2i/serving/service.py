@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.generation.text_to_image import batches, check_all_finite, finite_pictures, save
+from t2i.generation.batch_size import BatchSize
+from t2i.generation.names import file_name
+from t2i.generation.prompts import Line
+from t2i.generation.recipes import Recipe
+from t2i.generation.text_to_image import Drawing, Listener, Report, draw_files, not_finite
 from t2i.interfaces import Generator
 from t2i.nn import efficientnet
-from t2i.schema import to_dict
+from t2i.schema import check, to_dict
 from t2i.serving.gallery import Features, Gallery, Kept
 from t2i.serving.queue import DrawingQueue, Job
-from t2i.serving.wanted import Limits, Wanted
+from t2i.serving.wanted import MAX_STEPS, Limits, Wanted
 from t2i.text import minilm
 from t2i.training.pictures import save_png
 
@@ -30,41 +34,47 @@ INPUTS = "inputs"  # of the pictures that clients sent
 
 
 class Service:
-    """checkpoint: where the model came from, for recipes; folder: of the pictures"""
+    """recipe: what all pictures have in common, such as where the model came from; options: the family's own options
+    with changes to them, which raises ConfigError for what there is not; folder: of the pictures"""
 
     def __init__(
         self,
         generator: Generator,
-        checkpoint: str,
+        options: Callable[[Mapping[str, Any]], Any],
+        recipe: Recipe,
         folder: Path,
         limits: Limits,
-        batch_size: int,
+        batch_size: BatchSize,
         features: Features | None,
     ) -> None:
-        self.generator, self.checkpoint, self.folder = generator, checkpoint, folder
+        self.generator, self.options, self.recipe, self.folder = generator, options, recipe, folder
         self.limits, self.batch_size = limits, batch_size
+        self.usual = generator.sampling  # what the model draws with where nothing is asked
         self.gallery = Gallery(folder, features)
         self.queue = DrawingQueue(self._draw, limits.max_waiting)
 
     def ask(self, wanted: Wanted) -> Job:
         """Raises ConfigError for what cannot be drawn, QueueFull where too much waits."""
-        return self.queue.add(wanted, wanted.checked(self.generator, self.limits))
+        request = wanted.request(self.generator.default_size_px, self.limits)
+        sampling = self.options(wanted.sampling)
+        steps = getattr(sampling, "steps", 1)
+        check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
+        return self.queue.add(request, sampling)
 
     def _draw(self, job: Job) -> None:
-        request, sampling = job.checked.request, job.checked.sampling
-        recipe: dict[str, Any] = {"checkpoint": self.checkpoint, "sampling": to_dict(sampling)}
-        for key, given in (("image", request.image), ("mask", request.mask)):
+        recipe = {**self.recipe, "sampling": to_dict(job.sampling)}
+        for key, given in (("image", job.request.image), ("mask", job.request.mask)):
             if given is not None:
                 recipe[key] = str(self._kept_input(given[0]))
-        self.generator.sampling = sampling  # only this thread draws
-        finite: list[bool] = []
-        for part in batches(request, self.batch_size):
-            images = self.generator.generate(part, job.progress)
-            good = finite_pictures(images).tolist()
-            finite += good
-            for i in (i for i, each in enumerate(good) if each):
-                job.pictures += save(images[i : i + 1], part.rows([i]), self.folder, recipe)
-        check_all_finite(request, finite, sampling)
+        seeds = zip(job.request.prompts, job.request.seeds, strict=True)
+        names = [file_name(None, Line(prompt), seed, 0) for prompt, seed in seeds]
+        drawing, report = Drawing(job.request, job.sampling, recipe, names), Report()
+        draw_files(self.generator, [drawing], self.folder, self.batch_size, _Told(job), report)
+        lines = list(report.lines.values())  # with those that were there already
+        job.pictures = [self.folder / line["file"] for line in lines if "file" in line]
+        bad = [f"{line['prompt']!r} seed {line['seed']}" for line in lines if "error" in line]
+        if bad:
+            raise UserError(not_finite(bad, len(lines), job.sampling))
 
     def input_picture(self, named: str) -> Path | None:
         """The picture that a recipe says it started from, where it is one that a client sent here: no other file is
@@ -88,6 +98,18 @@ class Service:
         if not path.is_file():
             save_png(image, path)
         return path
+
+
+class _Told(Listener):
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def steps(self, done: int, steps: int) -> None:
+        self.job.progress(done, steps)
+
+    def picture(self, path: Path | None) -> None:
+        if path is not None:
+            self.job.pictures.append(path)
 
 
 def features_at_hand() -> Features | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from t2i.data.decode import BadSample, decode_image, resize_and_crop
 from t2i.errors import ConfigError
-from t2i.interfaces import Generator, SampleRequest, Tile
-from t2i.schema import check, parse, to_dict
+from t2i.interfaces import SampleRequest, Tile
+from t2i.schema import check
 
 MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
 MAX_PROMPT = 10_000  # characters
@@ -57,8 +57,11 @@ class Wanted:
     mask: str | None = None
     tile: Tile = ""
 
-    def checked(self, generator: Generator, limits: Limits) -> Checked:
-        """The request that the generator understands. Raises ConfigError, which names the key."""
+    def request(self, size_px: int, limits: Limits) -> SampleRequest:
+        """As a generator understands it. Raises ConfigError, which names the key.
+
+        size_px: of height and width where nothing is said
+        """
         for key in ("prompt", "negative_prompt"):
             check(is_unicode(getattr(self, key)), key, getattr(self, key), "text in Unicode")
             length = len(getattr(self, key))
@@ -75,46 +78,27 @@ class Wanted:
         sides = {}
         for key in ("height", "width"):
             given = getattr(self, key)
-            sides[key] = generator.default_size_px if given is None else given
-            most = max(limits.max_side_px, generator.default_size_px)
+            sides[key] = size_px if given is None else given
+            most = max(limits.max_side_px, size_px)
             check(1 <= sides[key] <= most, key, sides[key], f"1 to {most}")
-        sampling = self.sampling_of(generator)
-        size_px = sides["height"], sides["width"]
+        size = sides["height"], sides["width"]
         image = mask = None
         if self.image is not None:
-            image = picture(self.image, "image", size_px).expand(self.num_images, -1, -1, -1)
+            image = picture(self.image, "image", size).expand(self.num_images, -1, -1, -1)
         if self.mask is not None:
-            white = (picture(self.mask, "mask", size_px).mean(0, keepdim=True) > 0).float()
+            white = (picture(self.mask, "mask", size).mean(0, keepdim=True) > 0).float()
             mask = white.expand(self.num_images, -1, -1, -1)
-        request = SampleRequest(
+        return SampleRequest(
             prompts=[self.prompt] * self.num_images,
             seeds=range(self.seed, self.seed + self.num_images),
-            height_px=size_px[0],
-            width_px=size_px[1],
+            height_px=size[0],
+            width_px=size[1],
             negative_prompt=self.negative_prompt,
             image=image,
             strength=self.strength,
             mask=mask,
             tile=self.tile,
         )
-        return Checked(request, sampling)
-
-    def sampling_of(self, generator: Generator) -> Any:
-        """The generator's options, with the changes."""
-        sampling = parse(
-            type(generator.sampling), to_dict(generator.sampling) | dict(self.sampling), "sampling."
-        )
-        steps = getattr(sampling, "steps", 1)
-        check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
-        return sampling
-
-
-@dataclass(frozen=True)
-class Checked:
-    """sampling: the options to draw with, of the generator's own kind"""
-
-    request: SampleRequest
-    sampling: Any
 
 
 def is_unicode(text: str) -> bool:

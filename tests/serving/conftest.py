@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2i.generation.batch_size import BatchSize
 from t2i.interfaces import Progress, SampleRequest
-from t2i.schema import check
+from t2i.schema import check, parse, to_dict
 from t2i.serving.gallery import Features
 from t2i.serving.service import Service
 from t2i.serving.wanted import Limits
@@ -91,7 +92,17 @@ def make_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     def make(features: Features | None = FEATURES, **limits: int) -> Service:
         folder = tmp_path / "pictures"
         folder.mkdir(exist_ok=True)
-        made.append(Service(Colours(), "a/run", folder, Limits(**limits), 2, features))
+        made.append(
+            Service(
+                Colours(),
+                lambda changes: parse(Sampling, to_dict(Sampling()) | dict(changes), "sampling."),
+                {"checkpoint": "a/run", "weights": "0123"},
+                folder,
+                Limits(**limits),
+                BatchSize(2, torch.device("cpu")),
+                features,
+            )
+        )
         return made[-1]
 
     yield make

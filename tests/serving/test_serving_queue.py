@@ -34,6 +34,7 @@ def test_a_job_writes_its_pictures_with_their_recipes(make_service):
     assert [each["seed"] for each in recipes] == [5, 6, 7]
     assert recipes[0] | {"seed": 0} == {
         "checkpoint": "a/run",
+        "weights": "0123",
         "sampling": {"steps": 2, "sampler": "euler", "noise": None},
         "height_px": 8,
         "width_px": 8,
@@ -41,6 +42,16 @@ def test_a_job_writes_its_pictures_with_their_recipes(make_service):
         "prompt": "red",
         "seed": 0,
     }
+
+
+def test_what_is_there_already_is_shown_without_being_drawn(make_service):
+    service = make_service()
+    first, again = (ended(service.ask(Wanted("red", num_images=2))) for _ in range(2))
+    assert again.pictures == first.pictures
+    assert service.generator.drawn == ["red", "red"]
+    more = ended(service.ask(Wanted("red", num_images=3)))
+    assert more.pictures[:2] == first.pictures
+    assert service.generator.drawn == ["red"] * 3
 
 
 def test_fifty_at_once_are_drawn_in_order_or_told_to_wait(make_service):
