@@ -15,11 +15,11 @@ import pytest
 import uvicorn
 from PIL import Image
 
-import t2i.serving
+import t2i_cli
 from t2i.serving import api
 from t2i.serving.guard import Guard
 
-PLUG_IN = Path(t2i.serving.__file__).parent / "gimp" / "t2i-draw"
+PLUG_IN = Path(t2i_cli.__file__).parent / "gimp" / "t2i-draw"
 
 
 @pytest.fixture(scope="module")
