@@ -15,7 +15,7 @@ from t2i.errors import UserError
 from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
-from . import sample_edit
+from . import sample_edit, sample_video
 from .arguments import parse_with_overrides
 from .generators import Loaded, device_named, load, weights_path
 from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> None:
     from t2i.generation.batch_size import BatchSize
     from t2i.generation.names import check_folder
     from t2i.generation.text_to_image import Report, draw_files
+    from t2i.schema import to_dict
 
     from .console import console, say_what_is_logged
     from .sample_bar import (
@@ -60,11 +61,22 @@ def run(arguments: list[str]) -> None:
     check_folder(folder)
     loaded = load(path, device, [*sampling_flags(options), *overrides], options.precision)
     generator = loaded.generator
-    recipe = {"checkpoint": str(path), "weights": loaded.weights, "precision": generator.precision}
+    recipe: dict[str, Any] = {
+        "checkpoint": str(path),
+        "weights": loaded.weights,
+        "precision": generator.precision,
+    }
     say_what_differs(options, recipe)
     if options.compile:
         generator.compile()
-    drawings = grouped(prompts, options, loaded, recipe | ({"compile": True} if options.compile else {}))
+    recipe |= {"compile": True} if options.compile else {}
+    film = None if options.video is None else sample_video.Film(prompts.lines[0], options, generator)
+    if film is None:
+        drawings = grouped(prompts, options, loaded, recipe)
+    else:
+        sampling = loaded.sampling({})
+        recipe["sampling"] = to_dict(sampling)
+        drawings = film.drawings(prompts.lines[0], sample_edit.strength_of(options), sampling, recipe)
     if rank.rank == 0:
         write_layout(prompts, options)
     say_what_is_cut(loaded.text, prompts, options)
@@ -80,6 +92,8 @@ def run(arguments: list[str]) -> None:
         console.print(f"{kept:,} pictures are kept in {folder}: the same command goes on from there.")
         raise
     conclude(report, prompts, options, rank, generator.sampling)
+    if film is not None and (said := film.finish(report)) is not None:
+        console.print(said)
 
 
 def asked(options: argparse.Namespace, overrides: Sequence[str]) -> Prompts:

@@ -74,7 +74,10 @@ def check_flags(options: argparse.Namespace) -> None:
     for name in ("image", "mask"):
         path = getattr(options, name)
         check(path is None or Path(path).is_file(), f"--{name}", path, "a picture file that exists")
-    for name in ("strength", "mask", "extend", "invert"):
+    value = options.strength
+    ok = value is None or options.image is not None or options.video is not None
+    check(ok, "--strength", value, "only with --image or --video")
+    for name in ("mask", "extend", "invert"):
         value = getattr(options, name)
         check(value is None or options.image is not None, f"--{name}", value, "only with --image")
     for name in ("strength", "variation_strength"):

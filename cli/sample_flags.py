@@ -14,7 +14,7 @@ from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
 from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number
 
-from . import sample_edit
+from . import sample_edit, sample_video
 
 NUM_IMAGES = 4
 LAYOUTS = ("geneval", "parti")
@@ -37,6 +37,7 @@ def check_flags(options: argparse.Namespace) -> None:
     ok = options.layout is None or Path(options.prompts_file).suffix == ending
     check(ok, "--prompts-file", options.prompts_file, f"a file {ending} with --layout {options.layout}")
     sample_edit.check_flags(options)
+    sample_video.check_flags(options)
     _check_numbers(options)
     texts = [("--prompt", text) for text in options.prompt or ()]
     if options.negative_prompt is not None:
@@ -80,6 +81,7 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
     path = Path(options.recipe)
     found = recipes.read(path)
     first = found[0]
+    sample_video.check_recipe(first, path)
     kinds: dict[str, Any] = {
         "checkpoint": str,
         "precision": str,
@@ -155,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--negative-prompt", help="what guidance moves away from")
     sample_edit.add_flags(made)
+    sample_video.add_flags(made)
     made.add_argument("--checkpoint", metavar="RUN|FILE", help="default: the newest run that draws")
     made.add_argument("--steps", type=int, help="denoiser calls per picture: sampling.steps")
     made.add_argument(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from t2i.files import written_whole
 from t2i.generation.manifest import Line
 from t2i.generation.names import place_of
 from t2i.generation.recipes import chunk, identity, together
+from t2i.generation.video import write_film
 from t2i.training.pictures import save_picture
 
 FRAME_MS = 120
@@ -34,15 +34,5 @@ def write_strip(folder: Path, lines: Sequence[Line]) -> list[Path]:
         sheet.paste(each, (left, 0))
         left += each.width
     save_picture(sheet, still, **chunk(recipe))
-    with written_whole(film) as unfinished:
-        first, *others = opened
-        first.save(
-            unfinished,
-            format="WEBP",
-            save_all=True,
-            append_images=others,
-            duration=FRAME_MS,
-            loop=0,
-            lossless=True,
-        )
+    write_film(opened, film, FRAME_MS)
     return [still, film]

@@ -15,6 +15,9 @@ from t2i.config import parse_run
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion
 from t2i.generation.recipes import RECIPE_KEY
+from t2i.generation.text_to_image import read_image
+from t2i.generation.video import flicker, read_frames, write_film
+from t2i.training.pictures import save_png, to_pil
 from t2i_cli.composition import composed_run
 
 FLAGS = ("sample", "--device", "cpu", "--sampler", "ddim", "--steps", "3", "--guidance-scale", "1")
@@ -161,6 +164,42 @@ def test_interpolates_as_strip_and_film(t2i, weights: str) -> None:
     assert (whole[:, 32:64] != whole[:, :32]).any()
 
 
+def film(path: str) -> torch.Tensor:
+    """Eight frames of a square that moves over a smooth ground."""
+    ground = torch.linspace(-0.5, 0.5, 32)
+    frames = (ground[:, None] + ground[None, :]).expand(8, 3, 32, 32).clone()
+    for i in range(8):
+        frames[i, 0, 8:16, 4 + i : 12 + i] = 1
+    write_film([to_pil(frame) for frame in frames], Path(path), 40)
+    return frames
+
+
+def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, weights: str) -> None:
+    source = film("in.webp")
+    base = (*FLAGS, "--prompt", "a star", "--strength", "0.7", "--checkpoint", weights)
+    said = {}
+    for out, flags in {"all": (), "keys": ("--key-every", "4")}.items():
+        done = t2i(*base, "--video", "in.webp", "--out", out, *flags)
+        assert done.code == 0, done
+        said[out] = done.out
+    assert "8 frames, 3 of them drawn" in said["keys"]
+    for i in range(8):  # what one would get without thought: a picture of each frame with a seed of its own
+        one = ("--image", f"all_{i}.png", "--num-images", "1", "--seed", str(i), "--out", "apart")
+        save_png(source[i], Path(f"all_{i}.png"))
+        assert t2i(*base, *one).code == 0
+    apart = sorted(pngs("apart"), key=lambda path: int(path.stem.partition("_")[2].partition("-")[0]))
+    films = {
+        "apart": torch.stack([read_image(path, (32, 32)) for path in apart]),
+        **{out: read_frames(Path(out) / "video.webp", (32, 32))[0] for out in ("all", "keys")},
+    }
+    shown = {name: flicker(frames, source) for name, frames in films.items()}
+    assert max(shown["keys"], shown["all"]) < shown["apart"] / 10, shown
+    frame = read_image(Path("all/frame_00002.png"), (32, 32))
+    assert torch.equal(frame, films["all"][2])
+    sentence = t2i("sample", "--recipe", "all/frame_00002.png", "--out", "again").sentence
+    assert "is a frame of a film, which --video 'in.webp' makes again" in sentence
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -175,6 +214,10 @@ def test_interpolates_as_strip_and_film(t2i, weights: str) -> None:
             ("--image", "a.png", "--invert", "x", "--strength", "0.5"),
             "--strength is 0.5; allowed: without --inv",
         ),
+        (("--video", "absent"), "--video is 'absent'; allowed: a film or a folder of frames that exists"),
+        (("--key-every", "2"), "--key-every is 2; allowed: only with --video"),
+        (("--video", "a.png", "--image", "a.png"), "--image is 'a.png'; allowed: without --video"),
+        (("--video", "a.png", "--num-images", "2"), "--num-images is 2; allowed: 1 with --video"),
         (("--variations", "0"), "--variations is 0; allowed: 1 or more"),
         (("--variation-strength", "0.5"), "--variation-strength is 0.5; allowed: only with --variations"),
         (("--variations", "2", "--interpolate", "2"), "--variations is 2; allowed: without --interpolate"),

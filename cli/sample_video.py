@@ -1,0 +1,128 @@
+"""`t2i sample --video`: the frames of a film, each drawn from the same noise."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.config import check
+from t2i.errors import UserError
+from t2i.generation.prompts import Line
+
+if TYPE_CHECKING:
+    from t2i.generation.text_to_image import Drawing, Report
+    from t2i.interfaces import Generator
+
+WITHOUT = (
+    "image",
+    "mask",
+    "extend",
+    "invert",
+    "variations",
+    "interpolate",
+    "prompts_file",
+    "recipe",
+    "layout",
+)
+
+
+def add_flags(made: argparse.ArgumentParser) -> None:
+    """Adds them to the parser of `t2i sample`."""
+    made.add_argument(
+        "--video",
+        metavar="FILE|DIR",
+        help="draw each frame of an animated GIF, WebP or PNG or a folder of pictures, from the same noise",
+    )
+    made.add_argument(
+        "--key-every",
+        type=int,
+        metavar="K",
+        help="draw every K-th frame of --video; those between go from one's change to the next one's; default: 1",
+    )
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises ConfigError that names the first of them that is not to be had."""
+    every = options.key_every
+    check(every is None or options.video is not None, "--key-every", every, "only with --video")
+    if options.video is None:
+        return
+    check(Path(options.video).exists(), "--video", options.video, "a film or a folder of frames that exists")
+    for name in WITHOUT:
+        value = getattr(options, name)
+        check(value is None, "--" + name.replace("_", "-"), value, "without --video")
+    check(len(options.prompt or ()) == 1, "--prompt", options.prompt, "one, with --video")
+    check(options.num_images in (None, 1), "--num-images", options.num_images, "1 with --video")
+    check(every is None or every >= 1, "--key-every", every, "1 or more")
+
+
+class Film:
+    """What is drawn of a film.
+
+    source: (N, 3, H, W) in [-1, 1]; keys: the frames that are drawn
+    """
+
+    def __init__(self, line: Line, options: argparse.Namespace, generator: Generator) -> None:
+        from t2i.generation.video import check_every, key_frames, read_frames
+
+        side = generator.default_size_px
+        self.size = line.height or side, line.width or side
+        self.source, self.shown_ms = read_frames(Path(options.video), self.size)
+        every = options.key_every or 1
+        check_every(every, len(self.source))
+        self.keys = key_frames(len(self.source), every)
+        self.path, self.folder = options.video, Path(options.out)
+
+    def drawings(self, line: Line, strength: float, sampling: Any, recipe: dict[str, Any]) -> list[Drawing]:
+        """One for each key frame."""
+        from t2i.generation.text_to_image import Drawing
+        from t2i.interfaces import SampleRequest
+
+        found = []
+        for key in self.keys:
+            request = SampleRequest(
+                [line.prompt],
+                [line.seed or 0],
+                *self.size,
+                line.negative_prompt or "",
+                self.source[key : key + 1],
+                strength,
+            )
+            of_frame = {**recipe, "video": self.path, "frame": key}
+            found.append(Drawing(request, sampling, of_frame, [self.name(key)], is_fixed=True))
+        return found
+
+    def name(self, frame: int) -> str:
+        return f"frame_{frame:05}.png"
+
+    def finish(self, report: Report) -> str | None:
+        """Writes the frames between and video.webp, where all key frames are there, and says how they flicker."""
+        import torch
+        from PIL import Image
+
+        from t2i.generation.text_to_image import read_image
+        from t2i.generation.video import flicker, tweened, write_film
+        from t2i.training.pictures import save_png, to_pil
+
+        if not report.whole or any("error" in each for each in report.lines.values()):
+            return None
+        drawn = torch.stack([read_image(self.folder / self.name(key), self.size) for key in self.keys])
+        frames = tweened(self.source, self.keys, drawn)
+        between = sorted(set(range(len(frames))) - set(self.keys))
+        for frame in between:
+            save_png(frames[frame], self.folder / self.name(frame))
+        pictures: Sequence[Image.Image] = [to_pil(frame) for frame in frames]
+        write_film(pictures, self.folder / "video.webp", self.shown_ms)
+        more = flicker(frames, self.source)
+        return (
+            f"{self.folder / 'video.webp'}: {len(frames)} frames, {len(self.keys)} of them drawn; neighbours differ by "
+            f"{more:+.2f} of 255 more than those of {self.path}."
+        )
+
+
+def check_recipe(recipe: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a frame of a film, which only --video makes again."""
+    if "video" in recipe:
+        raise UserError(f"{path} is a frame of a film, which --video {recipe['video']!r} makes again.")
