@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+# Two cores are busy for seconds with what each process would import anew.
+PRELOADED = ["t2i.training.fit", "t2i_cli.train", "torch.distributed.tensor"]
 
 
 def free_ports(count: int) -> list[int]:
@@ -17,6 +22,14 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def together(worker: Callable[..., None], arguments: tuple[Any, ...], count: int = 2) -> None:
+    """worker(rank, *arguments) in processes of their own. Raises what one of them raises."""
+    import torch.multiprocessing as mp
+
+    multiprocessing.forkserver.set_forkserver_preload(PRELOADED)
+    mp.start_processes(worker, arguments, nprocs=count, start_method="forkserver")
 
 
 def train(rank: int, port: int, typed: Sequence[str], world: int = 2, machines: int = 1) -> Path:

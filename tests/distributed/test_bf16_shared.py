@@ -8,7 +8,6 @@ from pathlib import Path
 import as_torchrun
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from t2i.training import state_folder
 
@@ -31,7 +30,7 @@ def column(run: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 def test_weights_are_kept_in_float32_and_learn_as_with_ddp(shapes_overrides, tmp_path):
-    mp.spawn(worker, (as_torchrun.free_ports(2), shapes_overrides, str(tmp_path)), nprocs=2)
+    as_torchrun.together(worker, (as_torchrun.free_ports(2), shapes_overrides, str(tmp_path)))
     ddp, shared = (tmp_path / strategy / "pixel_diffusion" / "run" for strategy in STRATEGIES)
     found = state_folder.read(shared / "checkpoints" / "step_0000004")
     assert {value.dtype for value in found["state_dict"].values() if value.is_floating_point()} == {

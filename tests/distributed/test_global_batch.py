@@ -11,7 +11,6 @@ from pathlib import Path
 
 import as_torchrun
 import pytest
-import torch.multiprocessing as mp
 
 from t2i import families
 
@@ -97,7 +96,7 @@ def of_two(
         folder = tmp_path_factory.mktemp("two")
         asked = {way: [*arguments_of(name, compose_run, codec), *WAYS[way]] for way in WAYS}
         ports = as_torchrun.free_ports(len(asked))
-        mp.spawn(worker, (ports, asked, shapes_overrides, str(folder)), nprocs=2)
+        as_torchrun.together(worker, (ports, asked, shapes_overrides, str(folder)))
         return json.loads((folder / "losses.json").read_text())
 
     return of_two

@@ -7,7 +7,6 @@ from pathlib import Path
 import as_torchrun
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 ARGUMENTS = ["experiment=pixel_diffusion/tiny_flow_dit", "trainer.precision=64-true", "trainer.num_images=32"]
@@ -22,7 +21,7 @@ def worker(rank: int, port: int, typed: list[str]) -> None:
 @pytest.mark.slow
 def test_two_machines_of_two_processes(compose_run, train, shapes_overrides, tmp_path):
     typed = [*shapes_overrides, *ARGUMENTS, "trainer.strategy=hybrid_shard", f"runs_dir={tmp_path / 'four'}"]
-    mp.spawn(worker, (as_torchrun.free_ports(1)[0], typed), nprocs=4)
+    as_torchrun.together(worker, (as_torchrun.free_ports(1)[0], typed), count=4)
     one = train(compose_run(*ARGUMENTS, f"runs_dir={tmp_path / 'one'}")).folder
     four = tmp_path / "four" / one.parent.name / "run"
     saved = four / "checkpoints" / "step_0000004"

@@ -30,7 +30,7 @@ ARGUMENTS = [
 ]
 # Processes that are forked from one that has imported all this already: twenty starts would be mostly that.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["as_torchrun", "t2i.training.fit", "t2i_cli.train"])
+CONTEXT.set_forkserver_preload(as_torchrun.PRELOADED)
 
 
 def started(typed: list[str], count: int) -> list[BaseProcess]:

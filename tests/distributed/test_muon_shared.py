@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -51,7 +51,7 @@ def worker(rank: int, folder: str, divided: bool) -> None:
 @pytest.mark.parametrize("divided", [False, True])
 def test_each_process_orthogonalises_its_share(divided, tmp_path):
     """Also where each holds some rows of each matrix, of an odd number more in the first."""
-    mp.spawn(worker, (str(tmp_path), divided), nprocs=2)
+    as_torchrun.together(worker, (str(tmp_path), divided))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["done"] == [2, 1, 1] * 3
     assert second["done"] == [1, 0, 0] * 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +51,7 @@ def worker(rank: int, folder: str, sharded: bool) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_both_processes_leave_the_step_out(sharded, tmp_path):
-    mp.spawn(worker, (str(tmp_path), sharded), nprocs=2)
+    as_torchrun.together(worker, (str(tmp_path), sharded))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert [step[0] for step in first] == [step == SPOILT for step in range(STEPS)]

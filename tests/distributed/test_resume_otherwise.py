@@ -9,7 +9,6 @@ from pathlib import Path
 import as_torchrun
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 ARGUMENTS = ["trainer.precision=64-true", "trainer.num_images=32", "trainer.global_batch_size=8"]
@@ -56,7 +55,7 @@ def farthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def check(experiment: str, typed: list[str], compose_run, train, shapes_overrides, folder: Path) -> None:
     typed = [f"experiment={experiment}", *typed, *ARGUMENTS]
     ports = as_torchrun.free_ports(len(WHOLE) + len(RESUMED))
-    mp.spawn(worker, (ports, [*shapes_overrides, *typed], str(folder)), nprocs=2)
+    as_torchrun.together(worker, (ports, [*shapes_overrides, *typed], str(folder)))
     whole = {name: ends(folder / name) for name in WHOLE}
     saved = run_in(folder / "full_shard") / "checkpoints" / "step_0000002"
     assert len(list(saved.glob("shard_*.safetensors"))) == 2

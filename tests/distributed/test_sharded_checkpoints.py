@@ -6,10 +6,10 @@ import errno
 import os
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from same_state import same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -81,7 +81,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_each_process_writes_its_rows(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    as_torchrun.together(worker, (str(tmp_path),))
     first = tmp_path / "checkpoints" / "step_0000001"
     assert sorted(path.name for path in first.parent.iterdir()) == ["step_0000001", "step_0000004"]
     assert {path.name for path in first.glob("shard_*")} == {f"shard_0000{n}.safetensors" for n in range(2)}

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import as_torchrun
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from t2i.training import callbacks
 from t2i.training.callbacks import StopOnSignal
@@ -44,7 +44,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_both_end_after_the_same_step_within_seconds(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    as_torchrun.together(worker, (str(tmp_path),))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second == [1, 5, 9]  # every 2 s of the slower one; 9 is the last step of both
 

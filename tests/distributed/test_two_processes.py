@@ -1,4 +1,4 @@
-"""Two processes with batch 4, started by the command line, train what one process with batch 8 trains."""
+"""Two processes with batch 4 train what one process with batch 8 trains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import as_torchrun
 import pytest
 import torch
 
@@ -41,6 +42,10 @@ def train_by_command(arguments: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def worker(rank: int, port: int, typed: list[str]) -> None:
+    as_torchrun.train(rank, port, typed)
+
+
 def column(folder: Path, name: str) -> torch.Tensor:
     with (folder / "metrics.csv").open(newline="") as file:
         return torch.tensor([float(row[name]) for row in csv.DictReader(file)], dtype=torch.float64)
@@ -57,14 +62,9 @@ def check_two_equal_one(
 ) -> None:
     """of_two: what only the two processes are told"""
     one = train(compose_run(*arguments, *SHARED, f"runs_dir={folder / 'one'}")).folder
-    called_in = folder / "empty"
-    called_in.mkdir()
     typed = [*shapes_overrides, *arguments, *SHARED, *TWO, *of_two, f"runs_dir={folder / 'two'}"]
-    printed = train_by_command(typed, called_in)
-    assert list(called_in.iterdir()) == []
+    as_torchrun.together(worker, (as_torchrun.free_ports(1)[0], typed))
     two = folder / "two" / one.parent.name / "run"
-    assert sorted(path.name for path in two.parent.iterdir()) == ["latest", "run"]
-    assert printed.count("Done:") == 1
 
     assert column(two, "images").tolist() == [8, 16, 24, 32]
     for name in means:
@@ -117,10 +117,16 @@ def test_two_turns_run_in_two_processes(strategy, shapes_overrides, tmp_path):
     """Each turn leaves the parameters of the other without gradients, which DDP has to be told. Numbers cannot be those
     of one process: wrong captions and batch norm's statistics are those of a process's own batch."""
     arguments = ["experiment=gan_int_cls/tiny_r1", *SHARED, *TWO, *MICRO, f"trainer.strategy={strategy}"]
-    arguments += [f"runs_dir={tmp_path}"]
-    printed = train_by_command([*shapes_overrides, *arguments], tmp_path)
-    assert printed.count("Done:") == 1
-    run = tmp_path / "gan_int_cls" / "run"
+    arguments += [*shapes_overrides, f"runs_dir={tmp_path / 'two'}"]
+    run = tmp_path / "two" / "gan_int_cls" / "run"
+    if strategy == "ddp":  # the command starts both
+        called_in = tmp_path / "empty"
+        called_in.mkdir()
+        assert train_by_command(arguments, called_in).count("Done:") == 1
+        assert list(called_in.iterdir()) == []
+    else:
+        as_torchrun.together(worker, (as_torchrun.free_ports(1)[0], arguments))
+    assert sorted(path.name for path in run.parent.iterdir()) == ["latest", "run"]
     for name in ("discriminator", "generator", "gradient_norm_discriminator", "gradient_norm_generator"):
         assert column(run, name).isfinite().all(), name
         assert len(set(column(run, name).tolist())) == 4, name
