@@ -82,6 +82,13 @@ class Batch:
         size = len(self) // parts
         return [self._rows(slice(i * size, (i + 1) * size), self.bad if i == 0 else {}) for i in range(parts)]
 
+    def rows(self, places: Sequence[int]) -> Batch:
+        """A copy of those samples alone, without the count of the bad ones."""
+        part = self._mapped(lambda tensor: tensor[list(places)])
+        part.caption, part.key = [self.caption[i] for i in places], [self.key[i] for i in places]
+        part.metadata, part.bad = [self.metadata[i] for i in places], {}
+        return part
+
     def _rows(self, rows: slice, bad: dict[str, int]) -> Batch:
         part = self._mapped(lambda tensor: tensor[rows])
         part.caption, part.key, part.metadata = self.caption[rows], self.key[rows], self.metadata[rows]

@@ -73,12 +73,18 @@ def save_final(weights: Mapping[str, Tensor], header: Mapping[str, Any], path: P
 
 def images_seen(path: Path) -> int | None:
     """How many images the final weights in `path` were trained on; None where there are none, or they do not say."""
+    found = number_in_header(path, "images_seen")
+    return found if isinstance(found, int) else None
+
+
+def number_in_header(path: Path, key: str) -> float | None:
+    """What the weights in `path` say of themselves; None where there are none, or they do not say."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("t2i", "{}")).get("images_seen")
+            found = json.loads((file.metadata() or {}).get("t2i", "{}")).get(key)
     except (SafetensorError, OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, int | float) else None
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:

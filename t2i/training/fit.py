@@ -48,6 +48,7 @@ from t2i.training.saving import Checkpoints, Finish, NotFinite
 from t2i.training.stage import BaseStage
 from t2i.training.state_folder import check_whole
 from t2i.training.strategy import ShardedStrategy
+from t2i.training.validation import Validation, heldout_batch
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,8 @@ def _train(
     checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
     stop = StopOnSignal(say=console.print)
     pictures, saver = Pictures(folder, preview), Checkpoints(folder, config.trainer)
+    validates = config.trainer.validate_every_images
+    validation = [Validation(folder, heldout_batch(config, stage))] if validates else []
     callbacks = [
         *(
             Watched(),
@@ -157,7 +160,7 @@ def _train(
             Forecast(),
             ProgressBar(console, metrics),
         ),
-        *(pictures, saver, Finish(config, folder, pictures, saver)),
+        *(*validation, pictures, saver, Finish(config, folder, pictures, saver)),
     ]
     loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
     trainer = build_trainer(

@@ -46,6 +46,9 @@ class BaseStage(L.LightningModule):
 
     # What a family gives.
 
+    has_times = False
+    """Whether `losses` of the first turn asks for `random.uniform("time")`, and so can be had at fixed times."""
+
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         """-> scalars by name; "loss" is what this turn minimises, the others are logged. What not each step has is
         (2,), a sum and the number of those that it is over: logged is the mean of all of them.

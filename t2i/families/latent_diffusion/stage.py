@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 class Stage(BaseStage):
     """Trains the denoiser, and the text encoder where that learns with it."""
 
+    has_times = True
+
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config)
         model = config.model

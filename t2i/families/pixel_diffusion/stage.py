@@ -22,6 +22,8 @@ from t2i.training.step import Turn
 class Stage(BaseStage):
     """Trains the denoiser, the text encoder where that learns with it, and in a turn of its own the classifier."""
 
+    has_times = True
+
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config)
         assert isinstance(config.model, Config)
