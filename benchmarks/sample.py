@@ -1,5 +1,8 @@
-"""Pictures of one Stable Diffusion 1 with the same weights, by t2i and by diffusers' pipeline, on the CPU: time within
-the networks and outside of them, and memory. Weights are random, and networks small unless asked; interleaved, medians.
+"""Pictures of one Stable Diffusion 1 with the same weights, by t2i and by diffusers, on the CPU: the time with the
+networks, the time without them, and memory. Weights are random, networks small unless asked. Interleaved, medians of
+the processor's time on one thread, which hardly depends on what else runs.
+
+Without: each network gives at once what it gave last, so that all else is what takes time.
 """
 
 from __future__ import annotations
@@ -81,29 +84,27 @@ def save(folder: Path, size: str) -> None:
     write(prepare(folder / "theirs", folder / "ours", Options()))
 
 
-class Clock:
-    """Seconds within the networks."""
+class Networks:
+    """Counts calls. still: whether each network gives what it gave last, and computes nothing"""
 
     def __init__(self) -> None:
-        self.within = 0.0
+        self.still = False
         self.calls: dict[str, int] = {}
 
     def watch(self, module: Any, method: str, name: str) -> None:
-        """Counts the time of a method, from now on. One that is called within another is not counted twice."""
         inner: Callable[..., Any] = getattr(module, method)
+        last: list[Any] = [None]
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.within += time.perf_counter() - began
-                self.calls[name] = self.calls.get(name, 0) + 1
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if not self.still:
+                last[0] = inner(*args, **kwargs)
+            return last[0]
 
-        setattr(module, method, timed)
+        setattr(module, method, watched)
 
 
-def drawing_theirs(folder: Path, size_px: int, steps: int, clock: Clock) -> Callable[[list[str]], Any]:
+def drawing_theirs(folder: Path, size_px: int, steps: int, networks: Networks) -> Callable[[list[str]], Any]:
     """Prompts to pictures, as arrays."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -111,9 +112,9 @@ def drawing_theirs(folder: Path, size_px: int, steps: int, clock: Clock) -> Call
     diffusers_logging.set_verbosity_error()
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "theirs", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    clock.watch(pipeline.unet, "forward", "denoiser")
-    clock.watch(pipeline.vae, "decode", "decoder")
-    clock.watch(pipeline.text_encoder, "forward", "text")
+    networks.watch(pipeline.unet, "forward", "denoiser")
+    networks.watch(pipeline.vae, "decode", "decoder")
+    networks.watch(pipeline.text_encoder, "forward", "text")
 
     def draw(prompts: list[str]) -> Any:
         return pipeline(
@@ -130,7 +131,7 @@ def drawing_theirs(folder: Path, size_px: int, steps: int, clock: Clock) -> Call
     return draw
 
 
-def drawing_ours(folder: Path, size_px: int, steps: int, clock: Clock) -> Callable[[list[str]], Any]:
+def drawing_ours(folder: Path, size_px: int, steps: int, networks: Networks) -> Callable[[list[str]], Any]:
     """The same."""
     from t2i import families
     from t2i.interfaces import SampleRequest
@@ -141,9 +142,9 @@ def drawing_ours(folder: Path, size_px: int, steps: int, clock: Clock) -> Callab
     del loaded
     options = {"steps": steps, "guidance_scale": GUIDANCE, "sampler": "ddim"}
     generator.sampling = dataclasses.replace(generator.sampling, **options)
-    clock.watch(generator.model.denoiser, "forward", "denoiser")
-    clock.watch(generator.model.codec, "decode", "decoder")
-    clock.watch(generator.model.text.encoder, "forward", "text")
+    networks.watch(generator.model.denoiser, "forward", "denoiser")
+    networks.watch(generator.model.codec, "decode", "decoder")
+    networks.watch(generator.model.text.encoder, "forward", "text")
 
     def draw(prompts: list[str]) -> Any:
         request = SampleRequest(prompts, range(len(prompts)), size_px, size_px, NEGATIVE)
@@ -168,7 +169,7 @@ def forget_peak() -> None:
 def memory(name: str, folder: Path, options: argparse.Namespace) -> None:
     """In a process of its own: prints MiB at the peak, above those with the networks loaded."""
     logging.disable()
-    draw = DRAWING[name](folder, SIZES[options.size][0], 2, Clock())
+    draw = DRAWING[name](folder, SIZES[options.size][0], 2, Networks())
     draw(PROMPTS[:1])
     forget_peak()
     before = peak_mib()
@@ -184,36 +185,28 @@ def networks_saved(size: str) -> Iterator[Path]:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    clocks = {name: Clock() for name in DRAWING}
+    networks = {name: Networks() for name in DRAWING}
     size_px = SIZES[options.size][0]
-    draw = {name: make(folder, size_px, options.steps, clocks[name]) for name, make in DRAWING.items()}
+    draw = {name: make(folder, size_px, options.steps, networks[name]) for name, make in DRAWING.items()}
     prompts = (PROMPTS * options.batch_size)[: options.batch_size]
     pictures = {name: each(prompts) for name, each in draw.items()}
     error = abs(pictures["t2i"] - pictures["diffusers"]).max()
     print(
         f"{len(prompts)} pictures of {size_px} px in {options.steps} steps; the largest difference: {error:.1e}"
     )
-    within: dict[str, list[float]] = {name: [] for name in DRAWING}
-    whole: dict[str, list[float]] = {name: [] for name in DRAWING}
-    for _ in range(options.rounds):
-        for name, each in draw.items():
-            clocks[name].within, clocks[name].calls = 0.0, {}
-            began = time.perf_counter()
-            each(prompts)
-            whole[name].append(time.perf_counter() - began)
-            within[name].append(clocks[name].within)
-    outside = {
-        name: statistics.median(a - b for a, b in zip(whole[name], within[name], strict=True))
-        for name in DRAWING
-    }
-    total = {name: statistics.median(values) for name, values in whole.items()}
-    for name in DRAWING:
-        print(
-            f"{name:10} all {total[name]:7.3f} s   outside of the networks {1000 * outside[name]:7.1f} ms   "
-            f"calls {clocks[name].calls}"
-        )
-    ratios = [values["t2i"] / values["diffusers"] for values in (total, outside)]
-    print(f"ratio      all {ratios[0]:7.2f}     outside of the networks {ratios[1]:7.2f}")
+    for still, rounds in ((False, options.rounds), (True, 10 * options.rounds)):
+        taken: dict[str, list[float]] = {name: [] for name in DRAWING}
+        for _ in range(rounds):
+            for name, each in draw.items():
+                networks[name].still, networks[name].calls = still, {}
+                began = time.process_time()
+                each(prompts)
+                taken[name].append(time.process_time() - began)
+        medians = {name: statistics.median(values) for name, values in taken.items()}
+        print("without the networks" if still else "with the networks")
+        for name in DRAWING:
+            print(f"  {name:10} {1000 * medians[name]:9.1f} ms   calls {networks[name].calls}")
+        print(f"  ratio      {medians['t2i'] / medians['diffusers']:9.2f}")
 
 
 def main() -> None:
@@ -225,6 +218,7 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
     if options.memory_of:
         memory(options.memory_of[0], Path(options.memory_of[1]), options)
         return

@@ -184,6 +184,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--layout", choices=LAYOUTS, help="name files as the scorers of GenEval and PartiPrompts want"
     )
+    made.add_argument(
+        "--dry-run", action="store_true", help="with cluster=NAME launch=slurm: print the job's script alone"
+    )
+    made.add_argument("--config-dir", "-cd", metavar="DIR", help="with launch=slurm: clusters of your own")
     made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
     made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     return made

@@ -105,7 +105,9 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
 
     def text(parts: int) -> str:
         log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
-        return slurm.data_script(f"t2i-{job}", parts, [job, *arguments], machines, options, Path.cwd(), log)
+        return slurm.shared_script(
+            f"t2i-{job}", parts, ["data", job, *arguments], machines, options, Path.cwd(), log
+        )
 
     completed = parts > 1 and job in COMPLETED
     if "--dry-run" in launched:
@@ -124,6 +126,31 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
             queue.cancel(number)
             raise
         console.print(f"Job {last}, after it: what is about all shards, log {place}/{last}.log")
+    console.print(f"Script: {path}")
+
+
+def submit_sample(arguments: list[str], launched: list[str], config_dir: str | None, dry_run: bool) -> None:
+    """`t2i sample ... cluster=NAME launch=slurm`: an array with a part for each node, in which a process for each GPU
+    draws its share. launched: of the command line, launch= and cluster=. Raises UserError."""
+    from t2i.launch import slurm
+
+    from .composition import cluster_of_overrides
+    from .console import console
+
+    cluster, options = _with_slurm(cluster_of_overrides(launched, config_dir))
+    parts, processes = cluster.nodes, cluster.gpus_per_node
+    cores = max(1, cluster.cpu_cores_per_node // processes)
+    machines = slurm.Machines(1, processes, cores, cluster.has_gpus)
+    place = Path("runs").absolute() / "slurm" / f"sample-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
+    text = slurm.shared_script(
+        "t2i-sample", parts, ["sample", *arguments], machines, options, Path.cwd(), log
+    )
+    if dry_run:
+        print(text, end="")
+        return
+    path, number = _submitted(text, place)
+    console.print(f"Job {number}: {parts * processes} processes, log {log}")
     console.print(f"Script: {path}")
 
 

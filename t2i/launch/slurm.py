@@ -106,7 +106,7 @@ def script(
     )
 
 
-def data_script(
+def shared_script(
     name: str,
     parts: int,
     arguments: Sequence[str],
@@ -115,14 +115,14 @@ def data_script(
     cwd: Path,
     log: str,
 ) -> str:
-    """For sbatch: an array of so many parts of a job of `t2i data`, whose processes share its shards among them. A part
-    that is started again leaves out what is there. One part is the whole job.
+    """For sbatch: an array of so many parts of a command whose processes share among them what it makes. A part that is
+    started again leaves out what is there. One part is the whole job.
 
-    arguments: of `t2i data`
+    arguments: of `t2i`
     """
     lines = _head(name, parts, machines, slurm, cwd, log)
-    command = f"{_command(slurm)} data {shlex.join(arguments)}"
-    return "\n".join(lines) + DATA.format(srun=_srun(machines, slurm), parts=parts, command=command)
+    command = f"{_command(slurm)} {shlex.join(arguments)}"
+    return "\n".join(lines) + SHARED.format(srun=_srun(machines, slurm), parts=parts, command=command)
 
 
 def _head(name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Path, log: str) -> list[str]:
@@ -157,7 +157,7 @@ def _command(slurm: SlurmConfig) -> str:
     return shlex.join([*shlex.split(slurm.run_in or ""), sys.executable, "-m", "t2i_cli.main"])
 
 
-DATA = """
+SHARED = """
 # Each process is one of all in the array.
 {srun} bash -c '
     export WORLD_SIZE=$(({parts} * SLURM_NTASKS)) RANK=$((${{SLURM_ARRAY_TASK_ID:-0}} * SLURM_NTASKS + SLURM_PROCID))

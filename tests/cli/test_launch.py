@@ -145,6 +145,20 @@ def test_a_data_job_is_an_array_whose_processes_share_the_shards(t2i, programs):
     assert "needs cluster=NAME" in t2i("data", "index", "x.tar", "launch=slurm").sentence
 
 
+def test_drawing_is_an_array_whose_processes_share_the_pictures(t2i):
+    words = ("sample", "--prompt", "a red circle", "--checkpoint", "runs/ldm/a", "sampling.steps=4")
+    outcome = t2i(*words, "cluster=a100x64", "launch=slurm", "--dry-run", "cluster.slurm.partition=gpu")
+    assert outcome.code == 0, outcome
+    for line in ("--array=0-7", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in outcome.out
+    command = "-m t2i_cli.main sample --prompt 'a red circle' --checkpoint runs/ldm/a sampling.steps=4"
+    assert outcome.out.rstrip().endswith(command)
+    assert list(Path().iterdir()) == []
+    assert "no trained run" in t2i(*words[:3], "cluster=a100x64", "launch=slurm", "--dry-run").sentence
+    assert "needs cluster=NAME" in t2i(*words, "launch=slurm").sentence
+    assert "--dry-run" in t2i(*words, "--dry-run").sentence
+
+
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
