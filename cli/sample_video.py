@@ -70,9 +70,10 @@ class Film:
         side = generator.default_size_px
         self.size = line.height or side, line.width or side
         self.source, self.shown_ms = read_frames(Path(options.video), self.size)
-        every = options.key_every or 1
-        check_every(every, len(self.source))
-        self.keys = key_frames(len(self.source), every)
+        self.every = options.key_every or 1
+        check_every(self.every, len(self.source))
+        self.keys = key_frames(len(self.source), self.every)
+        self.recipe: dict[str, Any] = {}  # of the frames between
         self.path, self.folder = options.video, Path(options.out)
 
     def drawings(self, line: Line, strength: float, sampling: Any, recipe: dict[str, Any]) -> list[Drawing]:
@@ -92,6 +93,7 @@ class Film:
             )
             of_frame = {**recipe, "video": self.path, "frame": key}
             found.append(Drawing(request, sampling, of_frame, [self.name(key)], is_fixed=True))
+        self.recipe = {**found[0].recipe_of(0), "key_every": self.every}
         return found
 
     def name(self, frame: int) -> str:
@@ -102,6 +104,8 @@ class Film:
         import torch
         from PIL import Image
 
+        from t2i.generation.names import place_of
+        from t2i.generation.recipes import chunk, identity
         from t2i.generation.text_to_image import read_image
         from t2i.generation.video import flicker, tweened, write_film
         from t2i.training.pictures import save_png, to_pil
@@ -112,7 +116,10 @@ class Film:
         frames = tweened(self.source, self.keys, drawn)
         between = sorted(set(range(len(frames))) - set(self.keys))
         for frame in between:
-            save_png(frames[frame], self.folder / self.name(frame))
+            recipe = {**self.recipe, "frame": frame}
+            path, is_there = place_of(self.folder / self.name(frame), identity(recipe), is_fixed=True)
+            if not is_there:
+                save_png(frames[frame], path, **chunk(recipe))
         pictures: Sequence[Image.Image] = [to_pil(frame) for frame in frames]
         write_film(pictures, self.folder / "video.webp", self.shown_ms)
         more = flicker(frames, self.source)

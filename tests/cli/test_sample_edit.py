@@ -196,6 +196,10 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, 
     assert max(shown["keys"], shown["all"]) < shown["apart"] / 10, shown
     frame = read_image(Path("all/frame_00002.png"), (32, 32))
     assert torch.equal(frame, films["all"][2])
+    assert t2i(*base, "--video", "in.webp", "--out", "keys", "--key-every", "4").code == 0  # all is there
+    # Neither a drawn frame nor one between is written over.
+    done = t2i(*base, "--video", "in.webp", "--out", "all", "--key-every", "4")
+    assert "frame_00001.png is there and is not the picture" in done.sentence
     sentence = t2i("sample", "--recipe", "all/frame_00002.png", "--out", "again").sentence
     assert "is a frame of a film, which --video 'in.webp' makes again" in sentence
 

@@ -21,12 +21,12 @@ from t2i.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+# Where the walk ends on clean data, diffusers divides an x0 output's noise by zero.
+@pytest.mark.parametrize(
+    ("objective", "to_one"), [("eps", False), ("v", False), ("x0", False), ("eps", True), ("v", True)]
+)
 @pytest.mark.parametrize("steps", [1, 10, 50])
-@pytest.mark.parametrize("to_one", [False, True])
 def test_every_step_is_that_of_diffusers(objective: str, steps: int, to_one: bool) -> None:
-    if to_one and objective == "x0":
-        pytest.skip("diffusers then divides by zero")
     reference = DDIMInverseScheduler.from_config(
         PNDMScheduler.from_config(SD1).config,
         prediction_type=DIFFUSERS_OBJECTIVE[objective],
