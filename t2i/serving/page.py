@@ -21,7 +21,7 @@ from t2i.serving.gallery import Kept
 from t2i.serving.options import Option, options_of
 from t2i.serving.queue import Job
 from t2i.serving.service import Service
-from t2i.serving.wanted import Wanted
+from t2i.serving.wanted import SIDES, Wanted
 
 LOOK_S = 0.1  # between two looks at how far a job is
 SHOWN = 60
@@ -88,6 +88,13 @@ class Fields:
                         elem_id="image",
                     )
                     self.strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How far from it")
+                    with gr.Row():
+                        self.extend = [
+                            gr.Number(
+                                0, label=f"Extend {side}", precision=0, minimum=0, elem_id=f"extend_{side}"
+                            )
+                            for side in SIDES
+                        ]
                 self.tile = gr.Dropdown(
                     [("no", ""), *((each, each) for each in get_args(Tile) if each)],
                     value="",
@@ -102,7 +109,7 @@ class Fields:
                 self.pictures = gr.Gallery(label="Pictures", columns=4, format="png", elem_id="pictures")
         self.job = gr.State("")
         inputs = [self.prompt, self.negative, self.seed, self.count, self.height, self.width]
-        self.inputs = [*inputs, self.image, self.strength, self.tile, *self.of_options]
+        self.inputs = [*inputs, self.image, self.strength, self.tile, *self.extend, *self.of_options]
         outputs = [self.job, self.status, self.pictures]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         together: dict[str, Any] = private | {"concurrency_limit": None}
@@ -130,19 +137,22 @@ class Fields:
 
     def wanted(self, *given: Any) -> Wanted:
         """Raises ConfigError."""
-        prompt, negative, seed, count, height, width, painted, strength, tile, *options = given
+        prompt, negative, seed, count, height, width, painted, strength, tile, *more = given
+        sides, options = more[: len(SIDES)], more[len(SIDES) :]
         sampling = {each.name: each.read(value) for each, value in zip(self.options, options, strict=True)}
         image, mask = start_of(painted)
+        extend = {side: pixels for side, pixels in zip(SIDES, sides, strict=True) if pixels} if image else {}
         values = {
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": seed,
             "num_images": count,
-            "height": height,
-            "width": width,
+            "height": None if extend else height,
+            "width": None if extend else width,
             "image": image,
             "mask": mask,
-            "strength": strength,
+            "strength": None if mask or extend else strength,
+            "extend": extend,
             "tile": tile,
             "sampling": sampling,
         }
@@ -153,6 +163,7 @@ class Fields:
         value is left out by the fields themselves and by `Wanted`."""
         size_px, own = self.service.generator.default_size_px, recipe.get("sampling")
         own = own if isinstance(own, dict) else {}
+        sides = dict(part.partition("=")[::2] for part in str(recipe.get("extend", "")).split(","))
         image, mask = (self.service.input_picture(str(recipe.get(key))) for key in ("image", "mask"))
         return [
             str(recipe.get("prompt", "")),
@@ -164,6 +175,7 @@ class Fields:
             None if image is None else painted_over(image, mask),
             recipe.get("strength", 0.8),
             recipe.get("tile", ""),
+            *(sides.get(side, 0) for side in SIDES),
             *(own.get(each.name, each.value) for each in self.options),
         ]
 
@@ -187,7 +199,7 @@ def field_of(option: Option) -> Any:
 
 def spoken(service: Service, job: Job) -> str:
     """How far a job is, for a person."""
-    done, count = len(job.pictures), len(job.request.prompts)
+    done, count = len(job.pictures), len(job.asked.request.prompts)
     if job.state == "waiting":
         return f"Waiting: {service.queue.ahead(job)} before this one."
     if job.state == "drawing":

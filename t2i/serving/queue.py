@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t2i.errors import UserError
-from t2i.interfaces import SampleRequest
+from t2i.serving.wanted import Asked
 
 State = Literal["waiting", "drawing", "done", "stopped", "failed"]
 KEPT = 1000  # jobs that have ended, of which one may still ask
@@ -35,7 +35,7 @@ class Job:
     error: the sentence that says why it failed
     """
 
-    request: SampleRequest
+    asked: Asked
     sampling: Any
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
@@ -71,12 +71,16 @@ class DrawingQueue:
         self.thread = threading.Thread(target=self._work, name="drawing", daemon=True)
         self.thread.start()
 
-    def add(self, request: SampleRequest, sampling: Any) -> Job:
+    def check(self) -> None:
         """Raises QueueFull."""
-        job = Job(request, sampling)
+        if len(self.waiting) >= self.max_waiting:
+            raise QueueFull(f"{self.max_waiting} requests wait already: ask again later.")
+
+    def add(self, asked: Asked, sampling: Any) -> Job:
+        """Raises QueueFull."""
+        job = Job(asked, sampling)
         with self.changed:
-            if len(self.waiting) >= self.max_waiting:
-                raise QueueFull(f"{self.max_waiting} requests wait already: ask again later.")
+            self.check()
             self.waiting[job.id] = self.known[job.id] = job
             ended = [each.id for each in self.known.values() if each.ended]
             for each in ended[: max(len(ended) - KEPT, 0)]:

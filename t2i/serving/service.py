@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from t2i.data.decode import open_image
 from t2i.errors import UserError
+from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.names import file_name
 from t2i.generation.prompts import Line
@@ -27,7 +29,6 @@ from t2i.serving.gallery import Features, Gallery, Kept
 from t2i.serving.queue import DrawingQueue, Job
 from t2i.serving.wanted import MAX_STEPS, Limits, Wanted
 from t2i.text import minilm
-from t2i.training.pictures import save_png
 
 SEARCH_PX = 128
 INPUTS = "inputs"  # of the pictures that clients sent
@@ -55,20 +56,19 @@ class Service:
 
     def ask(self, wanted: Wanted) -> Job:
         """Raises ConfigError for what cannot be drawn, QueueFull where too much waits."""
-        request = wanted.request(self.generator.default_size_px, self.limits)
+        self.queue.check()
+        asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
         sampling = self.options(wanted.sampling)
         steps = getattr(sampling, "steps", 1)
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
-        return self.queue.add(request, sampling)
+        return self.queue.add(asked, sampling)
 
     def _draw(self, job: Job) -> None:
-        recipe = {**self.recipe, "sampling": to_dict(job.sampling)}
-        for key, given in (("image", job.request.image), ("mask", job.request.mask)):
-            if given is not None:
-                recipe[key] = str(self._kept_input(given[0]))
-        seeds = zip(job.request.prompts, job.request.seeds, strict=True)
+        request = job.asked.request
+        recipe = {**self.recipe, "sampling": to_dict(job.sampling), **job.asked.recipe}
+        seeds = zip(request.prompts, request.seeds, strict=True)
         names = [file_name(None, Line(prompt), seed, 0) for prompt, seed in seeds]
-        drawing, report = Drawing(job.request, job.sampling, recipe, names), Report()
+        drawing, report = Drawing(request, job.sampling, recipe, names), Report()
         draw_files(self.generator, [drawing], self.folder, self.batch_size, _Told(job), report)
         lines = list(report.lines.values())  # with those that were there already
         job.pictures = [self.folder / line["file"] for line in lines if "file" in line]
@@ -89,14 +89,13 @@ class Service:
         pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
         return self.gallery.like(pixels.float() / 127.5 - 1, limit)
 
-    def _kept_input(self, image: Tensor) -> Path:
-        """A picture that a client sent, or a mask, as a file that a recipe can name."""
-        if len(image) == 1:
-            image = image.expand(3, -1, -1) * 2 - 1
-        digest = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16]
-        path = self.folder / INPUTS / f"{digest}.png"
+    def _kept_input(self, data: bytes) -> Path:
+        """A picture file that a client sent, under a name that a recipe can say."""
+        name = f"{hashlib.sha256(data).hexdigest()[:16]}.{str(open_image(data).format).lower()}"
+        path = self.folder / INPUTS / name
         if not path.is_file():
-            save_png(image, path)
+            with written_whole(path) as unfinished:
+                unfinished.write_bytes(data)
         return path
 
 

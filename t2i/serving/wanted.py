@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from t2i.data.decode import BadSample, decode_image, resize_and_crop
+from torch import Tensor
+
+from t2i.data.decode import BadSample, stored_size
 from t2i.errors import ConfigError
+from t2i.generation.starting import read_start
 from t2i.interfaces import SampleRequest, Tile
 from t2i.schema import check
 
 MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
 MAX_PROMPT = 10_000  # characters
 MAX_STEPS = 1000
+SIDES = ("left", "right", "top", "bottom")
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,13 @@ class Limits:
 class Wanted:
     """The body of `POST /api/generate`.
 
-    height, width: in pixels; null takes what the model was trained at
+    height, width: in pixels; null takes what the model was trained at, with `extend` the picture's own size and what it
+        is extended by
     sampling: those of the family's own options that are to differ from the model's configuration
     image: a picture file (PNG, JPEG, WebP) in base64, to start from; resized and cut to fit
-    strength: how far from `image`, above 0, at most 1
-    mask: a picture file in base64, resized and cut as `image` is: white where it is drawn anew, black where it is kept
+    strength: how far from `image`, above 0, at most 1; null: 0.8, or 1 with `mask` or `extend`
+    mask: a picture file in base64, of the size of `image`: white where it is drawn anew, black where it is kept
+    extend: pixels by side (left, right, top, bottom) that are drawn around `image`
     tile: the axes along which the pictures continue on their other side: "x", "y", "xy" or "" for none
     """
 
@@ -53,14 +61,15 @@ class Wanted:
     width: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     image: str | None = None
-    strength: float = 0.8
+    strength: float | None = None
     mask: str | None = None
+    extend: dict[str, int] = field(default_factory=dict)
     tile: Tile = ""
 
-    def request(self, size_px: int, limits: Limits) -> SampleRequest:
-        """As a generator understands it. Raises ConfigError, which names the key.
+    def request(self, size_px: int, limits: Limits, keep: Callable[[bytes], Path]) -> Asked:
+        """As a generator understands it. Raises UserError, which names the key.
 
-        size_px: of height and width where nothing is said
+        size_px: of height and width where nothing is said; keep: writes a picture file and says where
         """
         for key in ("prompt", "negative_prompt"):
             check(is_unicode(getattr(self, key)), key, getattr(self, key), "text in Unicode")
@@ -74,31 +83,65 @@ class Wanted:
         )
         last = MAX_SEED - self.num_images
         check(0 <= self.seed <= last, "seed", self.seed, f"0 to {last}")
-        check(0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
-        sides = {}
+        ok = self.strength is None or 0 < self.strength <= 1
+        check(ok, "strength", self.strength, "above 0, at most 1")
+        for key, given in (("mask", self.mask), ("extend", self.extend)):
+            check(not given or self.image is not None, key, "given", "only with image")
+        for side, pixels in self.extend.items():
+            check(side in SIDES, "extend", side, ", ".join(SIDES))
+            check(1 <= pixels <= limits.max_side_px, f"extend.{side}", pixels, f"1 to {limits.max_side_px}")
+        whole = self.height or size_px, self.width or size_px
+        most = max(limits.max_side_px, size_px)
         for key in ("height", "width"):
             given = getattr(self, key)
-            sides[key] = size_px if given is None else given
-            most = max(limits.max_side_px, size_px)
-            check(1 <= sides[key] <= most, key, sides[key], f"1 to {most}")
-        size = sides["height"], sides["width"]
-        image = mask = None
+            check(given is None or 1 <= given <= most, key, given, f"1 to {most}")
+        kept: dict[str, str] = {}
+        start = None
         if self.image is not None:
-            image = picture(self.image, "image", size).expand(self.num_images, -1, -1, -1)
-        if self.mask is not None:
-            white = (picture(self.mask, "mask", size).mean(0, keepdim=True) > 0).float()
-            mask = white.expand(self.num_images, -1, -1, -1)
-        return SampleRequest(
+            image = keep(file_of(self.image, "image"))
+            mask = None if self.mask is None else keep(file_of(self.mask, "mask"))
+            start = read_start(image, self._inner(whole), mask, self.extend or None)
+            whole = start.size_px
+            check(max(whole) <= most, "height x width", f"{whole[0]} x {whole[1]}", f"at most {most} each")
+            extend = ",".join(f"{side}={pixels}" for side, pixels in self.extend.items())
+            named = {"image": str(image), "mask": str(mask) if mask else "", "extend": extend}
+            kept = {key: value for key, value in named.items() if value}
+
+        def repeated(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.expand(self.num_images, -1, -1, -1)
+
+        usual = 1.0 if self.mask or self.extend else 0.8
+        request = SampleRequest(
             prompts=[self.prompt] * self.num_images,
             seeds=range(self.seed, self.seed + self.num_images),
-            height_px=size[0],
-            width_px=size[1],
+            height_px=whole[0],
+            width_px=whole[1],
             negative_prompt=self.negative_prompt,
-            image=image,
-            strength=self.strength,
-            mask=mask,
+            image=None if start is None else repeated(start.image),
+            strength=usual if self.strength is None else self.strength,
+            mask=None if start is None else repeated(start.mask),
             tile=self.tile,
         )
+        return Asked(request, kept)
+
+    def _inner(self, whole: tuple[int, int]) -> tuple[int, int] | None:
+        """(height, width) of `image` within the whole; None: its own."""
+        if not self.extend:
+            return whole
+        if self.height is None and self.width is None:
+            return None
+        around = [self.extend.get(a, 0) + self.extend.get(b, 0) for a, b in (SIDES[2:], SIDES[:2])]
+        inner = whole[0] - around[0], whole[1] - around[1]
+        check(min(inner) >= 1, "extend", self.extend, f"less than the whole, {whole[0]} x {whole[1]} px")
+        return inner
+
+
+@dataclass(frozen=True)
+class Asked:
+    """recipe: what a recipe says of what the pictures start from, as `t2i sample` has it"""
+
+    request: SampleRequest
+    recipe: dict[str, str]
 
 
 def is_unicode(text: str) -> bool:
@@ -110,12 +153,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def picture(text: str, key: str, size_px: tuple[int, int]) -> Any:
-    """(3, H, W) in [-1, 1] of a picture file in base64, resized until it just covers `size_px` and cut to its middle.
-    Raises ConfigError, which names `key`."""
+def file_of(text: str, key: str) -> bytes:
+    """A picture file of base64. Raises ConfigError, which names `key`."""
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        image, original = decode_image(data, key, size_px)
+        stored_size(data, key)
     except (binascii.Error, BadSample) as error:
         raise ConfigError(f"{key} is not a picture file in base64: {error}.") from error
-    return resize_and_crop(image, original, size_px)[0].float() / 127.5 - 1
+    return data

@@ -62,8 +62,54 @@ def test_a_picture_to_start_from_is_kept_for_its_recipe(ask):
     job = drawn(client, image=base64.b64encode(file.getvalue()).decode(), strength=0.5)
     recipe = json.loads(Image.open(io.BytesIO(client.get(job["pictures"][0]).content)).text[RECIPE_KEY])
     assert recipe["strength"] == 0.5
-    assert Image.open(service.input_picture(recipe["image"])).size == (8, 8)
+    assert Image.open(service.input_picture(recipe["image"])).size == (40, 20)
     assert service.input_picture("../../secret.png") is None
+
+
+def png(size: tuple[int, int], colour: int = 0) -> str:
+    file = io.BytesIO()
+    Image.new("L", size, colour).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ({"extend": {"left": 4, "bottom": 8}}, (12, 16)),
+        ({"extend": {"left": 4}, "height": 8, "width": 16}, (16, 8)),
+        ({"mask": png((8, 8), 255)}, (8, 8)),
+    ],
+)
+def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
+    service, client = ask()
+    job = drawn(client, image=png((8, 8)), **body)
+    picture = Image.open(io.BytesIO(client.get(job["pictures"][0]).content))
+    assert picture.size == size
+    assert json.loads(picture.text[RECIPE_KEY])["strength"] == 1.0
+    (asked,) = service.queue.known.values()
+    mask = asked.asked.request.mask
+    assert mask.shape == (1, 1, size[1], size[0])
+    assert mask.sum() == (
+        64 if "mask" in body else size[0] * size[1] - (64 if "height" not in body else 8 * 12)
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"extend": {"up": 8}}, "extend is 'up'; allowed: left, right, top, bottom."),
+        ({"extend": {"left": 0}}, "extend.left is 0; allowed: 1 to 1024."),
+        ({"extend": {"left": 8}, "height": 8, "width": 8}, "less than the whole, 8 x 8 px"),
+        ({"extend": {"left": 1020}}, "height x width is '8 x 1028'; allowed: at most 1024 each."),
+        ({"mask": png((4, 8), 255)}, "is '8 x 4 pixels'; allowed: 8 x 8 pixels"),
+        ({"mask": png((8, 8))}, "is 'black all over'"),
+    ],
+)
+def test_what_does_not_fit_the_picture_is_one_sentence(ask, body, sentence):
+    _, client = ask()
+    answer = client.post("/api/generate", json={"prompt": "red", "image": png((8, 8))} | body)
+    assert answer.status_code == 422
+    assert sentence in answer.json()["error"]
 
 
 def test_a_model_says_what_it_takes(ask):
@@ -108,7 +154,13 @@ def test_fifty_at_once_are_answered_or_told_to_wait(ask):
         (b'{"prompt": 3}', "application/json", "prompt is 3; allowed: text."),
         (b"{}", "application/json", "prompt is missing"),
         (b'{"prompt": "red", "tile": "z"}', "application/json", "tile is 'z'; allowed: , x, y, xy."),
-        (b'{"prompt": "red", "mask": "x"}', "application/json", "mask is not a picture file in base64"),
+        (b'{"prompt": "red", "mask": "x"}', "application/json", "mask is 'given'; allowed: only with image."),
+        (b'{"prompt": "red", "image": "x"}', "application/json", "image is not a picture file in base64"),
+        (
+            b'{"prompt": "red", "extend": {"up": 8}}',
+            "application/json",
+            "extend is 'given'; allowed: only with image.",
+        ),
         (b"[]", "application/json", "The body is 'list'; allowed: a JSON object."),
         (b"{", "application/json", "The body is not JSON"),
         (b"[" * 100_000, "application/json", "The body is not JSON"),

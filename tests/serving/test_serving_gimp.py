@@ -67,7 +67,7 @@ def test_a_layer_and_a_selection_become_a_picture(plug_in, listen):
     recipe = json.loads(picture.text["t2i"])
     assert (picture.size, picture.getpixel((4, 4))) == ((8, 8), (255, 0, 0))
     assert Image.open(service.input_picture(recipe["image"])).getpixel((0, 0)) == (0, 255, 0)
-    assert Image.open(service.input_picture(recipe["mask"])).getpixel((0, 0)) == (255, 255, 255)
+    assert Image.open(service.input_picture(recipe["mask"])).getpixel((0, 0)) == 255
     assert all(0 <= share <= 1 for share in told)
 
 
