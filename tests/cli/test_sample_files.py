@@ -287,6 +287,20 @@ def test_a_precision_that_a_cpu_does_not_take(t2i, ldm_file, precision):
     assert f"--precision is '{precision}'; allowed: 32-true on a CPU" in sentence
 
 
+def test_each_distinct_prompt_is_encoded_once(t2i, ldm_file, monkeypatch):
+    """By an encoder that has learned with the model, too."""
+    from t2i.text.learned import LearnedTextEncoder
+
+    seen, forward = [], LearnedTextEncoder.forward
+    monkeypatch.setattr(
+        LearnedTextEncoder, "forward", lambda self, captions: seen.extend(captions) or forward(self, captions)
+    )
+    name = jsonl("p.jsonl", {"prompt": "a"}, {"prompt": "b", "num_images": 3}, {"prompt": "a", "seed": 9})
+    result = t2i("sample", "--prompts-file", name, "--checkpoint", ldm_file, *FEW, "--batch-size", "2")
+    assert result.code == 0
+    assert sorted(seen) == ["", "a", "b"]
+
+
 MANY = [{"prompt": f"number {i}", "height": 32 + 8 * (i % 2)} for i in range(7)]
 
 
