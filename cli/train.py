@@ -24,9 +24,11 @@ from .train_help import help_text
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
+    from t2i.training.drawn import Measure
 
 LAUNCH = ("local", "slurm")
 COMPLETION = {"-sc", "--shell-completion"}
+NUM_DRAWN = 128  # pictures that are drawn and measured at a time while training
 
 
 def run(arguments: list[str]) -> None:
@@ -124,7 +126,7 @@ def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
     say_what_is_logged()
     try:
         stage_class = families.get(config.family).load_stage(config.stage)
-        result = fit(config, stage_class, console, mfu_per_rate(config))
+        result = fit(config, stage_class, console, mfu_per_rate(config), drawn_measure(config))
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(config)) from error
     rate = f"{result.images_seen} images, {result.seconds:.0f} s of training"
@@ -138,6 +140,28 @@ def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
             outcome.tell(outcome.STOPPED)
     if config.logger.wandb == "offline":
         console.print(f"To bring it to wandb: {sync_command(result.folder)}")
+
+
+def drawn_measure(config: RunConfig) -> Measure | None:
+    """Of trainer.evaluate_every_images: what is drawn while training, and measured. Raises ConfigError for a stage that
+    draws nothing for prompts, and where nothing is held out."""
+    every, key = config.trainer.evaluate_every_images, "trainer.evaluate_every_images"
+    if not every:
+        return None
+    from t2i import families
+    from t2i.data.reader import read_all
+    from t2i.evaluation.drawn import DrawnFigures
+    from t2i.training.drawn import Measure
+
+    draws = families.get(config.family).generator is not None
+    check(draws, key, every, f"0 for stage={config.stage}, which draws nothing for prompts")
+    shards, data = config.data.heldout_shards, next(iter(config.data.parts().values()))
+    check(bool(shards), key, every, "0 where data.heldout_shards is null")
+    size = config.resolution.size_px
+    heldout = read_all(data, shards, size, NUM_DRAWN, allow_pipes=True)
+    return Measure(
+        heldout, DrawnFigures(heldout, lambda: read_all(data, data.shards, size, allow_pipes=True))
+    )
 
 
 def mfu_per_rate(config: RunConfig) -> float | None:

@@ -184,6 +184,8 @@ class TrainerConfig:
     sample_every_images, checkpoint_every_images: 0 does it at the end only
     validate_every_images: the loss of held-out pictures at fixed times is logged, and the weights with the lowest kept
         as best.safetensors; 0: never
+    evaluate_every_images: held-out prompts are drawn, and exact attributes and a distance over the features of
+        EfficientNet logged; 0: never
     keep_checkpoints: older ones are removed, but for
     keep_every_images: the first after each so many images; 0: none of them
     deadline_s: a process that keeps the others of its run waiting for so long ends it, and is named
@@ -202,6 +204,7 @@ class TrainerConfig:
     log_every_steps: int = 10
     sample_every_images: int = 0
     validate_every_images: int = 0
+    evaluate_every_images: int = 0
     checkpoint_every_images: int = 0
     keep_checkpoints: int = 2
     keep_every_images: int = 0
@@ -238,7 +241,7 @@ class TrainerConfig:
         allowed = f"auto, 32-true, bf16-mixed or 64-true with trainer.strategy={self.strategy}"
         ok = self.strategy == "ddp" or self.precision != "16-mixed"
         check(ok, "trainer.precision", self.precision, allowed)
-        for name in ("sample", "validate", "checkpoint", "keep"):
+        for name in ("sample", "validate", "evaluate", "checkpoint", "keep"):
             name = f"{name}_every_images"
             check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
 

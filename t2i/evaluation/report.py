@@ -28,7 +28,7 @@ NUM_SHOWN = 40
 # Columns of metrics.csv that every stage has; the others are what the stage itself measures.
 SHARED_COLUMNS = re.compile(
     "step|images|images_per_second|mfu|data_wait|peak_memory_gib|learning_rate|skipped_steps|epoch.*|gradient_norm.*|bad_.*"
-    "|(validation_)?loss_time_.*"  # parts of a loss
+    "|(validation_)?loss_time_.*|drawn_.*"  # parts of a loss
 )
 
 

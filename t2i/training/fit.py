@@ -43,6 +43,7 @@ from t2i.training.callbacks import (
 )
 from t2i.training.checkpoint import LoadedCheckpoint, load
 from t2i.training.data import ShardData, preview_batch, some_images
+from t2i.training.drawn import Drawn, Measure
 from t2i.training.loggers import build_loggers, log_config
 from t2i.training.saving import Checkpoints, Finish, NotFinite
 from t2i.training.stage import BaseStage
@@ -64,11 +65,15 @@ class FitResult:
 
 
 def fit(
-    config: RunConfig, stage_class: type[BaseStage], console: Console, mfu_per_rate: float | None = None
+    config: RunConfig,
+    stage_class: type[BaseStage],
+    console: Console,
+    mfu_per_rate: float | None = None,
+    measure: Measure | None = None,
 ) -> FitResult:
     """Trains, and leaves in the run folder what the architecture page promises.
 
-    mfu_per_rate: see `Metrics`
+    mfu_per_rate: see `Metrics`; measure: of what is drawn, with trainer.evaluate_every_images
     Raises UserError (a sentence) where data, checkpoints, devices or configuration do not fit, and where numbers are
     not finite any more.
     """
@@ -91,7 +96,7 @@ def fit(
         if resumed is None and is_first(os.environ):
             run_folder.write_config(folder, run_to_dict(stage.config))
         log.info("run folder: %s", folder)
-        trainer = _train(config, stage, folder, preview, console, Metrics(mfu_per_rate))
+        trainer = _train(config, stage, folder, preview, console, Metrics(mfu_per_rate), measure)
         result = FitResult(folder, stage.is_complete, stage.images_seen, time.perf_counter() - began)
         if trainer.is_global_zero:
             run_folder.write_summary(folder, result.complete, result.images_seen, result.seconds)
@@ -142,7 +147,13 @@ def with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
 
 
 def _train(
-    config: RunConfig, stage: BaseStage, folder: Path, preview: Batch, console: Console, metrics: Metrics
+    config: RunConfig,
+    stage: BaseStage,
+    folder: Path,
+    preview: Batch,
+    console: Console,
+    metrics: Metrics,
+    measure: Measure | None,
 ) -> L.Trainer:
     """Lightning's part: from the newest checkpoint in `folder`, if there is one, to the end of the run."""
     checkpoint = next(reversed(run_folder.checkpoints(folder)), None)
@@ -160,7 +171,13 @@ def _train(
             Forecast(),
             ProgressBar(console, metrics),
         ),
-        *(*validation, pictures, saver, Finish(config, folder, pictures, saver)),
+        *(
+            *validation,
+            *([Drawn(measure)] if measure else []),
+            pictures,
+            saver,
+            Finish(config, folder, pictures, saver),
+        ),
     ]
     loggers = build_loggers(config, folder, run_folder.step_of(checkpoint) if checkpoint else 0)
     trainer = build_trainer(
