@@ -63,7 +63,7 @@ def read_pipeline(root: Path, options: Options, codec: CodecPart | None, text: T
     if (root / "model_index.json").exists():
         name = read_json(root, "model_index.json").get("_class_name")
         key = f"{root / 'model_index.json'}: _class_name"
-        if name in UNSUPPORTED_PIPELINES:
+        if name in tuple(UNSUPPORTED_PIPELINES):  # a file may say what has no hash
             raise CheckpointError(
                 f"{root} is {UNSUPPORTED_PIPELINES[name]} ({name}), which is not supported; allowed: "
                 f"{', '.join(PIPELINES)}."
