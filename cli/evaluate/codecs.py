@@ -63,7 +63,7 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
             yield from (Item(picture) for picture in to_uint8(decoded))
 
     with bar("reference", len(extractors) * real.count) as progress:
-        known = reference_statistics(real, extractors, options.batch_size, progress)
+        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     pictures = Pictures(str(place), real.count, real.size_px, "", read)
     with bar(f"pictures through {place}", real.count) as progress, torch.inference_mode():
         found = collect(pictures, extractors, options.batch_size, progress)

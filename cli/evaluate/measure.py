@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from t2i.schema import check
 
 from .options import add_measures, bar, check_numbers, extractors_of, plain_data, print_table, write_json
-from .runs import Measured, add_prompts, check_prompts, measure_generator
+from .runs import HELDOUT, Measured, add_prompts, check_prompts, measure_generator
 
 if TYPE_CHECKING:
     from t2i.evaluation.features import Extractor
@@ -28,6 +28,14 @@ def run(arguments: list[str]) -> None:
     )
     given = options.reference is not None or is_run
     check(given, "--reference", options.reference, "a folder of pictures, or shards")
+    of_run = {
+        "--prompts": (options.prompts, HELDOUT),
+        "--count": (options.count, None),
+        "--seed": (options.seed, 0),
+    }
+    for flag, (value, default) in of_run.items():
+        check(is_run or value == default, flag, value, "only with a run")
+    check(is_run or options.lpips is None, "--lpips", options.lpips, "only with a codec")
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.evaluation.measure import rows
 
@@ -52,6 +60,8 @@ def measure_run(place: str, options: argparse.Namespace, extractors: Sequence[Ex
 
     family = checkpoint.load(run_folder.weights_file(place)).config.get("family")
     is_codec = families.get(family).generator is None and families.get(family).codec is not None
+    check(is_codec or options.lpips is None, "--lpips", options.lpips, "only with a codec")
+    check(not is_codec or options.count is None, "--count", options.count, "--reference-count with a codec")
     return (measure_codec if is_codec else measure_generator)(place, options, extractors)
 
 
@@ -101,12 +111,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("target", metavar="FOLDER|RUN", help="pictures, or a run or a checkpoint of one")
     add_prompts(made)
-    made.add_argument(
-        "--statistics",
-        type=Path,
-        metavar="FILE",
-        help="keep those of the reference here, and take them from here",
-    )
     made.add_argument(
         "--lpips", metavar="FILE", help="of a codec: torchvision's vgg16-397923af.pth, for LPIPS"
     )

@@ -50,6 +50,12 @@ def add_prompts(made: argparse.ArgumentParser) -> None:
         "--reference", metavar="FOLDER|SHARDS", help="real pictures; default: the run's held-out ones"
     )
     made.add_argument("--reference-count", type=int, help="take the first so many of them; default: all")
+    made.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="keep those of the reference here, and take them from here",
+    )
     made.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
 
 
@@ -143,7 +149,7 @@ def measure_generator(
     cost = Cost(device)
     pictures = drawn(generator, prompts, options, cost, str(place))
     with bar("reference", len(extractors) * real.count) as progress:
-        known = reference_statistics(real, extractors, options.batch_size, progress)
+        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     judge = _judge(protocol, prompts, generator.default_size_px)
     attributes = Attributes(judge) if judge else None
     with bar(f"pictures of {place}", len(prompts)) as progress:

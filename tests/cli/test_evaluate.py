@@ -57,6 +57,7 @@ def test_a_folder_beside_another(t2i, tmp_path):
         ),
         (["--reference", "nowhere.tar"], "reference.shards names nowhere.tar, which does not exist."),
         (["--reference", "."], ". holds no pictures; allowed: jpg"),
+        (["--count", "5"], "--count is 5; allowed: only with a run."),
     ],
 )
 def test_what_a_person_can_mend_is_one_sentence(t2i, tmp_path, flags, said):
@@ -101,7 +102,18 @@ def figures_in(file: str) -> dict[str, dict]:
 
 
 def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
-    flags = ["--prompts", "shapes", "--count", "12", "--rounds", "0", "--out", "a.json"]
+    flags = [
+        "--prompts",
+        "shapes",
+        "--count",
+        "12",
+        "--rounds",
+        "0",
+        "--out",
+        "a.json",
+        "--statistics",
+        "r.st",
+    ]
     done = t2i("evaluate", str(runs["draws"]), *flags)
     assert done.code == 0, done
     found, about = figures_in("a.json"), json.loads(Path("a.json").read_text())
@@ -109,6 +121,11 @@ def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
     assert found["FD"]["reference"] == 12  # the run's held-out ones
     assert found["category binding"]["count"] == 2
     assert about["training_images"] == 16
+    assert Path("r.st").is_file()
+    assert (
+        "--lpips is 'x'; allowed: only with a codec."
+        in t2i("evaluate", str(runs["draws"]), "--lpips", "x").sentence
+    )
     assert about["parameters"] > 1000
     assert about["seconds_per_picture"] > 0
 
