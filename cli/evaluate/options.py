@@ -99,7 +99,7 @@ def print_table(rows: list[list[str]]) -> None:
     table = Table(*header, box=None)
     for row in body:
         table.add_row(*row)
-    console.print(table)
+    console.print(table, width=max(console.width, 400))  # a terminal breaks the lines, a file has them whole
 
 
 def write_json(path: Path | None, values: Any) -> None:

@@ -50,8 +50,8 @@ def comparison_rows(
             [
                 each.model,
                 each.type,
-                _number(each.parameters, ".3g"),
-                _number(each.images, ".3g"),
+                _number(each.parameters, ",.0f"),
+                _number(each.images, ",.0f"),
                 *("-" for _ in names),
                 f"{each.fid:g} ({each.data})",
                 _number(each.seconds, "g"),

@@ -216,7 +216,7 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
             label="Search by likeness", type="pil", sources=["upload", "clipboard"], height=160
         )
     shown = gr.Gallery(
-        label="All pictures, the newest first",
+        label="Pictures: the newest, or what is most like, first",
         columns=8,
         format="png",
         elem_id="gallery",
