@@ -18,7 +18,7 @@ VERBS = {
     "data": "make shards: t2i data make|pack|download|filter|dedup|score|encode|inspect|index ...",
     "convert": "published models in, trained models out: t2i convert SOURCE OUT [--to diffusers|compvis|t2i]",
     "jobs": "the runs that were submitted by launch=slurm, and how far they are: t2i jobs [cancel RUN]",
-    "evaluate": "FID and its kin of pictures and runs: t2i evaluate [compare|sweep] FOLDER|RUN --reference SHARDS",
+    "evaluate": "FID and its kin of pictures and runs: t2i evaluate [compare|sweep] FOLDER|RUN [--reference SHARDS]",
     "report": "gather the newest runs into runs/demo/report.html and report.json",
 }
 

@@ -138,9 +138,11 @@ def grouped(
     that there are not is put among the broken ones."""
     from t2i.errors import ConfigError
     from t2i.generation.names import file_name
+    from t2i.generation.recipes import of_files
     from t2i.generation.text_to_image import Drawing
     from t2i.schema import to_dict
 
+    files = of_files(image=options.image, mask=options.mask)
     groups: dict[str, list[Line]] = {}
     chosen: dict[str, Any] = {}
     for line in prompts.lines:
@@ -172,7 +174,8 @@ def grouped(
         if lines[0].between:
             request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
         made_by = {**recipe, "sampling": to_dict(sampling)}
-        for name in ("image", "mask", "extend", "invert"):
+        made_by |= files
+        for name in ("extend", "invert"):
             if (value := getattr(options, name)) is not None:
                 made_by[name] = value
         drawings.append(Drawing(request, sampling, made_by, names, options.layout is not None, numbers))

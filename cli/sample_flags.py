@@ -97,6 +97,8 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
             raise UserError(
                 f"The recipe in {path} names {value}, which is not here: name it by --checkpoint."
             )
+    kept = {name for name in ("image", "mask") if getattr(options, name) == first.get(name)}
+    recipes.check_files(first, *sorted(kept))
     options.num_images = options.num_images or 1
     typed = {each.partition("=")[0] for each in [*sampling_flags(options), *overrides]}
     lines = []

@@ -78,10 +78,11 @@ class Film:
 
     def drawings(self, line: Line, strength: float, sampling: Any, recipe: dict[str, Any]) -> list[Drawing]:
         """One for each key frame."""
+        from t2i.generation.recipes import of_files
         from t2i.generation.text_to_image import Drawing
         from t2i.interfaces import SampleRequest
 
-        found = []
+        found, film = [], of_files(video=self.path)
         for key in self.keys:
             request = SampleRequest(
                 [line.prompt],
@@ -91,7 +92,7 @@ class Film:
                 self.source[key : key + 1],
                 strength,
             )
-            of_frame = {**recipe, "video": self.path, "frame": key}
+            of_frame = {**recipe, **film, "frame": key}
             found.append(Drawing(request, sampling, of_frame, [self.name(key)], is_fixed=True))
         self.recipe = {**found[0].recipe_of(0), "key_every": self.every}
         return found

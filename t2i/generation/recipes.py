@@ -18,8 +18,8 @@ from t2i.interfaces import SampleRequest
 
 RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
 LAST_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-# What says where the weights lay and how many pictures were drawn together, and not which picture this is.
-BESIDE = {"checkpoint", "batch"}
+# What says where the weights and files lay and how many pictures were drawn together, and not which picture this is.
+BESIDE = {"checkpoint", "batch", "image", "mask", "video"}
 Recipe = dict[str, Any]
 
 
@@ -38,6 +38,33 @@ def identity(recipe: Mapping[str, Any]) -> str:
     """A digest that pictures share which are the same: 64 hexadecimal digits."""
     kept = {name: value for name, value in recipe.items() if name not in BESIDE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def of_files(**files: str | Path | None) -> Recipe:
+    """What a recipe says of the files that a picture started from, or folders of files: where each lay, and as
+    NAME_sha256 what was in it."""
+    said: Recipe = {}
+    for name, path in files.items():
+        if path is not None:
+            said |= {name: str(path), f"{name}_sha256": content_digest(Path(path))}
+    return said
+
+
+def check_files(recipe: Mapping[str, Any], *names: str) -> None:
+    """Raises UserError where one of those files is another than the recipe says."""
+    for name in names:
+        path, digest = recipe.get(name), recipe.get(f"{name}_sha256")
+        if path and digest and Path(str(path)).is_file() and content_digest(Path(str(path))) != digest:
+            raise UserError(f"{path} is no longer what the recipe was drawn from: name another by --{name}.")
+
+
+def content_digest(path: Path) -> str:
+    """16 hexadecimal digits that tell a file, or all in a folder, from every other."""
+    digest = hashlib.sha256()
+    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if each.is_file():
+            digest.update(hashlib.sha256(each.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(weights: Mapping[str, Tensor], changes: Iterable[str] = ()) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2i.data.decode import BadSample, stored_size
 from t2i.errors import ConfigError
+from t2i.generation.recipes import Recipe, of_files
 from t2i.generation.starting import read_start
 from t2i.interfaces import SampleRequest, Tile
 from t2i.schema import check
@@ -95,7 +96,7 @@ class Wanted:
         for key in ("height", "width"):
             given = getattr(self, key)
             check(given is None or 1 <= given <= most, key, given, f"1 to {most}")
-        kept: dict[str, str] = {}
+        kept: Recipe = {}
         start = None
         if self.image is not None:
             image = keep(file_of(self.image, "image"))
@@ -104,8 +105,7 @@ class Wanted:
             whole = start.size_px
             check(max(whole) <= most, "height x width", f"{whole[0]} x {whole[1]}", f"at most {most} each")
             extend = ",".join(f"{side}={pixels}" for side, pixels in self.extend.items())
-            named = {"image": str(image), "mask": str(mask) if mask else "", "extend": extend}
-            kept = {key: value for key, value in named.items() if value}
+            kept = of_files(image=image, mask=mask) | ({"extend": extend} if extend else {})
 
         def repeated(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.expand(self.num_images, -1, -1, -1)
@@ -141,7 +141,7 @@ class Asked:
     """recipe: what a recipe says of what the pictures start from, as `t2i sample` has it"""
 
     request: SampleRequest
-    recipe: dict[str, str]
+    recipe: Recipe
 
 
 def is_unicode(text: str) -> bool:

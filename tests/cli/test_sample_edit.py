@@ -249,3 +249,25 @@ def test_a_mask_that_does_not_do_is_one_sentence(t2i, weights, size, value, sent
     Image.fromarray(np.full(size, value, dtype=np.uint8)).save("m.png")
     edit = ("--image", "a.png", "--mask", "m.png", "--checkpoint", weights)
     assert sentence in t2i(*FLAGS, "--prompt", "x", *edit).sentence
+
+
+def test_a_picture_counts_by_what_is_in_its_file(t2i, weights: str) -> None:
+    picture("room.png")
+    mask("mask.png")
+    files = ("--image", "room.png", "--mask", "mask.png")
+    flags = (*FLAGS, "--checkpoint", weights, "--prompt", "a star", "--num-images", "1")
+    assert t2i(*flags, *files).code == 0
+    (first,) = pngs()
+    Path("elsewhere").mkdir()
+    Path("room.png").rename("elsewhere/r.png")
+    moved = t2i(*flags, "--image", "elsewhere/r.png", "--mask", "mask.png")
+    assert "0 pictures are drawn in samples; 1 were there already." in moved.out
+    Image.fromarray(255 - pixels(Path("mask.png"))).save("mask.png")
+    assert t2i(*flags, "--image", "elsewhere/r.png", "--mask", "mask.png").code == 0
+    assert len(pngs()) == 2
+    Path("elsewhere/r.png").rename("room.png")
+    sentence = t2i("sample", "--recipe", str(first), "--out", "again").sentence
+    assert (
+        sentence
+        == "t2i sample: mask.png is no longer what the recipe was drawn from: name another by --mask."
+    )
