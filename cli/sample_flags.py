@@ -12,7 +12,7 @@ from typing import Any, get_args
 from t2i.config import Precision, check
 from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
-from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number
+from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number, is_unicode
 
 from . import sample_edit, sample_video
 
@@ -43,7 +43,7 @@ def check_flags(options: argparse.Namespace) -> None:
     if options.negative_prompt is not None:
         texts.append(("--negative-prompt", options.negative_prompt))
     for flag, text in texts:
-        check(_is_unicode(text), flag, text, "text in UTF-8")
+        check(is_unicode(text), flag, text, "text in UTF-8")
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -128,15 +128,6 @@ def _entry(recipe: dict[str, Any], name: str, kind: type, path: Path) -> Any:
     words: dict[Any, str] = {str: "text", dict: "a mapping"}
     check(ok, f"{name} in {path}", value, words.get(kind, f"a {kind.__name__}"))
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    """False for what was typed in another encoding: Python then has surrogates in the place of its bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parser() -> argparse.ArgumentParser:

@@ -147,3 +147,13 @@ def _of_table(text: str, number: int, header: list[str]) -> Line:
     entry = dict(zip(header, cells, strict=False))
     check(bool(entry.get("Prompt")), "its prompt", entry.get("Prompt"), "text")
     return Line(entry["Prompt"], number, entry=entry)
+
+
+def is_unicode(text: str) -> bool:
+    """False for halves of pairs of surrogates, which no file can hold: what was typed in another encoding has them in
+    Python, and JSON can spell them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2i.data.decode import BadSample, stored_size
 from t2i.errors import ConfigError
+from t2i.generation.prompts import is_unicode
 from t2i.generation.recipes import Recipe, of_files
 from t2i.generation.starting import read_start
 from t2i.interfaces import SampleRequest, Tile
@@ -142,15 +143,6 @@ class Asked:
 
     request: SampleRequest
     recipe: Recipe
-
-
-def is_unicode(text: str) -> bool:
-    """False for half of a pair of surrogates, which JSON can spell and no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def file_of(text: str, key: str) -> bytes:
