@@ -39,7 +39,7 @@ demo: setup ## train all stages on DATA=emoji (or shapes), draw unseen prompts, 
 	$(BIN)/t2i report
 
 test: setup-dev check ## every check and every test but the slow ones
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -160,26 +160,39 @@ def json_records(table: pa.Table) -> list[dict[str, Any]]:
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+NANOSECONDS = "[ns"  # in the name of a type
+
+
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except (ValueError, KeyError, OverflowError):  # moments and zones of time that Python does not know
-        return [_value(scalar) for scalar in column]
+    if NANOSECONDS not in str(column.type):  # else what comes depends on whether pandas is installed
+        try:
+            return column.to_pylist()
+        except (ValueError, KeyError, OverflowError):  # moments and zones of time that Python does not know
+            pass
+    return [_value(scalar) for scalar in column]
 
 
 def _value(scalar: Any) -> Any:
     pa = need("pyarrow", "data")
+    is_nested = isinstance(scalar, pa.StructScalar | pa.ListScalar)
+    is_moment = isinstance(scalar, pa.TimestampScalar | pa.DurationScalar) and scalar.is_valid
     try:
-        return scalar.as_py()
+        if NANOSECONDS in str(scalar.type) and is_moment:
+            zone = [scalar.type.tz] if isinstance(scalar, pa.TimestampScalar) else []
+            kind = pa.timestamp if zone else pa.duration
+            return scalar.cast(kind("us", *zone)).as_py()
+        if not (NANOSECONDS in str(scalar.type) and is_nested and scalar.is_valid):
+            return scalar.as_py()
     except (ValueError, KeyError, OverflowError):
-        if isinstance(scalar, pa.StructScalar):
-            return {name: _value(each) for name, each in scalar.items()}
-        if isinstance(scalar, pa.ListScalar):
-            return [_value(each) for each in scalar.values]
-        try:
-            return scalar.cast(pa.string()).as_py()
-        except pa.ArrowException:
-            return str(scalar.value)
+        pass
+    if isinstance(scalar, pa.StructScalar):
+        return {name: _value(each) for name, each in scalar.items()}
+    if isinstance(scalar, pa.ListScalar):
+        return [_value(each) for each in scalar.values]
+    try:
+        return scalar.cast(pa.string()).as_py()
+    except pa.ArrowException:
+        return str(scalar.value)
 
 
 def _json_value(value: Any) -> Any:

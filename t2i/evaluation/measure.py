@@ -26,6 +26,7 @@ from t2i.evaluation.statistics import Statistics
 
 HALF_KID_SUBSETS = 20
 NORMAL_95 = 1.959964
+SHARES = ("precision", "recall", "coverage")  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def figures(extractor: Extractor, features: Tensor, reference: Statistics, round
     for name, value in of_all.items():
         spread = [each[name] for each in of_halves if name in each]
         interval = normal_interval(value, statistics.stdev(spread)) if len(spread) > 1 else None
+        if interval is not None and name in SHARES:
+            interval = max(0.0, interval[0]), min(1.0, interval[1])
         made.append(Figure(name, value, interval, count, described, of_reference))
     return made
 

@@ -14,6 +14,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from t2i.evaluation.distances import Gaussian, cmmd, frechet, halves, kid, manifolds
+from t2i.evaluation.features import Extractor
+from t2i.evaluation.measure import figures
+from t2i.evaluation.statistics import Statistics
 
 
 def two_sets(count: int, other: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,3 +103,17 @@ def test_halves_tell_the_deviation_over_samples():
     found = statistics.stdev(float(values[half].mean()) for half in halves(400, 300))
     assert found == pytest.approx(float(values.std()) / 20, rel=0.15)
     assert all(len(half.unique()) == 200 for half in halves(400, 3))
+
+
+def test_an_interval_of_a_share_lies_within_0_and_1():
+    """A few of the pictures are far off, so that the halves' shares differ."""
+    generator = torch.Generator().manual_seed(0)
+    near, far, real = (torch.randn(count, 4, generator=generator) for count in (40, 4, 40))
+    features = torch.cat([near, 50 + far])
+    network = Extractor("inception", "a network", 4, "clean", "", "FID", lambda pictures: pictures)
+    reference = Statistics(real, Gaussian.of(real), {})
+    found = {each.name: each for each in figures(network, features, reference, rounds=8)}
+    for name in ("precision", "recall", "coverage"):
+        low, high = found[name].interval_95
+        assert 0 <= low <= found[name].value <= high <= 1
+    assert found["coverage"].interval_95[1] == 1  # it would be above

@@ -353,7 +353,7 @@ def test_training_goes_on_from_the_codes_of_a_vqgan(tmp_path, convert):
             "1 weights that no part of the model has: control_model",
         ),
         ("model.diffusion_model.label_emb.0.0.weight", (4, 4), "label_emb.0.0.weight] is unknown"),
-        ("model.diffusion_model.input_blocks.0.0.weight", (32, 9, 3, 3), "shape (32, 9, 3, 3)"),
+        ("model.diffusion_model.input_blocks.0.0.weight", (32, 8, 3, 3), "shape (32, 8, 3, 3)"),
         ("model.diffusion_model.input_blocks.0.0.weight", (32,), "shape (32,)"),
         ("first_stage_model.decoder.conv_in.weight", (64, 0, 3, 3), "from 1 to"),
         ("first_stage_model.encoder.down.7.block.0.conv1.weight", (4, 4, 3, 3), "unknown"),

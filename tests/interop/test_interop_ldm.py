@@ -60,6 +60,7 @@ def test_every_part_equals_diffusers(pipeline, ldm_folder, convert):
     run = convert(ldm_folder, "run")
     loaded = checkpoint.load(run_folder.weights_file(run))
     ours = families.get("latent_diffusion").load_generator()(loaded, "cpu").model.double()
+    ours.text.to("cpu", torch.float64)
     pipeline = copy.deepcopy(pipeline)
     for part in (pipeline.vqvae, pipeline.bert, pipeline.unet):
         part.double()

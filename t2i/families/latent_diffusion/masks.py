@@ -47,13 +47,13 @@ def boxes(uniform: Tensor, count: Tensor, height_px: int, width_px: int) -> Tens
 def strokes(points: Tensor, widths: Tensor, count: Tensor, height_px: int, width_px: int) -> Tensor:
     """points: (B, n, turns + 1, 2), widths: (B, n), count: (B,), all in [0, 1) -> (B, 1, height_px, width_px), 1 near
     any of 1 to n broken lines: within half a width of one of its segments."""
-    size = points.new_tensor([height_px, width_px])
     y, x = (_positions(length, points) * length for length in (height_px, width_px))
     at = torch.stack(torch.broadcast_tensors(y[:, None], x[None, :]), dim=-1)  # (H, W, 2)
     radius = min(height_px, width_px) * (1 / 12 + widths / 4) / 2
     near = torch.zeros(*points.shape[:2], height_px, width_px, dtype=torch.bool, device=points.device)
     # A bend leads on from the last point, no further than half the picture.
-    corners = ((points[:, :, :1] + 0.5 * (points[:, :, 1:] - 0.5).cumsum(2)).clamp(0, 1) * size).unbind(2)
+    shares = (points[:, :, :1] + 0.5 * (points[:, :, 1:] - 0.5).cumsum(2)).clamp(0, 1)
+    corners = torch.stack([shares[..., 0] * height_px, shares[..., 1] * width_px], dim=-1).unbind(2)
     for first, second in pairwise(corners):
         along = (second - first)[:, :, None, None]
         offset = at - first[:, :, None, None]
