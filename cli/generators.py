@@ -85,14 +85,22 @@ def load(
     text = parse_run(found.config, record.load_config()).model.text_encoder()
     if text is not None and text.allow_download:
         hub.allow()
-    if record.generator is None:
-        drawing = ", ".join(families.stages_with("generator"))
-        raise UserError(
-            f"{path} is of the family {family}, which draws nothing for prompts; allowed: a run of stage {drawing}."
-        )
+    check_draws(path, found.config)
     generator = record.load_generator()(found, device)
     changes = [each for each in overrides if not each.startswith("sampling.")]
     return Loaded(path, generator, weights_digest(found.weights, changes), text, found.config)
+
+
+def check_draws(place: str | Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError for a run with this configuration whose family draws nothing for prompts."""
+    from t2i import families
+
+    family = config.get("family")
+    if families.get(family).generator is None:
+        drawing = ", ".join(families.stages_with("generator"))
+        raise UserError(
+            f"{place} is of the family {family}, which draws nothing for prompts; allowed: a run of stage {drawing}."
+        )
 
 
 def weights_path(checkpoint: str | None, runs_dir: str) -> Path:

@@ -21,12 +21,17 @@ def run(arguments: list[str]) -> None:
         check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.evaluation.table import comparison_rows, notes, write_tables
+    from t2i.generation.names import check_folder
 
     from ..console import console
+    from ..generators import check_draws
 
+    check_folder(Path(options.out))
     extractors = extractors_of(options)
-    protocol = config_of(options.runs[0])
-    measured = [measure_generator(place, options, extractors, (), protocol) for place in options.runs]
+    configs = [config_of(place) for place in options.runs]
+    for place, config in zip(options.runs, configs, strict=True):
+        check_draws(place, config)  # of all, before the first draws for hours
+    measured = [measure_generator(place, options, extractors, (), configs[0]) for place in options.runs]
     runs = [(each.about, each.figures) for each in measured]
     rows, said = comparison_rows(runs, options.published), notes(runs)
     folder = Path(options.out)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from t2i.schema import check
 
 from .options import add_measures, check_numbers, extractors_of
-from .runs import add_prompts, check_prompts, config_of, measure_generator
+from .runs import (
+    HELDOUT,
+    add_prompts,
+    check_prompts,
+    config_of,
+    measure_generator,
+    prompts_of,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from t2i.evaluation.features import Extractor
@@ -34,20 +42,27 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from t2i.evaluation.curves import Point, write_curves
+    from t2i.generation.names import check_folder
     from t2i.launch.ranks import rank_of
 
     from ..console import console, part_of
+    from ..generators import check_draws
 
+    check_folder(Path(options.out))
     rank = rank_of(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.local % torch.cuda.device_count())
     extractors, folder = extractors_of(options), Path(options.out)
-    protocol = config_of(places[0])
+    configs = [config_of(place) for place in places]
+    for place, config in zip(places, configs, strict=True):
+        check_draws(place, config)  # of all, before the first draws for hours
+    protocol = configs[0]
+    content = content_of(options, protocol)
     wanted = [
         (
             place,
             dict(chosen),
-            folder / "points" / name_of(place, chosen, options, extractors, protocol["data"]),
+            folder / "points" / name_of(place, chosen, options, extractors, content),
         )
         for place in places
         for chosen in itertools.product(*choices)
@@ -66,8 +81,9 @@ def run(arguments: list[str]) -> None:
             f"{number} of {len(mine)}{part_of(rank)}: {said}: {point.distance.name} {point.distance.value:.4g}"
         )
     found = [Point.read(file) for _, _, file in wanted if file.is_file()]
-    for path in write_curves(found, folder):  # of whoever is last, of all
-        console.print(str(path))
+    if found:
+        for path in write_curves(found, folder):  # of whoever is last, of all
+            console.print(str(path))
     if len(found) < len(wanted):
         console.print(
             f"{len(wanted) - len(found)} of {len(wanted)} points are still to come from other processes."
@@ -88,11 +104,11 @@ def name_of(
     chosen: Sequence[tuple[str, str]],
     options: argparse.Namespace,
     extractors: Sequence[Extractor],
-    data: dict[str, Any],
+    content: Sequence[str],
 ) -> str:
     """Tells what decides a point's figures: weights, options, prompts, reference, features.
 
-    data: the entry of the configuration whose held-out pictures are meant
+    content: as `content_of` gives it
     """
     from t2i.training import run_folder
 
@@ -103,8 +119,25 @@ def name_of(
         for key in ("prompts", "count", "reference", "reference_count", "seed", "rounds")
     }
     networks = [(each.title, each.resize, each.sha256) for each in extractors]
-    decides = json.dumps([str(weights.resolve()), state, list(chosen), asked, networks, data])
+    decides = json.dumps([str(weights.resolve()), state, list(chosen), asked, networks, content])
     return f"{hashlib.sha256(decides.encode()).hexdigest()[:20]}.json"
+
+
+def content_of(options: argparse.Namespace, protocol: dict[str, Any]) -> list[str]:
+    """Digests of the prompts and of the reference: of what is in them, as a file may be edited under its name.
+
+    protocol: the configuration whose held-out pictures are meant
+    """
+    from t2i.evaluation.runs import prompts_hash
+
+    if options.prompts == HELDOUT:
+        prompts = reference_of(
+            None, protocol, None
+        ).fingerprint  # no need to read all pictures for their captions
+    else:
+        prompts = prompts_hash([prompt.text for prompt in prompts_of(options, protocol)])
+    reference = reference_of(options.reference, protocol, options.reference_count)
+    return [json.dumps(protocol["data"]), prompts, reference.fingerprint]
 
 
 def files_of(weights: Path) -> list[Path]:

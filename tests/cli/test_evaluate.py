@@ -189,3 +189,38 @@ def test_what_a_sweep_refuses_is_one_sentence(t2i, runs, plain_features):
     assert "sweep is 'steps='; allowed: key=value,value" in t2i("evaluate", "sweep", run, "steps=").sentence
     assert "sampling.wrong is not a known key" in t2i("evaluate", "sweep", run, "wrong=1").sentence
     assert "RUN is None; allowed: at least one run" in t2i("evaluate", "sweep", "steps=1").sentence
+
+
+def test_a_sweep_measures_again_what_was_edited_under_its_name(t2i, runs, plain_features, tmp_path):
+    prompts, real = tmp_path / "prompts.txt", folder_of(tmp_path / "real", 8, 120)
+    prompts.write_text("a red circle\na blue square\n")
+    flags = ["--prompts", str(prompts), "--reference", str(real), "--rounds", "0", "--force"]
+
+    def is_there() -> bool:
+        done = t2i("evaluate", "sweep", str(runs["draws"]), *flags)
+        assert done.code == 0, done
+        return " is there" in done.out
+
+    assert [is_there(), is_there()] == [False, True]
+    prompts.write_text("a red circle\na blue star\n")
+    assert [is_there(), is_there()] == [False, True]
+    Image.new("RGB", (16, 16)).save(real / "000.png")
+    assert [is_there(), is_there()] == [False, True]
+
+
+def test_a_process_without_a_point_draws_no_curve(t2i, runs, plain_features, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = t2i("evaluate", "sweep", str(runs["draws"]), "--rounds", "0")
+    assert done.code == 0, done
+    assert "1 of 1 points are still to come from other processes." in done.out
+
+
+@pytest.mark.parametrize("job", ["compare", "sweep"])
+def test_what_draws_nothing_is_refused_before_the_first_draws(t2i, runs, plain_features, monkeypatch, job):
+    monkeypatch.setattr(f"t2i_cli.evaluate.{job}.measure_generator", None)
+    said = t2i("evaluate", job, str(runs["draws"]), str(runs["codec"])).sentence
+    assert "draws nothing for prompts; allowed: a run of stage" in said
+    Path("taken").touch()
+    said = t2i("evaluate", job, str(runs["draws"]), "--out", "taken/table").sentence
+    assert "taken is not a folder" in said
