@@ -83,6 +83,6 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
         "size_px": config["resolution"]["size_px"],
         "parameters": sum(p.numel() for p in codec.parameters()),
         "reference": [each.about for each in known],
-        "left_out": dict(real.bad),
+        "left_out": known[0].left_out,
     }
     return Measured(made, about)

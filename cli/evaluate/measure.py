@@ -43,6 +43,8 @@ def run(arguments: list[str]) -> None:
 
     extractors = extractors_of(options)
     measured = (measure_run if is_run else measure_folder)(options.target, options, extractors)
+    for cause, count in sorted(measured.about.get("skipped", {}).items()):
+        console.print(f"Left out of the pictures, {cause}: {count}")
     for cause, count in sorted(measured.about["left_out"].items()):
         console.print(f"Left out of the reference, {cause}: {count}")
     for features in dict.fromkeys(figure.features for figure in measured.figures):
@@ -98,7 +100,12 @@ def measure_folder(place: str, options: argparse.Namespace, extractors: Sequence
             texts = [captions[i] for i in told]
             scores = clip_scores(extractor.clip, features[told], texts, device_of(options))
             made.append(mean_figure("CLIP score", scores, extractor.title))
-    about = {"pictures": place, "reference": [each.about for each in known], "left_out": dict(real.bad)}
+    about = {
+        "pictures": place,
+        "skipped": dict(pictures.bad),
+        "reference": [each.about for each in known],
+        "left_out": known[0].left_out,
+    }
     return Measured(made, about)
 
 

@@ -180,7 +180,7 @@ def measure_generator(
         "memory_gib": cost.memory_gib,
         "device": str(device),
         "reference": [each.about for each in known],
-        "left_out": dict(real.bad),
+        "left_out": known[0].left_out,
     }
     return Measured(made, about)
 

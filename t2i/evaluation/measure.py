@@ -47,8 +47,10 @@ class Figure:
 
 
 def check_enough(extractor: Extractor, count: int, of: str, force: bool) -> None:
-    """Raises ConfigError where a covariance would be of fewer pictures than features: the distance then says more of
-    their number than of them."""
+    """Raises ConfigError for one picture, which has no covariance, and where a covariance would be of fewer pictures
+    than features: the distance then says more of their number than of them."""
+    if count < 2:
+        raise ConfigError(f"{of} has {count} picture; allowed: 2 or more.")
     if count < extractor.width and not force:
         raise ConfigError(
             f"{extractor.distance} compares {extractor.width:,} features, and {of} has {count:,} pictures; allowed: "
@@ -59,12 +61,13 @@ def check_enough(extractor: Extractor, count: int, of: str, force: bool) -> None
 def figures(extractor: Extractor, features: Tensor, reference: Statistics, rounds: int) -> list[Figure]:
     """All distances that the features allow.
 
-    features: (N, D) of the pictures; rounds: from how many halves of them the deviations are, 0: none
+    features: (N, D) of the pictures, 2 or more; rounds: from how many halves of them the deviations are, 0: none;
+        fewer than 4 pictures have no halves, and the figures no intervals
     """
     of_all = estimates(extractor, features, reference, KID_SUBSETS)
     of_halves = [
         estimates(extractor, features[half], reference, HALF_KID_SUBSETS)
-        for half in halves(len(features), rounds)
+        for half in halves(len(features), rounds if len(features) >= 4 else 0)  # each of 2 or more
     ]
     described = f"{extractor.title}, resize {extractor.resize}"
     count, of_reference = len(features), len(reference.features)

@@ -25,6 +25,7 @@ from t2i.data_config import DataConfig
 from t2i.errors import DataError
 
 RECIPE_KEY = "t2i"  # of a PNG's text, where `t2i sample` writes the prompt
+INPUTS = "inputs"  # the folder where `t2i serve` keeps what clients sent
 
 
 @dataclass(frozen=True)
@@ -50,39 +51,54 @@ class Pictures:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The pictures at any depth, but for the sheets that `t2i sample` makes of them. Raises DataError where there is
-    none."""
+    """The pictures at any depth. Raises DataError where there is none."""
     endings = {f".{ending}" for ending in PICTURE_ENDINGS}
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file()]
-    files = [path for path in files if not path.stem.startswith("grid")]
     if not files:
         raise DataError(f"{folder} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
     return files
 
 
 def generated_folder(folder: Path) -> Pictures:
-    """All pictures of a folder, as they are. Raises DataError where they are not of one size, or one cannot be read:
-    what a model drew has no bad ones to be left out."""
-    files = folder_files(folder)
+    """The pictures of a folder, as they are, but for what `t2i sample` and `t2i serve` put beside them: sheets of
+    several, animations, and `inputs/`, what clients sent; `bad` counts these. Raises DataError where nothing else is
+    there, they are not of one size, or one cannot be read: what a model drew has no bad ones to be left out."""
+    files: list[Path] = []
     sizes: dict[tuple[int, int], Path] = {}
-    for path in files:
+    skipped: Counter[str] = Counter()
+    for path in folder_files(folder):
+        if INPUTS in path.relative_to(folder).parts[:-1]:
+            skipped[f"in {INPUTS}/"] += 1
+            continue
+        data = path.read_bytes()
         try:
-            sizes.setdefault(stored_size(path.read_bytes(), str(path)), path)
+            size_px = stored_size(data, str(path))
         except BadSample as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
+        image = open_image(data)
+        if getattr(image, "is_animated", False):
+            skipped["animated"] += 1
+            continue
+        if "pictures" in _recipe(image):
+            skipped["a sheet of several"] += 1
+            continue
+        files.append(path)
+        sizes.setdefault(size_px, path)
         if len(sizes) > 1:
             (first, one), (second, other) = sizes.items()
             raise DataError(
                 f"{folder} holds pictures of mixed size: {one.name} is {_wide(first)}, {other.name} {_wide(second)} "
                 "px; allowed: one size."
             )
+    if not files:
+        raise DataError(f"{folder} holds no pictures to measure ({causes(skipped)}).")
 
     def read() -> Iterator[Item]:
         for path in files:
             image, _ = decode_image(path.read_bytes(), str(path))
             yield Item(_uint8(image), _prompt(path))
 
-    return Pictures(str(folder), len(files), next(iter(sizes)), _fingerprint(files), read)
+    return Pictures(str(folder), len(files), next(iter(sizes)), _fingerprint(files), read, skipped)
 
 
 def reference(place: str, size_px: tuple[int, int], data: DataConfig, limit: int | None = None) -> Pictures:
@@ -164,17 +180,21 @@ def stacked(items: Sequence[Item]) -> Tensor:
 def _prompt(path: Path) -> str:
     """What `t2i sample` wrote into the file, or a text beside it of the same name; "" where there is neither."""
     if path.suffix.lower() == ".png":
-        image = open_image(path.read_bytes())
-        text = getattr(image, "text", {}).get(RECIPE_KEY)
-        if text:
-            try:
-                found = json.loads(text).get("prompt")
-            except (ValueError, AttributeError):
-                found = None
-            if isinstance(found, str):
-                return found
+        found = _recipe(open_image(path.read_bytes())).get("prompt")
+        if isinstance(found, str):
+            return found
     beside = path.with_suffix(".txt")
     return beside.read_text(errors="replace").strip() if beside.is_file() else ""
+
+
+def _recipe(image: Image.Image) -> dict[str, Any]:
+    """What `t2i sample` wrote into a PNG's header; {} where there is nothing of the kind."""
+    text = image.info.get(RECIPE_KEY) if image.format == "PNG" else None
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

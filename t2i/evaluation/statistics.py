@@ -26,11 +26,16 @@ ENTRY = "t2i_statistics"
 @dataclass(frozen=True)
 class Statistics:
     """features: (N, D) float32; gaussian: their mean and covariance; about: what they are of: data, fingerprint,
-    size_px, features, sha256, resize, count"""
+    size_px, features, sha256, resize, count, and what was left out by cause"""
 
     features: Tensor
     gaussian: Gaussian
     about: dict[str, Any]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Of the pictures, by cause; {} of files that were written before this was kept."""
+        return self.about.get("left_out", {})
 
 
 def collect(
@@ -79,7 +84,7 @@ def reference_statistics(
         for i, features in zip(todo, made, strict=True):
             if len(features) < 2:
                 raise DataError(f"{pictures.name} holds one picture; allowed: 2 or more.")
-            about = abouts[i] | {"count": len(features)}
+            about = abouts[i] | {"count": len(features), "left_out": dict(pictures.bad)}
             found[i] = Statistics(features, Gaussian.of(features), about)
             write(found[i], places[i])  # type: ignore[arg-type]
     return [one for one in found if one is not None]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from t2i.errors import ConfigError, DataError
 from t2i.evaluation import statistics
+from t2i.evaluation.distances import Gaussian
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.measure import check_enough, figures, mean_figure, share_figure
 from t2i.evaluation.pictures import generated_folder, reference
@@ -48,7 +49,6 @@ def test_a_folder_is_read_as_it_is(tmp_path):
     folder = folder_of(tmp_path / "a", 3)
     (folder / "001.txt").write_text("a red circle\n")
     save_png(torch.zeros(3, 24, 20), folder / "drawn.png", t2i=json.dumps({"prompt": "a star", "seed": 1}))
-    save_png(torch.zeros(3, 90, 90), folder / "grid.png")  # of `t2i sample`: no picture of its own
     pictures = generated_folder(folder)
     items = list(pictures.read())
     assert (
@@ -57,6 +57,42 @@ def test_a_folder_is_read_as_it_is(tmp_path):
     assert [item.caption for item in items] == ["", "a red circle", "", "a star"]
     expected = np.asarray(Image.open(folder / "000.png"))
     assert (items[0].picture.permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_what_lies_beside_drawn_pictures_is_skipped_by_what_it_is_and_counted(tmp_path):
+    folder = folder_of(tmp_path / "a", 2)
+    save_png(torch.zeros(3, 24, 20), folder / "gridlock.png", t2i=json.dumps({"prompt": "gridlock"}))
+    save_png(torch.zeros(3, 24, 90), folder / "strip.png", t2i=json.dumps({"pictures": [{}, {}]}))
+    film = [Image.new("RGB", (20, 24), colour) for colour in ("red", "blue")]
+    film[0].save(folder / "video.webp", save_all=True, append_images=film[1:])
+    folder_of(folder / "inputs", 3, (7, 7))
+    pictures = generated_folder(folder)
+    assert [item.caption for item in pictures.read()] == ["", "", "gridlock"]
+    assert pictures.bad == {"a sheet of several": 1, "animated": 1, "in inputs/": 3}
+    assert reference(str(folder), (7, 7), data_config(shards="-")).count == 8  # all, whatever their name
+    for name in ("000.png", "001.png", "gridlock.png"):
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"a holds no pictures to measure \("):
+        generated_folder(folder)
+
+
+def test_two_pictures_have_figures_and_no_intervals(tmp_path):
+    features = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    real = statistics.Statistics(features, Gaussian.of(features), {})
+    for count, has_interval in ((2, False), (3, False), (4, True)):
+        made = figures(extractor(), features[:count].double(), real, 5)
+        assert [figure.interval_95 is not None for figure in made[:2]] == [has_interval] * 2
+    with pytest.raises(ConfigError, match="mine has 1 picture; allowed: 2 or more"):
+        check_enough(extractor(), 1, "mine", force=True)
+
+
+def test_what_a_reference_left_out_is_kept_with_its_statistics(tmp_path):
+    folder = folder_of(tmp_path / "real", 3)
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    for _ in range(2):  # computed, then read
+        real = reference(str(folder), (24, 20), data_config(shards="-"))
+        (found,) = reference_statistics(real, [extractor()], 5, progress, tmp_path / "kept.safetensors")
+        assert found.left_out == {"image": 1}
 
 
 def test_a_reference_is_cut_to_the_others_size_and_counts_what_it_leaves_out(tmp_path):
