@@ -50,6 +50,7 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     from t2i.serving.guard import Guard, is_loopback
     from t2i.serving.service import Service, features_at_hand
     from t2i.serving.wanted import Limits
+    from t2i.text.tokens import token_counter
 
     from .console import console
     from .generators import device_named, load, weights_path
@@ -74,7 +75,8 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
         "precision": loaded.generator.precision,
     }
     batch_size = BatchSize(options.batch_size, device)
-    service = Service(loaded.generator, loaded.sampling, recipe, folder, limits, batch_size, features)
+    tokens = None if loaded.text is None else token_counter(loaded.text)
+    service = Service(loaded.generator, loaded.sampling, recipe, folder, limits, batch_size, features, tokens)
     host, port = taken.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
     with tempfile.TemporaryDirectory(prefix="t2i-serve-") as uploads:

@@ -113,6 +113,7 @@ def described(service: Service, job: Job) -> dict[str, Any]:
         "steps": job.steps,
         "pictures": [address(path) for path in job.pictures],
         "error": job.error,
+        "note": job.note,
     }
 
 

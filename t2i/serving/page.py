@@ -200,12 +200,14 @@ def field_of(option: Option) -> Any:
 def spoken(service: Service, job: Job) -> str:
     """How far a job is, for a person."""
     done, count = len(job.pictures), len(job.asked.request.prompts)
-    if job.state == "waiting":
-        return f"Waiting: {service.queue.ahead(job)} before this one."
-    if job.state == "drawing":
-        return f"Drawing: {done} of {count} pictures; step {job.step} of {job.steps}."
-    said = {"done": f"Done: {done} of {count} pictures.", "stopped": f"Stopped: {done} of {count} pictures."}
-    return said.get(job.state) or f"Failed: {job.error}"
+    said = {
+        "waiting": f"Waiting: {service.queue.ahead(job)} before this one.",
+        "drawing": f"Drawing: {done} of {count} pictures; step {job.step} of {job.steps}.",
+        "done": f"Done: {done} of {count} pictures.",
+        "stopped": f"Stopped: {done} of {count} pictures.",
+        "failed": f"Failed: {job.error}",
+    }
+    return f"{said[job.state]} {job.note}".strip()
 
 
 def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:

@@ -29,7 +29,7 @@ class Stopped(Exception):
 class Job:
     """One request.
 
-    sampling: the family's own options
+    sampling: the family's own options; note: what a person should know of it
     step, steps: of the pictures that are being drawn
     pictures: files that were written
     error: the sentence that says why it failed
@@ -37,6 +37,7 @@ class Job:
 
     asked: Asked
     sampling: Any
+    note: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     step: int = 0
@@ -76,9 +77,9 @@ class DrawingQueue:
         if len(self.waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already: ask again later.")
 
-    def add(self, asked: Asked, sampling: Any) -> Job:
+    def add(self, asked: Asked, sampling: Any, note: str = "") -> Job:
         """Raises QueueFull."""
-        job = Job(asked, sampling)
+        job = Job(asked, sampling, note)
         with self.changed:
             self.check()
             self.waiting[job.id] = self.known[job.id] = job

@@ -29,6 +29,7 @@ from t2i.serving.gallery import Features, Gallery, Kept
 from t2i.serving.queue import DrawingQueue, Job
 from t2i.serving.wanted import MAX_STEPS, Limits, Wanted
 from t2i.text import minilm
+from t2i.text.tokens import TokenCounter
 
 SEARCH_PX = 128
 INPUTS = "inputs"  # of the pictures that clients sent
@@ -36,7 +37,8 @@ INPUTS = "inputs"  # of the pictures that clients sent
 
 class Service:
     """recipe: what all pictures have in common, such as where the model came from; options: the family's own options
-    with changes to them, which raises ConfigError for what there is not; folder: of the pictures"""
+    with changes to them, which raises ConfigError for what there is not; folder: of the pictures; tokens: of the text
+    encoder, to say what it cuts, or None"""
 
     def __init__(
         self,
@@ -47,7 +49,9 @@ class Service:
         limits: Limits,
         batch_size: BatchSize,
         features: Features | None,
+        tokens: TokenCounter | None = None,
     ) -> None:
+        self.tokens = tokens
         self.generator, self.options, self.recipe, self.folder = generator, options, recipe, folder
         self.limits, self.batch_size = limits, batch_size
         self.usual = generator.sampling  # what the model draws with where nothing is asked
@@ -61,7 +65,16 @@ class Service:
         sampling = self.options(wanted.sampling)
         steps = getattr(sampling, "steps", 1)
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
-        return self.queue.add(asked, sampling)
+        return self.queue.add(asked, sampling, self._cut(wanted))
+
+    def _cut(self, wanted: Wanted) -> str:
+        """What the text encoder does not take, in sentences."""
+        said = []
+        for key in ("prompt", "negative_prompt"):
+            if self.tokens is not None and (cut := self.tokens.cut(getattr(wanted, key))):
+                count, most = self.tokens.count(getattr(wanted, key)), self.tokens.max_tokens
+                said.append(f"{key} has {count} tokens, of which {most} are taken: {cut!r} is left out.")
+        return " ".join(said)
 
     def _draw(self, job: Job) -> None:
         request = job.asked.request

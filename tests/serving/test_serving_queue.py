@@ -12,6 +12,7 @@ from t2i.errors import ConfigError
 from t2i.generation.recipes import RECIPE_KEY
 from t2i.serving.queue import Job, QueueFull
 from t2i.serving.wanted import Wanted
+from t2i.text.tokens import TokenCounter
 
 
 def until(holds) -> None:
@@ -52,6 +53,15 @@ def test_what_is_there_already_is_shown_without_being_drawn(make_service):
     more = ended(service.ask(Wanted("red", num_images=3)))
     assert more.pictures[:2] == first.pictures
     assert service.generator.drawn == ["red"] * 3
+
+
+def test_what_the_text_encoder_does_not_take_is_said(make_service):
+    service = make_service()
+    service.tokens = TokenCounter(lambda text: len(text.split()), 3)
+    assert service.ask(Wanted("red green blue")).note == ""
+    note = service.ask(Wanted("red green blue gold", negative_prompt="a b c d")).note
+    assert "prompt has 4 tokens, of which 3 are taken: 'gold' is left out." in note
+    assert "negative_prompt has 4 tokens" in note
 
 
 def test_fifty_at_once_are_drawn_in_order_or_told_to_wait(make_service):
