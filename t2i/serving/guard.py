@@ -15,7 +15,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-COOKIE = "t2i_token"
 # The page's library would fetch fonts and scripts from elsewhere.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -42,10 +41,12 @@ class Guard:
       here (DNS rebinding);
     - requests that a page from another origin sends;
     - bodies longer than `max_bytes`.
+
+    cookie: its name; browsers send it to all ports of a host, so that each server needs one of its own
     """
 
-    def __init__(self, app: App, token: str | None, max_bytes: int) -> None:
-        self.app, self.token, self.max_bytes = app, token, max_bytes
+    def __init__(self, app: App, token: str | None, max_bytes: int, cookie: str = "t2i_token") -> None:
+        self.app, self.token, self.max_bytes, self.cookie = app, token, max_bytes, cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -58,7 +59,7 @@ class Guard:
             await _answer(send, *refused)
         if refused is not None:
             return
-        seen = 0
+        seen, refused_late = 0, False
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
@@ -68,13 +69,21 @@ class Guard:
             return {"type": "http.disconnect"} if seen > self.max_bytes else message
 
         async def with_policy(message: MutableMapping[str, Any]) -> None:
+            nonlocal refused_late
+            if seen > self.max_bytes and scope["type"] == "http":
+                if not refused_late:
+                    refused_late = True
+                    await _answer(
+                        send, 413, f"The body is too long; allowed: at most {self.max_bytes:,} bytes."
+                    )
+                return
             if message["type"] == "http.response.start":
                 added = [
                     (b"content-security-policy", POLICY.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
                 if self.token and given:
-                    cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+                    cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
                     added.append((b"set-cookie", cookie.encode()))
                 message["headers"] = [*message.get("headers", []), *added]
             await send(message)
@@ -88,7 +97,8 @@ class Guard:
             if not is_loopback(_hostname(host)):
                 return 403, f"Host is {host!r}; allowed: this machine's own names, such as 127.0.0.1."
         elif not any(
-            hmac.compare_digest(each.encode(), self.token.encode()) for each in _tokens(headers, given)
+            hmac.compare_digest(each.encode(), self.token.encode())
+            for each in _tokens(headers, given, self.cookie)
         ):
             return (
                 401,
@@ -110,10 +120,10 @@ def _hostname(host: str) -> str:
         return ""
 
 
-def _tokens(headers: dict[str, str], given: str) -> list[str]:
+def _tokens(headers: dict[str, str], given: str, name: str) -> list[str]:
     kind, _, bearer = headers.get("authorization", "").partition(" ")
     try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(name)
     except CookieError:
         cookie = None
     return [given, bearer if kind.lower() == "bearer" else "", cookie.value if cookie else ""]

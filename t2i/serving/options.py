@@ -30,6 +30,17 @@ class Option:
             return int(given)
         return given
 
+    def takes(self, value: Any) -> bool:
+        """Whether a recipe's value, which may come from anybody, is one of this field's."""
+        if value is None:
+            return self.optional
+        if self.kind == "choice":
+            return value in self.choices
+        if self.kind == "truth":
+            return isinstance(value, bool)
+        kinds: dict[Kind, Any] = {"whole": int, "number": int | float, "text": str}
+        return isinstance(value, kinds[self.kind]) and not isinstance(value, bool)
+
 
 def options_of(sampling: Any) -> list[Option]:
     """Of a dataclass of sampling options, in its order."""

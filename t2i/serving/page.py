@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from t2i.serving.gallery import Kept
 from t2i.serving.options import Option, options_of
 from t2i.serving.queue import Job
 from t2i.serving.service import Service
-from t2i.serving.wanted import SIDES, Wanted
+from t2i.serving.wanted import MAX_SEED, SIDES, Wanted
 
 LOOK_S = 0.1  # between two looks at how far a job is
 SHOWN = 60
@@ -36,7 +39,6 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
         page(service),
         path="/",
         footer_links=[],
-        allowed_paths=[str(service.folder.resolve())],
         max_file_size=service.limits.max_bytes,
         ssr_mode=False,
         enable_monitoring=False,
@@ -45,7 +47,7 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
 
 
 def page(service: Service) -> gr.Blocks:
-    with gr.Blocks(title="t2i", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="t2i", analytics_enabled=False, delete_cache=(3600, 86_400)) as blocks:
         gr.Markdown(f"# t2i\n{service.recipe['checkpoint']}")
         with gr.Tab("Draw"):
             fields = Fields(service)
@@ -87,7 +89,13 @@ class Fields:
                         layers=gr.LayerOptions(allow_additional_layers=False),
                         elem_id="image",
                     )
-                    self.strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How far from it")
+                    self.strength = gr.Slider(
+                        0.05,
+                        1,
+                        0.8,
+                        step=0.05,
+                        label="How far from it; 1: what is painted over is wholly new",
+                    )
                     with gr.Row():
                         self.extend = [
                             gr.Number(
@@ -125,9 +133,9 @@ class Fields:
             return
         try:
             while not job.ended:
-                yield job.id, spoken(self.service, job), [str(path) for path in job.pictures]
+                yield job.id, spoken(self.service, job), [offered(path) for path in job.pictures]
                 time.sleep(LOOK_S)
-            yield job.id, spoken(self.service, job), [str(path) for path in job.pictures]
+            yield job.id, spoken(self.service, job), [offered(path) for path in job.pictures]
         finally:  # the page was closed
             self.service.queue.stop(job)
 
@@ -151,7 +159,7 @@ class Fields:
             "width": None if extend else width,
             "image": image,
             "mask": mask,
-            "strength": None if mask or extend else strength,
+            "strength": strength,
             "extend": extend,
             "tile": tile,
             "sampling": sampling,
@@ -163,21 +171,28 @@ class Fields:
         value is left out by the fields themselves and by `Wanted`."""
         size_px, own = self.service.generator.default_size_px, recipe.get("sampling")
         own = own if isinstance(own, dict) else {}
-        sides = dict(part.partition("=")[::2] for part in str(recipe.get("extend", "")).split(","))
+        sides = dict(re.findall(r"(\w+)=([0-9]{1,5})(?=,|$)", str(recipe.get("extend", ""))))
         image, mask = (self.service.input_picture(str(recipe.get(key))) for key in ("image", "mask"))
         return [
             str(recipe.get("prompt", "")),
             str(recipe.get("negative_prompt", "")),
-            recipe.get("seed", 0),
+            number(recipe, "seed", 0),
             1,
-            recipe.get("height_px", size_px),
-            recipe.get("width_px", size_px),
+            number(recipe, "height_px", size_px),
+            number(recipe, "width_px", size_px),
             None if image is None else painted_over(image, mask),
-            recipe.get("strength", 0.8),
-            recipe.get("tile", ""),
-            *(sides.get(side, 0) for side in SIDES),
-            *(own.get(each.name, each.value) for each in self.options),
+            number(recipe, "strength", 0.8),
+            recipe.get("tile", "") if recipe.get("tile", "") in get_args(Tile) else "",
+            *(int(sides.get(side, 0)) for side in SIDES),
+            *(own[x.name] if x.name in own and x.takes(own[x.name]) else x.value for x in self.options),
         ]
+
+
+def number(recipe: dict[str, Any], key: str, usual: float) -> float:
+    """A number of a recipe, which may come from anybody."""
+    value = recipe.get(key)
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SEED
+    return value if ok and value is not None else usual
 
 
 def field_of(option: Option) -> Any:
@@ -199,7 +214,7 @@ def field_of(option: Option) -> Any:
 
 def spoken(service: Service, job: Job) -> str:
     """How far a job is, for a person."""
-    done, count = len(job.pictures), len(job.asked.request.prompts)
+    done, count = len(job.pictures), job.count
     said = {
         "waiting": f"Waiting: {service.queue.ahead(job)} before this one.",
         "drawing": f"Drawing: {done} of {count} pictures; step {job.step} of {job.steps}.",
@@ -235,7 +250,7 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
 
     def listed(found: list[Kept]) -> tuple[list[str], list[str]]:
-        return [str(each.path) for each in found], [each.path.name for each in found]
+        return [offered(each.path) for each in found], [each.path.name for each in found]
 
     def by_words(text: str) -> tuple[list[str], list[str]]:
         return listed(service.gallery.search(text or "", SHOWN))
@@ -248,7 +263,7 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
 
     def choose(of: list[str], event: gr.SelectData) -> tuple[str, str, str]:
         each = told(lambda: service.gallery.get(of[event.index]))
-        return str(each.path), json.dumps(each.recipe, indent=2), each.path.name
+        return offered(each.path), json.dumps(each.recipe, indent=2), each.path.name
 
     def take(of: str) -> list[Any]:
         return fields.filled(told(lambda: service.gallery.get(of)).recipe)
@@ -259,6 +274,20 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
     shown.select(choose, names, [chosen, recipe, name], **quiet)
     alike.click(by_chosen, name, [shown, names], **quiet)
     again.click(take, name, fields.inputs, **quiet)
+
+
+def offered(path: Path) -> str:
+    """A file as the page may have it: a link in the folder of uploads, the only one that the page's library gives files
+    from."""
+    changed = str(path.stat().st_mtime_ns)
+    link = Path(os.environ["GRADIO_TEMP_DIR"]) / "shown" / changed / path.name
+    if not link.is_file():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # another disk
+            shutil.copyfile(path, link)
+    return str(link)
 
 
 def told(ask: Any) -> Any:
@@ -287,11 +316,13 @@ def painted_over(image: Path, mask: Path | None) -> dict[str, Any]:
         with Image.open(mask) as file:
             alpha = file.convert("L")
         layers = [Image.merge("RGBA", (*[Image.new("L", alpha.size, 255)] * 3, alpha))]
-    return {"background": str(image), "layers": layers, "composite": None}
+    return {"background": offered(image), "layers": layers, "composite": None}
 
 
 def encoded(image: Image.Image) -> str:
     """A picture of the page as the API takes it: a PNG file in base64."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG")
+    upright = image.convert("RGBA")
+    white = Image.new("RGBA", upright.size, "white")
+    Image.alpha_composite(white, upright).convert("RGB").save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -29,15 +29,18 @@ class Stopped(Exception):
 class Job:
     """One request.
 
+    asked: None once it has ended: its pictures take memory
     sampling: the family's own options; note: what a person should know of it
+    count: of the pictures that are asked for
     step, steps: of the pictures that are being drawn
     pictures: files that were written
     error: the sentence that says why it failed
     """
 
-    asked: Asked
+    asked: Asked | None
     sampling: Any
     note: str = ""
+    count: int = 0
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     step: int = 0
@@ -79,7 +82,7 @@ class DrawingQueue:
 
     def add(self, asked: Asked, sampling: Any, note: str = "") -> Job:
         """Raises QueueFull."""
-        job = Job(asked, sampling, note)
+        job = Job(asked, sampling, note, len(asked.request.prompts))
         with self.changed:
             self.check()
             self.waiting[job.id] = self.known[job.id] = job
@@ -104,7 +107,7 @@ class DrawingQueue:
         with self.changed:
             job.stop.set()
             if self.waiting.pop(job.id, None):
-                job.state = "stopped"
+                job.state, job.asked = "stopped", None
 
     def close(self) -> None:
         """Stops all, and waits for the step that is being done."""
@@ -134,4 +137,4 @@ class DrawingQueue:
                 job.state, job.error = "failed", f"{type(error).__name__}: {error}"
             finally:
                 with self.changed:
-                    self.drawing = None
+                    self.drawing = job.asked = None

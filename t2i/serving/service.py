@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,7 @@ class Service:
         tokens: TokenCounter | None = None,
     ) -> None:
         self.tokens = tokens
+        self.reading = threading.Lock()  # of pictures, which takes memory: one at a time
         self.generator, self.options, self.recipe, self.folder = generator, options, recipe, folder
         self.limits, self.batch_size = limits, batch_size
         self.usual = generator.sampling  # what the model draws with where nothing is asked
@@ -61,10 +63,11 @@ class Service:
     def ask(self, wanted: Wanted) -> Job:
         """Raises ConfigError for what cannot be drawn, QueueFull where too much waits."""
         self.queue.check()
-        asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
         sampling = self.options(wanted.sampling)
         steps = getattr(sampling, "steps", 1)
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
+        with self.reading:
+            asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
         return self.queue.add(asked, sampling, self._cut(wanted))
 
     def _cut(self, wanted: Wanted) -> str:
@@ -77,6 +80,7 @@ class Service:
         return " ".join(said)
 
     def _draw(self, job: Job) -> None:
+        assert job.asked is not None
         request = job.asked.request
         recipe = {**self.recipe, "sampling": to_dict(job.sampling), **job.asked.recipe}
         seeds = zip(request.prompts, request.seeds, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.decode import BadSample, stored_size
-from t2i.errors import ConfigError
+from t2i.errors import ConfigError, UserError
 from t2i.generation.prompts import is_unicode
 from t2i.generation.recipes import Recipe, of_files
 from t2i.generation.starting import read_start
@@ -22,6 +21,7 @@ from t2i.schema import check
 MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
 MAX_PROMPT = 10_000  # characters
 MAX_STEPS = 1000
+MAX_PIXELS = 2**24  # of a picture to start from
 SIDES = ("left", "right", "top", "bottom")
 
 
@@ -100,11 +100,21 @@ class Wanted:
         kept: Recipe = {}
         start = None
         if self.image is not None:
-            image = keep(file_of(self.image, "image"))
-            mask = None if self.mask is None else keep(file_of(self.mask, "mask"))
-            start = read_start(image, self._inner(whole), mask, self.extend or None)
-            whole = start.size_px
+            inner, files = self._inner(whole), {"image": file_of(self.image, "image")}
+            if self.mask is not None:
+                files["mask"] = file_of(self.mask, "mask")
+            if inner is None:
+                height, width = stored_size(files["image"], "image")
+                around = self._around()
+                whole = height + around[0], width + around[1]
             check(max(whole) <= most, "height x width", f"{whole[0]} x {whole[1]}", f"at most {most} each")
+            paths = {key: keep(data) for key, data in files.items()}
+            image, mask = paths["image"], paths.get("mask")
+            try:
+                start = read_start(image, inner, mask, self.extend or None)
+            except UserError as error:  # which names files of this server
+                said = str(error).replace(f"--mask {mask}", "mask").replace(str(mask), "mask")
+                raise ConfigError(said.replace(str(image), "image")) from error
             extend = ",".join(f"{side}={pixels}" for side, pixels in self.extend.items())
             kept = of_files(image=image, mask=mask) | ({"extend": extend} if extend else {})
 
@@ -131,10 +141,15 @@ class Wanted:
             return whole
         if self.height is None and self.width is None:
             return None
-        around = [self.extend.get(a, 0) + self.extend.get(b, 0) for a, b in (SIDES[2:], SIDES[:2])]
+        around = self._around()
         inner = whole[0] - around[0], whole[1] - around[1]
         check(min(inner) >= 1, "extend", self.extend, f"less than the whole, {whole[0]} x {whole[1]} px")
         return inner
+
+    def _around(self) -> tuple[int, int]:
+        """(height, width) that `extend` adds."""
+        height, width = (sum(self.extend.get(side, 0) for side in pair) for pair in (SIDES[2:], SIDES[:2]))
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,8 @@ def file_of(text: str, key: str) -> bytes:
     """A picture file of base64. Raises ConfigError, which names `key`."""
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        stored_size(data, key)
-    except (binascii.Error, BadSample) as error:
+        height, width = stored_size(data, key)
+    except (ValueError, BadSample) as error:  # other letters than ASCII's are a plain ValueError
         raise ConfigError(f"{key} is not a picture file in base64: {error}.") from error
+    check(height * width <= MAX_PIXELS, key, f"{width} x {height} px", f"at most {MAX_PIXELS:,} pixels")
     return data

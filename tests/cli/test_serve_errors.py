@@ -13,7 +13,8 @@ import pytest
     [
         (["--port", "70000"], "t2i serve: --port is 70000; allowed: 0 to 65535; 0 takes any that is free."),
         (["--max-images", "0"], "t2i serve: --max-images is 0; allowed: 1 to 1,000."),
-        (["--token", ""], "t2i serve: --token is ''; allowed: text that is not empty."),
+        (["--token", ""], "t2i serve: --token is ''; allowed: letters and digits of ASCII, and _ . ~ -."),
+        (["--token", "a+b"], "t2i serve: --token is 'a+b'; allowed: letters and digits"),
         (["--checkpoint", ""], "t2i serve: --checkpoint is ''; allowed: a run folder or a file of weights."),
         (
             ["--host", "a b"],

@@ -33,7 +33,7 @@ class Sampling:
 class Colours:
     """Draws one colour, as the prompt's first word says.
 
-    drawn: the prompts, in the order in which they were drawn
+    drawn: the prompts, in the order in which they were drawn; requests: with what else was asked
     gate: lets it go on
     calls_before_the_gate: after so many calls it is shut
     """
@@ -43,6 +43,7 @@ class Colours:
 
     def __init__(self) -> None:
         self.drawn: list[str] = []
+        self.requests: list[SampleRequest] = []
         self.gate = threading.Event()
         self.gate.set()
         self.calls_before_the_gate = -1
@@ -53,6 +54,7 @@ class Colours:
             self.gate.clear()
         self.calls_before_the_gate -= 1
         self.drawn += request.prompts
+        self.requests.append(request)
         for step in range(self.sampling.steps):
             assert self.gate.wait(10)
             if progress:

@@ -86,8 +86,8 @@ def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
     picture = Image.open(io.BytesIO(client.get(job["pictures"][0]).content))
     assert picture.size == size
     assert json.loads(picture.text[RECIPE_KEY])["strength"] == 1.0
-    (asked,) = service.queue.known.values()
-    mask = asked.asked.request.mask
+    (request,) = service.generator.requests
+    mask = request.mask
     assert mask.shape == (1, 1, size[1], size[0])
     assert mask.sum() == (
         64 if "mask" in body else size[0] * size[1] - (64 if "height" not in body else 8 * 12)
@@ -102,7 +102,10 @@ def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
         ({"extend": {"left": 8}, "height": 8, "width": 8}, "less than the whole, 8 x 8 px"),
         ({"extend": {"left": 1020}}, "height x width is '8 x 1028'; allowed: at most 1024 each."),
         ({"mask": png((4, 8), 255)}, "is '8 x 4 pixels'; allowed: 8 x 8 pixels"),
-        ({"mask": png((8, 8))}, "is 'black all over'"),
+        ({"mask": png((8, 8))}, "mask is 'black all over'; allowed: white where"),
+        ({"extend": {"left": 1}, "image": png((2000, 2000))}, "height x width is '2000 x 2001'"),
+        ({"image": png((5000, 5000))}, "image is '5000 x 5000 px'; allowed: at most 16,777,216 pixels."),
+        ({"image": "héé"}, "image is not a picture file in base64"),
     ],
 )
 def test_what_does_not_fit_the_picture_is_one_sentence(ask, body, sentence):
@@ -187,6 +190,7 @@ def test_a_body_that_is_not_allowed_is_one_sentence(ask, content, kind, sentence
         ("/api/nothing", 404),
         ("/docs", 404),
         ("/openapi.json", 404),
+        ("/api/gallery?limit=²", 422),
     ],
 )
 def test_an_address_that_is_not_there(ask, address, status):
@@ -224,6 +228,24 @@ def test_a_long_body_is_refused_whether_or_not_it_says_so(ask):
 def test_without_a_token_only_this_machines_own_pages_may_ask(ask, headers, status):
     _, client = ask()
     assert client.get("/api/model", headers=headers).status_code == status
+
+
+def test_what_has_ended_keeps_no_pictures_in_memory(ask):
+    service, client = ask()
+    drawn(client, image=png((8, 8)))
+    assert (
+        client.post("/api/generate", json={"prompt": "red", "image": png((8, 8)), "height": 6}).status_code
+        == 202
+    )
+    until_ended(service)
+    assert [job.asked for job in service.queue.known.values()] == [None, None]
+
+
+def until_ended(service) -> None:
+    began = time.monotonic()
+    while not all(job.ended and job.asked is None for job in service.queue.known.values()):
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
 
 
 def test_a_token_is_asked_for(ask):

@@ -79,6 +79,16 @@ def test_a_damaged_file_of_vectors_is_made_anew(features, folder):
     assert names(Gallery(folder, features).search("crimson", 2)) == ["crimson", "red"]
 
 
+def test_a_damaged_picture_ends_no_search(features, folder):
+    path = folder / "blue.png"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"IDAT") + 8
+    data[place : place + 8] = bytes(8)
+    path.write_bytes(data)
+    gallery = Gallery(folder, features)
+    assert names(gallery.like(gallery.get("red.png"), 2)) == ["red", "crimson"]
+
+
 @pytest.mark.parametrize("recipe", [None, "no json", "[1]", '{"seed": 3}', "[" * 100_000])
 def test_other_files_are_left_out(features, folder, recipe):
     info = PngInfo()

@@ -133,11 +133,10 @@ def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
     page = served.page
     page.goto(served.address)
     page.get_by_role("button", name="Start from a picture").click()
-    page.locator("#image input[type=file]").first.set_input_files(tmp_path / "green.png")
     canvas = page.locator("#image canvas").first
-    canvas.scroll_into_view_if_needed()
 
     def middle() -> tuple[float, float]:
+        canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
@@ -146,7 +145,14 @@ def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
         shot = page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
         return Image.open(io.BytesIO(shot)).convert("RGB").getpixel((0, 0))
 
-    until(lambda: seen() == green)
+    def uploaded() -> bool:
+        """An editor that is not ready yet takes no file."""
+        page.locator("#image input[type=file]").first.set_input_files(tmp_path / "green.png")
+        page.wait_for_timeout(2000)
+        return seen() == green
+
+    canvas.wait_for()
+    until(uploaded)
     x, y = middle()
     page.mouse.move(x - 4, y)
     page.mouse.down()
@@ -165,6 +171,15 @@ def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
 def test_what_is_not_allowed_is_said_on_the_page(served):
     draw(served, "a green star", steps=0)
     served.page.get_by_text("sampling.steps is 0; allowed: 1 or more.").wait_for()
+
+
+def test_the_page_gives_out_no_other_file(served):
+    secret = served.pictures / "secret.txt"
+    secret.write_text("secret")
+    for path in (secret, served.pictures / "manifest.jsonl"):
+        answer = served.page.request.get(f"{served.address}gradio_api/file={path}")
+        assert answer.status in (403, 404)
+        assert answer.text() != path.read_text()
 
 
 def test_the_page_asks_no_other_machine(served):
