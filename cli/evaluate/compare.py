@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i.schema import check
 
-from .options import add_measures, check_numbers, extractors_of, print_table, write_json
+from .options import add_measures, check_file, check_numbers, extractors_of, print_table, write_json
 from .runs import add_prompts, check_prompts, config_of, measure_generator
 
 
@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> None:
     from ..generators import check_draws
 
     check_folder(Path(options.out))
+    check_file("--statistics", options.statistics)
     extractors = extractors_of(options)
     configs = [config_of(place) for place in options.runs]
     for place, config in zip(options.runs, configs, strict=True):

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from t2i.schema import check
 
-from .options import add_measures, bar, check_numbers, extractors_of, plain_data, print_table, write_json
+from .options import (
+    add_measures,
+    bar,
+    check_file,
+    check_numbers,
+    extractors_of,
+    plain_data,
+    print_table,
+    write_json,
+)
 from .runs import HELDOUT, Measured, add_prompts, check_prompts, measure_generator
 
 if TYPE_CHECKING:
@@ -41,6 +50,8 @@ def run(arguments: list[str]) -> None:
 
     from ..console import console
 
+    check_file("--out", options.out)
+    check_file("--statistics", options.statistics)
     extractors = extractors_of(options)
     measured = (measure_run if is_run else measure_folder)(options.target, options, extractors)
     for cause, count in sorted(measured.about.get("skipped", {}).items()):

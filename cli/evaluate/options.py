@@ -58,10 +58,20 @@ def extractors_of(options: argparse.Namespace) -> list[Extractor]:
     """The networks that --features names, each once."""
     from t2i.evaluation.features import load
 
+    specs = dict.fromkeys(options.features or ["efficientnet"])
+    has_effect = any(spec.startswith("inception") for spec in specs)
+    check(options.resize == "clean" or has_effect, "--resize", options.resize, "only with inception")
     device = device_of(options)
-    return [
-        load(spec, options.resize, device) for spec in dict.fromkeys(options.features or ["efficientnet"])
-    ]
+    return [load(spec, options.resize, device) for spec in specs]
+
+
+def check_file(flag: str, path: Path | None) -> None:
+    """Raises UserError where no file can be written to `path`: better before the pictures are measured than after."""
+    from t2i.generation.names import check_folder
+
+    if path is not None:
+        check(not path.is_dir(), flag, str(path), "a file, no folder")
+        check_folder(path.parent)
 
 
 def plain_data() -> DataConfig:

@@ -43,7 +43,7 @@ def add_prompts(made: argparse.ArgumentParser) -> None:
         default=HELDOUT,
         metavar="NAME|FILE",
         help="heldout: captions that the run was not trained on; shapes: the compositional suite; a .json of COCO's "
-        "captions, a .tsv like PartiPrompts, a .txt; default: heldout",
+        "captions, a .jsonl of objects with prompt, a .tsv like PartiPrompts, a .txt; default: heldout",
     )
     made.add_argument("--count", type=int, help="of prompts; default: all, of shapes 64 of each category")
     made.add_argument(
@@ -132,6 +132,7 @@ def measure_generator(
     from t2i.schema import to_dict
     from t2i.training import checkpoint, run_folder
 
+    from ..console import console
     from ..generators import load_generator
     from ..report import is_trained
     from .options import device_of
@@ -142,6 +143,10 @@ def measure_generator(
     config = loaded.config
     protocol = protocol or config
     prompts = prompts_of(options, protocol)
+    if options.count is not None and len(prompts) < options.count:
+        console.print(
+            f"--count is {options.count:,}; --prompts {options.prompts} has {len(prompts):,}: all are drawn."
+        )
     real = reference_of(options.reference, protocol, options.reference_count, generator.default_size_px)
     for extractor in extractors:
         check_enough(extractor, len(prompts), f"--prompts {options.prompts}", options.force)

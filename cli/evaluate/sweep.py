@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.schema import check
 
-from .options import add_measures, check_numbers, extractors_of
+from .options import add_measures, check_file, check_numbers, extractors_of
 from .runs import (
     HELDOUT,
     add_prompts,
@@ -49,6 +49,7 @@ def run(arguments: list[str]) -> None:
     from ..generators import check_draws
 
     check_folder(Path(options.out))
+    check_file("--statistics", options.statistics)
     rank = rank_of(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.local % torch.cuda.device_count())

@@ -34,17 +34,20 @@ class Prompt:
 def read_suite(path: Path, count: int | None, seed: int = 0) -> list[Prompt]:
     """
     path: a .json of COCO's captions ({"annotations": [{"image_id": ..., "caption": ...}]}), of which one of each
-        picture is drawn; a .tsv with a header as PartiPrompts has it (Prompt, Category, Challenge); else a text of one
-        prompt per line
+        picture is drawn; a .jsonl of objects with `prompt`; a .tsv with a header as PartiPrompts has it (Prompt,
+        Category, Challenge); a .txt, or a file without an ending, of one prompt per line
     count: so many of them, drawn by `seed` where there are more; None: all, in their order
-    Raises DataError for a file that is not there or has no prompts.
+    Raises DataError for a file that is not there, has another ending or no prompts.
     """
+    readers = {".json": _coco, ".jsonl": _objects, ".tsv": _table, ".txt": _lines, "": _lines}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"--prompts {path} ends in {path.suffix}; allowed: .json, .jsonl, .tsv or .txt.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} cannot be read: {error}.") from error
-    readers = {".json": _coco, ".tsv": _table}
-    prompts = readers.get(path.suffix.lower(), _lines)(text, path, random.Random(seed))
+    prompts = reader(text, path, random.Random(seed))
     if not prompts:
         raise DataError(f"--prompts {path} holds no prompt.")
     if count is None or count >= len(prompts):
@@ -64,6 +67,21 @@ def _coco(text: str, path: Path, rng: random.Random) -> list[Prompt]:
             '{"annotations": [{"image_id": 1, "caption": "..."}, ...]}.'
         ) from error
     return [Prompt(rng.choice(captions)) for captions in by_picture.values()]
+
+
+def _objects(text: str, path: Path, rng: random.Random) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(Prompt(json.loads(line)["prompt"].strip()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"--prompts {path}, line {number}, is no object with a prompt ({type(error).__name__}: {error}); "
+                'allowed: {"prompt": "a red circle"}.'
+            ) from error
+    return prompts
 
 
 def _table(text: str, path: Path, rng: random.Random) -> list[Prompt]:

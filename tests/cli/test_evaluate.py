@@ -58,6 +58,9 @@ def test_a_folder_beside_another(t2i, tmp_path):
         (["--reference", "nowhere.tar"], "reference.shards names nowhere.tar, which does not exist."),
         (["--reference", "."], ". holds no pictures; allowed: jpg"),
         (["--count", "5"], "--count is 5; allowed: only with a run."),
+        (["--resize", "legacy_pytorch"], "--resize is 'legacy_pytorch'; allowed: only with inception."),
+        (["--out", "."], "--out is '.'; allowed: a file, no folder."),
+        (["--statistics", f"{__file__}/s.st"], "test_evaluate.py is not a folder."),
     ],
 )
 def test_what_a_person_can_mend_is_one_sentence(t2i, tmp_path, flags, said):
@@ -156,6 +159,11 @@ def test_runs_side_by_side(t2i, runs, plain_features):
     assert done.code == 0, done
     values = json.loads(Path("table/compare.json").read_text())["runs"]
     assert len(values) == 2
+    assert "--count is" not in done.out
+    assert (
+        "--count is 999; --prompts heldout has 12: all are drawn."
+        in t2i("evaluate", run, "--rounds", "0", "--count", "999").out
+    )
     assert values[0]["figures"] == values[1]["figures"]  # one protocol
     assert values[0]["prompts_hash"] == values[1]["prompts_hash"]
     assert "| published, 2205.11487 |" in Path("table/compare.md").read_text()

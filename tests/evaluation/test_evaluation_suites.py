@@ -42,6 +42,15 @@ def test_lines(tmp_path):
     assert read_suite(tmp_path / "a.txt", None) == [Prompt("a cat"), Prompt("a dog")]
 
 
+def test_objects_and_a_mark_of_the_byte_order(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a cat", "seed": 1}\n\n{"prompt": "a\xe2\x80\xa8dog"}\n'
+    )
+    assert read_suite(tmp_path / "a.jsonl", None) == [Prompt("a cat"), Prompt("a\u2028dog")]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
+    assert read_suite(tmp_path / "a.txt", None) == [Prompt("a cat")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -49,6 +58,13 @@ def test_lines(tmp_path):
         ("a.json", "not json", "is not COCO's captions"),
         ("a.tsv", "Text\tCategory\nx\ty\n", r"has the columns \['Text', 'Category'\]; allowed: Prompt"),
         ("a.txt", "\n\n", "holds no prompt"),
+        (
+            "a.jsonl",
+            '{"prompt": "a cat"}\n\n{"text": "a dog"}\n',
+            r"a.jsonl, line 3, is no object with a prompt",
+        ),
+        ("a.jsonl", "a cat\n", r"line 1, is no object with a prompt"),
+        ("a.csv", "a cat\n", r"a.csv ends in .csv; allowed: .json, .jsonl, .tsv or .txt"),
     ],
 )
 def test_what_is_no_suite_is_one_sentence(tmp_path, name, text, said):
