@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
-from t2i.errors import UserError
+from t2i.errors import ConfigError, UserError
 from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
@@ -124,8 +124,15 @@ def asked(options: argparse.Namespace, overrides: Sequence[str]) -> Prompts:
         found = Prompts(take_recipes(options, overrides), {}, 0)
     else:
         found = Prompts([Line(prompt) for prompt in options.prompt], {}, 0)
-    lines = sample_edit.between([filled(line, options) for line in found.lines], options)
-    return Prompts(lines, found.broken, found.blank)
+    lines = []
+    for line in found.lines:
+        try:
+            lines.append(filled(line, options))
+        except ConfigError as error:  # a seed whose pictures would go beyond the last one
+            if not line.number:
+                raise
+            found.broken[line.number] = str(error).removesuffix(".")
+    return Prompts(sample_edit.between(lines, options), found.broken, found.blank)
 
 
 def grouped(
@@ -136,7 +143,6 @@ def grouped(
 ) -> list[Drawing]:
     """The pictures of all lines; those that share what can be shared are drawn together. A line of a file with options
     that there are not is put among the broken ones."""
-    from t2i.errors import ConfigError
     from t2i.generation.names import file_name
     from t2i.generation.recipes import of_files
     from t2i.generation.text_to_image import Drawing

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
-from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, check_number
+from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, check_number, is_unicode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +126,10 @@ def between(lines: Sequence[Line], options: argparse.Namespace) -> list[Line]:
     """The lines, or those of the pictures near theirs or on the way from one to the next."""
     if options.variations is not None:
         share = VARIATION if options.variation_strength is None else options.variation_strength
+        for line in lines:
+            last = MAX_SEED - options.variations - (line.num_images or 1) + 1
+            allowed = f"0 to {last} with --variations {options.variations}"
+            check((line.seed or 0) <= last, "--seed", line.seed, allowed)
         return [
             dataclasses.replace(end, num_images=1, between={"seed": other, "share": share})
             for end in _ends(lines)
@@ -160,6 +164,7 @@ def check_between(value: dict[str, Any] | None, path: Path) -> dict[str, Any]:
         and (type(seed) is int and 0 <= seed <= MAX_SEED)
         and (isinstance(share, float | int) and 0 <= share <= 1)
         and isinstance(prompt, str | None)
+        and is_unicode(prompt or "")
     )
     check(ok, f"between in {path}", value, "a seed, a share from 0 to 1 and perhaps a prompt")
     return value

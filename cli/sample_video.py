@@ -50,6 +50,8 @@ def check_flags(options: argparse.Namespace) -> None:
     if options.video is None:
         return
     check(Path(options.video).exists(), "--video", options.video, "a film or a folder of frames that exists")
+    ok = Path(options.out).resolve() != Path(options.video).resolve()
+    check(ok, "--out", options.out, "another folder than --video")
     for name in WITHOUT:
         value = getattr(options, name)
         check(value is None, "--" + name.replace("_", "-"), value, "without --video")
@@ -101,15 +103,15 @@ class Film:
         return f"frame_{frame:05}.png"
 
     def finish(self, report: Report) -> str | None:
-        """Writes the frames between and video.webp, where all key frames are there, and says how they flicker."""
+        """Writes the frames between and video.webp (under another name where something else has it), where all key
+        frames are there, and says how they flicker."""
         import torch
         from PIL import Image
 
-        from t2i.generation.names import place_of
-        from t2i.generation.recipes import chunk, identity
+        from t2i.generation.names import save_new
         from t2i.generation.text_to_image import read_image
         from t2i.generation.video import flicker, tweened, write_film
-        from t2i.training.pictures import save_png, to_pil
+        from t2i.training.pictures import to_pil
 
         if not report.whole or any("error" in each for each in report.lines.values()):
             return None
@@ -118,14 +120,12 @@ class Film:
         between = sorted(set(range(len(frames))) - set(self.keys))
         for frame in between:
             recipe = {**self.recipe, "frame": frame}
-            path, is_there = place_of(self.folder / self.name(frame), identity(recipe), is_fixed=True)
-            if not is_there:
-                save_png(frames[frame], path, **chunk(recipe))
+            save_new(to_pil(frames[frame]), self.folder / self.name(frame), recipe, is_fixed=True)
         pictures: Sequence[Image.Image] = [to_pil(frame) for frame in frames]
-        write_film(pictures, self.folder / "video.webp", self.shown_ms)
+        path = write_film(pictures, self.folder / "video.webp", self.shown_ms)
         more = flicker(frames, self.source)
         return (
-            f"{self.folder / 'video.webp'}: {len(frames)} frames, {len(self.keys)} of them drawn; neighbours differ by "
+            f"{path}: {len(frames)} frames, {len(self.keys)} of them drawn; neighbours differ by "
             f"{more:+.2f} of 255 more than those of {self.path}."
         )
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what only writing can meet
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}  # of exFAT and others
 SHORT_NAME = 50  # letters: with four bytes each, what is added still fits into the 255 bytes of a name
 LEFT_AFTER_S = 24 * 3600  # what nobody wrote to for so long belongs to a process that was killed
 
@@ -27,10 +28,13 @@ def user_cache() -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
     """Another name beside `path`, to write to; what is written there becomes `path` when the block ends without an
     error, and is removed otherwise. Several processes may do so at once: the last one stays. The file's mode is the
-    one that the umask gives. A full disk is an OSError that names `path`, whatever the library that met it raised."""
+    one that the umask gives. A full disk is an OSError that names `path`, whatever the library that met it raised.
+
+    is_new: raise FileExistsError where `path` is there by then, and leave it alone
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left(path.parent)
     unfinished = path.with_name(f".{path.name[:SHORT_NAME]}.{uuid.uuid4().hex[:8]}.unfinished")
@@ -40,7 +44,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield unfinished
         if unfinished.stat().st_mode != mode:  # safetensors puts a file of mode 0600 in its place
             unfinished.chmod(mode)
-        unfinished.replace(path)
+        if is_new:
+            _move_to_new(unfinished, path)
+        else:
+            unfinished.replace(path)
     except Exception as error:
         system = system_error(error)
         if system is None or (system.errno not in NOT_WRITTEN and system.filename != str(unfinished)):
@@ -48,6 +55,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _move_to_new(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with path.open("xb"):
+            unfinished.replace(path)
 
 
 @lru_cache(maxsize=1000)  # once in a process: a folder may hold hundreds of thousands of files

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from t2i.files import written_whole
 from t2i.launch.lock import locked
@@ -34,9 +33,8 @@ class Manifest:
         self._listed = {known_by for known_by, line in _lines(folder / NAME) if "file" in line}
         if not self._alone:
             self._path.unlink(missing_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
-        if self._alone and _is_cut(self._path):
-            self._file.write("\n")
+        self._added: dict[str, Line] = {}
+        self._file: TextIO | None = None
 
     def __contains__(self, known_by: str) -> bool:
         return known_by in self._listed
@@ -48,23 +46,29 @@ class Manifest:
         rest = {name: value for name, value in recipe.items() if name not in ("prompt", "seed")}
         what = {"file": path.relative_to(self.folder).as_posix()} if path else {"error": error}
         line = {"id": known_by, **what, "prompt": recipe["prompt"], "seed": recipe["seed"], "recipe": rest}
+        self._added[known_by] = line
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+            if _is_cut(self._path):
+                self._file.write("\n")
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self, order: Mapping[str, int]) -> dict[str, Line]:
         """Puts the lines into the one manifest, those of `order` last and in that order; returns these, as far as they
         are there, by id."""
-        self._file.close()
-        with nullcontext() if self._alone else locked(self.folder, PATIENCE_S):
-            found = dict(_lines(self.folder / NAME))
-            if not self._alone:
-                found |= dict(_lines(self._path))
+        if self._file is not None:
+            self._file.close()
+        elif not (self.folder / NAME).is_file():
+            return {}
+        with locked(self.folder, PATIENCE_S):
+            # Another process may have put a manifest of its own in the place of the one that this process wrote to.
+            found = dict(_lines(self.folder / NAME)) | self._added
             listed = sorted(found.items(), key=lambda entry: order.get(entry[0], -1))
-            if listed:
-                with written_whole(self.folder / NAME) as unfinished:
-                    unfinished.write_text("".join(json.dumps(line) + "\n" for _, line in listed))
-            if not self._alone or not listed:
-                self._path.unlink()
+            with written_whole(self.folder / NAME) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for _, line in listed))
+            if not self._alone:
+                self._path.unlink(missing_ok=True)
         return {known_by: line for known_by, line in listed if known_by in order}
 
 

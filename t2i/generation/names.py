@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from pathlib import Path
+
+from PIL import Image
 
 from t2i.errors import UserError
 from t2i.generation.prompts import Line
-from t2i.generation.recipes import found_in, identity
+from t2i.generation.recipes import Recipe, chunk, found_in, identity
+from t2i.training.pictures import save_picture
 
 
 def slug(prompt: str, length: int = 60) -> str:
-    """The prompt as part of a file name: in lower case, as some systems take A and a for the same. One that is too
-    long ends in a digest of the whole prompt, so that prompts with the same beginning have names of their own."""
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    if len(name) > length:
-        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-        name = f"{name[: length - 9].strip('-')}-{digest}"
-    return name or "empty"
+    """The words of the prompt, in any script, as part of a file name of at most `length` bytes: in lower case, as some
+    systems take A and a for the same. One that is too long ends in a digest of the whole prompt, so that prompts with
+    the same beginning have names of their own; one without a word is the digest."""
+    name = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt.lower())).strip("-")
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    if len(name.encode()) > length:
+        name = f"{name.encode()[: length - 9].decode(errors='ignore').strip('-')}-{digest}"
+    return name or (digest if prompt else "empty")
 
 
 def file_name(layout: str | None, line: Line, seed: int, number: int) -> str:
@@ -58,6 +63,22 @@ def place_of(path: Path, known_by: str, is_fixed: bool, is_taken: bool = False) 
             f"{path} is there and is not the picture that this recipe makes; allowed: another --out, or without it."
         )
     return own[0], False
+
+
+def save_new(
+    picture: Image.Image, path: Path, recipe: Recipe, is_fixed: bool = False, is_taken: bool = False
+) -> tuple[Path, bool]:
+    """Writes the picture with its recipe to the place that `place_of` says, whatever other processes write at the
+    same time; returns it, and whether the picture is there already. Raises UserError as `place_of` does."""
+    while True:
+        place, is_there = place_of(path, identity(recipe), is_fixed, is_taken)
+        if is_there:
+            return place, True
+        try:
+            save_picture(picture, place, is_new=True, **chunk(recipe))
+        except FileExistsError:
+            continue
+        return place, False
 
 
 def check_folder(folder: Path) -> None:

@@ -54,6 +54,9 @@ class Line:
         if self.seed is not None:
             last = MAX_SEED - (self.num_images or 1) + 1
             check(0 <= self.seed <= last, "seed", self.seed, f"0 to {last}")
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            check(is_unicode(value or ""), name, value, "text that UTF-8 can hold")
 
 
 def check_number(name: str, value: int | None, limit: int) -> None:
@@ -105,7 +108,8 @@ def read_prompts(path: Path, other_keys: bool = False) -> Prompts:
             blank += not (header and number == 1)
             continue
         try:
-            lines.append(parse(row.decode().strip(), number))
+            # The first cell of a table may be empty: its tab counts.
+            lines.append(parse(row.decode().strip("\r" if header else None), number))
         except UnicodeDecodeError:
             broken[number] = "it is not text in UTF-8"
         except ConfigError as error:
@@ -145,8 +149,9 @@ def _of_table(text: str, number: int, header: list[str]) -> Line:
         len(cells) <= len(header), "it", f"{len(cells)} cells", f"up to {len(header)}, as the first line has"
     )
     entry = dict(zip(header, cells, strict=False))
-    check(bool(entry.get("Prompt")), "its prompt", entry.get("Prompt"), "text")
-    return Line(entry["Prompt"], number, entry=entry)
+    prompt = entry.get("Prompt", "").strip()
+    check(bool(prompt), "its prompt", entry.get("Prompt"), "text")
+    return Line(prompt, number, entry=entry)
 
 
 def is_unicode(text: str) -> bool:

@@ -16,11 +16,11 @@ from t2i.errors import ConfigError, UserError
 from t2i.generation import grid
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.manifest import Line, Manifest
-from t2i.generation.names import check_folder, place_of
-from t2i.generation.recipes import Recipe, chunk, identity, shared_recipe, together
+from t2i.generation.names import check_folder, place_of, save_new
+from t2i.generation.recipes import Recipe, identity, shared_recipe, together
 from t2i.interfaces import Generator, SampleRequest
 from t2i.launch.ranks import ALONE, Rank
-from t2i.training.pictures import save_picture, save_png
+from t2i.training.pictures import to_pil
 
 NOT_FINITE = "numbers that are not finite"
 
@@ -86,10 +86,11 @@ class Listener:
 
 @dataclass(frozen=True)
 class _Picture:
-    """place: in its drawing; key: of its line in the manifest"""
+    """place: in its drawing; path, is_taken: as `place_of` takes them; key: of its line in the manifest"""
 
     place: int
     path: Path
+    is_taken: bool
     key: str
 
 
@@ -185,11 +186,10 @@ def _own_blocks(
                     continue
                 order[key] = len(order)
                 if number % rank.world == rank.rank:
-                    path, is_there = place_of(
-                        manifest.folder / name, known_by, drawing.is_fixed, name in taken
-                    )
+                    wanted, is_taken = manifest.folder / name, name in taken
+                    path, is_there = place_of(wanted, known_by, drawing.is_fixed, is_taken)
                     if not is_there:
-                        missing.append(_Picture(place, path, key))
+                        missing.append(_Picture(place, wanted, is_taken, key))
                     else:
                         report.there += 1
                         if key not in manifest:
@@ -216,13 +216,17 @@ def _draw_block(
         for i, image, good in zip(places, images, finite, strict=True):
             picture = block.pictures[i]
             recipe = drawing.recipe_of(picture.place)
+            path = None
             if good:
-                save_png(image, picture.path, **chunk(recipe))
-                manifest.add(picture.key, recipe, picture.path)
-                report.drawn += 1
+                path, is_there = save_new(
+                    to_pil(image), picture.path, recipe, drawing.is_fixed, picture.is_taken
+                )
+                manifest.add(picture.key, recipe, path)
+                report.there += is_there  # by another process
+                report.drawn += not is_there
             else:
                 manifest.add(picture.key, recipe, error=NOT_FINITE)
-            listener.picture(picture.path if good else None)
+            listener.picture(path)
 
 
 def write_grid(folder: Path, lines: Iterable[Line]) -> Path | None:
@@ -236,7 +240,7 @@ def write_grid(folder: Path, lines: Iterable[Line]) -> Path | None:
     if not is_there:
         paths = [folder / line["file"] for line in shown]
         sheet = grid.captioned_grid(paths, [line["prompt"] for line in shown])
-        save_picture(sheet, path, **chunk(recipe))
+        path, _ = save_new(sheet, folder / "grid.png", recipe)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -88,19 +90,49 @@ def flicker(frames: Tensor, source: Tensor) -> float:
     return moved(frames) - moved(source)
 
 
-def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> None:
-    """An animated WebP without loss, over and over; there is all of it or none."""
+class Frames(Image.Image):
+    """Picture files of one size as the frames of a film, of which one at a time is in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        super().__init__()
+        self.paths, self.n_frames = paths, len(paths)
+        self.seek(0)
+
+    def seek(self, frame: int) -> None:
+        with Image.open(self.paths[frame], formats=["PNG"]) as picture:
+            shown = picture.convert("RGB")
+        self.im, self._size, self._mode, self._frame = shown.im, shown.size, shown.mode, frame
+
+    def tell(self) -> int:
+        return self._frame
+
+
+def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> Path:
+    """An animated WebP without loss, over and over; there is all of it or none. Returns where it is: `path`, or where
+    another film is there, a name with a digest in it, so that nothing is written over, the film that these frames were
+    drawn from least of all."""
     first, *others = frames
-    with written_whole(path) as unfinished:
-        first.save(
-            unfinished,
-            format="WEBP",
-            save_all=True,
-            append_images=others,
-            duration=round(shown_ms),
-            loop=0,
-            lossless=True,
-        )
+    written = io.BytesIO()
+    first.save(
+        written,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=round(shown_ms),
+        loop=0,
+        lossless=True,
+    )
+    data = written.getvalue()
+    digest = hashlib.sha256(data).hexdigest()
+    for place in (path, *(path.with_stem(f"{path.stem}-{digest[:n]}") for n in (8, 64))):
+        try:
+            with written_whole(place, is_new=True) as unfinished:
+                unfinished.write_bytes(data)
+            return place
+        except FileExistsError:
+            if place.is_file() and place.read_bytes() == data:
+                return place
+    raise UserError(f"{path} is there and is another film; allowed: another --out.")
 
 
 def check_every(every: int, count: int) -> None:

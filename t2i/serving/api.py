@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -133,4 +134,4 @@ def listed(each: Kept) -> dict[str, Any]:
 
 def address(path: Path) -> str:
     """Of a picture, at this server."""
-    return f"/api/pictures/{path.name}"
+    return f"/api/pictures/{quote(path.name)}"

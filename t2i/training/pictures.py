@@ -37,15 +37,18 @@ def grid(images: Tensor, columns: int, gap_px: int = 2) -> Tensor:
 
 def save_png(image: Tensor, path: Path, **text: str) -> None:
     """Writes (3, H, W) in [-1, 1] as `save_picture` does."""
-    save_picture(to_pil(image), path, **text)
+    save_picture(to_pil(image), path, is_new=False, **text)
 
 
-def save_picture(picture: Image.Image, path: Path, **text: str) -> None:
-    """Writes a PNG, with `text` as its text chunks; there is all of the file or none."""
+def save_picture(picture: Image.Image, path: Path, is_new: bool = False, **text: str) -> None:
+    """Writes a PNG, with `text` as its text chunks; there is all of the file or none.
+
+    is_new: raise FileExistsError where `path` is there, and leave it alone
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    with written_whole(path) as unfinished:
+    with written_whole(path, is_new) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)

@@ -197,6 +197,17 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, 
     frame = read_image(Path("all/frame_00002.png"), (32, 32))
     assert torch.equal(frame, films["all"][2])
     assert t2i(*base, "--video", "in.webp", "--out", "keys", "--key-every", "4").code == 0  # all is there
+    before = Path("all/video.webp").read_bytes()
+    own = t2i(*base, "--video", "all/video.webp", "--out", "all", "--key-every", "7", "--num-images", "1")
+    assert "frame_00000.png is there and is not" in own.sentence
+    for frame in Path("all").glob("frame_*.png"):
+        frame.rename(Path(frame.name))
+    again = t2i(*base, "--video", "all/video.webp", "--out", "all", "--key-every", "7")
+    assert again.code == 0
+    assert "all/video-" in again.out
+    assert Path("all/video.webp").read_bytes() == before
+    for frame in Path().glob("frame_*.png"):
+        frame.replace(Path("all") / frame.name)
     # Neither a drawn frame nor one between is written over.
     done = t2i(*base, "--video", "in.webp", "--out", "all", "--key-every", "4")
     assert "frame_00001.png is there and is not the picture" in done.sentence
@@ -222,6 +233,11 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, 
         (("--key-every", "2"), "--key-every is 2; allowed: only with --video"),
         (("--video", "a.png", "--image", "a.png"), "--image is 'a.png'; allowed: without --video"),
         (("--video", "a.png", "--num-images", "2"), "--num-images is 2; allowed: 1 with --video"),
+        (("--video", ".", "--out", "."), "--out is '.'; allowed: another folder than --video"),
+        (
+            ("--variations", "2", "--num-images", "1", "--seed", str(2**64 - 1)),
+            "--seed is 18446744073709551615; allowed: 0 to 18446744073709551613 with --variations 2",
+        ),
         (("--variations", "0"), "--variations is 0; allowed: 1 or more"),
         (("--variation-strength", "0.5"), "--variation-strength is 0.5; allowed: only with --variations"),
         (("--variations", "2", "--interpolate", "2"), "--variations is 2; allowed: without --interpolate"),

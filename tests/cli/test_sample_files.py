@@ -48,6 +48,7 @@ BROKEN = {
     "text for a number": ({"prompt": "a", "seed": "1"}, "seed is '1'; allowed: a whole number"),
     "truth for a number": ({"prompt": "a", "seed": True}, "seed is True"),
     "none for a number": ({"prompt": "a", "width": None}, "width is None"),
+    "surrogate": (r'{"prompt": "a \ud800 circle"}', "prompt is 'a \\ud800 circle'"),
     "below": ({"prompt": "a", "num_images": 0}, "num_images is 0; allowed: 1 or more"),
     "above": ({"prompt": "a", "height": 10**9}, "height is 1000000000; allowed: 1 to 16,384"),
     "seed": ({"prompt": "a", "seed": -1}, "seed is -1; allowed: 0 to"),
@@ -73,6 +74,9 @@ def test_no_line_can_be_used(t2i):
     Path("p.jsonl").write_text("{\n")
     sentence = t2i("sample", "--prompts-file", "p.jsonl").sentence
     assert "No line of p.jsonl can be used (line 1: it is not JSON" in sentence
+    jsonl("last.jsonl", {"prompt": "a", "seed": 2**64 - 1})
+    sentence = t2i("sample", "--prompts-file", "last.jsonl", "--num-images", "2").sentence
+    assert "No line of last.jsonl can be used (line 1: seed is 18446744073709551615; allowed: 0" in sentence
     Path("empty.txt").write_text("\n\n")
     assert "empty.txt holds no prompt" in t2i("sample", "--prompts-file", "empty.txt").sentence
 

@@ -354,7 +354,7 @@ def test_pixels_are_those_that_were_drawn(tmp_path):
         ("../../etc/passwd", "etc-passwd"),
         ("  --x--  ", "x"),
         ("", "empty"),
-        ("日本", "empty"),
+        ("日本", "日本"),
         ("a" * 58 + " b", "a" * 58 + "-b"),
     ],
 )
