@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import Precision, TextConfig, parse_run
 from t2i.errors import UserError
-from t2i.launch.ranks import ALONE, Rank
+from t2i.launch.ranks import Rank
 from t2i.schema import check
 
 from . import hub
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Loaded:
     """path: of the weights; weights: what tells them, with the changes to their configuration, from all others
-    text: its text encoder; config: the run's, changed"""
+    text: its text encoder; config: the run's, changed; sizes: numbers in each of the weights, by name"""
 
     path: Path
     generator: Generator
     weights: str
     text: TextConfig | None
     config: dict[str, Any]
+    sizes: Mapping[str, int]
 
     def sampling(self, changes: Mapping[str, Any]) -> Any:
         """The family's own options with changes. Raises ConfigError for what there is not."""
@@ -41,15 +42,6 @@ class Loaded:
             return self.generator.sampling
         values = {**self.config, "sampling": {**to_dict(self.generator.sampling), **changes}}
         return vars(parse_run(values, families.get(self.config["family"]).load_config()).model)["sampling"]
-
-
-def load_generator(
-    checkpoint: str | None, runs_dir: str, device: str | None, overrides: list[str]
-) -> tuple[Path, Generator, TextConfig | None]:
-    """(its weights, the generator, its text encoder). checkpoint: a run or a file of weights; None takes the newest run
-    that draws. Raises ConfigError for a device that is not there, UserError for a run that draws nothing."""
-    loaded = load(weights_path(checkpoint, runs_dir), device_named(device, ALONE), overrides)
-    return loaded.path, loaded.generator, loaded.text
 
 
 def device_named(name: str | None, rank: Rank) -> torch.device:
@@ -88,7 +80,9 @@ def load(
     check_draws(path, found.config)
     generator = record.load_generator()(found, device)
     changes = [each for each in overrides if not each.startswith("sampling.")]
-    return Loaded(path, generator, weights_digest(found.weights, changes), text, found.config)
+    digest = weights_digest(found.weights, changes)
+    sizes = {name: value.numel() for name, value in found.weights.items()}
+    return Loaded(path, generator, digest, text, found.config, sizes)
 
 
 def check_draws(place: str | Path, config: Mapping[str, Any]) -> None:

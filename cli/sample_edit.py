@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
+from t2i.generation.extension import SIDES, STRENGTH, usual_strength, within
 from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, check_number, is_unicode
 
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from t2i.generation.starting import Start
     from t2i.interfaces import Generator
 
-STRENGTH, VARIATION = 0.8, 0.2
+VARIATION = 0.2
 MOST_BETWEEN = 1_000
-SIDES = ("left", "right", "top", "bottom")
 TILES = ("x", "y", "xy")
 # What a picture's recipe says of these flags, by the names of the options.
 RECIPE: dict[str, type] = {
@@ -183,10 +183,7 @@ def start_of(line: Line, options: argparse.Namespace, size_px: int) -> Start | N
     if extend is not None and line.height is None and line.width is None:
         size = None
     elif extend is not None:
-        around = [extend.get(a, 0) + extend.get(b, 0) for a, b in (("top", "bottom"), ("left", "right"))]
-        size = whole[0] - around[0], whole[1] - around[1]
-        allowed = f"less than the whole, {whole[0]} x {whole[1]} px (height x width)"
-        check(min(size) >= 1, "--extend", options.extend, allowed)
+        size = within(whole, extend, "--extend", options.extend)
     return read_start(Path(options.image), size, None if options.mask is None else Path(options.mask), extend)
 
 
@@ -194,7 +191,7 @@ def strength_of(options: argparse.Namespace) -> float:
     """All of the way where a part of the picture stays."""
     if options.strength is not None:
         return float(options.strength)
-    return STRENGTH if options.mask is None and options.extend is None else 1.0
+    return usual_strength(options.mask is not None or options.extend is not None)
 
 
 def inverted(generator: Generator, sampling: Any, start: Start, prompt: str, negative_prompt: str) -> Tensor:

@@ -130,17 +130,16 @@ def measure_generator(
     from t2i.evaluation.runs import prompts_hash
     from t2i.evaluation.statistics import collect, reference_statistics
     from t2i.schema import to_dict
-    from t2i.training import checkpoint, run_folder
+    from t2i.training import run_folder
 
     from ..console import console
-    from ..generators import load_generator
+    from ..generators import load
     from ..report import is_trained
     from .options import device_of
 
     device = device_of(options)
-    path, generator, text = load_generator(place, "", str(device), list(overrides))
-    loaded = checkpoint.load(path)
-    config = loaded.config
+    loaded = load(run_folder.weights_file(place), device, list(overrides))
+    generator, text, config = loaded.generator, loaded.text, loaded.config
     protocol = protocol or config
     prompts = prompts_of(options, protocol)
     if options.count is not None and len(prompts) < options.count:
@@ -167,7 +166,7 @@ def measure_generator(
             scores = clip_scores(extractor.clip, features, [prompt.text for prompt in prompts], device)
             made.append(mean_figure("CLIP score", scores, extractor.title))
     made += attributes.figures() if attributes else []
-    trained = sum(value.numel() for name, value in loaded.weights.items() if is_trained(name))
+    trained = sum(size for name, size in loaded.sizes.items() if is_trained(name))
     folder = run_folder.run_of(place)
     about = {
         "run": str(place),

@@ -18,13 +18,14 @@ from fastapi import FastAPI
 from PIL import Image
 
 from t2i.errors import UserError
+from t2i.generation.extension import SIDES
 from t2i.interfaces import Tile
 from t2i.schema import parse
 from t2i.serving.gallery import Kept
 from t2i.serving.options import Option, options_of
 from t2i.serving.queue import Job
 from t2i.serving.service import Service
-from t2i.serving.wanted import MAX_SEED, SIDES, Wanted
+from t2i.serving.wanted import MAX_SEED, Wanted
 
 LOOK_S = 0.1  # between two looks at how far a job is
 SHOWN = 60

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2i.data.decode import BadSample, stored_size
 from t2i.errors import ConfigError, UserError
+from t2i.generation.extension import SIDES, around, usual_strength, within
 from t2i.generation.prompts import is_unicode
 from t2i.generation.recipes import Recipe, of_files
 from t2i.generation.starting import read_start
@@ -22,7 +23,6 @@ MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
 MAX_PROMPT = 10_000  # characters
 MAX_STEPS = 1000
 MAX_PIXELS = 2**24  # of a picture to start from
-SIDES = ("left", "right", "top", "bottom")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Wanted:
                 files["mask"] = file_of(self.mask, "mask")
             if inner is None:
                 height, width = stored_size(files["image"], "image")
-                around = self._around()
-                whole = height + around[0], width + around[1]
+                added = around(self.extend)
+                whole = height + added[0], width + added[1]
             check(max(whole) <= most, "height x width", f"{whole[0]} x {whole[1]}", f"at most {most} each")
             paths = {key: keep(data) for key, data in files.items()}
             image, mask = paths["image"], paths.get("mask")
@@ -121,7 +121,7 @@ class Wanted:
         def repeated(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.expand(self.num_images, -1, -1, -1)
 
-        usual = 1.0 if self.mask or self.extend else 0.8
+        usual = usual_strength(bool(self.mask or self.extend))
         request = SampleRequest(
             prompts=[self.prompt] * self.num_images,
             seeds=range(self.seed, self.seed + self.num_images),
@@ -141,15 +141,7 @@ class Wanted:
             return whole
         if self.height is None and self.width is None:
             return None
-        around = self._around()
-        inner = whole[0] - around[0], whole[1] - around[1]
-        check(min(inner) >= 1, "extend", self.extend, f"less than the whole, {whole[0]} x {whole[1]} px")
-        return inner
-
-    def _around(self) -> tuple[int, int]:
-        """(height, width) that `extend` adds."""
-        height, width = (sum(self.extend.get(side, 0) for side in pair) for pair in (SIDES[2:], SIDES[:2]))
-        return height, width
+        return within(whole, self.extend, "extend", self.extend)
 
 
 @dataclass(frozen=True)

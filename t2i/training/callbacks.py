@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,6 +44,17 @@ def crossed(images_seen: int, images_per_step: int, every_images: int) -> bool:
     return (
         bool(every_images) and images_seen // every_images > (images_seen - images_per_step) // every_images
     )
+
+
+@contextmanager
+def looking(trainer: L.Trainer, stage: BaseStage) -> Iterator[None]:
+    """Within it the stage draws and measures: in evaluation mode, without gradients, with the averaged weights and in
+    the run's precision."""
+    was_training = stage.training
+    stage.eval()
+    with torch.no_grad(), stage.averaged_weights(), trainer.precision_plugin.forward_context():
+        yield
+    stage.train(was_training)
 
 
 class Watched(Callback):
@@ -306,12 +318,9 @@ class Pictures(Callback):
         """Draws with the averaged weights. All processes draw, since the model may be spread over them; the
         first writes."""
         doing("draws")
-        was_training = stage.training
-        stage.eval()
         batch = self.batch.to(stage.device, stage.weight_dtype)
-        with torch.no_grad(), stage.averaged_weights(), trainer.precision_plugin.forward_context():
+        with looking(trainer, stage):
             drawn = stage.draw(batch)
-        stage.train(was_training)
         if not trainer.is_global_zero:
             return
         for name, images in drawn.items():

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from t2i.interfaces import Batch
 from t2i.launch.watch import doing
-from t2i.training.callbacks import crossed
+from t2i.training.callbacks import crossed, looking
 from t2i.training.stage import BaseStage
 
 
@@ -42,12 +41,9 @@ class Drawn(Callback):
     def draw(self, trainer: L.Trainer, stage: BaseStage) -> None:
         """All processes draw, since the model may be spread over them; the first measures."""
         doing("draws to measure")
-        was_training = stage.training
-        stage.eval()
         batch = self.measure.batch.to(stage.device, stage.weight_dtype)
-        with torch.no_grad(), stage.averaged_weights(), trainer.precision_plugin.forward_context():
+        with looking(trainer, stage):
             images = stage.draw(batch)["samples"].float().cpu()
-        stage.train(was_training)
         if not trainer.is_global_zero:
             return
         values = {"images": stage.images_seen, **self.measure.figures(images)}

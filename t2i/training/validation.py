@@ -21,7 +21,7 @@ from t2i.config import RunConfig, check, run_to_dict
 from t2i.data.reader import read_all
 from t2i.interfaces import Batch
 from t2i.launch.watch import doing
-from t2i.training.callbacks import crossed, mean_over_processes
+from t2i.training.callbacks import crossed, looking, mean_over_processes
 from t2i.training.checkpoint import number_in_header, save_final
 from t2i.training.divided import whole
 from t2i.training.randomness import Randomness
@@ -91,11 +91,8 @@ class Validation(Callback):
     def validate(self, trainer: L.Trainer, stage: BaseStage) -> None:
         """Measures, logs, and keeps the weights where they are the best so far."""
         doing("validates")
-        was_training = stage.training
-        stage.eval()
-        with torch.no_grad(), stage.averaged_weights(), trainer.precision_plugin.forward_context():
+        with looking(trainer, stage):
             found = validation_losses(stage, self.parts(stage, trainer.global_rank, trainer.world_size))
-        stage.train(was_training)
         by_time = {f"validation_loss_time_{number}": value for number, value in enumerate(found)}
         values = mean_over_processes({"validation_loss": torch.stack(found).mean(), **by_time})
         for logger in trainer.loggers if trainer.is_global_zero else ():
