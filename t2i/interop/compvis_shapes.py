@@ -105,7 +105,8 @@ def infer_codec(weights: Weights, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has an autoencoder of {len(mult)} levels; allowed: 1 to 8.")
     blocks = sum(shapes.has(f"encoder.down.0.block.{i}.conv1.weight") for i in range(16))
     latent = shapes.size("decoder.conv_in.weight", 1, (4,))
+    middle = shapes.has("encoder.mid.attn_1.norm.weight")
     codec: dict[str, Any] = {"name": "kl", "kl_weight": 1e-6}
     if shapes.has("quantize.embedding.weight"):
         codec = {"name": "vq", "num_codes": shapes.size("quantize.embedding.weight", 0, (2,))}
-    return {"codec": codec, "backbone": backbone(base, mult, blocks, latent, attends)}
+    return {"codec": codec, "backbone": backbone(base, mult, blocks, latent, attends, middle)}

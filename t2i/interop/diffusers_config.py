@@ -49,8 +49,6 @@ CODEC_FIXED: dict[str, tuple[Any, ...]] = {
     "in_channels": (3,),
     "latents_mean": (None,),
     "latents_std": (None,),
-    "lookup_from_codebook": (False,),
-    "mid_block_add_attention": (True,),
     "norm_num_groups": (32,),
     "norm_type": ("group",),
     "out_channels": (3,),
@@ -167,7 +165,8 @@ def write_unet(config: Mapping[str, Any], size_px: int, downsampling: int) -> di
 
 
 def read_codec(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], float]:
-    """AutoencoderKL's or VQModel's configuration -> the entries codec and backbone, and the latent scale."""
+    """AutoencoderKL's or VQModel's configuration -> the entries codec and backbone, and the latent scale.
+    (`lookup_from_codebook` only lets VQModel.decode take codes, as `TokenCodec.decode_tokens` does.)"""
     check_fixed(values, CODEC_FIXED, place)
     attends = _levels(
         values,
@@ -184,15 +183,22 @@ def read_codec(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], f
         check(dim in (None, latent), f"{place}: vq_embed_dim", dim, f"null or latent_channels ({latent})")
         num_codes = bounded(values.get("num_vq_embeddings", 256), f"{place}: num_vq_embeddings", 2**24)
         codec = {"name": "vq", "num_codes": num_codes}
+    middle = values.get("mid_block_add_attention", True)
+    check(type(middle) is bool, f"{place}: mid_block_add_attention", middle, "true or false")
     latent_scale = scale(values.get("scaling_factor", 0.18215), f"{place}: scaling_factor")
     return {
         "codec": codec,
-        "backbone": backbone(base, mult, _blocks(values, place, 1), latent, attends),
+        "backbone": backbone(base, mult, _blocks(values, place, 1), latent, attends, middle),
     }, latent_scale
 
 
 def backbone(
-    base: int, mult: list[int], num_res_blocks: int, latent_channels: int, attends: list[bool]
+    base: int,
+    mult: list[int],
+    num_res_blocks: int,
+    latent_channels: int,
+    attends: list[bool],
+    mid_attention: bool,
 ) -> dict[str, Any]:
     """The entry backbone of an autoencoder run. Attention is placed for pictures of 256 px; the networks are
     convolutional, and take any."""
@@ -205,6 +211,7 @@ def backbone(
         "resolution_px": 256,
         "latent_channels": latent_channels,
         "dropout": 0.0,
+        "mid_attention": mid_attention,
     }
 
 
@@ -222,6 +229,7 @@ def write_codec(config: Mapping[str, Any], latent_scale: float, size_px: int) ->
         "in_channels": 3,
         "latent_channels": shape["latent_channels"],
         "layers_per_block": shape["num_res_blocks"],
+        "mid_block_add_attention": shape["mid_attention"],
         "norm_num_groups": 32,
         "out_channels": 3,
         "sample_size": size_px,
@@ -229,5 +237,5 @@ def write_codec(config: Mapping[str, Any], latent_scale: float, size_px: int) ->
     }
     if codec["name"] == "vq":
         embedding = {"num_vq_embeddings": codec["num_codes"], "vq_embed_dim": shape["latent_channels"]}
-        values |= {"_class_name": VQ_CLASS, **embedding}
+        values |= {"_class_name": VQ_CLASS, "lookup_from_codebook": True, **embedding}
     return values

@@ -208,9 +208,10 @@ def test_published_unets_are_told_from_their_shapes(config, parameters):
     [
         ([1, 2, 4, 4], 4, [], {"name": "kl", "kl_weight": 1e-6}, 83_653_863),
         ([1, 2, 4], 3, [], {"name": "vq", "num_codes": 8192}, None),
-        ([1, 1, 2, 2, 4], 256, [16], {"name": "vq", "num_codes": 16384}, None),
+        ([1, 1, 2, 2, 4], 256, [16], {"name": "vq", "num_codes": 1024}, 72_141_699),
+        ([1, 2, 2, 4, 6], 64, [], {"name": "vq", "num_codes": 8192}, None),
     ],
-    ids=["kl-f8", "vq-f4", "vqgan-f16"],
+    ids=["kl-f8", "vq-f4", "vqgan-f16", "amused-f16"],
 )
 def test_published_autoencoders_are_told_from_their_shapes(mult, latent, attention, codec, parameters):
     backbone = {
@@ -219,6 +220,7 @@ def test_published_autoencoders_are_told_from_their_shapes(mult, latent, attenti
         "channel_mult": mult,
         "num_res_blocks": 2,
         "dropout": 0.0,
+        "mid_attention": latent != 64,
     }
     backbone |= {"attention_resolutions": attention, "resolution_px": 256, "latent_channels": latent}
     shapes = codec_shapes({"backbone": backbone, "codec": codec})

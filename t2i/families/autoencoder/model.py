@@ -96,10 +96,11 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, config: EncoderDecoderConfig) -> None:
         super().__init__()
+        dropout = config.dropout
         self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttentionBlock(channels)
+        self.attn_1 = AttentionBlock(channels) if config.mid_attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, dropout)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
             in_channels = width
-        self.mid = _Middle(in_channels, config.dropout)
+        self.mid = _Middle(in_channels, config)
         self.norm_out = _norm(in_channels)
         self.conv_out = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_mult]
         in_channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, in_channels, 3, padding=1)
-        self.mid = _Middle(in_channels, config.dropout)
+        self.mid = _Middle(in_channels, config)
         levels: list[_Level] = []
         for i in reversed(range(len(widths))):
             attention = config.resolution_px >> i in config.attention_resolutions

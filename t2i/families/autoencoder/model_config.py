@@ -16,7 +16,8 @@ class EncoderDecoderConfig:
         the sides, so the downsampling factor is 2^(len(channel_mult) - 1)
     num_res_blocks: residual blocks per resolution (the decoder has one more)
     attention_resolutions: sides in pixels, for pictures of resolution_px, at which every residual block
-        is followed by attention; the lowest resolution has one attention in the middle in any case
+        is followed by attention
+    mid_attention: whether the lowest resolution has an attention in the middle (aMUSEd's, 2401.01808, has none)
     resolution_px: side of the training pictures; used only to place attention, the network is convolutional
     latent_channels: channels that the decoder reads
     dropout: probability, in the residual blocks
@@ -29,6 +30,7 @@ class EncoderDecoderConfig:
     resolution_px: int
     latent_channels: int
     dropout: float = 0.0
+    mid_attention: bool = True
 
     def __post_init__(self) -> None:
         base = self.base_channels

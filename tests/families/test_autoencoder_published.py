@@ -1,0 +1,32 @@
+"""The published tokenizers: their sizes, to the digit, and their recipes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from t2i.families.autoencoder.codec import build_codec
+from t2i.families.autoencoder.discriminator import PatchDiscriminator
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("num_codes", [1_024, 16_384])
+def test_vqgan_f16(compose_run, num_codes):
+    """2012.09841, and taming-transformers' configs/imagenet_vqgan.yaml."""
+    shards = ("data.shards=x.tar", "perceptual.weights=vgg16.pth")
+    config = compose_run(f"experiment=autoencoder/vqgan_f16_{num_codes}", *shards)
+    model, batch = config.model, config.trainer.batch_size * config.trainer.devices
+    with torch.device("meta"):
+        codec = build_codec(model)
+        adversarial = model.adversarial
+        discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
+    assert (count(codec.encoder), count(codec.decoder)) == (29_298_176, 42_449_795)
+    assert count(codec) + codec.codebook.codes.numel() == 72_141_699 + (num_codes - 1_024) * 256
+    assert count(discriminator) == 2_765_633
+    assert config.optimizer.learning_rate == pytest.approx(4.5e-6 * batch)
+    assert (adversarial.start_images, adversarial.weight) == (250_000 * batch, 0.8)
+    assert config.data.crop == "random"

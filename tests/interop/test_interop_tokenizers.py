@@ -1,0 +1,165 @@
+"""Published tokenizers: VQGAN of taming-transformers and aMUSEd's VQModel."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interop_models import randomised, relative_error
+from torch import Tensor
+
+from t2i import families
+from t2i.errors import CheckpointError
+from t2i.interfaces import TokenCodec
+from t2i.interop.convert import Options, prepare
+from t2i.interop.diffusers_config import read_codec
+from t2i.interop.names import diffusers_codec
+from t2i.interop.parts import codec_shapes
+from t2i.training import checkpoint, run_folder
+
+
+def levels(*widths: int) -> dict[str, Any]:
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": 2,
+    }
+
+
+VQGAN: dict[str, Any] = levels(32, 32, 64, 64, 128)
+VQGAN["down_block_types"] = (*VQGAN["down_block_types"][:4], "AttnDownEncoderBlock2D")
+VQGAN["up_block_types"] = ("AttnUpDecoderBlock2D", *VQGAN["up_block_types"][1:])
+VQGAN |= {"latent_channels": 16, "num_vq_embeddings": 64, "scaling_factor": 1.0}
+# amused/amused-256/vqvae/config.json
+AMUSED = levels(128, 256, 256, 512, 768) | {
+    "latent_channels": 64,
+    "num_vq_embeddings": 8192,
+    "mid_block_add_attention": False,
+    "lookup_from_codebook": True,
+}
+
+
+def small(**values: Any) -> Any:
+    """A VQModel of diffusers with random weights."""
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    model = randomised(VQModel(**values), 5)
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+def in_taming_names(model: Any) -> dict[str, Tensor]:
+    """The weights of a VQModel as taming-transformers names and shapes them."""
+    ends = {
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "resnets": "block",
+        "attentions": "attn",
+    }
+    ends |= {"downsamplers.0": "downsample", "upsamplers.0": "upsample"}
+    ends |= {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    middle = {"resnets.0": "block_1", "resnets.1": "block_2", "attentions.0": "attn_1"}
+    count = len(model.config.block_out_channels)
+    weights = {}
+    for name, value in model.state_dict().items():
+        matrix = re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
+        for theirs, ours in middle.items():
+            name = name.replace(f"mid_block.{theirs}", f"mid.{ours}")
+        name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
+        name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{count - 1 - int(found[1])}", name)
+        for theirs, ours in ends.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        weights[name] = value[:, :, None, None] if matrix else value
+    return weights
+
+
+def codec_of(run: Path) -> TokenCodec:
+    loaded = checkpoint.load(run_folder.weights_file(run))
+    codec = families.get("autoencoder").load_codec()(loaded.config)
+    checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
+    assert isinstance(codec, TokenCodec)
+    return codec.eval().double()
+
+
+@torch.no_grad()
+def check_equals(codec: TokenCodec, model: Any) -> None:
+    """Tokens of pictures, and pictures of any tokens."""
+    model.double()
+    image = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    latent = model.encode(image).latents
+    _, _, (_, _, indices) = model.quantize(latent)
+    assert torch.equal(codec.tokens(image).flatten(), indices)
+    tokens = torch.randint(codec.num_codes, (2, 2, 3))
+    quantized = model.quantize.get_codebook_entry(tokens.flatten(), (2, 2, 3, latent.shape[1]))
+    expected = model.decoder(model.post_quant_conv(quantized))
+    assert relative_error(codec.decode_tokens(tokens), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["lightning", "bare", "safetensors"])
+def test_a_taming_checkpoint_equals_diffusers(tmp_path, convert, kind):
+    from safetensors.torch import save_file
+
+    model = small(**VQGAN)
+    weights = in_taming_names(model)
+    assert {
+        "encoder.down.4.attn.1.q.weight",
+        "decoder.up.4.upsample.conv.bias",
+        "decoder.mid.attn_1.k.weight",
+    } <= (weights.keys())
+    source = tmp_path / {"lightning": "last.ckpt", "bare": "vqgan.pt", "safetensors": "v.safetensors"}[kind]
+    if kind == "lightning":
+        losses = {
+            "loss.discriminator.main.0.weight": torch.rand(4),
+            "loss.perceptual_loss.lin0.weight": torch.rand(1),
+        }
+        torch.save({"state_dict": weights | losses, "epoch": 3, "callbacks": {}}, source)
+    elif kind == "bare":
+        torch.save(weights, source)
+    else:
+        save_file(weights, source)
+    check_equals(codec_of(convert(source, "run")), model)
+
+
+def test_a_taming_checkpoint_that_lacks_a_weight_or_has_other_widths(tmp_path):
+    weights = in_taming_names(small(**VQGAN))
+    quant = weights.pop("quant_conv.weight")
+    torch.save(weights, tmp_path / "lacks.pt")
+    with pytest.raises(CheckpointError, match=r"1 weight \[quant_conv.weight\] is missing"):
+        prepare(tmp_path / "lacks.pt", tmp_path / "out", Options())
+    torch.save(weights | {"quant_conv.weight": quant[:, :8]}, tmp_path / "other.pt")
+    with pytest.raises(
+        CheckpointError, match=r"quant_conv.weight has shape \(16, 8, 1, 1\); allowed: \(16, 16, 1, 1\)"
+    ):
+        prepare(tmp_path / "other.pt", tmp_path / "out", Options())
+
+
+def test_the_tokenizer_of_amused_equals_diffusers(tmp_path, convert):
+    model = small(**AMUSED | levels(32, 64, 64, 128, 192) | {"latent_channels": 8, "num_vq_embeddings": 64})
+    assert not any("attentions" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "vqvae")
+    run = convert(tmp_path / "vqvae", "run")
+    check_equals(codec_of(run), model)
+    back = type(model).from_pretrained(convert(run, "back")).state_dict()
+    assert all(torch.equal(back[name], value.float()) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "back/config.json").read_text())["mid_block_add_attention"] is False
+
+
+def test_the_published_tokenizer_of_amused_is_taken_whole():
+    from diffusers import VQModel
+
+    with torch.device("meta"):
+        theirs = VQModel(**AMUSED)
+    values = {"_class_name": "VQModel"} | {
+        key: list(value) if isinstance(value, tuple) else value for key, value in theirs.config.items()
+    }
+    config, _ = read_codec(values, "config.json")
+    ours = codec_shapes(config)
+    names = diffusers_codec(ours, 5)
+    expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    assert {names[name]: shape for name, shape in ours.items()} == expected
