@@ -22,7 +22,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.reader import read_all
-from t2i.families.autoencoder.codec import Codec, VQCodec, from_checkpoint
+from t2i.families.autoencoder.codec import Codec, DiscreteCodec, from_checkpoint
 from t2i.nn.perceptual import build_perceptual
 from t2i.training.checkpoint import load, load_into
 from t2i.training.pictures import grid, save_png
@@ -70,10 +70,10 @@ def measure(codec: Codec, images: Tensor) -> tuple[Tensor, str]:
     psnr = (10 * torch.log10(4 / mse.clamp_min(1e-8))).mean()
     far = torch.cat([distance(a, b) for a, b in zip(decoded.split(50), images.split(50), strict=True)]).mean()
     usage = "-"
-    if isinstance(codec, VQCodec):
+    if isinstance(codec, DiscreteCodec):
         latents = [codec.quant_conv(codec.encoder(part)) for part in images.split(50)]
         used = torch.cat([codec.codebook(latent).indices.flatten() for latent in latents]).unique()
-        usage = f"{len(used) / len(codec.codebook.codes):.1%}"
+        usage = f"{len(used) / codec.num_codes:.1%}"
     return decoded, f"{psnr:.2f} dB | {far:.4f} | {usage}"
 
 

@@ -7,9 +7,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from t2i.codes.fsq import FSQ
+from t2i.codes.vq import Codebook
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
-from t2i.families.autoencoder.quantize import Codebook
 
 
 class TinyGan(nn.Module):
@@ -54,7 +55,9 @@ def run(rank: int, world: int) -> dict:
         if step == 4:
             book.restart_below = 0.5
         result = book(z[rank::world])  # as the stream deals pictures out
-        history.append((book.codes.clone(), result.perplexity, result.usage))
+        scalars = FSQ([4, 3, 5])(z[rank::world])
+        uses = (result.perplexity, result.usage, scalars.perplexity, scalars.usage)
+        history.append((book.codes.clone(), *uses))
     return {
         "grads": {name: p.grad for name, p in gan.named_parameters()},
         "weight": weight,

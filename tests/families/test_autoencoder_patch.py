@@ -13,14 +13,13 @@ from torch import Tensor
 
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import Codec, build_codec
+from t2i.families.autoencoder.codec_config import FSQConfig, KLConfig, VQConfig
 from t2i.families.autoencoder.config import (
     AdversarialConfig,
     Config,
-    KLConfig,
     LDMBackboneConfig,
     PatchBackboneConfig,
     PerceptualConfig,
-    VQConfig,
 )
 from t2i.families.autoencoder.patch import from_patches, to_patches
 
@@ -35,7 +34,7 @@ LDM = LDMBackboneConfig(
     resolution_px=32,
     attention_resolutions=(),
 )
-CODECS = {"kl": KLConfig("kl"), "vq": VQConfig("vq", num_codes=16)}
+CODECS = {"kl": KLConfig("kl"), "vq": VQConfig("vq", num_codes=16), "fsq": FSQConfig("fsq", levels=(5, 5, 3))}
 
 
 def build(codec: str = "kl", backbone: PatchBackboneConfig | LDMBackboneConfig = PATCH) -> Codec:
@@ -118,7 +117,7 @@ def test_the_residual_starts_at_zero_and_learns(side):
 
 
 @pytest.mark.parametrize("backbone", [PATCH, LDM], ids=["patch", "ldm"])
-@pytest.mark.parametrize("name", ["kl", "vq"])
+@pytest.mark.parametrize("name", list(CODECS))
 def test_encode_and_decode(name, backbone):
     """Shapes, square or not, and a latent scale that makes the standard deviation 1."""
     codec = build(name, backbone)
@@ -128,9 +127,10 @@ def test_encode_and_decode(name, backbone):
     codec.eval()
     with torch.no_grad():
         assert codec.downsampling == 4
-        assert codec.latent_shape(32, 48) == (5, 8, 12)
+        shape = (3 if name == "fsq" else 5, 8, 12)
+        assert codec.latent_shape(32, 48) == shape
         unscaled = codec.encode(image)
-        assert unscaled.shape == (6, 5, 8, 12)
+        assert unscaled.shape == (6, *shape)
         before = codec.decode(unscaled)
         assert before.shape == image.shape
         codec.measure_scale([10 * part for part in image.split(2)])  # a second measure starts over

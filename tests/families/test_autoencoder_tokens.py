@@ -7,7 +7,7 @@ import torch
 
 from t2i.config import run_to_dict
 from t2i.errors import ConfigError
-from t2i.families.autoencoder.codec import VQCodec
+from t2i.families.autoencoder.codec import DiscreteCodec
 from t2i.families.codec import image_codec, token_codec
 
 PATCH, CONVOLUTIONS = [], ["backbone=ldm_small", "backbone.base_channels=8", "backbone.channel_mult=[1,2]"]
@@ -19,10 +19,10 @@ def values(request, compose_run):
 
 
 @pytest.fixture
-def codec(values, float64) -> VQCodec:
+def codec(values, float64) -> DiscreteCodec:
     torch.manual_seed(0)
     made = token_codec(values, "a run")
-    assert isinstance(made, VQCodec)
+    assert isinstance(made, DiscreteCodec)
     made = made.double()
     made.codebook.codes.copy_(made.moments(pictures(7)).movedim(1, -1).flatten(0, 2)[: made.num_codes])
     made.codebook.codes.mul_(0.9)
@@ -78,3 +78,32 @@ def test_a_run_without_tokens_is_refused_where_they_are_needed(compose_run):
         token_codec(kl, "runs/kl")
     assert str(refused.value) == said
     assert image_codec(kl).latent_channels == kl["backbone"]["latent_channels"]
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_codes_of_scalars_go_there_and_back(channels, compose_run, float64):
+    """Of as many channels as the backbone has, and of fewer."""
+    torch.manual_seed(0)
+    config = compose_run("experiment=autoencoder/tiny_fsq", f"backbone.latent_channels={channels}")
+    codec = token_codec(run_to_dict(config), "a run").double()
+    image = pictures()
+    with torch.no_grad():
+        tokens = codec.tokens(image)
+        there, expected = codec.decode_tokens(tokens), codec.decode(codec.encode(image))
+    assert len(tokens.unique()) > 2
+    assert 0 <= tokens.min() <= tokens.max() < codec.num_codes == 75
+    torch.testing.assert_close(there, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("codec.levels=[5,2]", "codec.levels is [5, 2]; allowed: one or more numbers from 3 on"),
+        ("codec.levels=[]", "codec.levels is []; allowed: one or more numbers from 3 on"),
+        ("codec.levels=[64,64,64,64]", "allowed: levels whose product is at most 1,048,576."),
+    ],
+)
+def test_a_quantiser_that_cannot_be_is_refused(argument, said, compose_run):
+    with pytest.raises(ConfigError) as refused:
+        compose_run("experiment=autoencoder/tiny_fsq", argument)
+    assert said in str(refused.value)

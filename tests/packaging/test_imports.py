@@ -21,7 +21,7 @@ FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": 
 LAYERS = (
     {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
     {"nn"},
-    {"diffusion", "adversarial"},
+    {"diffusion", "adversarial", "codes"},
     {"launch", "training", "data", "text"},
     {"families", "generation", "evaluation", "interop", "planning", "serving"},
     {"cli", "data_pipelines", "conf"},
@@ -164,7 +164,7 @@ def reached_from(module: str) -> dict[str, str]:
 PLAIN_TORCH = [
     name
     for name in FILES
-    if package_of(name) in ("nn", "diffusion", "adversarial")
+    if package_of(name) in ("nn", "diffusion", "adversarial", "codes")
     or (family_of(name) and name.split(".")[-1] not in ("stage", "generator", "config"))
 ]
 

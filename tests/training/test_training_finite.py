@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from t2i.codes.vq import Codebook
 from t2i.config import OptimizerConfig
 from t2i.errors import TrainingError
-from t2i.families.autoencoder.quantize import Codebook
 from t2i.families.autoencoder.stage import Stage
 from t2i.training import run_folder, state_folder
 from t2i.training.finite import MAX_IN_ROW, SkippedSteps, check_before_writing

@@ -1,4 +1,5 @@
-"""Image codecs, KL and VQ, trained with a perceptual and a patch-adversarial loss (2012.09841, 2112.10752)."""
+"""Image codecs, continuous (KL) and discrete (VQ, FSQ), trained with a perceptual and a patch-adversarial loss
+(2012.09841, 2112.10752)."""
 
 from t2i.families.family import Family
 

@@ -1,4 +1,4 @@
-"""The two codecs, KL and VQ: a backbone and what stands between its encoder and its decoder."""
+"""The codecs: a backbone and what stands between its encoder and its decoder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2i.codes.fsq import FSQ
+from t2i.codes.quantizer import Quantizer
+from t2i.codes.vq import Codebook
 from t2i.config import parse
-from t2i.families.autoencoder.config import Config, KLConfig, PatchBackboneConfig, VQConfig, downsampling
+from t2i.families.autoencoder.codec_config import FSQConfig, KLConfig, VQConfig
+from t2i.families.autoencoder.config import BackboneConfig, Config, PatchBackboneConfig, downsampling
 from t2i.families.autoencoder.model import Decoder, Encoder
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
-from t2i.families.autoencoder.quantize import Codebook
 from t2i.interfaces import ImageCodec, TokenCodec
 
 
 @dataclass
 class Reconstruction:
-    """image: (B, 3, H, W); regularizer: scalar, weighted and per picture value (KL or commitment);
+    """image: (B, 3, H, W); regularizer: scalar, weighted and per picture value (KL) or per element (of a quantiser);
     metrics: further scalars to log."""
 
     image: Tensor
@@ -30,28 +33,36 @@ class Reconstruction:
 
 
 class Codec(ImageCodec):
-    """What both codecs share: the backbone, the 1x1 convolutions around the bottleneck and the latent scale.
+    """What all codecs share: the backbone, the 1x1 convolutions around the bottleneck and the latent scale.
 
+    encoder_channels, moment_channels: before and after the convolution behind the encoder
+    code_channels: before the one in front of the decoder, which gives backbone.latent_channels
     latent_scale: buffer, 1 / (standard deviation of all latents), measured when training ends (LDM paper,
     appendix G); `encode` multiplies by it and `decode` divides, so that diffusion sees about unit variance.
     """
 
     latent_scale: Tensor
 
-    def __init__(self, backbone: object, moment_channels: int) -> None:
+    def __init__(
+        self, backbone: BackboneConfig, encoder_channels: int, moment_channels: int, code_channels: int
+    ) -> None:
         super().__init__()
-        self.downsampling = downsampling(backbone)  # type: ignore[arg-type]
-        self.latent_channels: int = backbone.latent_channels  # type: ignore[attr-defined]
+        self.downsampling = downsampling(backbone)
+        self.latent_channels = self.code_channels = code_channels
         self.encoder: nn.Module
         self.decoder: nn.Module
         if isinstance(backbone, PatchBackboneConfig):
-            self.encoder, self.decoder = PatchEncoder(backbone, moment_channels), PatchDecoder(backbone)
-            self.quant_conv: nn.Module = nn.Identity()
-            self.post_quant_conv: nn.Module = nn.Identity()
+            self.encoder, self.decoder = PatchEncoder(backbone, encoder_channels), PatchDecoder(backbone)
         else:
-            self.encoder, self.decoder = Encoder(backbone, moment_channels), Decoder(backbone)  # type: ignore[arg-type]
-            self.quant_conv = nn.Conv2d(moment_channels, moment_channels, 1)
-            self.post_quant_conv = nn.Conv2d(self.latent_channels, self.latent_channels, 1)
+            self.encoder, self.decoder = Encoder(backbone, encoder_channels), Decoder(backbone)
+
+        def pointwise(before: int, after: int) -> nn.Module:
+            if isinstance(backbone, PatchBackboneConfig) and before == after:
+                return nn.Identity()
+            return nn.Conv2d(before, after, 1)
+
+        self.quant_conv = pointwise(encoder_channels, moment_channels)
+        self.post_quant_conv = pointwise(code_channels, backbone.latent_channels)
         self.register_buffer("latent_scale", torch.ones(()))
 
     @property
@@ -90,7 +101,8 @@ class KLCodec(Codec):
     """The KL-regularised autoencoder: encoder -> Gaussian posterior -> decoder."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.backbone, 2 * config.backbone.latent_channels)
+        channels = config.backbone.latent_channels
+        super().__init__(config.backbone, 2 * channels, 2 * channels, channels)
         assert isinstance(config.codec, KLConfig)
         self.kl_weight = config.codec.kl_weight
 
@@ -113,23 +125,18 @@ class KLCodec(Codec):
         return Reconstruction(decoded, self.kl_weight * kl, {"kl": kl.detach()})
 
 
-class VQCodec(Codec, TokenCodec):
-    """The vector-quantised autoencoder. `encode` gives latents before quantisation, and `decode` quantises:
+class DiscreteCodec(Codec, TokenCodec):
+    """An autoencoder with a quantiser. `encode` gives latents before quantisation, and `decode` quantises:
     the quantisation layer belongs to the decoder, as in the LDM paper's VQ-regularised models. `tokens` are the
     indices of the codes that `decode` takes."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.backbone, config.backbone.latent_channels)
-        assert isinstance(config.codec, VQConfig)
-        vq = config.codec
-        self.num_codes = vq.num_codes
-        self.codebook = Codebook(
-            vq.num_codes,
-            self.latent_channels,
-            ema_decay=vq.ema_decay,
-            commitment_weight=vq.commitment_weight,
-            restart_below=vq.restart_below,
-        )
+        channels = config.backbone.latent_channels
+        assert not isinstance(config.codec, KLConfig)
+        codebook = build_quantizer(config.codec, channels)
+        super().__init__(config.backbone, channels, codebook.in_channels, codebook.code_dim)
+        self.num_codes, self.latent_channels = codebook.num_codes, codebook.in_channels
+        self.codebook = codebook
 
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments * self.latent_scale
@@ -147,14 +154,31 @@ class VQCodec(Codec, TokenCodec):
 
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
         quantized = self.codebook(self.moments(image))
-        metrics = {"codebook_usage": quantized.usage, "codebook_perplexity": quantized.perplexity}
+        metrics = {
+            "codebook_usage": quantized.usage,
+            "codebook_perplexity": quantized.perplexity,
+            **quantized.metrics,
+        }
         decoded = self.decoder(self.post_quant_conv(quantized.latent))
-        return Reconstruction(decoded, quantized.commitment_loss, metrics)
+        return Reconstruction(decoded, quantized.loss, metrics)
+
+
+def build_quantizer(codec: VQConfig | FSQConfig, latent_channels: int) -> Quantizer:
+    """latent_channels: the backbone's, which codes have where they have no number of their own."""
+    if isinstance(codec, FSQConfig):
+        return FSQ(codec.levels)
+    return Codebook(
+        codec.num_codes,
+        latent_channels,
+        ema_decay=codec.ema_decay,
+        commitment_weight=codec.commitment_weight,
+        restart_below=codec.restart_below,
+    )
 
 
 def build_codec(config: Config) -> Codec:
     """The codec that `config.codec` names, randomly initialised."""
-    return KLCodec(config) if isinstance(config.codec, KLConfig) else VQCodec(config)
+    return KLCodec(config) if isinstance(config.codec, KLConfig) else DiscreteCodec(config)
 
 
 def from_checkpoint(values: Mapping[str, Any]) -> Codec:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.config import ModelConfig, check
+from t2i.families.autoencoder.codec_config import CodecConfig
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
 
@@ -44,35 +45,7 @@ class PatchBackboneConfig:
         check(self.width >= 32 and self.width % 32 == 0, "backbone.width", self.width, "a multiple of 32")
 
 
-@dataclass(frozen=True)
-class KLConfig:
-    """A Gaussian posterior, pulled towards N(0, I) by kl_weight (LDM paper, section 3.1 and appendix G)."""
-
-    name: Literal["kl"]
-    kl_weight: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check(self.kl_weight >= 0, "codec.kl_weight", self.kl_weight, "0 or more")
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """A codebook of num_codes vectors, kept by moving averages (1711.00937, appendix A.1).
-
-    restart_below: a code whose average use falls below this share of uniform use is set to an encoder output
-    """
-
-    name: Literal["vq"]
-    num_codes: int = 1024
-    ema_decay: float = 0.99
-    commitment_weight: float = 0.25
-    restart_below: float = 0.5
-
-    def __post_init__(self) -> None:
-        check(self.num_codes >= 2, "codec.num_codes", self.num_codes, "2 or more")
-        check(0 <= self.ema_decay < 1, "codec.ema_decay", self.ema_decay, "0 up to, not including, 1")
-        check(self.commitment_weight >= 0, "codec.commitment_weight", self.commitment_weight, "0 or more")
-        check(self.restart_below >= 0, "codec.restart_below", self.restart_below, "0 or more")
+BackboneConfig = LDMBackboneConfig | PatchBackboneConfig
 
 
 @dataclass(frozen=True)
@@ -120,8 +93,8 @@ class AdversarialConfig:
 class Config(ModelConfig):
     """What stage=autoencoder trains."""
 
-    codec: KLConfig | VQConfig
-    backbone: LDMBackboneConfig | PatchBackboneConfig
+    codec: CodecConfig
+    backbone: BackboneConfig
     perceptual: PerceptualConfig
     adversarial: AdversarialConfig
 
@@ -133,7 +106,7 @@ class Config(ModelConfig):
         )
 
 
-def downsampling(backbone: LDMBackboneConfig | PatchBackboneConfig) -> int:
+def downsampling(backbone: BackboneConfig) -> int:
     """f: pixels per latent position along each side."""
     if isinstance(backbone, PatchBackboneConfig):
         return backbone.patch_px

@@ -27,7 +27,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         codec = build_codec(model)
         perceptual = build_architecture(model.perceptual.name)
         discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
-    latent_shape = codec.latent_shape(size, size)
+    code_shape = (codec.code_channels, *codec.latent_shape(size, size)[1:])
 
     def image(batch: int, learned: bool = False) -> Tensor:
         return torch.empty(batch, 3, size, size, requires_grad=learned)
@@ -42,7 +42,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         PlannedNetwork(
             "decoder",
             nn.Sequential(codec.post_quant_conv, codec.decoder),
-            lambda batch: {"input": torch.empty(batch, *latent_shape, requires_grad=True)},
+            lambda batch: {"input": torch.empty(batch, *code_shape, requires_grad=True)},
             trained=True,
         ),
     ]

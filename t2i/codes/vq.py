@@ -4,35 +4,16 @@ appendix A.1; Razavi et al., 1906.00446), with restarts of dead codes (Dhariwal 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
 from t2i.nn.precision import widened
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What a codebook makes of a batch.
-
-    latent: (B, D, h, w) the nearest codes; its gradient passes straight through to the encoder's output
-    indices: (B, h, w) int64
-    commitment_loss: scalar, weighted, mean over all elements (1711.00937, equation 3, third term)
-    usage: scalar in [0, 1], share of the codes that this batch uses
-    perplexity: scalar in [1, num_codes], exp of the entropy of the codes' use
-    """
-
-    latent: Tensor
-    indices: Tensor
-    commitment_loss: Tensor
-    usage: Tensor
-    perplexity: Tensor
-
-
-class Codebook(nn.Module):
+class Codebook(Quantizer):
     """Replaces each position's vector by the nearest of `num_codes` codes (squared L2).
 
     All state is in buffers, so a state dict resumes exactly; no code is a parameter. Updates happen in
@@ -60,6 +41,7 @@ class Codebook(nn.Module):
         restart_below: float = 0.5,
     ) -> None:
         super().__init__()
+        self.num_codes, self.in_channels, self.code_dim = num_codes, dim, dim
         self.ema_decay = ema_decay
         self.commitment_weight = commitment_weight
         self.restart_below = restart_below
@@ -80,22 +62,21 @@ class Codebook(nn.Module):
             flat_indices = self._nearest(vectors)
             indices = flat_indices.view(batch, height, width)
             quantized = self.lookup(indices)
-            # Not torch.bincount: on a GPU that makes the host wait.
-            ones = torch.ones_like(vectors[:, 0])
-            counts = torch.zeros_like(self.cluster_size).index_add_(0, flat_indices, ones)
+            counts = code_counts(flat_indices, self.num_codes, self.cluster_size.dtype)
             if dead is not None:
                 counts = self._update(vectors, flat_indices, counts, dead)
                 # A batch that is not finite on one rank is in the sums of all, and in no code.
                 finite = torch.stack([buffer.isfinite().all() for buffer in averages]).all()
                 for buffer, old in zip(averages, before, strict=True):
                     buffer.copy_(torch.where(finite, buffer, old))
-            use = counts / counts.sum()
+            usage, perplexity = code_use(counts)
             return Quantized(
                 latent=z + (quantized - z).detach(),
                 indices=indices,
-                commitment_loss=self.commitment_weight * F.mse_loss(z, quantized),
-                usage=(counts > 0).to(z).mean(),
-                perplexity=torch.special.entr(use).sum().exp(),
+                # 1711.00937, equation 3, third term: the codes are averages, and learn from no gradient.
+                loss=self.commitment_weight * F.mse_loss(z, quantized),
+                usage=usage,
+                perplexity=perplexity,
             )
 
     def indices(self, latent: Tensor) -> Tensor:
@@ -138,9 +119,8 @@ class Codebook(nn.Module):
         """One step of the averages; returns the counts of all ranks. A restarted code starts as if it had
         been used as often as the average code, so that it has time to find its cluster."""
         sums = torch.zeros_like(self.codes).index_add_(0, indices, vectors)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        summed(counts)
+        summed(sums)
         share = counts.sum() / len(counts)
         size = torch.where(dead, share, self.cluster_size)
         total = torch.where(dead[:, None], share * self.codes, self.cluster_sum)

@@ -1,0 +1,1 @@
+"""Pictures as discrete codes, as plain maths: quantisers, and how tokens are drawn."""
