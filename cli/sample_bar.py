@@ -17,7 +17,7 @@ from t2i.files import written_whole
 from t2i.generation import grid
 from t2i.generation.manifest import NAME
 from t2i.generation.prompts import Prompts
-from t2i.generation.recipes import Recipe, read
+from t2i.generation.recipes import Recipe, differences, read
 from t2i.generation.strip import write_strip
 from t2i.generation.text_to_image import NOT_FINITE, Drawing, Listener, Report, not_finite, write_grid
 from t2i.interfaces import Generator
@@ -96,13 +96,8 @@ def say_what_differs(options: argparse.Namespace, recipe: Recipe) -> None:
     """Whether what is there can make the picture of --recipe."""
     if options.recipe is None:
         return
-    then = read(Path(options.recipe))[0]
-    for name, what in {"weights": "the weights", "precision": "the precision"}.items():
-        if then.get(name) not in (None, recipe[name]):
-            console.print(
-                f"{options.recipe} was drawn with {name} {then[name]!r}, and {what} here are {recipe[name]!r}: "
-                "another picture will come of it."
-            )
+    for difference in differences(read(Path(options.recipe))[0], recipe):
+        console.print(f"{options.recipe} was drawn with {difference}.")
 
 
 def conclude(

@@ -309,6 +309,9 @@ class TextToImage(nn.Module, ABC):
 
     text: TextEncoder
 
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for what this model does not draw; see `Generator`."""
+
     @abstractmethod
     def generate(self, request: SampleRequest, sampling: Any, progress: Progress | None = None) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
@@ -335,10 +338,15 @@ class Generator(Protocol):
         """Has torch compile the networks, block by block, when they are first called."""
         ...
 
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from. Draws
+        nothing, so that an answer is there at once."""
+        ...
+
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """-> (len(request.prompts), 3, height_px, width_px) float32 on the CPU, in [-1, 1]; NaN where a picture
         came to numbers that are not finite. progress: called after each step, and may raise to stop.
-        Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from."""
+        Raises ConfigError as `check` does."""
         ...
 
     def invert(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:

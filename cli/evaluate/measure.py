@@ -58,6 +58,9 @@ def run(arguments: list[str]) -> None:
         console.print(f"Left out of the pictures, {cause}: {count}")
     for cause, count in sorted(measured.about["left_out"].items()):
         console.print(f"Left out of the reference, {cause}: {count}")
+    most, there = options.reference_count, measured.about["reference"][0]["count"]
+    if most is not None and there < most:
+        console.print(f"--reference-count is {most:,}; the reference has {there:,}: all are taken.")
     for features in dict.fromkeys(figure.features for figure in measured.figures):
         console.print(f"{options.target}, {features}")
         print_table(rows([figure for figure in measured.figures if figure.features == features]))

@@ -75,11 +75,15 @@ def prompts_of(options: argparse.Namespace, config: dict[str, Any]) -> list[Prom
     if options.prompts == SHAPES:
         from t2i_pipelines.sources.shapes import composition
 
-        each = 64 if options.count is None else -(-options.count // len(CATEGORIES))
-        return [
-            Prompt(text, category, {"scene": scene.to_json(), "category": category})
-            for category, text, scene in composition(each)
-        ]
+        count = 64 * len(CATEGORIES) if options.count is None else options.count
+        each, more = divmod(count, len(CATEGORIES))  # of the first categories one more
+        left = {category: each + (i < more) for i, category in enumerate(CATEGORIES)}
+        prompts = []
+        for category, text, scene in composition(each + 1):
+            left[category] -= 1
+            if left[category] >= 0:
+                prompts.append(Prompt(text, category, {"scene": scene.to_json(), "category": category}))
+        return prompts
     if options.prompts != HELDOUT:
         return read_suite(Path(options.prompts), options.count)
     heldout = reference_of(None, config, options.count)

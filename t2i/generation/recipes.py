@@ -58,6 +58,15 @@ def check_files(recipe: Mapping[str, Any], *names: str) -> None:
             raise UserError(f"{path} is no longer what the recipe was drawn from: name another by --{name}.")
 
 
+def differences(then: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Why another picture would come of the recipe `then` than it says, where a model is what `here` says."""
+    return [
+        f"{name} {then[name]!r}, and {what} here {here[name]!r}: another picture will come of it"
+        for name, what in {"weights": "the weights are", "precision": "the precision is"}.items()
+        if then.get(name) not in (None, here[name])
+    ]
+
+
 def content_digest(path: Path) -> str:
     """16 hexadecimal digits that tell a file, or all in a folder, from every other."""
     digest = hashlib.sha256()

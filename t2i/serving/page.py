@@ -267,7 +267,10 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
         return offered(each.path), json.dumps(each.recipe, indent=2), each.path.name
 
     def take(of: str) -> list[Any]:
-        return fields.filled(told(lambda: service.gallery.get(of)).recipe)
+        picked = told(lambda: service.gallery.get(of)).recipe
+        for sentence in service.drawn_otherwise(picked):
+            gr.Warning(sentence)
+        return fields.filled(picked)
 
     tab.select(by_words, words, [shown, names], **quiet)
     words.submit(by_words, words, [shown, names], **quiet)

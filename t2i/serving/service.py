@@ -21,7 +21,7 @@ from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.names import file_name
 from t2i.generation.prompts import Line
-from t2i.generation.recipes import Recipe
+from t2i.generation.recipes import Recipe, differences
 from t2i.generation.text_to_image import Drawing, Listener, Report, draw_files, not_finite
 from t2i.interfaces import Generator
 from t2i.nn import efficientnet
@@ -34,6 +34,12 @@ from t2i.text.tokens import TokenCounter
 
 SEARCH_PX = 128
 INPUTS = "inputs"  # of the pictures that clients sent
+# By what a recipe has of them.
+OF_THE_COMMAND_LINE = {
+    "between": "It lies between prompts or seeds",
+    "invert": "Its noise is that of a picture",
+    "video": "It is a frame of a film",
+}
 
 
 class Service:
@@ -68,6 +74,7 @@ class Service:
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
         with self.reading:
             asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
+        self.generator.check(asked.request)
         return self.queue.add(asked, sampling, self._cut(wanted))
 
     def _cut(self, wanted: Wanted) -> str:
@@ -98,6 +105,17 @@ class Service:
         ever read for a recipe."""
         path = self.folder / INPUTS / (Path(named).name or "none")
         return path if path.is_file() else None
+
+    def drawn_otherwise(self, recipe: Mapping[str, Any]) -> list[str]:
+        """Why this server draws another picture than a recipe, which may come from anybody, says; in sentences."""
+        said = [f"It was drawn with {each}." for each in differences(recipe, self.recipe)]
+        for key, why in OF_THE_COMMAND_LINE.items():
+            if recipe.get(key):
+                said.append(f"{why}, which `t2i sample` draws and this page does not.")
+        for key in ("image", "mask"):
+            if recipe.get(key) and self.input_picture(str(recipe[key])) is None:
+                said.append(f"Its {key} was not sent to this server: give it again.")
+        return said
 
     def alike(self, image: Image.Image, limit: int) -> list[Kept]:
         """Of the gallery, what looks most like a picture. Raises ConfigError where there are no features."""

@@ -109,7 +109,9 @@ def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
         "--prompts",
         "shapes",
         "--count",
-        "12",
+        "13",
+        "--reference-count",
+        "99",
         "--rounds",
         "0",
         "--out",
@@ -120,7 +122,9 @@ def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
     done = t2i("evaluate", str(runs["draws"]), *flags)
     assert done.code == 0, done
     found, about = figures_in("a.json"), json.loads(Path("a.json").read_text())
-    assert found["exact"]["count"] == found["FD"]["count"] == 12
+    assert "--reference-count is 99; the reference has 12: all are taken." in done.out
+    assert found["exact"]["count"] == found["FD"]["count"] == 13
+    assert found["category counts"]["count"] == 3
     assert found["FD"]["reference"] == 12  # the run's held-out ones
     assert found["category binding"]["count"] == 2
     assert about["training_images"] == 16

@@ -48,8 +48,11 @@ class Colours:
         self.gate.set()
         self.calls_before_the_gate = -1
 
-    def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
+    def check(self, request: SampleRequest) -> None:
         check(request.height_px % 4 == 0, "height", request.height_px, "multiples of 4")
+
+    def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
+        self.check(request)
         if self.calls_before_the_gate == 0:
             self.gate.clear()
         self.calls_before_the_gate -= 1
@@ -98,7 +101,7 @@ def make_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
             Service(
                 Colours(),
                 lambda changes: parse(Sampling, to_dict(Sampling()) | dict(changes), "sampling."),
-                {"checkpoint": "a/run", "weights": "0123"},
+                {"checkpoint": "a/run", "weights": "0123", "precision": "32-true"},
                 folder,
                 Limits(**limits),
                 BatchSize(2, torch.device("cpu")),

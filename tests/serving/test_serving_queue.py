@@ -36,6 +36,7 @@ def test_a_job_writes_its_pictures_with_their_recipes(make_service):
     assert recipes[0] | {"seed": 0} == {
         "checkpoint": "a/run",
         "weights": "0123",
+        "precision": "32-true",
         "sampling": {"steps": 2, "sampler": "euler", "noise": None},
         "height_px": 8,
         "width_px": 8,
@@ -115,8 +116,24 @@ def test_a_failure_is_said_and_the_next_one_is_drawn(make_service, prompt, error
     assert ended(service.ask(Wanted("red"))).state == "done"
 
 
-def test_a_size_that_the_model_refuses_is_the_jobs_error(make_service):
-    assert ended(make_service().ask(Wanted("red", height=6))).error == "height is 6; allowed: multiples of 4."
+def test_a_size_that_the_model_refuses_is_refused_at_once(make_service):
+    with pytest.raises(ConfigError, match=r"height is 6; allowed: multiples of 4\."):
+        make_service().ask(Wanted("red", height=6))
+
+
+def test_what_a_recipe_says_and_the_server_does_not_draw_is_said(make_service):
+    service = make_service()
+    drawn = {"prompt": "red", "weights": "0123", "precision": "32-true", "between": None}
+    assert service.drawn_otherwise(drawn) == []
+    said = service.drawn_otherwise(
+        {"weights": "4567", "precision": "16-mixed", "between": {"share": 0.5}, "image": "/etc/passwd"}
+    )
+    assert said == [
+        "It was drawn with weights '4567', and the weights are here '0123': another picture will come of it.",
+        "It was drawn with precision '16-mixed', and the precision is here '32-true': another picture will come of it.",
+        "It lies between prompts or seeds, which `t2i sample` draws and this page does not.",
+        "Its image was not sent to this server: give it again.",
+    ]
 
 
 def test_an_end_stops_all(make_service):

@@ -23,12 +23,8 @@ class GanIntCls(TextToImage):
         self.text = text_encoder_for_training(config.text)
         self.generator, self.discriminator = build_networks(config, self.text.pooled_dim, size_px)
 
-    @torch.no_grad()
-    def generate(
-        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
-    ) -> Tensor:
-        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
-        `t2i.interfaces.Generator`."""
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for all but pictures of the trained size, from a prompt alone."""
         for key, value in (("height", request.height_px), ("width", request.width_px)):
             check(
                 value == self.size_px, key, value, f"{self.size_px}, the size that this model was trained at"
@@ -36,6 +32,14 @@ class GanIntCls(TextToImage):
         check(not request.negative_prompt, "negative_prompt", request.negative_prompt, "none with this model")
         check(request.image is None, "image", "a picture to start from", "none with this model")
         check(not request.tile, "tile", request.tile, "none with this model")
+
+    @torch.no_grad()
+    def generate(
+        self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
+        `t2i.interfaces.Generator`."""
+        self.check(request)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         noise = asked_noise(request, generators, (self.generator.noise_dim,))
         pooled = asked_text(self.text, request).pooled

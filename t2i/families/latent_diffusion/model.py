@@ -64,6 +64,11 @@ class LatentDiffusion(TextToImage):
         for key, value in zip(keys, (height_px, width_px), strict=True):
             check_side(self.config.denoiser, self.codec, value, key)
 
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for sides that are no whole latents and tokens, and for seams that cannot be joined."""
+        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        check_tile(request, self.denoiser)
+
     @property
     def inpaints(self) -> bool:
         """Whether the denoiser takes the known part of a picture."""
@@ -99,7 +104,7 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
-        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        self.check(request)
         # All randomness of picture i comes from its own generator: a start picture's latent, the first noise, the
         # latent of what a mask leaves, where the model takes that, and what the sampler adds, in this order.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
@@ -153,15 +158,14 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, C, h, w); see `t2i.interfaces.Generator`."""
         assert request.image is not None
-        self.check_size(request.height_px, request.width_px, ("height", "width"))
+        self.check(request)
         known = self.known(request) if self.inpaints else None
         model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0), known)
         latent = self.codec.encode(request.image.to(self.device))
         return invert(model, latent, self.schedule, sampling.steps, progress, sampling)
 
     def predictor(self, request: SampleRequest, sampling: DiffusionSampling, known: Tensor | None) -> Denoise:
-        """(x_t, t) -> what the guided model predicts for the request. Raises ConfigError for what it cannot do."""
-        check_tile(request, self.denoiser)
+        """(x_t, t) -> what the guided model predicts for the request."""
         text = asked_text(self.text, request)
         negative = self.text([request.negative_prompt] * len(request.prompts))
 

@@ -123,6 +123,12 @@ class PixelDiffusion(TextToImage):
 
         return predict
 
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for sides that the networks cannot halve, and seams that they cannot join."""
+        check_side(self.config, request.height_px, "height")
+        check_side(self.config, request.width_px, "width")
+        check_tile(request, self.denoiser)
+
     @torch.no_grad()
     def generate(
         self, request: SampleRequest, sampling: SamplingConfig, progress: Progress | None = None
@@ -172,9 +178,7 @@ class PixelDiffusion(TextToImage):
         self, request: SampleRequest, sampling: SamplingConfig
     ) -> Callable[[Tensor, Tensor], Prediction]:
         """`predictor` for the request. Raises ConfigError for what the model cannot do."""
-        check_side(self.config, request.height_px, "height")
-        check_side(self.config, request.width_px, "width")
-        check_tile(request, self.denoiser)
+        self.check(request)
         negative = self.text([request.negative_prompt] * len(request.prompts))
         return self.predictor(asked_text(self.text, request), negative, sampling)
 
