@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
 
 MAX_NODES = 1_000_000
-AUTOENCODER = "autoencoder/kl_f8"
+# What a run builds on, by the part that it needs.
+AUTOENCODERS = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/vqgan_f16_1024"}
 
 
 def run(arguments: list[str]) -> None:
@@ -89,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--autoencoder",
         metavar="EXPERIMENT",
-        help=f"of the autoencoder that the run builds on, where it does; default: {AUTOENCODER}",
+        help=f"of the autoencoder that the run builds on, where it does; default: {' or '.join(AUTOENCODERS.values())}",
     )
     made.add_argument("--sweep", metavar="nodes=1,8,32", help="the same run on several numbers of nodes")
     made.add_argument("--out", default="plan.png", metavar="FILE", help="picture of the sweep")
@@ -142,7 +143,7 @@ def built_on(config: RunConfig, experiment: str | None, config_dir: str | None) 
     )
     found = {}
     for key, part in needs.items():
-        found[key] = composed_run([f"experiment={experiment or AUTOENCODER}"], config_dir)
+        found[key] = composed_run([f"experiment={experiment or AUTOENCODERS[part]}"], config_dir)
         stages = families.stages_with(part)
         allowed = f"an experiment of stage {' or '.join(stages)}"
         check(found[key]["stage"] in stages, "--autoencoder", experiment, allowed)

@@ -207,13 +207,14 @@ def built_on(config: RunConfig) -> dict[str, Any]:
     for one that is not there."""
     from t2i import families
     from t2i.config import run_to_dict
+    from t2i.families.codec_run import newest_codec
     from t2i.training import checkpoint, run_folder
 
     found = {}
     for key, part in families.get(config.family).builds_on.items():
         place = run_to_dict(config)["builds_on"][key]
         if place == "latest":
-            place, _ = run_folder.newest_finished(config.runs_dir, families.stages_with(part))
+            place, _ = newest_codec(config.runs_dir, part)
         loaded = checkpoint.load(run_folder.weights_file(str(place)))
         found[key] = loaded.extra.get(key, loaded.config)
     return found

@@ -178,6 +178,10 @@ class TokenCodec(ImageCodec):
         """(B, 3, H, W) in [-1, 1] -> (B, H/f, W/f) int64."""
 
     @abstractmethod
+    def token_weights(self) -> Mapping[str, Tensor]:
+        """What decides `tokens`, by name."""
+
+    @abstractmethod
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """(B, h, w) int64 -> (B, 3, h*f, w*f), about [-1, 1], not clamped."""
 

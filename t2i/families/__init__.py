@@ -24,6 +24,6 @@ def get(name: object) -> Family:
 
 
 def stages_with(part: str) -> list[str]:
-    """The stages of those families that have a "codec" or a "generator", or that "builds_on" others."""
+    """The stages of those families that have a "codec", "token_codec" or "generator", or that "builds_on" others."""
     records = [get(name) for name in names()]
     return [stage for record in records if getattr(record, part) for stage in record.stages]

@@ -30,11 +30,12 @@ class Family:
     generator: (checkpoint, device) -> a `t2i.interfaces.Generator`: prompts to pictures
     codec: (the top-level mapping of a run's configuration) -> an `nn.Module` that is a `t2i.interfaces.ImageCodec`,
         randomly initialised. Its weights begin with "codec." in the run's files
+    token_codec: the same, where its runs can have a `t2i.interfaces.TokenCodec`
     plan: (the run's configuration, builds_on) -> its networks on the meta device, as `t2i plan` counts them. The second
         argument has by key of `builds_on` the top-level mapping of the configuration of the run that is meant there.
         Raises ConfigError for a size that the model does not take
     builds_on: by key of the entry `builds_on` in its configuration, which part another family's run has to have there:
-        {"codec": "codec"}
+        {"codec": "codec"} or {"codec": "token_codec"}
     formats: a `t2i.families.formats.Formats`: what `t2i convert` needs to know, where its models have foreign forms
     """
 
@@ -43,6 +44,7 @@ class Family:
     stages: Mapping[str, str]
     generator: str | None = None
     codec: str | None = None
+    token_codec: str | None = None
     plan: str | None = None
     builds_on: Mapping[str, str] = field(default_factory=dict)
     formats: str | None = None

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
@@ -226,14 +226,19 @@ def newest_run(runs_dir: str | Path, stage: str, below_px: int | None = None) ->
     return found[-1] if found else None
 
 
-def newest_finished(runs_dir: str | Path, stages: Iterable[str]) -> tuple[Path | None, list[Path]]:
+def newest_finished(
+    runs_dir: str | Path,
+    stages: Iterable[str],
+    fits: Callable[[Path], bool] = lambda folder: True,
+) -> tuple[Path | None, list[Path]]:
     """The run of these stages with the newest final weights, of training or of `t2i convert`, or else the newest with a
-    checkpoint; and the unfinished ones that are newer, newest first."""
+    checkpoint; and the unfinished ones that are newer, newest first. fits: whether a run's folder counts"""
     parents = [Path(runs_dir) / stage for stage in stages]
     there = [p for parent in parents if parent.is_dir() for p in parent.iterdir()]
     folders = [p for p in there if not p.is_symlink() and (p / "config.yaml").is_file()]
     weights = {p: weights_file(p) for p in folders if checkpoints(p) or (p / FINAL_WEIGHTS).is_file()}
     newest_first = sorted(weights, key=lambda p: weights[p].stat().st_mtime, reverse=True)
+    newest_first = [p for p in newest_first if fits(p)]
     for i, folder in enumerate(newest_first):
         if weights[folder].name == FINAL_WEIGHTS:
             return folder, newest_first[:i]

@@ -11,7 +11,7 @@ from t2i.interfaces import PlannedNetwork
 from t2i_cli.composition import composed_run
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
-BUILT_ON = {"codec": "autoencoder/kl_f8"}
+BUILT_ON = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/tiny_vq"}
 
 
 def networks(config: RunConfig) -> list[PlannedNetwork]:

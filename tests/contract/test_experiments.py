@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from t2i import families
 from t2i.config import parse_run, run_to_dict
 from t2i.errors import ConfigError
+from t2i.families.codec_run import newest_codec
 from t2i.generation.text_to_image import draw
 from t2i.interfaces import SampleRequest
 from t2i.training import checkpoint, run_folder, state_folder
@@ -53,15 +54,16 @@ def test_arguments_come_before_the_experiment_and_that_before_the_stage(name, co
 
 @pytest.fixture(scope="module")
 def runs_dir(compose_run, train, tmp_path_factory):
-    """Holds a trained autoencoder for the generators to build on."""
+    """Holds trained autoencoders for the generators to build on."""
     folder = tmp_path_factory.mktemp("runs")
-    train(compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}"))
+    for name in ("tiny_vq", "tiny_kl"):
+        train(compose_run(f"experiment=autoencoder/{name}", "trainer.num_images=16", f"runs_dir={folder}"))
     return folder
 
 
 def trained(runs_dir: Path, part: str) -> Path | None:
     """The run that has a part which others build on."""
-    return run_folder.newest_finished(runs_dir, families.stages_with(part))[0]
+    return newest_codec(str(runs_dir), part)[0]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -93,7 +93,7 @@ class NoHostData(TorchFunctionMode):
 def codec(compose_run, train, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     return train(
-        compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}")
+        compose_run("experiment=autoencoder/tiny_vq", "trainer.num_images=16", f"runs_dir={folder}")
     ).folder
 
 

@@ -8,6 +8,7 @@ FAMILY = Family(
     config="config:Config",
     stages={"autoencoder": "stage:Stage"},
     codec="codec:from_checkpoint",
+    token_codec="codec:from_checkpoint",
     plan="plan:planned_networks",
     formats="formats:FORMATS",
 )

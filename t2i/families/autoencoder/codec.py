@@ -149,6 +149,9 @@ class DiscreteCodec(Codec, TokenCodec):
     def tokens(self, image: Tensor) -> Tensor:
         return self.codebook.indices(self.moments(image))
 
+    def token_weights(self) -> dict[str, Tensor]:
+        return self.encoding_weights() | {"codebook.codes": self.codebook.codes}
+
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(self.codebook.lookup(tokens)))
 

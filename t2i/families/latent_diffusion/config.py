@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import DiffusionSampling, Objective, ScheduleConfig, check_objective
+from t2i.families.builds_on import BuildsOn
 from t2i.families.latent_diffusion.unet_config import UNetConfig
 from t2i.nn.dit_config import DiTConfig
 
@@ -72,18 +73,6 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         ok = self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf
         check(ok, "objective.min_snr_gamma", self.min_snr_gamma, "more than 0, or null")
-
-
-@dataclass(frozen=True)
-class BuildsOn:
-    """codec: "latest", a run folder or a file. A run that continues another keeps that one's codec unless a path is
-    given here"""
-
-    codec: str
-
-    def __post_init__(self) -> None:
-        allowed = "latest, a run or a file (an empty variable of the shell?)"
-        check(self.codec != "", "builds_on.codec", "", allowed)
 
 
 @dataclass(frozen=True)

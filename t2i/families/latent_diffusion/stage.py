@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from t2i import families
 from t2i.config import RunConfig
 from t2i.diffusion.objectives import loss_by_time
-from t2i.errors import CheckpointError
-from t2i.families.latent_diffusion.config import BuildsOn, Config, UNetDenoiserConfig
+from t2i.families.builds_on import BuildsOn
+from t2i.families.codec_run import codec_config, codec_run
+from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
 from t2i.families.latent_diffusion.masks import known_part, random_masks
 from t2i.families.latent_diffusion.model import build_model
 from t2i.interfaces import Batch, Feature, ImageCodec, SampleRequest
 from t2i.nn.blocks import blocks_of
 from t2i.text.features import text_feature, text_of
-from t2i.training import run_folder
-from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
+from t2i.training.checkpoint import LoadedCheckpoint, load_into
 from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
 from t2i.training.step import Turn
-
-log = logging.getLogger(__name__)
 
 
 class Stage(BaseStage):
@@ -39,15 +35,12 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
-        if start is not None and model.builds_on.codec == "latest":
-            builds_on, place = start, Config.upgraded(start.config)["builds_on"]["codec"]
-        else:
-            builds_on, place = _codec_run(config, model.builds_on.codec)
+        builds_on, place = codec_run(config, model.builds_on.codec, start)
         model = dataclasses.replace(model, builds_on=BuildsOn(place))
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
         self.working_codec: tuple[ImageCodec, ...] = ()  # in a tuple, so that it is no module of the stage
-        self.codec_config: dict[str, Any] = builds_on.extra.get("codec", builds_on.config)
+        self.codec_config = codec_config(builds_on)
         self.model = build_model(model, self.codec_config)
         size = config.resolution.size_px
         self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
@@ -137,22 +130,3 @@ class Stage(BaseStage):
         prefix = "model.denoiser."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         return weights | {prefix + name: value for name, value in self.model.denoiser.fitted(own).items()}
-
-
-def _codec_run(config: RunConfig, place: str) -> tuple[LoadedCheckpoint, str]:
-    """The run that builds_on.codec means, and its place."""
-    if place == "latest":
-        stages = families.stages_with("codec")
-        found, passed_over = run_folder.newest_finished(config.runs_dir, stages)
-        for run in passed_over:
-            log.info("passes over %s, which did not come to its end", run)
-        if found is None:
-            folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
-            raise CheckpointError(
-                f"stage={config.stage} builds on a codec, and there is none in {folders}: train one with "
-                f"`t2i train stage={stages[0]}`, or give builds_on.codec=RUN or FILE."
-            )
-        place = str(found)
-    log.info("builds on the codec %s", place)
-    loaded = load(run_folder.weights_file(place))
-    return loaded, place

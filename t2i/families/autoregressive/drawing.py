@@ -1,0 +1,85 @@
+"""Pictures' codes, drawn one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from t2i.codes.config import CodeSampling
+from t2i.codes.sampling import drawn, guided_logits
+from t2i.families.autoregressive.network import CodeTransformer
+from t2i.interfaces import Progress, TextFeatures
+from t2i.nn.transformer import Cache
+
+
+def window_starts(size: int, window: int) -> list[int]:
+    """For each place of a side of `size`, where the window of the trained length begins in which it is drawn: the place
+    is in the window's middle, but at the ends (2012.09841, section 3.3)."""
+    return [min(max(i - window // 2, 0), max(size - window, 0)) for i in range(size)]
+
+
+def draw_codes(
+    transformer: CodeTransformer,
+    text: TextFeatures,
+    negative: TextFeatures | None,
+    grid: tuple[int, int],
+    seeds: Sequence[int],
+    sampling: CodeSampling,
+    progress: Progress | None = None,
+) -> Tensor:
+    """(N, rows, columns) int64 codes of N pictures, on the transformer's device. Beyond the trained grid each code is
+    drawn in a window of that size around it.
+
+    negative: the text of the unconditional half, or None without guidance
+    seeds: picture i's numbers, one for each code, are drawn by a generator of seeds[i]
+    """
+    rows, columns = grid
+    steps, device = rows * columns, text.tokens.device
+    uniform = torch.stack([torch.rand(steps, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+    uniform = uniform.to(device)
+    both = text if negative is None else joined(negative, text)
+    tops, lefts = window_starts(rows, transformer.grid[0]), window_starts(columns, transformer.grid[1])
+    covers = rows <= transformer.grid[0] and columns <= transformer.grid[1]
+    caches = [Cache(both.tokens.shape[1] + steps) for _ in transformer.blocks] if covers else None
+    codes = torch.zeros(len(seeds), rows, columns, dtype=torch.int64, device=device)
+    for i in range(steps):
+        row, column = divmod(i, columns)
+        before, places = seen(codes, row, column, tops[row], lefts[column], transformer.grid)
+        if caches is not None and i > 0:
+            logits = transformer.following(twice(before[:, -1], both), places[-2:], caches)[:, -1]
+        else:
+            logits = transformer(twice(before, both), both.tokens, both.mask, places, caches)[:, -1]
+        if negative is not None:
+            unconditional, conditional = logits.chunk(2)
+            logits = guided_logits(conditional, unconditional, sampling.guidance_scale)
+        codes[:, row, column] = drawn(logits, uniform[:, i], sampling)
+        if progress is not None:
+            progress(i + 1, steps)
+    return codes
+
+
+def seen(
+    codes: Tensor, row: int, column: int, top: int, left: int, window: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The codes of the window at (top, left) before (row, column), by rows, (N, n), and the places in the trained grid
+    of these and of that one, (n + 1,)."""
+    inside = codes[:, top : top + window[0], left : left + window[1]]
+    rows, columns = inside.shape[1:]
+    n = (row - top) * columns + column - left
+    places = torch.arange(rows, device=codes.device)[:, None] * window[1] + torch.arange(
+        columns, device=codes.device
+    )
+    return inside.flatten(1)[:, :n], places.flatten()[: n + 1]
+
+
+def joined(first: TextFeatures, second: TextFeatures) -> TextFeatures:
+    """Both batches in one."""
+    pairs = ((getattr(first, name), getattr(second, name)) for name in ("tokens", "pooled", "mask"))
+    return TextFeatures(*(torch.cat(pair) for pair in pairs))
+
+
+def twice(codes: Tensor, text: TextFeatures) -> Tensor:
+    """The codes of N pictures for a batch of N or 2 N captions."""
+    return torch.cat([codes] * (len(text) // len(codes)))

@@ -1,0 +1,77 @@
+"""Codec, text encoder and transformer as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2i.codes.config import CodeSampling
+from t2i.config import check
+from t2i.families.autoregressive.config import Config
+from t2i.families.autoregressive.drawing import draw_codes
+from t2i.families.autoregressive.network import CodeTransformer
+from t2i.families.codec import token_codec
+from t2i.families.tokens import grid_of
+from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
+from t2i.nn.between import asked_text
+from t2i.nn.precision import widened
+from t2i.text import text_encoder_for_training
+
+
+class Autoregressive(TextToImage):
+    """codec: frozen here; its weights are part of the state dict, so that a checkpoint can be sampled from by itself. A
+    frozen text encoder's weights are not: it is loaded from where the configuration says.
+
+    size_px: of the pictures that it is trained on. Raises ConfigError where these are not whole codes
+    """
+
+    def __init__(self, config: Config, codec: TokenCodec, size_px: int) -> None:
+        super().__init__()
+        self.config = config
+        self.codec = codec.eval().requires_grad_(False)
+        config.sampling.check_codes(codec.num_codes)
+        grid = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
+        self.text = text_encoder_for_training(config.text)
+        self.transformer = CodeTransformer(
+            config.transformer, codec.num_codes, grid, self.text.token_dim, config.text.max_tokens
+        )
+
+    def train(self, mode: bool = True) -> Autoregressive:
+        super().train(mode)
+        self.codec.eval()
+        return self
+
+    def loss(self, codes: Tensor, text: TextFeatures) -> Tensor:
+        """codes: (B, h, w) -> scalar, the mean of -log p(code | text, codes before it) in nats per code."""
+        flat = codes.flatten(1)
+        logits = self.transformer(flat[:, :-1], text.tokens, text.mask)
+        return F.cross_entropy(widened(logits).flatten(0, 1), flat.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self, request: SampleRequest, sampling: CodeSampling, progress: Progress | None = None
+    ) -> Tensor:
+        """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
+        `t2i.interfaces.Generator`."""
+        grid = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
+        sampling.check_codes(self.codec.num_codes)
+        check(request.image is None, "image", "a picture to start from", "none with this model")
+        check(request.noise is None, "noise", "given", "none with this model")
+        check(not request.tile, "tile", request.tile, "none with this model")
+        text = asked_text(self.text, request)
+        negative = None
+        if sampling.guidance_scale != 1:
+            negative = self.text([request.negative_prompt] * len(request.prompts))
+        codes = draw_codes(self.transformer, text, negative, grid, request.seeds, sampling, progress)
+        image = self.codec.decode_tokens(codes)
+        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+
+
+def build_model(config: Config, codec_values: Mapping[str, Any], size_px: int) -> Autoregressive:
+    """The model with a randomly initialised codec of the run whose configuration is `codec_values`. Raises ConfigError
+    where that has no codes."""
+    return Autoregressive(config, token_codec(codec_values, config.builds_on.codec), size_px)

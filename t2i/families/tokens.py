@@ -1,0 +1,131 @@
+"""What families whose pictures are codes share: the codes as a feature, the codebook's hash, sizes of whole codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i.data.encoded import weights_hash
+from t2i.errors import CheckpointError, ConfigError
+from t2i.families.codec import image_codec
+from t2i.interfaces import Batch, Feature, PlannedNetwork, TokenCodec
+from t2i.schema import check
+
+
+def has_tokens(values: Mapping[str, Any]) -> bool:
+    """Whether a run of this configuration (its top-level mapping) has a codec of codes."""
+    try:
+        with torch.device("meta"):
+            return isinstance(image_codec(values), TokenCodec)
+    except (ConfigError, KeyError):
+        return False
+
+
+def smallest_integer(num_codes: int) -> torch.dtype:
+    """That holds the numbers below `num_codes`."""
+    kinds = (torch.uint8, torch.int16, torch.int32)
+    return next(kind for kind in kinds if num_codes - 1 <= torch.iinfo(kind).max)
+
+
+def codes_feature(codec: TokenCodec, made_by: str) -> Mapping[str, Feature]:
+    """What a stage's `features` says of its pictures: "codes", (B, h, w) of the smallest integers that hold them.
+
+    made_by: where the codec came from, for a person to read
+    """
+    dtype = smallest_integer(codec.num_codes)
+    feature = Feature(
+        of="image",
+        tensors=("codes",),
+        make=lambda image: {"codes": codec.tokens(image).to(dtype)},
+        module=codec,
+        weights=codec.token_weights,
+        settings=(type(codec).__name__, codec.num_codes),
+        made_by=made_by,
+    )
+    return {"codes": feature}
+
+
+@torch.no_grad()
+def codes_of(batch: Batch, codec: TokenCodec) -> Tensor:
+    """(B, h, w) int64 of the batch's pictures: those computed ahead, or what `codec` makes of them now."""
+    codes = batch.features.get("codes")
+    return codec.tokens(batch.image) if codes is None else codes.long()
+
+
+def codebook_hash(codec: TokenCodec) -> str:
+    """Of what decides which codes a picture has."""
+    return weights_hash(codec.token_weights().items(), type(codec).__name__, codec.num_codes)
+
+
+def check_codebook(codec: TokenCodec, place: str, learned: str | None, start: str) -> None:
+    """Raises CheckpointError where weights that go on with other codes would take these for their own.
+
+    codec: that of `place`; learned: the hash of the codebook that the weights of `start` have learned, if they say
+    """
+    own = codebook_hash(codec)
+    if learned not in (None, own):
+        raise CheckpointError(
+            f"builds_on.codec={place} has another codebook (hash {own[:12]}) than init_from={start} has learned "
+            f"({str(learned)[:12]}); leave builds_on.codec out, or init_from."
+        )
+
+
+def grid_of(codec: TokenCodec, height_px: int, width_px: int, keys: tuple[str, str]) -> tuple[int, int]:
+    """Rows and columns of a picture's codes. Raises ConfigError, with these keys, where that is not whole codes."""
+    f = codec.downsampling
+    for key, value in zip(keys, (height_px, width_px), strict=True):
+        check(
+            value >= f and value % f == 0, key, value, f"multiples of {f}, the pixels of a code along a side"
+        )
+    _, rows, columns = codec.latent_shape(height_px, width_px)
+    return rows, columns
+
+
+def planned_codec(codec: TokenCodec, size_px: int) -> list[PlannedNetwork]:
+    """A frozen codec's ways there and back, as `t2i.families.family.Family.plan` gives networks."""
+    grid = codec.latent_shape(size_px, size_px)[1:]
+    encoding = codec.encoding_weights()
+    encoder = sum(p.numel() for name, p in codec.named_parameters() if name in encoding)
+    decoder = sum(p.numel() for p in codec.parameters()) - encoder
+    return [
+        PlannedNetwork(
+            "codec encoder",
+            _Encoding(codec),
+            lambda batch: {"image": torch.empty(batch, 3, size_px, size_px)},
+            trained=False,
+            cached_as="codes",
+            saved=True,
+            num_parameters=encoder,
+        ),
+        PlannedNetwork(
+            "codec decoder",
+            _Decoding(codec),
+            lambda batch: {"codes": torch.zeros(batch, *grid, dtype=torch.int64)},
+            trained=False,
+            calls_per_image=0,
+            cached_as="codes",
+            saved=True,
+            num_parameters=decoder,
+        ),
+    ]
+
+
+class _Encoding(nn.Module):
+    def __init__(self, codec: TokenCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.codec.moments(image)
+
+
+class _Decoding(nn.Module):
+    def __init__(self, codec: TokenCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.codec.decode_tokens(codes)

@@ -1,0 +1,134 @@
+"""The transformer over codes: what it sees, what it starts from, and drawing with what it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2i.codes.config import CodeSampling
+from t2i.families.autoregressive import drawing
+from t2i.families.autoregressive.drawing import draw_codes, window_starts
+from t2i.families.autoregressive.network import CodeTransformer
+from t2i.interfaces import TextFeatures
+from t2i.nn.transformer import Cache
+from t2i.nn.transformer_config import TransformerConfig
+
+CODES, GRID, TEXT = 11, (3, 4), 5
+POSITIONS = ("learned", "rotary")
+
+
+def network(positions: str = "learned") -> CodeTransformer:
+    """With weights of its own everywhere, also where training starts at zero."""
+    torch.manual_seed(0)
+    config = TransformerConfig(width=16, depth=2, heads=2, positions=positions, qk_norm=True)  # type: ignore[arg-type]
+    transformer = CodeTransformer(config, CODES, GRID, text_dim=6, max_tokens=TEXT)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return transformer
+
+
+def text(batch: int, seed: int = 0) -> TextFeatures:
+    torch.manual_seed(seed)
+    lengths = torch.randint(1, TEXT + 1, (batch, 1))
+    return TextFeatures(torch.randn(batch, TEXT, 6), torch.randn(batch, 6), torch.arange(TEXT) < lengths)
+
+
+def codes(batch: int, count: int = math.prod(GRID)) -> torch.Tensor:
+    return torch.randint(CODES, (batch, count))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_no_output_depends_on_a_later_code(positions, float64):
+    """The gradient of output i by the vector of code j is zero from j = i on, and not before."""
+    transformer, given = network(positions), text(1)
+    number = math.prod(GRID) - 1
+    embedded = transformer.embedding(codes(1, number)).detach().requires_grad_()
+    transformer.embedding.forward = lambda codes: embedded  # type: ignore[method-assign, assignment]
+    logits = transformer(codes(1, number), given.tokens, given.mask)
+    for i in range(number + 1):
+        (gradient,) = torch.autograd.grad(logits[0, i].square().sum(), embedded, retain_graph=True)
+        of_code = gradient[0].abs().amax(1)
+        assert (of_code[i:] == 0).all()
+        assert (of_code[:i] > 0).all()
+
+
+def test_the_start_is_the_loss_of_uniform_codes(float64):
+    config = TransformerConfig(width=16, depth=1, heads=2)
+    transformer, given, target = CodeTransformer(config, CODES, GRID, 6, TEXT), text(2), codes(2)
+    logits = transformer(target[:, :-1], given.tokens, given.mask)
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    assert loss.item() == pytest.approx(math.log(CODES), abs=1e-14)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_with_what_is_kept_the_logits_are_the_same(positions, float64):
+    transformer, given, target = network(positions), text(2), codes(2)
+    with torch.no_grad():
+        whole = transformer(target[:, :-1], given.tokens, given.mask)
+        caches = [Cache(TEXT + math.prod(GRID)) for _ in transformer.blocks]
+        parts = [transformer(target[:, :0], given.tokens, given.mask, torch.tensor([0]), caches)]
+        for i in range(math.prod(GRID) - 1):
+            parts.append(transformer.following(target[:, i], torch.tensor([i, i + 1]), caches))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
+
+
+def sampling(**changes) -> CodeSampling:
+    return dataclasses.replace(
+        CodeSampling(temperature=1.0, top_k=None, top_p=1.0, guidance_scale=1.0), **changes
+    )
+
+
+@pytest.mark.parametrize("grid", [GRID, (2, 4), (3, 3), (2, 2)])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_window_that_covers_all_is_full_attention(positions, grid, monkeypatch, float64):
+    """What is kept is used there alone; without it each code is drawn by a whole pass over its window."""
+    transformer, given = network(positions), text(2)
+    drawn = draw_codes(transformer, given, text(2, 1), grid, [3, 4], sampling(guidance_scale=2.0))
+
+    def no_cache(codes, tokens, mask, places, caches):
+        return CodeTransformer.forward(transformer, codes, tokens, mask, places)
+
+    before = []
+
+    def following(code, places, caches):
+        pictures = torch.cat([code[:2, None]], 1)
+        before.append(pictures)
+        so_far = torch.cat(before, 1)
+        seen = torch.arange(grid[0])[:, None] * GRID[1] + torch.arange(grid[1])
+        both = drawing.joined(text(2, 1), given)
+        return CodeTransformer.forward(
+            transformer, so_far.repeat(2, 1), both.tokens, both.mask, seen.flatten()[: len(before) + 1]
+        )
+
+    monkeypatch.setattr(transformer, "forward", no_cache)
+    monkeypatch.setattr(transformer, "following", following)
+    again = draw_codes(transformer, given, text(2, 1), grid, [3, 4], sampling(guidance_scale=2.0))
+    assert torch.equal(drawn, again)
+
+
+def test_windows_are_in_the_middle_but_at_the_ends():
+    """taming-transformers' rule for a window of 16."""
+    assert window_starts(4, 4) == [0, 0, 0, 0]
+    assert window_starts(2, 4) == [0, 0]
+    assert window_starts(7, 4) == [0, 0, 0, 1, 2, 3, 3]
+
+
+def test_a_picture_depends_on_its_own_seed_alone(float64):
+    transformer = network()
+    together = draw_codes(
+        transformer,
+        text(1).__class__(
+            *(x.repeat(2, *[1] * (x.ndim - 1)) for x in (text(1).tokens, text(1).pooled, text(1).mask))
+        ),
+        None,
+        GRID,
+        [7, 8],
+        sampling(),
+    )
+    alone = draw_codes(transformer, text(1), None, GRID, [8], sampling())
+    assert torch.equal(together[1:], alone)
+    assert not torch.equal(together[0], together[1])
