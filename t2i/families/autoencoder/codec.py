@@ -150,7 +150,8 @@ class DiscreteCodec(Codec, TokenCodec):
         return self.codebook.indices(self.moments(image))
 
     def token_weights(self) -> dict[str, Tensor]:
-        return self.encoding_weights() | {"codebook.codes": self.codebook.codes}
+        every = torch.arange(self.num_codes, device=self.latent_scale.device)
+        return self.encoding_weights() | {"codes": self.codebook.lookup(every[None, None])}
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(self.codebook.lookup(tokens)))
