@@ -13,10 +13,11 @@ from t2i.config import TextConfig
 from t2i.diffusion.config import DiffusionSampling, ScheduleConfig
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import build_codec
-from t2i.families.autoencoder.config import AdversarialConfig, KLConfig, PatchBackboneConfig, PerceptualConfig
+from t2i.families.autoencoder.codec_config import KLConfig
+from t2i.families.autoencoder.config import AdversarialConfig, PatchBackboneConfig, PerceptualConfig
 from t2i.families.autoencoder.config import Config as CodecConfig
+from t2i.families.builds_on import BuildsOn
 from t2i.families.latent_diffusion.config import (
-    BuildsOn,
     Config,
     ObjectiveConfig,
     UNetDenoiserConfig,
