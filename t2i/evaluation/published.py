@@ -27,7 +27,7 @@ PUBLISHED = (
     Published("LAFITE", "GAN", 26.94, COCO, "2111.13792", 37.5e6),
     Published("StyleGAN-T", "GAN", 13.90, COCO, "2301.09515", images=250e6),
     Published("GigaGAN", "GAN", 9.09, COCO, "2303.05511", 1e9, seconds=0.13),
-    Published("Parti", "autoregressive", 7.23, COCO, "2206.10789"),
+    Published("Parti", "autoregressive codes", 7.23, COCO, "2206.10789"),
     Published("Karlo (unCLIP), 50 steps", "unCLIP", 14.43, COCO, "kakaobrain/karlo", 3.3e9),
     Published("Imagen", "pixel diffusion", 7.27, COCO, "2205.11487"),
     Published("DeepFloyd IF-I-XL", "pixel diffusion", 6.66, COCO, "deep-floyd/IF", 4.3e9),
