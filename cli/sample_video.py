@@ -33,7 +33,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--video",
         metavar="FILE|DIR",
-        help="draw each frame of an animated GIF, WebP or PNG or a folder of pictures, from the same noise",
+        help="draw each frame of an MP4, WebM, animated GIF, WebP or PNG or a folder of pictures, from the same noise",
     )
     made.add_argument(
         "--key-every",
@@ -103,11 +103,12 @@ class Film:
         return f"frame_{frame:05}.png"
 
     def finish(self, report: Report) -> str | None:
-        """Writes the frames between and video.webp (under another name where something else has it), where all key
-        frames are there, and says how they flicker."""
+        """Writes the frames between and video.webp, or video.mp4 of an MP4 or the like (under another name where
+        something else has it), where all key frames are there, and says how they flicker."""
         import torch
         from PIL import Image
 
+        from t2i.generation.movie import is_movie
         from t2i.generation.names import save_new
         from t2i.generation.text_to_image import read_image
         from t2i.generation.video import flicker, tweened, write_film
@@ -122,7 +123,8 @@ class Film:
             recipe = {**self.recipe, "frame": frame}
             save_new(to_pil(frames[frame]), self.folder / self.name(frame), recipe, is_fixed=True)
         pictures: Sequence[Image.Image] = [to_pil(frame) for frame in frames]
-        path = write_film(pictures, self.folder / "video.webp", self.shown_ms)
+        name = "video.mp4" if is_movie(Path(self.path)) else "video.webp"
+        path = write_film(pictures, self.folder / name, self.shown_ms)
         more = flicker(frames, self.source)
         return (
             f"{path}: {len(frames)} frames, {len(self.keys)} of them drawn; neighbours differ by "

@@ -17,6 +17,7 @@ from t2i.data.decode import MAX_PIXELS, BadSample, open_image, reading, resize_a
 from t2i.data.members import PICTURE_ENDINGS
 from t2i.errors import UserError
 from t2i.files import written_whole
+from t2i.generation.movie import READERS, is_movie, movie_bytes, read_movie
 from t2i.generation.text_to_image import read_image
 
 MAX_FRAMES = 1_000
@@ -25,14 +26,18 @@ FRAME_MS = 100  # of a film that does not say
 
 def read_frames(path: Path, size_px: tuple[int, int]) -> tuple[Tensor, float]:
     """(N, 3, H, W) in [-1, 1], each resized and cut to `size_px`, and how long one is shown in milliseconds: of a
-    folder its pictures in the order of their names, or of an animated GIF, WebP or PNG. Raises UserError for anything
-    else, and for fewer than 2 frames or more than `MAX_FRAMES`."""
+    folder its pictures in the order of their names, of an animated GIF, WebP or PNG, or of an MP4 or the like. Raises
+    UserError for anything else, and for fewer than 2 frames or more than `MAX_FRAMES`."""
     if path.is_dir():
         endings = tuple(f".{ending.removeprefix('.')}" for ending in PICTURE_ENDINGS)
         files = sorted(each for each in path.iterdir() if each.suffix.lower() in endings)
         _check_count(path, len(files))
         return torch.stack([read_image(each, size_px) for each in files]), FRAME_MS
     try:
+        if is_movie(path):
+            frames, shown_ms = read_movie(path, size_px, MAX_FRAMES)
+            _check_count(path, len(frames))
+            return torch.stack(frames).float() / 127.5 - 1, shown_ms
         data = path.read_bytes()
         with reading(str(path)):
             film = open_image(data)
@@ -49,8 +54,8 @@ def read_frames(path: Path, size_px: tuple[int, int]) -> tuple[Tensor, float]:
         raise UserError(f"The film {path} cannot be read: {error.strerror}.") from error
     except BadSample as error:
         raise UserError(
-            f"{path} is not a film that can be read: {error}; allowed: a folder of pictures, or an animated GIF, WebP "
-            "or PNG."
+            f"{path} is not a film that can be read: {error}; allowed: a folder of pictures, an animated GIF, WebP "
+            f"or PNG, or {', '.join(READERS)}."
         ) from error
     return torch.stack(frames).float() / 127.5 - 1, float(shown_ms)
 
@@ -108,21 +113,10 @@ class Frames(Image.Image):
 
 
 def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> Path:
-    """An animated WebP without loss, over and over; there is all of it or none. Returns where it is: `path`, or where
-    another film is there, a name with a digest in it, so that nothing is written over, the film that these frames were
-    drawn from least of all."""
-    first, *others = frames
-    written = io.BytesIO()
-    first.save(
-        written,
-        format="WEBP",
-        save_all=True,
-        append_images=others,
-        duration=round(shown_ms),
-        loop=0,
-        lossless=True,
-    )
-    data = written.getvalue()
+    """An animated WebP without loss, over and over, or an MP4; there is all of it or none. Returns where it is: `path`,
+    or where another film is there, a name with a digest in it, so that nothing is written over, the film that these
+    frames were drawn from least of all."""
+    data = (movie_bytes if is_movie(path) else _webp)(frames, path, shown_ms)
     digest = hashlib.sha256(data).hexdigest()
     for place in (path, *(path.with_stem(f"{path.stem}-{digest[:n]}") for n in (8, 64))):
         try:
@@ -133,6 +127,16 @@ def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> Pa
             if place.is_file() and place.read_bytes() == data:
                 return place
     raise UserError(f"{path} is there and is another film; allowed: another --out.")
+
+
+def _webp(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> bytes:
+    first, *others = frames
+    written = io.BytesIO()
+    duration = round(shown_ms)
+    first.save(
+        written, format="WEBP", save_all=True, append_images=others, duration=duration, loop=0, lossless=True
+    )
+    return written.getvalue()
 
 
 def check_every(every: int, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,78 @@ def test_what_is_no_film_is_one_sentence(tmp_path: Path) -> None:
     save_png(torch.zeros(3, 8, 8), tmp_path / "one.png")
     with pytest.raises(UserError, match=r"one\.png has 1 frames; allowed: 2 to 1,000\."):
         read_frames(tmp_path / "one.png", (8, 8))
-    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
-    with pytest.raises(
-        UserError, match=r"film\.mp4 is not a film that can be read.*allowed: a folder of pict"
-    ):
-        read_frames(tmp_path / "film.mp4", (8, 8))
+    (tmp_path / "film").write_bytes(b"\0\0\0\x18ftypmp42")
+    with pytest.raises(UserError, match=r"film is not a film that can be read.*allowed: a folder of pict"):
+        read_frames(tmp_path / "film", (8, 8))
     with pytest.raises(UserError, match=r"absent\.gif cannot be read"):
         read_frames(tmp_path / "absent.gif", (8, 8))
+
+
+def movie(path: Path, frames: int = 5, side: int = 64) -> Tensor:
+    film = moving(frames, side)
+    write_film([to_pil(frame) for frame in film], path, 40)
+    return film
+
+
+def test_an_mp4_is_read_and_written(tmp_path: Path) -> None:
+    film = movie(tmp_path / "film.mp4")
+    found, shown_ms = read_frames(tmp_path / "film.mp4", (64, 64))
+    assert shown_ms == 40
+    assert found.shape == film.shape
+    # Colour is kept at half the resolution and with loss: on average within a hundredth of the range.
+    assert (found - film).abs().mean() < 0.02
+    assert (found[0, :, 5:7, 3:5] > 0.8).all()
+    first = (tmp_path / "film.mp4").read_bytes()
+    again = write_film([to_pil(frame) for frame in film], tmp_path / "film.mp4", 40)
+    assert again == tmp_path / "film.mp4"  # the same film
+    assert again.read_bytes() == first
+
+
+def test_a_film_that_was_filmed_upright_is_turned(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    film = moving(3, 64)[:, :, :48]
+    path = tmp_path / "turned.mp4"
+    write_film([to_pil(frame) for frame in film], path, 40)
+    data = bytearray(path.read_bytes())
+    # The matrix of the track header (ISO/IEC 14496-12, 8.3.2): as it is, and by a quarter of a turn.
+    unity = b"".join(value.to_bytes(4, "big") for value in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
+    quarter = b"".join(
+        (value % 2**32).to_bytes(4, "big") for value in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    )
+    track = data.index(b"tkhd")
+    place = data.index(unity, track)
+    data[place : place + len(unity)] = quarter
+    path.write_bytes(data)
+    with av.open(path) as container:
+        assert next(container.decode(video=0)).rotation in (90, -90, 270)
+    found, _ = read_frames(path, (64, 48))
+    upright = torch.rot90(film, -1, (2, 3))  # clockwise, as players show it
+    assert (found - upright).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "MOV"])
+def test_what_is_no_movie_is_one_sentence(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"film.{ending}"
+    path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/film.ts\n")  # a list of addresses
+    with pytest.raises(UserError, match=rf"film\.{ending} is not a film that can be read: .*allowed: \.mp4"):
+        read_frames(path, (8, 8))
+
+
+def test_a_cut_movie_is_one_sentence(tmp_path: Path) -> None:
+    movie(tmp_path / "film.mp4")
+    whole = (tmp_path / "film.mp4").read_bytes()
+    (tmp_path / "film.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"film\.mp4 has no pictures, or its index is missing"):
+        read_frames(tmp_path / "film.mp4", (8, 8))
+
+
+def test_a_movie_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "film.mp4").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"film\.mp4 needs the package av; `pip install 't2i\[video\]'` brings it"
+    ):
+        read_frames(tmp_path / "film.mp4", (8, 8))
 
 
 def test_key_frames_have_both_ends() -> None:

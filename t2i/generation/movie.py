@@ -1,0 +1,90 @@
+"""Films in MP4, WebM and the like, read and written by PyAV (an extra)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from t2i.data.decode import MAX_PIXELS, resize_and_crop
+from t2i.errors import UserError
+
+# The reader that each ending is opened by: the library, left to guess, would also take a list of addresses for a film,
+# and fetch them.
+READERS = {
+    ".mp4": "mov",
+    ".m4v": "mov",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "matroska",
+    ".avi": "avi",
+}
+CODEC, QUALITY = "libx264", "17"  # of H.264: looks like the frames do
+
+
+def is_movie(path: Path) -> bool:
+    """Whether its name says so."""
+    return path.suffix.lower() in READERS
+
+
+def read_movie(path: Path, size_px: tuple[int, int], most: int) -> tuple[list[Tensor], float]:
+    """Its frames, (3, H, W) uint8 each, resized until they just cover `size_px` and cut to their middle, turned as the
+    film says; and how long one is shown, in milliseconds on average. No more than `most` + 1 of them are read. Raises
+    UserError where it cannot be read whole."""
+    av = _library(path)
+    frames: list[Tensor] = []
+    try:
+        with path.open("rb") as file, av.open(file, format=READERS[path.suffix.lower()]) as container:
+            if not container.streams.video:
+                raise UserError(f"{path} has no pictures, or its index is missing; allowed: a film, whole.")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS // 16:
+                raise UserError(
+                    f"{path} has {stream.width} x {stream.height} pixels a frame; allowed: fewer."
+                )
+            rate = stream.average_rate
+            for frame in container.decode(stream):
+                picture = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                image = Image.fromarray(np.ascontiguousarray(picture))
+                frames.append(resize_and_crop(image, (image.height, image.width), size_px)[0])
+                if len(frames) > most:
+                    break
+    except av.FFmpegError as error:
+        raise UserError(
+            f"{path} is not a film that can be read: {error.strerror}; allowed: {', '.join(READERS)}, whole."
+        ) from error
+    return frames, float(1000 / rate) if rate else 100.0
+
+
+def movie_bytes(frames: Iterable[Image.Image], path: Path, shown_ms: float) -> bytes:
+    """H.264 in MP4, in half the colour resolution that players expect; an odd last row or column is left out.
+
+    path: where it will be, for an error
+    """
+    av = _library(path)
+    rate = Fraction(1000 / shown_ms).limit_denominator(1001)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream: Any = container.add_stream(CODEC, rate=rate, options={"crf": QUALITY})
+        stream.pix_fmt = "yuv420p"
+        for i, picture in enumerate(frames):
+            even = picture.convert("RGB").crop((0, 0, picture.width // 2 * 2, picture.height // 2 * 2))
+            if i == 0:
+                stream.width, stream.height = even.size
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def _library(path: Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{path} needs the package av; `pip install 't2i[video]'` brings it.") from error
+    return av
