@@ -1,0 +1,91 @@
+"""Configuration of masked modelling of codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i.codes.config import CodeSampling
+from t2i.config import ModelConfig, TextConfig, check
+from t2i.families.builds_on import BuildsOn
+from t2i.nn.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class MaskGITConfig:
+    """MaskGIT's transformer, BERT's (2202.04200; defaults are ImageNet's), with the caption's token states before the
+    codes.
+
+    width, depth, heads: the MLPs are four times as wide
+    dropout: of embeddings, attention and what each branch adds
+    """
+
+    name: Literal["maskgit"]
+    width: int = 768
+    depth: int = 24
+    heads: int = 16
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads"):
+            check(getattr(self, key) >= 1, f"transformer.{key}", getattr(self, key), "1 or more")
+        whole = self.width % self.heads == 0
+        check(whole, "transformer.width", self.width, f"a multiple of heads ({self.heads})")
+        check(0 <= self.dropout < 1, "transformer.dropout", self.dropout, "0 up to, not including, 1")
+
+
+@dataclass(frozen=True)
+class MuseConfig(TransformerConfig):
+    """Muse's transformer (2301.00704): codes attend to one another and to the caption's token states."""
+
+    name: Literal["muse"] = "muse"
+
+
+@dataclass(frozen=True)
+class SamplingConfig(CodeSampling):
+    """How codes are drawn; see `t2i.codes.masked.decode`.
+
+    steps: calls of the transformer, each for all codes at once
+    guidance_schedule: "linear" lets guidance grow from 1 at the first step to guidance_scale at the last (2301.00704,
+        section 2.7)
+    choice_temperature: of the noise on the confidence that decides which codes are kept, falling to 0 over the steps
+    order: which codes are kept first: those of which the model is most "confident", or the places of "halton"'s
+        sequence (2503.17076)
+    """
+
+    steps: int
+    guidance_schedule: Literal["constant", "linear"]
+    choice_temperature: float
+    order: Literal["confidence", "halton"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        ok = 0 <= self.choice_temperature < math.inf
+        check(ok, "sampling.choice_temperature", self.choice_temperature, "0 or more")
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """What stage=masked trains.
+
+    label_smoothing: share of the target that all codes have alike
+    """
+
+    builds_on: BuildsOn
+    transformer: MuseConfig | MaskGITConfig
+    text: TextConfig
+    sampling: SamplingConfig
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.label_smoothing < 1,
+            "label_smoothing",
+            self.label_smoothing,
+            "0 up to, not including, 1",
+        )
+
+    def text_encoder(self) -> TextConfig:
+        return self.text

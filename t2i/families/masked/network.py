@@ -1,0 +1,28 @@
+"""What the masked transformers have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class MaskedTransformer(nn.Module, ABC):
+    """Tells hidden codes from the others and the caption.
+
+    num_codes: the mask is the token of this number, beyond all codes
+    """
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """tokens: (B, h, w) int64, codes and masks; context: (B, L, D), the caption's token states; context_mask:
+        (B, L) bool, True where they are attended to -> (B, h w, num_codes) logits."""
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Those that Muon may step: in the blocks."""
+        blocks = (list(m.parameters()) for m in self.modules() if isinstance(m, nn.ModuleList))
+        return [p for parameters in blocks for p in parameters if p.ndim == 2]

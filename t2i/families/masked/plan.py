@@ -1,0 +1,49 @@
+"""The networks of a run, for `t2i plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i.config import RunConfig
+from t2i.families.codec import token_codec
+from t2i.families.masked.config import Config
+from t2i.families.masked.model import build_transformer
+from t2i.families.tokens import grid_of, planned_codec
+from t2i.interfaces import PlannedNetwork
+from t2i.text.architecture import build_architecture
+
+
+def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]]) -> list[PlannedNetwork]:
+    """See `t2i.families.family.Family`."""
+    model, size = config.model, config.resolution.size_px
+    assert isinstance(model, Config)
+    with torch.device("meta"):
+        codec = token_codec(builds_on["codec"], model.builds_on.codec)
+        text = build_architecture(model.text)
+        shape = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
+        transformer = build_transformer(model, codec.num_codes, shape, text.token_dim)
+    length = model.text.max_tokens
+
+    def asked(batch: int) -> dict[str, Tensor]:
+        return {
+            "tokens": torch.zeros(batch, *shape, dtype=torch.int64),
+            "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
+            "context_mask": torch.ones(batch, length, dtype=torch.bool),
+        }
+
+    return [
+        PlannedNetwork("transformer", transformer, asked, trained=True, hidden=transformer.hidden_matrices()),
+        *planned_codec(codec, size),
+        PlannedNetwork(
+            "text encoder",
+            text.network,
+            lambda batch: {"input_ids": torch.zeros(batch, length, dtype=torch.int64)},
+            trained=text.trainable,
+            cached_as=None if text.trainable else "text",
+            by_block=False,
+        ),
+    ]
