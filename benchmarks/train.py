@@ -165,6 +165,8 @@ def time_unets(options: argparse.Namespace) -> None:
 class TheirCodec(nn.Module):
     """AutoencoderKL in the place of `KLCodec` in our stage."""
 
+    logit_laplace = False
+
     def __init__(self, vae: AutoencoderKL, ours: KLCodec) -> None:
         super().__init__()
         self.vae, self.kl_weight, self.latent_shape = vae, ours.kl_weight, ours.latent_shape
@@ -177,7 +179,8 @@ class TheirCodec(nn.Module):
         posterior = self.vae.encode(image, return_dict=False)[0]
         kl = posterior.kl().mean() / image[0].numel()
         decoded = self.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
-        return Reconstruction(decoded, self.kl_weight * kl, {"kl": kl.detach()})
+        distance = (decoded - image).abs().mean()
+        return Reconstruction(decoded, distance, self.kl_weight * kl, {"kl": kl.detach()})
 
 
 def autoencoders(options: argparse.Namespace) -> tuple[Stage, Stage]:

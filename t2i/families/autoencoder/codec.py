@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i.codes.fsq import FSQ
 from t2i.codes.quantizer import Quantizer
 from t2i.codes.vq import Codebook
 from t2i.config import parse
+from t2i.families.autoencoder import dvae
+from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig
+from t2i.families.autoencoder.backbones import build_backbone
 from t2i.families.autoencoder.codec_config import FSQConfig, KLConfig, VQConfig
-from t2i.families.autoencoder.config import BackboneConfig, Config, PatchBackboneConfig, downsampling
-from t2i.families.autoencoder.model import Decoder, Encoder
+from t2i.families.autoencoder.config import BackboneConfig, Config, downsampling
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
 from t2i.interfaces import ImageCodec, TokenCodec
@@ -24,10 +26,12 @@ from t2i.interfaces import ImageCodec, TokenCodec
 
 @dataclass
 class Reconstruction:
-    """image: (B, 3, H, W); regularizer: scalar, weighted and per picture value (KL) or per element (of a quantiser);
-    metrics: further scalars to log."""
+    """image: (B, 3, H, W); distance: scalar, per picture value, the mean absolute difference or what `distance` gives;
+    regularizer: scalar, weighted and per picture value (KL) or per element (of a quantiser); metrics: further scalars
+    to log."""
 
     image: Tensor
+    distance: Tensor
     regularizer: Tensor
     metrics: dict[str, Tensor]
 
@@ -35,8 +39,8 @@ class Reconstruction:
 class Codec(ImageCodec):
     """What all codecs share: the backbone, the 1x1 convolutions around the bottleneck and the latent scale.
 
-    encoder_channels, moment_channels: before and after the convolution behind the encoder
-    code_channels: before the one in front of the decoder, which gives backbone.latent_channels
+    encoder_channels, moment_channels, code_channels: see build_backbone
+    logit_laplace: the decoder gives a distribution of the picture, as DALL-E's does
     latent_scale: buffer, 1 / (standard deviation of all latents), measured when training ends (LDM paper,
     appendix G); `encode` multiplies by it and `decode` divides, so that diffusion sees about unit variance.
     """
@@ -49,20 +53,9 @@ class Codec(ImageCodec):
         super().__init__()
         self.downsampling = downsampling(backbone)
         self.latent_channels = self.code_channels = code_channels
-        self.encoder: nn.Module
-        self.decoder: nn.Module
-        if isinstance(backbone, PatchBackboneConfig):
-            self.encoder, self.decoder = PatchEncoder(backbone, encoder_channels), PatchDecoder(backbone)
-        else:
-            self.encoder, self.decoder = Encoder(backbone, encoder_channels), Decoder(backbone)
-
-        def pointwise(before: int, after: int) -> nn.Module:
-            if isinstance(backbone, PatchBackboneConfig) and before == after:
-                return nn.Identity()
-            return nn.Conv2d(before, after, 1)
-
-        self.quant_conv = pointwise(encoder_channels, moment_channels)
-        self.post_quant_conv = pointwise(code_channels, backbone.latent_channels)
+        parts = build_backbone(backbone, encoder_channels, moment_channels, code_channels)
+        self.encoder, self.quant_conv, self.post_quant_conv, self.decoder = parts
+        self.logit_laplace = isinstance(backbone, DVAEBackboneConfig)
         self.register_buffer("latent_scale", torch.ones(()))
 
     @property
@@ -84,6 +77,20 @@ class Codec(ImageCodec):
 
     def moments(self, image: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(image))
+
+    def output(self, code: Tensor) -> Tensor:
+        """(B, D, h, w) as the bottleneck gives it -> what the decoder makes of it, (B, 3 or 6, h*f, w*f)."""
+        return self.decoder(self.post_quant_conv(code))
+
+    def picture(self, output: Tensor) -> Tensor:
+        """The decoder's output -> (B, 3, h*f, w*f), about [-1, 1]."""
+        return dvae.picture(output) if self.logit_laplace else output
+
+    def distance(self, output: Tensor, image: Tensor) -> Tensor:
+        """Scalar: between the decoder's output and the picture (B, 3, H, W), per picture value."""
+        if self.logit_laplace:
+            return dvae.logit_laplace_loss(output, image)
+        return (output - image).abs().mean()
 
     def encoding_weights(self) -> dict[str, Tensor]:
         parts = (("encoder", self.encoder), ("quant_conv", self.quant_conv))
@@ -114,15 +121,16 @@ class KLCodec(Codec):
         return DiagonalGaussian(moments).sample_with(noise) * self.latent_scale
 
     def decode(self, latent: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latent / self.latent_scale))
+        return self.picture(self.output(latent / self.latent_scale))
 
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
         posterior = self.posterior(image)
         latent = posterior.sample_with(noise)
         # The LDM code adds sum(|x - y|) and kl_weight * kl; we take means over 3HW of both: the same ratio.
         kl = posterior.kl().mean() / image[0].numel()
-        decoded = self.decoder(self.post_quant_conv(latent))
-        return Reconstruction(decoded, self.kl_weight * kl, {"kl": kl.detach()})
+        output = self.output(latent)
+        distance = self.distance(output, image)
+        return Reconstruction(self.picture(output), distance, self.kl_weight * kl, {"kl": kl.detach()})
 
 
 class DiscreteCodec(Codec, TokenCodec):
@@ -143,7 +151,7 @@ class DiscreteCodec(Codec, TokenCodec):
 
     def decode(self, latent: Tensor) -> Tensor:
         quantized = self.codebook(latent / self.latent_scale)
-        return self.decoder(self.post_quant_conv(quantized.latent))
+        return self.picture(self.output(quantized.latent))
 
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
@@ -154,7 +162,7 @@ class DiscreteCodec(Codec, TokenCodec):
         return self.encoding_weights() | {"codes": self.codebook.lookup(every[None, None])}
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(self.codebook.lookup(tokens)))
+        return self.picture(self.output(self.codebook.lookup(tokens)))
 
     def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
         quantized = self.codebook(self.moments(image))
@@ -163,8 +171,9 @@ class DiscreteCodec(Codec, TokenCodec):
             "codebook_perplexity": quantized.perplexity,
             **quantized.metrics,
         }
-        decoded = self.decoder(self.post_quant_conv(quantized.latent))
-        return Reconstruction(decoded, quantized.loss, metrics)
+        output = self.output(quantized.latent)
+        distance = self.distance(output, image)
+        return Reconstruction(self.picture(output), distance, quantized.loss, metrics)
 
 
 def build_quantizer(codec: VQConfig | FSQConfig, latent_channels: int) -> Quantizer:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.config import ModelConfig, check
+from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig, ViTBackboneConfig
 from t2i.families.autoencoder.codec_config import CodecConfig
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
@@ -45,7 +46,7 @@ class PatchBackboneConfig:
         check(self.width >= 32 and self.width % 32 == 0, "backbone.width", self.width, "a multiple of 32")
 
 
-BackboneConfig = LDMBackboneConfig | PatchBackboneConfig
+BackboneConfig = LDMBackboneConfig | PatchBackboneConfig | ViTBackboneConfig | DVAEBackboneConfig
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,6 @@ class Config(ModelConfig):
 
 def downsampling(backbone: BackboneConfig) -> int:
     """f: pixels per latent position along each side."""
-    if isinstance(backbone, PatchBackboneConfig):
+    if isinstance(backbone, PatchBackboneConfig | ViTBackboneConfig):
         return backbone.patch_px
     return backbone.downsampling

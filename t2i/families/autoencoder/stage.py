@@ -55,10 +55,12 @@ class Stage(BaseStage):
         noise = random.normal("posterior", *self.codec.latent_shape(*image.shape[2:]))
         reconstruction = self.codec.reconstruct(image, noise)
 
-        l1 = (reconstruction.image - image).abs().mean()
-        mse = (reconstruction.image.detach() - image).square().mean()
-        metrics = {"l1": l1, "psnr_db": 10 * torch.log10(4 / mse), **reconstruction.metrics}
-        fidelity = l1
+        error = reconstruction.image.detach() - image
+        psnr_db = 10 * torch.log10(4 / error.square().mean())
+        metrics = {"l1": error.abs().mean(), "psnr_db": psnr_db, **reconstruction.metrics}
+        if self.codec.logit_laplace:
+            metrics["logit_laplace"] = reconstruction.distance
+        fidelity = reconstruction.distance
         for network in self.perceptual:
             metrics["perceptual"] = network(reconstruction.image, image).mean()
             fidelity = fidelity + model.perceptual.weight * metrics["perceptual"]
