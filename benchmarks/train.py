@@ -169,13 +169,13 @@ class TheirCodec(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, ours: KLCodec) -> None:
         super().__init__()
-        self.vae, self.kl_weight, self.latent_shape = vae, ours.kl_weight, ours.latent_shape
+        self.vae, self.kl_weight, self.noise = vae, ours.kl_weight, ours.noise
 
     @property
     def last_layer(self) -> Tensor:
         return self.vae.decoder.conv_out.weight
 
-    def reconstruct(self, image: Tensor, noise: Tensor) -> Reconstruction:
+    def reconstruct(self, image: Tensor, noise: Tensor, images_seen: int = 0) -> Reconstruction:
         posterior = self.vae.encode(image, return_dict=False)[0]
         kl = posterior.kl().mean() / image[0].numel()
         decoded = self.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
@@ -239,7 +239,7 @@ def two_turns(stage: Stage, batch: Batch) -> Step:
     assert discriminator is not None
 
     def reconstruction() -> Reconstruction:
-        noise = stage.randomness(batch).normal("posterior", *stage.codec.latent_shape(*image.shape[2:]))
+        noise = stage.codec.noise(stage.randomness(batch), *image.shape[2:])
         return stage.codec.reconstruct(image, noise)
 
     def step() -> None:

@@ -22,6 +22,16 @@ def hinge_generator_loss(logits_fake: Tensor) -> Tensor:
     return -logits_fake.mean()
 
 
+def non_saturating_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Scalar: the binary cross-entropies of both sides, added (1406.2661; MaskGIT's: 2202.04200)."""
+    return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+
+
+def non_saturating_generator_loss(logits_fake: Tensor) -> Tensor:
+    """Scalar: -mean log sigmoid(D(fake)) (1406.2661, section 3)."""
+    return F.softplus(-logits_fake).mean()
+
+
 def r1_penalty(real: Tensor, logits: Tensor) -> Tensor:
     """Scalar: E ||grad_x D(x)||^2 over real pictures (Mescheder et al., 1801.04406, equation 9); the factor
     gamma / 2 is the caller's. A picture's patch logits are summed.

@@ -39,7 +39,7 @@ class FSQ(Quantizer):
         half_width = torch.tensor([float(level // 2) for level in levels])
         self.register_buffer("half_width", half_width, persistent=False)
 
-    def forward(self, latent: Tensor) -> Quantized:
+    def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
             bounded = self._bounded(widened(latent))
             rounded = bounded.round()

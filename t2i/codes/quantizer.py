@@ -37,15 +37,21 @@ class Quantizer(nn.Module, ABC):
     num_codes: indices are whole numbers from 0 up to, not including, this
     in_channels: C, of what is quantised
     code_dim: D, of a code
+    needs_noise: whether training draws
     """
 
     num_codes: int
     in_channels: int
     code_dim: int
+    needs_noise: bool = False
 
     @abstractmethod
-    def forward(self, latent: Tensor) -> Quantized:
-        """latent: (B, C, h, w) float. Under torch.distributed a training step counts the codes of all ranks."""
+    def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
+        """latent: (B, C, h, w) float. Under torch.distributed a training step counts the codes of all ranks.
+
+        noise: (B, C, h, w), uniform in [0, 1), for those that draw, while training
+        images_seen: by the run, for those whose weights change with it
+        """
 
     @abstractmethod
     def indices(self, latent: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class Codebook(Quantizer):
 
     ema_decay: gamma of 1711.00937, equation 6, per training step
     commitment_weight: beta of 1711.00937, equation 3
+    normalize: vectors and codes are brought to length 1, so that the nearest code is that of the largest cosine
+        (ViT-VQGAN: 2110.04627, section 3.2); a code is then its average's direction
     restart_below: a code is dead when its averaged use falls below this share of uniform use. A dead code
         takes the place of one of the current batch's vectors. In the first batch every code is dead, and the
         restart is the initialisation.
@@ -39,22 +41,25 @@ class Codebook(Quantizer):
         ema_decay: float = 0.99,
         commitment_weight: float = 0.25,
         restart_below: float = 0.5,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.num_codes, self.in_channels, self.code_dim = num_codes, dim, dim
         self.ema_decay = ema_decay
         self.commitment_weight = commitment_weight
         self.restart_below = restart_below
-        self.register_buffer("codes", torch.randn(num_codes, dim))
+        self.normalize = normalize
+        codes = torch.randn(num_codes, dim)
+        self.register_buffer("codes", F.normalize(codes) if normalize else codes)
         self.register_buffer("cluster_size", torch.zeros(num_codes))  # N_i
         self.register_buffer("cluster_sum", torch.zeros(num_codes, dim))  # m_i
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, latent: Tensor) -> Quantized:
+    def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
         """latent: (B, D, h, w) float. Distances and averages are computed in float32 at least, autocast or not."""
         batch, dim, height, width = latent.shape
         with torch.autocast(latent.device.type, enabled=False):
-            z = widened(latent)
+            z = self._vectors(latent)
             vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
             averages = (self.codes, self.cluster_size, self.cluster_sum)
             before = [buffer.clone() for buffer in averages] if self.training else []
@@ -82,12 +87,15 @@ class Codebook(Quantizer):
     def indices(self, latent: Tensor) -> Tensor:
         """(B, D, h, w) float -> (B, h, w) int64, the nearest codes; learns nothing."""
         with torch.autocast(latent.device.type, enabled=False):
-            vectors = widened(latent).movedim(1, -1)
+            vectors = self._vectors(latent).movedim(1, -1)
             return self._nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """(B, h, w) int64 in [0, num_codes) -> (B, D, h, w)."""
         return F.embedding(indices, self.codes).permute(0, 3, 1, 2)
+
+    def _vectors(self, latent: Tensor) -> Tensor:
+        return F.normalize(widened(latent), dim=1) if self.normalize else widened(latent)
 
     def _nearest(self, vectors: Tensor) -> Tensor:
         # ||z - e||^2 less ||z||^2, which is the same for all codes.
@@ -126,6 +134,7 @@ class Codebook(Quantizer):
         total = torch.where(dead[:, None], share * self.codes, self.cluster_sum)
         self.cluster_size.copy_(size.lerp(counts, 1.0 - self.ema_decay))
         self.cluster_sum.copy_(total.lerp(sums, 1.0 - self.ema_decay))
-        self.codes.copy_(self.cluster_sum / self.cluster_size[:, None])
+        codes = self.cluster_sum / self.cluster_size[:, None]
+        self.codes.copy_(F.normalize(codes) if self.normalize else codes)
         self.steps.add_(1)
         return counts

@@ -8,6 +8,8 @@ from t2i.adversarial.losses import (
     frozen_forward,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    non_saturating_discriminator_loss,
+    non_saturating_generator_loss,
     r1_penalty,
     vanilla_discriminator_loss,
 )
@@ -27,6 +29,8 @@ def test_losses_in_closed_form():
     bce = nn.functional.binary_cross_entropy_with_logits
     expected = 0.5 * (bce(real, torch.ones(3)) + bce(fake, torch.zeros(3)))
     torch.testing.assert_close(vanilla_discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(non_saturating_discriminator_loss(real, fake), 2 * expected)
+    torch.testing.assert_close(non_saturating_generator_loss(fake), bce(fake, torch.ones(3)))
 
 
 def test_frozen_forward_is_the_forward_with_constant_parameters():

@@ -151,3 +151,34 @@ def test_autocast_does_not_change_the_codes(dtype):
         result = cast(z)
     assert torch.equal(result.indices, expected.indices)
     assert torch.equal(cast.codes, plain.codes)
+
+
+def test_codes_by_cosine():
+    book = trained(normalize=True)
+    torch.testing.assert_close(book.codes.norm(dim=1), torch.ones(16))
+    book.eval()
+    z = (3 * latents(1)[0]).requires_grad_()
+    result = book(z)
+    cosine = torch.nn.functional.cosine_similarity(flat(z)[:, None], book.codes[None], dim=-1)
+    assert torch.equal(result.indices.flatten(), cosine.argmax(dim=1))
+    assert torch.equal(book.indices(7 * z), result.indices)
+    largest = cosine.max(dim=1).values
+    # Of unit vectors ||z - c||^2 = 2 - 2 cos.
+    torch.testing.assert_close(result.loss, 0.25 * (2 - 2 * largest).mean() / 3)
+    # The gradient passes through to the direction: none along z.
+    (grad,) = torch.autograd.grad(result.latent.square().mul(torch.rand(3, 1, 1)).sum(), z)
+    assert grad.abs().max() > 1e-3
+    torch.testing.assert_close((grad * z).sum(1), torch.zeros(4, 6, 6))
+
+
+def test_codes_by_cosine_are_directions_of_the_averages():
+    gamma = 0.8
+    book = trained(normalize=True, ema_decay=gamma, restart_below=1e-9)
+    size, total = book.cluster_size.clone(), book.cluster_sum.clone()
+    z = latents(4)[3]
+    one_hot = torch.nn.functional.one_hot(book(z).indices.flatten(), 16).to(z)
+    unit = flat(z) / flat(z).norm(dim=1, keepdim=True)
+    mean = (gamma * total + (1 - gamma) * one_hot.T @ unit) / (gamma * size + (1 - gamma) * one_hot.sum(0))[
+        :, None
+    ]
+    torch.testing.assert_close(book.codes, mean / mean.norm(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)

@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from t2i.codes.fsq import FSQ
+from t2i.codes.lfq import LFQ
 from t2i.codes.vq import Codebook
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
@@ -28,6 +29,18 @@ class TinyGan(nn.Module):
         return reconstruction + weight * gan.generator + gan.discriminator, weight
 
 
+class OfSigns(nn.Module):
+    """The entropy of the mean over all pictures is no mean of that over each process's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, -0.2, 0.9]).view(3, 1, 1))
+        self.signs = LFQ(8, entropy_temperature=2.0)
+
+    def forward(self, image):
+        return self.signs(self.scale * image + 0.1).loss
+
+
 def data():
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
@@ -43,6 +56,9 @@ def run(rank: int, world: int) -> dict:
     module = nn.parallel.DistributedDataParallel(gan) if world > 1 else gan
     loss, weight = module(images[mine])
     loss.backward()
+    signs = OfSigns().double()
+    of_signs = nn.parallel.DistributedDataParallel(signs) if world > 1 else signs
+    of_signs(images[mine]).backward()
     torch.manual_seed(rank)  # the codebooks start unequal: the first batch must make them equal
     book = Codebook(8, 3, restart_below=0.5, ema_decay=0.8).double()
     history = []
@@ -60,6 +76,7 @@ def run(rank: int, world: int) -> dict:
         history.append((book.codes.clone(), *uses))
     return {
         "grads": {name: p.grad for name, p in gan.named_parameters()},
+        "signs": signs.scale.grad,
         "weight": weight,
         "history": history,
     }
@@ -81,6 +98,7 @@ def test_two_processes_equal_one(tmp_path):
     for name, grad in alone["grads"].items():
         torch.testing.assert_close(first["grads"][name], grad, msg=lambda m, name=name: f"{name}: {m}")
         assert torch.equal(first["grads"][name], second["grads"][name])
+    torch.testing.assert_close(first["signs"], alone["signs"], rtol=1e-9, atol=1e-12)
     for (codes, *_), (twin, *_) in zip(first["history"], second["history"], strict=True):
         assert torch.equal(codes, twin)  # restarts included
     for ours, theirs in zip(first["history"], alone["history"], strict=True):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from t2i.adversarial.losses import hinge_discriminator_loss, r1_penalty, vanilla_discriminator_loss
+from t2i.adversarial.losses import r1_penalty
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
-from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
+from t2i.families.autoencoder.losses import LOSSES, adaptive_weight, gan_losses
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -50,7 +50,7 @@ def test_initial_weights():
     torch.testing.assert_close(weights.std(), torch.tensor(0.02), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("loss", [hinge_discriminator_loss, vanilla_discriminator_loss])
+@pytest.mark.parametrize("loss", list(LOSSES))
 def test_each_side_gets_gradients_from_its_own_loss_only(loss):
     discriminator, generator = small_discriminator(), nn.Conv2d(3, 3, 3, padding=1)
     noise, real = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
@@ -61,8 +61,9 @@ def test_each_side_gets_gradients_from_its_own_loss_only(loss):
     (result.generator + result.discriminator).backward()
 
     # The two textbook steps, each with its own graph.
-    d_loss = loss(discriminator(real), discriminator(generator(noise).detach()))
-    g_loss = -discriminator(generator(noise)).mean()
+    of_discriminator, of_generator = LOSSES[loss]
+    d_loss = of_discriminator(discriminator(real), discriminator(generator(noise).detach()))
+    g_loss = of_generator(discriminator(generator(noise)))
     expected = (
         *torch.autograd.grad(g_loss, parameters[:split]),
         *torch.autograd.grad(d_loss, parameters[split:]),
@@ -147,3 +148,24 @@ def test_the_stage_adds_the_terms_as_vqgan_does(compose_run, loss, weight):
     adaptive = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
     torch.testing.assert_close(metrics["adaptive_weight"], adaptive)
     torch.testing.assert_close(total, weight * adaptive * generator + discriminator)
+
+
+def test_maskgits_recipe(compose_run):
+    """Non-saturating losses, a fixed weight of 0.1, and 10 / 2 of the squared gradients on real pictures."""
+    from t2i.families.autoencoder.stage import Stage
+
+    stage = Stage(compose_run("experiment=autoencoder/tiny_fsq", "adversarial=maskgit"))
+    real = torch.rand(2, 3, 32, 32) * 2 - 1
+    fake = stage.codec.reconstruct(real).image
+    metrics = {}
+    total = stage.adversarial_loss(stage.discriminator, real, fake, (fake - real).abs().mean(), metrics)
+
+    bce = nn.functional.binary_cross_entropy_with_logits
+    logits_real, logits_fake = stage.discriminator(real), stage.discriminator(fake)
+    ones, zeros = torch.ones_like(logits_real), torch.zeros_like(logits_real)
+    inputs = real.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(stage.discriminator(inputs).sum(), inputs)
+    sides = bce(logits_real, ones) + bce(logits_fake, zeros)
+    expected = 0.1 * bce(logits_fake, ones) + sides + 5 * grad.square().sum((1, 2, 3)).mean()
+    torch.testing.assert_close(total, expected)
+    assert metrics["adaptive_weight"] == 1.0

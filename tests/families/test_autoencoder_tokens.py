@@ -8,7 +8,9 @@ import torch
 from t2i.config import run_to_dict
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import DiscreteCodec
+from t2i.families.autoencoder.stage import Stage
 from t2i.families.codec import image_codec, token_codec
+from t2i.interfaces import Batch, TokenCodec
 
 PATCH, CONVOLUTIONS = [], ["backbone=ldm_small", "backbone.base_channels=8", "backbone.channel_mult=[1,2]"]
 
@@ -95,15 +97,73 @@ def test_codes_of_scalars_go_there_and_back(channels, compose_run, float64):
     torch.testing.assert_close(there, expected, rtol=1e-9, atol=1e-9)
 
 
+FSQ, VQ, LFQ, GUMBEL = (f"codec={name}" for name in ("fsq", "vq", "lfq", "gumbel"))
+
+
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("codec", "argument", "said"),
     [
-        ("codec.levels=[5,2]", "codec.levels is [5, 2]; allowed: one or more numbers from 3 on"),
-        ("codec.levels=[]", "codec.levels is []; allowed: one or more numbers from 3 on"),
-        ("codec.levels=[64,64,64,64]", "allowed: levels whose product is at most 1,048,576."),
+        (FSQ, "codec.levels=[5,2]", "codec.levels is [5, 2]; allowed: one or more numbers from 3 on"),
+        (FSQ, "codec.levels=[]", "codec.levels is []; allowed: one or more numbers from 3 on"),
+        (FSQ, "codec.levels=[64,64,64,64]", "allowed: levels whose product is at most 1,048,576."),
+        (VQ, "codec.code_dim=17", "codec.code_dim is 17; allowed: 1 to 16, backbone.latent_channels."),
+        (VQ, "codec.code_dim=0", "codec.code_dim is 0; allowed: 1 or more, or null."),
+        (
+            LFQ,
+            "codec.num_codes=1000",
+            "codec.num_codes is 1000; allowed: a power of two from 2 to 1,048,576.",
+        ),
+        (LFQ, "codec.entropy_temperature=0", "codec.entropy_temperature is 0.0; allowed: above 0."),
+        (GUMBEL, "codec.num_codes=1", "codec.num_codes is 1; allowed: 2 to 1,048,576."),
+        (GUMBEL, "codec.start_temperature=0.01", "allowed: codec.end_temperature (0.0625) or more."),
+        (GUMBEL, "codec.kl_weight=-1", "codec.kl_weight is -1.0; allowed: 0 or more."),
     ],
 )
-def test_a_quantiser_that_cannot_be_is_refused(argument, said, compose_run):
+def test_a_quantiser_that_cannot_be_is_refused(codec, argument, said, compose_run):
     with pytest.raises(ConfigError) as refused:
-        compose_run("experiment=autoencoder/tiny_fsq", argument)
+        compose_run("stage=autoencoder", codec, argument)
     assert said in str(refused.value)
+
+
+KINDS = {
+    "vq by cosine": ["codec=vq", "codec.num_codes=32", "codec.code_dim=3", "codec.normalize=true"],
+    "lfq": ["codec=lfq", "codec.num_codes=32"],
+    "gumbel": ["codec=gumbel", "codec.num_codes=32"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_quantiser_trains(kind, compose_run, float64):
+    """One step: finite, what is drawn depends on the sample alone, and every parameter learns."""
+    torch.manual_seed(0)
+    small = ["backbone.latent_channels=8", "backbone.width=32", "backbone.depth=1", "trainer.num_images=100"]
+    common = ["stage=autoencoder", "data=shapes", 'resolution="32"', "perceptual=none", "adversarial=none"]
+    stage = Stage(compose_run(*common, *KINDS[kind], *small)).double()
+    codec, image = stage.codec, pictures()[..., :32]
+    assert isinstance(codec, TokenCodec)
+    for parameter in codec.parameters():  # what starts at zero keeps what is before it from learning
+        if parameter.eq(0).all():
+            torch.nn.init.normal_(parameter, std=0.02)
+    stage.images_seen = 50
+    losses = step_losses(stage, image, [3, 4])
+    losses["loss"].backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert {"codebook_usage", "codebook_perplexity"} <= losses.keys()
+    assert 1 <= losses["codebook_perplexity"] <= codec.num_codes == 32
+    assert [name for name, p in codec.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
+    if kind == "gumbel":
+        torch.testing.assert_close(losses["temperature"], torch.tensor(17 / 32))
+        twice = [step_losses(stage, image, position)["l1"] for position in ([3, 4], [5, 6])]
+        assert twice[0] == losses["l1"] != twice[1]
+    codec.eval()
+    with torch.no_grad():
+        tokens = codec.tokens(image)
+        assert tokens.shape == (2, 8, 8)
+        torch.testing.assert_close(codec.decode_tokens(tokens), codec.reconstruct(image).image)
+        torch.testing.assert_close(codec.decode_tokens(tokens), codec.decode(codec.encode(image)))
+
+
+def step_losses(stage: Stage, image: torch.Tensor, position: list[int]) -> dict[str, torch.Tensor]:
+    row, names = torch.zeros(len(image), 2, dtype=torch.int64), ["x"] * len(image)
+    batch = Batch(image, names, names, row, row, [{}] * len(image), torch.tensor(position))
+    return stage.losses("codec", batch, stage.randomness(batch))

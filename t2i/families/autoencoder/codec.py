@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from t2i.codes.fsq import FSQ
+from t2i.codes.gumbel import GumbelCodes
+from t2i.codes.lfq import LFQ
 from t2i.codes.quantizer import Quantizer
 from t2i.codes.vq import Codebook
 from t2i.config import parse
 from t2i.families.autoencoder import dvae
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig
 from t2i.families.autoencoder.backbones import build_backbone
-from t2i.families.autoencoder.codec_config import FSQConfig, KLConfig, VQConfig
+from t2i.families.autoencoder.codec_config import DiscreteConfig, FSQConfig, GumbelConfig, KLConfig, LFQConfig
 from t2i.families.autoencoder.config import BackboneConfig, Config, downsampling
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
 from t2i.interfaces import ImageCodec, TokenCodec
+from t2i.training.randomness import Randomness
 
 
 @dataclass
@@ -98,9 +101,16 @@ class Codec(ImageCodec):
             f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()
         }
 
-    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """(B, 3, H, W) in [-1, 1] -> through the bottleneck and back, with the bottleneck's loss. noise: as in
-        `encode`."""
+    def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
+        """What `reconstruct` of a training batch of such pictures draws with, (B, ...); None where it draws nothing."""
+        raise NotImplementedError
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Reconstruction:
+        """(B, 3, H, W) in [-1, 1] -> through the bottleneck and back, with the bottleneck's loss.
+
+        noise: as the method of that name gives it, or None to draw nothing
+        images_seen: by the run, where the bottleneck changes with it
+        """
         raise NotImplementedError
 
 
@@ -123,7 +133,10 @@ class KLCodec(Codec):
     def decode(self, latent: Tensor) -> Tensor:
         return self.picture(self.output(latent / self.latent_scale))
 
-    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
+    def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
+        return random.normal("posterior", *self.latent_shape(height_px, width_px))
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Reconstruction:
         posterior = self.posterior(image)
         latent = posterior.sample_with(noise)
         # The LDM code adds sum(|x - y|) and kl_weight * kl; we take means over 3HW of both: the same ratio.
@@ -139,9 +152,8 @@ class DiscreteCodec(Codec, TokenCodec):
     indices of the codes that `decode` takes."""
 
     def __init__(self, config: Config) -> None:
-        channels = config.backbone.latent_channels
         assert not isinstance(config.codec, KLConfig)
-        codebook = build_quantizer(config.codec, channels)
+        codebook, channels = build_quantizer(config.codec, config.backbone), config.backbone.latent_channels
         super().__init__(config.backbone, channels, codebook.in_channels, codebook.code_dim)
         self.num_codes, self.latent_channels = codebook.num_codes, codebook.in_channels
         self.codebook = codebook
@@ -164,8 +176,18 @@ class DiscreteCodec(Codec, TokenCodec):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.picture(self.output(self.codebook.lookup(tokens)))
 
-    def reconstruct(self, image: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        quantized = self.codebook(self.moments(image))
+    def measure_scale(self, images: Iterable[Tensor]) -> None:
+        """Not of logits, which are many and no latents for diffusion."""
+        if not isinstance(self.codebook, GumbelCodes):
+            super().measure_scale(images)
+
+    def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
+        if not self.codebook.needs_noise:
+            return None
+        return random.uniform("codes", *self.latent_shape(height_px, width_px))
+
+    def reconstruct(self, image: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Reconstruction:
+        quantized = self.codebook(self.moments(image), noise, images_seen)
         metrics = {
             "codebook_usage": quantized.usage,
             "codebook_perplexity": quantized.perplexity,
@@ -176,16 +198,32 @@ class DiscreteCodec(Codec, TokenCodec):
         return Reconstruction(self.picture(output), distance, quantized.loss, metrics)
 
 
-def build_quantizer(codec: VQConfig | FSQConfig, latent_channels: int) -> Quantizer:
-    """latent_channels: the backbone's, which codes have where they have no number of their own."""
-    if isinstance(codec, FSQConfig):
-        return FSQ(codec.levels)
+def build_quantizer(config: DiscreteConfig, backbone: BackboneConfig) -> Quantizer:
+    """Codes have the backbone's number of channels where they have none of their own."""
+    if isinstance(config, FSQConfig):
+        return FSQ(config.levels)
+    if isinstance(config, LFQConfig):
+        return LFQ(
+            config.num_codes, config.entropy_weight, config.entropy_temperature, config.commitment_weight
+        )
+    if isinstance(config, GumbelConfig):
+        return GumbelCodes(
+            config.num_codes,
+            backbone.latent_channels,
+            # The nats of all positions per value of the picture (2102.12092, appendix A.2: beta / 192 at f8).
+            kl_weight=config.kl_weight / (3 * downsampling(backbone) ** 2),
+            kl_warmup_images=config.kl_warmup_images,
+            start_temperature=config.start_temperature,
+            end_temperature=config.end_temperature,
+            anneal_images=config.anneal_images,
+        )
     return Codebook(
-        codec.num_codes,
-        latent_channels,
-        ema_decay=codec.ema_decay,
-        commitment_weight=codec.commitment_weight,
-        restart_below=codec.restart_below,
+        config.num_codes,
+        config.code_dim or backbone.latent_channels,
+        ema_decay=config.ema_decay,
+        commitment_weight=config.commitment_weight,
+        restart_below=config.restart_below,
+        normalize=config.normalize,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from t2i.config import ModelConfig, check
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig, ViTBackboneConfig
-from t2i.families.autoencoder.codec_config import CodecConfig
+from t2i.families.autoencoder.codec_config import CodecConfig, VQConfig
 from t2i.families.autoencoder.model_config import EncoderDecoderConfig
 
 
@@ -70,16 +70,20 @@ class AdversarialConfig:
     """The patch discriminator (1611.07004) and its part in the loss.
 
     weight: of the generator's term, before the adaptive weight of VQGAN (2012.09841, equation 7)
+    adaptive: whether there is that weight
+    loss: "hinge" or "vanilla" with -mean D(fake) for the generator, as VQGAN has them, or "non_saturating" (MaskGIT:
+        2202.04200) for both sides
     start_images: pictures seen before the discriminator begins to learn and to count; null leaves it out
     r1_weight: gradient penalty on real pictures (1801.04406); 0 leaves it out
     """
 
     start_images: int | None
     weight: float
-    loss: Literal["hinge", "vanilla"]
+    loss: Literal["hinge", "vanilla", "non_saturating"]
     base_channels: int
     num_layers: int
     r1_weight: float
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         ok = self.start_images is None or self.start_images >= 0
@@ -98,6 +102,12 @@ class Config(ModelConfig):
     backbone: BackboneConfig
     perceptual: PerceptualConfig
     adversarial: AdversarialConfig
+
+    def __post_init__(self) -> None:
+        most = self.backbone.latent_channels
+        if isinstance(self.codec, VQConfig) and self.codec.code_dim is not None:
+            dim = self.codec.code_dim
+            check(dim <= most, "codec.code_dim", dim, f"1 to {most}, backbone.latent_channels")
 
     def check_resolution(self, size_px: int) -> None:
         """Raises ConfigError where pictures of this side do not divide into latent positions."""

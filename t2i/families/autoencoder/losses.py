@@ -14,8 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from t2i.adversarial.losses import frozen_forward, hinge_discriminator_loss, hinge_generator_loss
+from t2i.adversarial.losses import (
+    frozen_forward,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    non_saturating_discriminator_loss,
+    non_saturating_generator_loss,
+    vanilla_discriminator_loss,
+)
 from t2i.nn.precision import widened
+
+# adversarial.loss -> the discriminator's and the generator's.
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "hinge": (hinge_discriminator_loss, hinge_generator_loss),
+    "vanilla": (vanilla_discriminator_loss, hinge_generator_loss),
+    "non_saturating": (non_saturating_discriminator_loss, non_saturating_generator_loss),
+}
 
 
 def adaptive_weight(
@@ -50,14 +64,10 @@ class GanLosses:
     mean_logit_fake: Tensor
 
 
-def gan_losses(
-    discriminator: nn.Module,
-    real: Tensor,
-    fake: Tensor,
-    discriminator_loss: Callable[[Tensor, Tensor], Tensor] = hinge_discriminator_loss,
-) -> GanLosses:
-    """Both sides of the game, for real and fake pictures (B, 3, H, W) in [-1, 1]."""
-    generator = hinge_generator_loss(frozen_forward(discriminator, fake))
+def gan_losses(discriminator: nn.Module, real: Tensor, fake: Tensor, loss: str = "hinge") -> GanLosses:
+    """Both sides of the game, for real and fake pictures (B, 3, H, W) in [-1, 1]; loss: one of LOSSES."""
+    discriminator_loss, generator_loss = LOSSES[loss]
+    generator = generator_loss(frozen_forward(discriminator, fake))
     logits_real, logits_fake = discriminator(torch.cat([real, fake]).detach()).chunk(2)
     return GanLosses(
         generator=generator,

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2i.adversarial.losses import hinge_discriminator_loss, r1_penalty, vanilla_discriminator_loss
+from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
@@ -52,8 +52,8 @@ class Stage(BaseStage):
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         model, image = self.model_config, batch.image
-        noise = random.normal("posterior", *self.codec.latent_shape(*image.shape[2:]))
-        reconstruction = self.codec.reconstruct(image, noise)
+        noise = self.codec.noise(random, *image.shape[2:])
+        reconstruction = self.codec.reconstruct(image, noise, self.images_seen)
 
         error = reconstruction.image.detach() - image
         psnr_db = 10 * torch.log10(4 / error.square().mean())
@@ -79,17 +79,16 @@ class Stage(BaseStage):
         fidelity: Tensor,
         metrics: dict[str, Tensor],
     ) -> Tensor:
-        """Scalar: weight * lambda * L_G + L_D, lambda the adaptive weight of 2012.09841, equation 7; before
+        """Scalar: weight * lambda * L_G + L_D, lambda the adaptive weight of 2012.09841, equation 7, or 1; before
         start_images a zero that still uses every parameter, as DDP wants."""
         config = self.model_config.adversarial
         assert config.start_images is not None
         if self.images_seen < config.start_images:
             return 0.0 * torch.stack([p.sum() for p in discriminator.parameters()]).sum()
-        hinge = config.loss == "hinge"
-        gan = gan_losses(
-            discriminator, real, fake, hinge_discriminator_loss if hinge else vanilla_discriminator_loss
-        )
-        weight = adaptive_weight(fidelity, gan.generator, self.codec.last_layer)
+        gan = gan_losses(discriminator, real, fake, config.loss)
+        weight = fidelity.new_ones(())
+        if config.adaptive:
+            weight = adaptive_weight(fidelity, gan.generator, self.codec.last_layer)
         metrics |= {
             "generator": gan.generator,
             "discriminator": gan.discriminator,
