@@ -89,12 +89,13 @@ class StateFolders(TorchCheckpointIO):
             self._writer.join()
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None, by_rows: bool = False
     ) -> dict[str, Any]:
+        """by_rows: see `state_folder.read`"""
         if not Path(path).is_dir():
             return super().load_checkpoint(path, map_location, weights_only=True)
         self._frozen = Path(path) / state_folder.FROZEN
-        return state_folder.read(Path(path))
+        return state_folder.read(Path(path), by_rows)
 
     def _write(self, checkpoint: dict[str, Any], shards: Any, path: Path, frozen: Path | None) -> None:
         try:
