@@ -24,7 +24,7 @@ from .train_help import groups
 COMMA = r",(?![^{}]*\})"  # outside of braces
 # Keys whose values are names and paths: there "5" and "true" are text, too.
 TEXTS = {
-    *("name", "runs_dir", "init_from", "resume", "builds_on.codec"),
+    *("name", "runs_dir", "init_from", "resume", "builds_on.codec", "builds_on.low"),
     *(
         "text.model",
         "text.weights",

@@ -12,8 +12,13 @@ from grey_codec import GreyCodec
 from t2i.codes.masked import random_mask
 from t2i.config import TextConfig
 from t2i.errors import ConfigError
-from t2i.families.builds_on import BuildsOn
-from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
+from t2i.families.masked.config import (
+    Config,
+    MaskedBuildsOn,
+    MaskGITConfig,
+    MuseConfig,
+    SamplingConfig,
+)
 from t2i.families.masked.model import MaskedModel
 from t2i.interfaces import SampleRequest
 
@@ -34,7 +39,7 @@ PROMPTS = ["a red circle", "a blue star", "two green squares"]
 
 def model_of(transformer=MUSE, label_smoothing=0.0) -> MaskedModel:
     torch.manual_seed(0)
-    config = Config(BuildsOn("grey"), transformer, TEXT, SAMPLING, label_smoothing)
+    config = Config(MaskedBuildsOn("grey"), transformer, TEXT, SAMPLING, label_smoothing)
     return MaskedModel(config, GreyCodec(), 32).eval()
 
 
@@ -87,7 +92,7 @@ def test_guidance_is_on_the_logits_and_1_is_the_prompt_alone(float64):
     def logits(share=0.0, negative="", **changes):
         sampling = dataclasses.replace(SAMPLING, **changes)
         request = asked(negative_prompt=negative)
-        return model.predictor(request, sampling, (4, 4), finite)(codes, unknown, share)
+        return model.predictor(request, sampling, (4, 4), None, finite)(codes, unknown, share)
 
     shaped = codes.view(3, 4, 4), unknown.view(3, 4, 4)
     with_prompt = model.logits(*shaped, model.text(PROMPTS))
@@ -121,7 +126,10 @@ def test_painting_in_keeps_what_the_mask_leaves(painted, float64):
     mask[:, :, 4:20, 12:30] = 1  # no whole codes: it touches those of rows 0 to 2 and columns 1 to 3
     seen = []
     predict = model.logits
-    model.logits = lambda codes, hidden, text: (seen.append((codes, hidden)), predict(codes, hidden, text))[1]
+    model.logits = lambda codes, hidden, text, low: (
+        seen.append((codes, hidden)),
+        predict(codes, hidden, text),
+    )[1]
     drawn = model.generate(asked(image=painted, mask=mask, strength=1.0), SAMPLING)
     touched = torch.zeros(3, 4, 4, dtype=torch.bool)
     touched[:, :3, 1:] = True
@@ -144,7 +152,7 @@ def test_strength_decides_how_much_of_a_picture_is_drawn_anew(painted, float64):
 def test_what_is_not_finite_is_told_apart_from_the_others(float64):
     model = model_of()
     with torch.no_grad():
-        model.transformer.embedding.weight[4] = torch.nan
+        model.transformer.places.embedding.weight[4] = torch.nan
     painted = GreyCodec().decode_tokens(torch.tensor([0, 4])[:, None, None].expand(2, 4, 4))
     mask = torch.zeros(2, 1, 32, 32)
     mask[..., :8] = 1

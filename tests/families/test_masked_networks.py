@@ -93,4 +93,4 @@ def test_positions_matter_and_rotary_ones_take_other_shapes(float64):
     turned = network(tokens.flip(1, 2), context, mask).flip(1)  # seen from behind: other distances
     assert not torch.allclose(turned, logits)
     learned = Muse(dataclasses.replace(MUSE, positions="learned"), 11, (3, 4), 8)
-    assert learned.positions.weight.shape == (12, 24)
+    assert learned.places.positions.weight.shape == (12, 24)

@@ -5,7 +5,7 @@ from t2i.families.family import Family
 FAMILY = Family(
     package=__name__,
     config="config:Config",
-    stages={"masked": "stage:Stage"},
+    stages={"masked": "stage:Stage", "masked_sr": "stage:Stage"},
     generator="generator:Generator",
     plan="plan:planned_networks",
     builds_on={"codec": "token_codec"},

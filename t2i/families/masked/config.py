@@ -43,6 +43,36 @@ class MuseConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
+class MaskedBuildsOn(BuildsOn):
+    """low: of stage masked_sr, the run of stage masked whose codes it refines: "latest", a run folder or a file"""
+
+    low: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.low != "", "builds_on.low", "", "latest, a run or a file (an empty variable of the shell?)"
+        )
+
+
+@dataclass(frozen=True)
+class LowConfig:
+    """What stage masked_sr is given beside the caption: the codes of the picture at a lower resolution.
+
+    num_codes, side: how many there can be, and how many along each side, as the run builds_on.low has them
+    depth: blocks in which they attend to one another before they stand beside the caption's token states
+    """
+
+    num_codes: int
+    side: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        for key, least in (("num_codes", 2), ("side", 1), ("depth", 0)):
+            check(getattr(self, key) >= least, f"low.{key}", getattr(self, key), f"{least} or more")
+
+
+@dataclass(frozen=True)
 class SamplingConfig(CodeSampling):
     """How codes are drawn; see `t2i.codes.masked.decode`.
 
@@ -68,16 +98,18 @@ class SamplingConfig(CodeSampling):
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """What stage=masked trains.
+    """What stage=masked trains, and stage=masked_sr.
 
     label_smoothing: share of the target that all codes have alike
+    low: of stage masked_sr; null for masked
     """
 
-    builds_on: BuildsOn
+    builds_on: MaskedBuildsOn
     transformer: MuseConfig | MaskGITConfig
     text: TextConfig
     sampling: SamplingConfig
     label_smoothing: float
+    low: LowConfig | None = None
 
     def __post_init__(self) -> None:
         check(
@@ -86,6 +118,10 @@ class Config(ModelConfig):
             self.label_smoothing,
             "0 up to, not including, 1",
         )
+        given, wanted = self.builds_on.low, "a run of stage masked" if self.low else "null with stage masked"
+        check((given is None) == (self.low is None), "builds_on.low", given, wanted)
+        ok = self.low is None or isinstance(self.transformer, MuseConfig)
+        check(ok, "transformer.name", self.transformer.name, "muse with stage masked_sr")
 
     def text_encoder(self) -> TextConfig:
         return self.text

@@ -81,7 +81,9 @@ class MaskGIT(MaskedTransformer):
         self.text = nn.Sequential(nn.Linear(context_dim, config.width), LayerNorm(config.width, eps=EPS))
         self.text.apply(_initialise)
 
-    def forward(self, tokens: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+    ) -> Tensor:
         logits = self.bert(tokens.flatten(1), self.text(context), context_mask)
         return logits[..., : self.num_codes]
 

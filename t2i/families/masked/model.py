@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from t2i.codes.masked import Predict, decode, halton_order, masked_loss
 from t2i.codes.sampling import guided_logits
-from t2i.config import check
+from t2i.config import RunConfig, check, parse_run
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import token_codec
 from t2i.families.masked.config import Config, MaskGITConfig, SamplingConfig
@@ -29,29 +30,39 @@ class MaskedModel(TextToImage):
     so that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not.
 
     size_px: side of the pictures that it is trained on
+    low: of super-resolution, the whole model whose codes it is given; frozen, and part of the state dict too
     """
 
-    def __init__(self, config: Config, codec: TokenCodec, size_px: int) -> None:
+    def __init__(
+        self, config: Config, codec: TokenCodec, size_px: int, low: MaskedModel | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.size_px = config, size_px
         self.codec = codec.eval().requires_grad_(False)
-        self.text = text_encoder_for_training(config.text)
+        shares = low is not None and low.config.text == config.text and not isinstance(low.text, nn.Module)
+        self.text = low.text if low is not None and shares else text_encoder_for_training(config.text)
         self.shape = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
+        self.low = None if low is None else low.eval().requires_grad_(False)
+        if low is not None:
+            check_low(config, self, low)
         self.transformer = build_transformer(config, codec.num_codes, self.shape, self.text.token_dim)
 
     def train(self, mode: bool = True) -> MaskedModel:
         super().train(mode)
         self.codec.eval()
+        if self.low is not None:
+            self.low.eval()
         return self
 
-    def logits(self, codes: Tensor, hidden: Tensor, text: TextFeatures) -> Tensor:
-        """codes: (B, h, w) int64, of no meaning where hidden (B, h, w) is True -> (B, h w, num_codes)."""
+    def logits(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:
+        """codes: (B, h, w) int64, of no meaning where hidden (B, h, w) is True; low: (B, h', w') int64, with
+        super-resolution -> (B, h w, num_codes)."""
         tokens = torch.where(hidden, self.codec.num_codes, codes)
-        return self.transformer(tokens, text.tokens, text.mask)
+        return self.transformer(tokens, text.tokens, text.mask, low)
 
-    def loss(self, codes: Tensor, hidden: Tensor, text: TextFeatures) -> Tensor:
-        """-> (B,): of the hidden codes alone, given the others; codes and hidden as in `logits`."""
-        logits = self.logits(codes, hidden, text)
+    def loss(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:
+        """-> (B,): of the hidden codes alone, given the others; arguments as in `logits`."""
+        logits = self.logits(codes, hidden, text, low)
         return masked_loss(logits, codes.flatten(1), hidden.flatten(1), self.config.label_smoothing)
 
     @torch.no_grad()
@@ -61,50 +72,58 @@ class MaskedModel(TextToImage):
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`. With a picture, a share `strength` of its codes, or of those that the
         mask touches, is drawn anew; what the mask leaves is copied from the picture."""
-        shape = self.asked_shape(request)
-        sampling.check_codes(self.codec.num_codes)
-        count = shape[0] * shape[1]
-        check(
-            sampling.steps <= count,
-            "sampling.steps",
-            sampling.steps,
-            f"at most {count}, the codes of a picture",
-        )
-        check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
-        between = request.between
-        ok = between is None or between.seeds is None
-        check(
-            ok, "between.seeds", "given", "none with this model, whose pictures have no noise to lie between"
-        )
-        check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
-        codes = torch.zeros(len(request.prompts), *shape, dtype=torch.int64, device=self.device)
-        unknown = torch.ones_like(codes, dtype=torch.bool)
-        if request.image is not None:
-            codes = self.codec.tokens(request.image.to(self.device))
-        if request.mask is not None:
-            unknown = coarse_mask(request.mask.to(self.device), self.codec.downsampling)[:, 0].bool()
-        finite = torch.ones(len(codes), dtype=torch.bool, device=self.device)
-        drawn_codes = decode(
-            self.predictor(request, sampling, shape, finite),
-            codes.flatten(1),
-            unknown.flatten(1),
-            sampling.steps,
-            [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
-            sampling,
-            sampling.choice_temperature,
-            order=halton_order(*shape) if sampling.order == "halton" else None,
-            strength=1.0 if request.image is None else request.strength,
-            progress=progress,
-        )
-        drawn = self.codec.decode_tokens(drawn_codes.unflatten(1, shape))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        codes, finite = self.drawn_codes(request, sampling, generators, progress)
+        drawn = self.codec.decode_tokens(codes)
         finite &= drawn.isfinite().flatten(1).all(1)
         drawn = torch.where(finite[:, None, None, None], drawn.clamp(-1, 1), torch.nan)
         if request.mask is None or request.image is None:
             return drawn
         return pasted(drawn, request.image.to(drawn), request.mask.to(drawn))
 
+    def drawn_codes(
+        self,
+        request: SampleRequest,
+        sampling: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        progress: Progress | None,
+    ) -> tuple[Tensor, Tensor]:
+        """-> (N, h, w) int64, and (N,) bool: whether all numbers on the way were finite. With super-resolution the
+        codes at the lower resolution are drawn first, as their run's own `sampling` says."""
+        shape = self.asked_shape(request, sampling)
+        device = self.device
+        low = None
+        finite = torch.ones(len(request.prompts), dtype=torch.bool, device=device)
+        if self.low is not None:
+            smaller = resized(request, self.low.size_px / self.size_px)
+            low, finite = self.low.drawn_codes(smaller, self.low.config.sampling, generators, progress)
+        codes = torch.zeros(len(request.prompts), *shape, dtype=torch.int64, device=device)
+        unknown = torch.ones_like(codes, dtype=torch.bool)
+        if request.image is not None:
+            codes = self.codec.tokens(request.image.to(device))
+        if request.mask is not None:
+            unknown = coarse_mask(request.mask.to(device), self.codec.downsampling)[:, 0].bool()
+        drawn = decode(
+            self.predictor(request, sampling, shape, low, finite),
+            codes.flatten(1),
+            unknown.flatten(1),
+            sampling.steps,
+            generators,
+            sampling,
+            sampling.choice_temperature,
+            order=halton_order(*shape) if sampling.order == "halton" else None,
+            strength=1.0 if request.image is None else request.strength,
+            progress=progress,
+        )
+        return drawn.unflatten(1, shape), finite
+
     def predictor(
-        self, request: SampleRequest, sampling: SamplingConfig, shape: tuple[int, int], finite: Tensor
+        self,
+        request: SampleRequest,
+        sampling: SamplingConfig,
+        shape: tuple[int, int],
+        low: Tensor | None,
+        finite: Tensor,
     ) -> Predict:
         """Guided logits for the request: negative + scale (prompt - negative). finite: (N,) bool, set to False where
         logits are not."""
@@ -114,13 +133,14 @@ class MaskedModel(TextToImage):
             pairs = ((getattr(negative, f.name), getattr(text, f.name)) for f in dataclasses.fields(text))
             text = TextFeatures(*(torch.cat(pair) for pair in pairs))
 
+        def twice(x: Tensor) -> Tensor:
+            return torch.cat([x, x]) if guides else x
+
         def predict(codes: Tensor, unknown: Tensor, share: float) -> Tensor:
-            codes, unknown = codes.unflatten(1, shape), unknown.unflatten(1, shape)
-            if not guides:
-                logits = self.logits(codes, unknown, text)
-            else:
-                both = self.logits(torch.cat([codes, codes]), torch.cat([unknown, unknown]), text)
-                without, with_prompt = both.chunk(2)
+            codes, unknown = (twice(x.unflatten(1, shape)) for x in (codes, unknown))
+            logits = self.logits(codes, unknown, text, None if low is None else twice(low))
+            if guides:
+                without, with_prompt = logits.chunk(2)
                 grown = share if sampling.guidance_schedule == "linear" else 1.0
                 logits = guided_logits(with_prompt, without, 1 + grown * (sampling.guidance_scale - 1))
             finite.logical_and_(logits.isfinite().flatten(1).all(1))
@@ -128,14 +148,23 @@ class MaskedModel(TextToImage):
 
         return predict
 
-    def asked_shape(self, request: SampleRequest) -> tuple[int, int]:
-        """(h, w) of the request's codes. Raises ConfigError for a size that this model does not draw."""
+    def asked_shape(self, request: SampleRequest, sampling: SamplingConfig) -> tuple[int, int]:
+        """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         if getattr(self.config.transformer, "positions", "learned") == "learned":
             for key, found, own in zip(("height", "width"), shape, self.shape, strict=True):
                 allowed = f"{own * f} with this model, whose positions are those of its training size"
                 check(found == own, key, found * f, allowed)
+        sampling.check_codes(self.codec.num_codes)
+        steps, count = sampling.steps, shape[0] * shape[1]
+        check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
+        check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
+        ok = request.between is None or request.between.seeds is None
+        check(
+            ok, "between.seeds", "given", "none with this model, whose pictures have no noise to lie between"
+        )
+        check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
         return shape
 
     @property
@@ -143,15 +172,60 @@ class MaskedModel(TextToImage):
         return next(self.transformer.parameters()).device
 
 
+def resized(request: SampleRequest, factor: float) -> SampleRequest:
+    """The same of pictures so many times as large; what a mask touches there it still touches."""
+    size = (round(request.height_px * factor), round(request.width_px * factor))
+    image, mask = request.image, request.mask
+    return dataclasses.replace(
+        request,
+        height_px=size[0],
+        width_px=size[1],
+        image=None if image is None else smaller(image, size),
+        mask=None if mask is None else F.adaptive_max_pool2d(mask, size),
+    )
+
+
+def smaller(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, *size), as the read path resizes pictures."""
+    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def check_low(config: Config, high: MaskedModel, low: MaskedModel) -> None:
+    """Raises ConfigError where the codes of `low` are not those that super-resolution is configured for."""
+    assert config.low is not None
+    place = f"with builds_on.low={config.builds_on.low}"
+    check(low.low is None, "builds_on.low", config.builds_on.low, "a run of stage masked")
+    ok = config.low.num_codes == low.codec.num_codes
+    check(ok, "low.num_codes", config.low.num_codes, f"{low.codec.num_codes} {place}")
+    side, own = low.shape[0], high.shape[0]
+    check(config.low.side == side, "low.side", config.low.side, f"{side} {place}")
+    ok = own > side and own % side == 0 and high.size_px % low.size_px == 0
+    check(
+        ok,
+        "resolution.size_px",
+        high.size_px,
+        f"sizes whose codes ({own} a side) are a multiple of {side} {place}",
+    )
+
+
 def build_transformer(
     config: Config, num_codes: int, shape: tuple[int, int], context_dim: int
 ) -> MaskedTransformer:
     """The network that the configuration names."""
-    kind = MaskGIT if isinstance(config.transformer, MaskGITConfig) else Muse
-    return kind(config.transformer, num_codes, shape, context_dim)  # type: ignore[arg-type]
+    if isinstance(config.transformer, MaskGITConfig):
+        return MaskGIT(config.transformer, num_codes, shape, context_dim)
+    return Muse(config.transformer, num_codes, shape, context_dim, config.low)
 
 
-def build_model(config: Config, codec_config: Mapping[str, Any], size_px: int) -> MaskedModel:
-    """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level mapping of
-    the codec's run) says. Raises ConfigError where that gives no codes."""
-    return MaskedModel(config, token_codec(codec_config, config.builds_on.codec), size_px)
+def model_of(run: RunConfig, extra: Mapping[str, Any]) -> MaskedModel:
+    """The model of a run, randomly initialised, and within it the one at a lower resolution. Raises ConfigError.
+
+    extra: what the run's checkpoints have beside the configuration: "codec", the top-level mapping of the codec's run,
+        and with super-resolution "low", "config" and "extra" of the run at the lower resolution
+    """
+    config, low = run.model, None
+    assert isinstance(config, Config)
+    if config.low is not None:
+        low = model_of(parse_run(extra["low"]["config"], Config), extra["low"]["extra"])
+    codec = token_codec(extra["codec"], config.builds_on.codec)
+    return MaskedModel(config, codec, run.resolution.size_px, low)

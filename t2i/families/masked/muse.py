@@ -1,48 +1,85 @@
-"""Muse's transformer (Chang et al. 2301.00704, section 2.3) over picture codes."""
+"""Muse's transformer (Chang et al. 2301.00704, sections 2.3 and 2.6) over picture codes."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.families.masked.config import MuseConfig
+from t2i.families.masked.config import LowConfig, MuseConfig
 from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.embeddings import sincos_2d
-from t2i.nn.transformer import TokenBlock, initialise, norm_of, rotary_2d
+from t2i.nn.transformer import Rotation, TokenBlock, initialise, norm_of, rotary_2d
+
+
+class Places(nn.Module):
+    """Codes of a grid as vectors, each with its place, and what attention is told of places.
+
+    Rotary positions, with which it takes other shapes than it is trained on, come with fixed ones of each place: where
+    all codes are hidden, distances between them tell no place from another.
+    """
+
+    def __init__(self, config: MuseConfig, vocabulary: int, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.embedding = nn.Embedding(vocabulary, width)
+        learned = config.positions == "learned"
+        count = shape[0] * shape[1]
+        self.positions = nn.Embedding(count, width) if learned else nn.Linear(width, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Rotation | None]:
+        """(B, h, w) int64 -> (B, h w, width)."""
+        (rows, columns), config = tokens.shape[1:], self.config
+        x = self.embedding(tokens.flatten(1))
+        if config.positions == "learned":
+            return x + self.positions.weight, None
+        fixed = sincos_2d(rows, columns, config.width, device=tokens.device)
+        angles = rotary_2d(rows, columns, config.width // config.heads, tokens.device)
+        return x + self.positions(fixed.to(self.positions.weight.dtype)), (angles, angles)
 
 
 class Muse(MaskedTransformer):
-    """Codes attend to one another, without an order, and to the caption's token states.
+    """Codes attend to one another, without an order, and to the caption's token states; in super-resolution also to the
+    codes at the lower resolution, which have attended to one another.
 
-    Rotary positions, with which it takes codes of other shapes than it is trained on, come with fixed ones of each
-    place: where all codes are hidden, distances between them tell no place from another.
+    shape: (h, w) of the codes that it is trained on
     """
 
-    def __init__(self, config: MuseConfig, num_codes: int, shape: tuple[int, int], context_dim: int) -> None:
+    def __init__(
+        self,
+        config: MuseConfig,
+        num_codes: int,
+        shape: tuple[int, int],
+        context_dim: int,
+        low: LowConfig | None = None,
+    ) -> None:
         super().__init__(num_codes)
-        self.config = config
         width = config.width
-        self.embedding = nn.Embedding(num_codes + 1, width)
-        learned = config.positions == "learned"
-        self.positions = (
-            nn.Embedding(shape[0] * shape[1], width) if learned else nn.Linear(width, width, bias=False)
-        )
+        self.places = Places(config, num_codes + 1, shape)
         self.text = nn.Sequential(nn.Linear(context_dim, width, bias=config.bias), norm_of(config, width))
+        self.low_places: Places | None = None
+        if low is not None:
+            self.low_places = Places(config, low.num_codes, (low.side, low.side))
+            self.low_blocks = nn.ModuleList([TokenBlock(config) for _ in range(low.depth)])
+            self.low_norm = norm_of(config, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([TokenBlock(config, width) for _ in range(config.depth)])
         self.norm = norm_of(config, width)
         self.to_logits = nn.Linear(width, num_codes, bias=config.bias)
         initialise(self, config.depth)
 
-    def forward(self, tokens: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
-        (rows, columns), config = tokens.shape[1:], self.config
-        if config.positions == "learned":
-            places, rotation = self.positions.weight, None
-        else:
-            fixed = sincos_2d(rows, columns, config.width, device=tokens.device)
-            places = self.positions(fixed.to(self.positions.weight.dtype))
-            angles = rotary_2d(rows, columns, config.width // config.heads, tokens.device)
-            rotation = (angles, angles)
-        x, context = self.dropout(self.embedding(tokens.flatten(1)) + places), self.text(context)
+    def forward(
+        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+    ) -> Tensor:
+        x, rotation = self.places(tokens)
+        x, context = self.dropout(x), self.text(context)
+        if self.low_places is not None:
+            assert low is not None
+            seen, low_rotation = self.low_places(low)
+            for block in self.low_blocks:
+                seen = block(seen, rotation=low_rotation)
+            context = torch.cat([context, self.low_norm(seen)], dim=1)
+            context_mask = F.pad(context_mask, (0, seen.shape[1]), value=True)
         for block in self.blocks:
             x = block(x, context, context_mask, rotation=rotation)
         return self.to_logits(self.norm(x))

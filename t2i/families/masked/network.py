@@ -18,9 +18,12 @@ class MaskedTransformer(nn.Module, ABC):
         self.num_codes = num_codes
 
     @abstractmethod
-    def forward(self, tokens: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+    ) -> Tensor:
         """tokens: (B, h, w) int64, codes and masks; context: (B, L, D), the caption's token states; context_mask:
-        (B, L) bool, True where they are attended to -> (B, h w, num_codes) logits."""
+        (B, L) bool, True where they are attended to; low: (B, h', w') int64, codes at a lower resolution, where the
+        network is made for them -> (B, h w, num_codes) logits."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Those that Muon may step: in the blocks."""

@@ -28,11 +28,16 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         transformer = build_transformer(model, codec.num_codes, shape, text.token_dim)
     length = model.text.max_tokens
 
+    def low(batch: int) -> dict[str, Tensor]:
+        side = model.low.side if model.low else 0
+        return {"low": torch.zeros(batch, side, side, dtype=torch.int64)} if side else {}
+
     def asked(batch: int) -> dict[str, Tensor]:
         return {
             "tokens": torch.zeros(batch, *shape, dtype=torch.int64),
             "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
             "context_mask": torch.ones(batch, length, dtype=torch.bool),
+            **low(batch),
         }
 
     return [
