@@ -119,7 +119,8 @@ def origins(places: Iterable[str | Path]) -> list[Origin]:
             earlier_config = run_folder.read_config(earlier)
             if earlier_config.get("stage") in stages and earlier_config["data"].get("heldout_shards"):
                 continues = origin(earlier, earlier_config)
-        codecs = [config["builds_on"][key] for key in record.builds_on if key == "codec"]
+        built_on = config.get("builds_on") or {}
+        codecs = [built_on[key] for key in record.builds_on if key == "codec" and key in built_on]
         codec = once(run_folder.run_of(codecs[0])) if codecs else None
         named = [(began_with, continues), *((place, codec) for place in codecs)]
         return Origin(folder, continues, codec, tuple(place for place, found in named if place and not found))

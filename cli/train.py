@@ -211,8 +211,10 @@ def built_on(config: RunConfig) -> dict[str, Any]:
     from t2i.training import checkpoint, run_folder
 
     found = {}
+    places = run_to_dict(config).get("builds_on") or {}
     for key, part in families.get(config.family).builds_on.items():
-        place = run_to_dict(config)["builds_on"][key]
+        if (place := places.get(key)) is None:
+            continue
         if place == "latest":
             place, _ = newest_codec(config.runs_dir, part)
         loaded = checkpoint.load(run_folder.weights_file(str(place)))

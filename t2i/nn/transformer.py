@@ -14,14 +14,17 @@ Rotation = tuple[Tensor, Tensor]  # angles of the queries and of the keys, (N, h
 
 
 class Cache:
-    """Keys and values of one attention, of the tokens so far.
+    """What a block keeps: keys and values of the tokens so far, and of the context.
 
-    capacity: how many there will be at most; memory for all of them is taken when the first come
+    capacity: how many tokens there will be at most; memory for all of them is taken when the first come
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.context: tuple[Tensor, Tensor, Tensor | None] | None = (
+            None  # keys, values and which of them are seen
+        )
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, heads, N, head_dim) of N further tokens -> those of all tokens so far."""
@@ -95,10 +98,10 @@ class TokenAttention(nn.Module):
             causal = causal and q.shape[2] > 1  # the newest sees all
         return self.attend(q, k, v, mask, causal)
 
-    def to_context(self, x: Tensor, kept: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, width); kept: the context's `keys_and_values`; mask: (B, L) bool, True where it is seen."""
+    def to_context(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, N, width); keys, values: of the context; mask: (B, L) bool, True where it is seen -> as x"""
         seen = None if mask is None else mask[:, None, None]
-        return self.attend(self.norm_q(self._heads(self.to_q(x))), *kept, seen, causal=False)
+        return self.attend(self.norm_q(self._heads(self.to_q(x))), keys, values, seen, causal=False)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, context_width) -> (B, heads, L, head_dim) twice."""
@@ -145,22 +148,25 @@ class TokenBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
         context_mask: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """x: (B, N, width); context: (B, L, context_width), or of it what `cross_attention.keys_and_values` gives;
-        context_mask: (B, L) bool; the others as `TokenAttention` takes them -> as x"""
+        """x: (B, N, width); context: (B, L, context_width), which a cache that is not empty has; context_mask: (B, L)
+        bool, True where it is seen; the others as `TokenAttention` takes them -> as x"""
         h = self.attention(self.norm_1(x), mask, causal, rotation, cache)
         x = x + self.dropout(h)
         if self.cross_attention is not None:
-            assert context is not None
-            kept = context if isinstance(context, tuple) else self.cross_attention.keys_and_values(context)
-            h = self.cross_attention.to_context(self.norm_cross(x), kept, context_mask)
-            x = x + self.dropout(h)
+            kept = None if cache is None else cache.context
+            if kept is None:
+                assert context is not None
+                kept = (*self.cross_attention.keys_and_values(context), context_mask)
+            if cache is not None:
+                cache.context = kept
+            x = x + self.dropout(self.cross_attention.to_context(self.norm_cross(x), *kept))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 

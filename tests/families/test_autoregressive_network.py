@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from t2i.codes.config import CodeSampling
 from t2i.families.autoregressive import drawing
+from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.drawing import draw_codes, window_starts
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import TextFeatures
 from t2i.nn.transformer import Cache
-from t2i.nn.transformer_config import TransformerConfig
 
 CODES, GRID, TEXT = 11, (3, 4), 5
 POSITIONS = ("learned", "rotary")
@@ -24,7 +24,7 @@ POSITIONS = ("learned", "rotary")
 def network(positions: str = "learned") -> CodeTransformer:
     """With weights of its own everywhere, also where training starts at zero."""
     torch.manual_seed(0)
-    config = TransformerConfig(width=16, depth=2, heads=2, positions=positions, qk_norm=True)  # type: ignore[arg-type]
+    config = NetworkConfig(width=16, depth=2, heads=2, positions=positions, qk_norm=True)  # type: ignore[arg-type]
     transformer = CodeTransformer(config, CODES, GRID, text_dim=6, max_tokens=TEXT)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -57,7 +57,7 @@ def test_no_output_depends_on_a_later_code(positions, float64):
 
 
 def test_the_start_is_the_loss_of_uniform_codes(float64):
-    config = TransformerConfig(width=16, depth=1, heads=2)
+    config = NetworkConfig(width=16, depth=1, heads=2)
     transformer, given, target = CodeTransformer(config, CODES, GRID, 6, TEXT), text(2), codes(2)
     logits = transformer(target[:, :-1], given.tokens, given.mask)
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -72,7 +72,7 @@ def test_with_what_is_kept_the_logits_are_the_same(positions, float64):
         caches = [Cache(TEXT + math.prod(GRID)) for _ in transformer.blocks]
         parts = [transformer(target[:, :0], given.tokens, given.mask, torch.tensor([0]), caches)]
         for i in range(math.prod(GRID) - 1):
-            parts.append(transformer.following(target[:, i], torch.tensor([i, i + 1]), caches))
+            parts.append(transformer.following(target[:, i], torch.arange(i + 2), caches))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
 
 

@@ -48,7 +48,7 @@ def draw_codes(
         row, column = divmod(i, columns)
         before, places = seen(codes, row, column, tops[row], lefts[column], transformer.grid)
         if caches is not None and i > 0:
-            logits = transformer.following(twice(before[:, -1], both), places[-2:], caches)[:, -1]
+            logits = transformer.following(twice(before[:, -1], both), places, caches)[:, -1]
         else:
             logits = transformer(twice(before, both), both.tokens, both.mask, places, caches)[:, -1]
         if negative is not None:

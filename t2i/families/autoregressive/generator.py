@@ -6,7 +6,7 @@ import torch
 
 from t2i.config import parse_run
 from t2i.families.autoregressive.config import Config
-from t2i.families.autoregressive.model import build_model
+from t2i.families.autoregressive.model import Autoregressive, build_codec
 from t2i.families.generator import ModelGenerator
 from t2i.training.checkpoint import LoadedCheckpoint
 
@@ -18,5 +18,6 @@ class Generator(ModelGenerator):
         config = parse_run(checkpoint.config, Config)
         assert isinstance(config.model, Config)
         size_px = config.resolution.size_px
-        model = build_model(config.model, checkpoint.extra["codec"], size_px)
+        codec = build_codec(config.model, checkpoint.extra["codec"])
+        model = Autoregressive(config.model, codec, size_px)
         super().__init__(model, size_px, config.model.sampling, checkpoint, device)

@@ -14,6 +14,7 @@ from t2i.config import check
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
+from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.codec import token_codec
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
@@ -71,7 +72,10 @@ class Autoregressive(TextToImage):
         return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
 
 
-def build_model(config: Config, codec_values: Mapping[str, Any], size_px: int) -> Autoregressive:
-    """The model with a randomly initialised codec of the run whose configuration is `codec_values`. Raises ConfigError
-    where that has no codes."""
-    return Autoregressive(config, token_codec(codec_values, config.builds_on.codec), size_px)
+def build_codec(config: Config, values: Mapping[str, Any]) -> TokenCodec:
+    """The palette, or a randomly initialised codec of the run whose configuration is `values`. Raises ConfigError where
+    that has no codes."""
+    if config.palette is not None:
+        return PaletteCodec(config.palette)
+    assert config.builds_on is not None
+    return token_codec(values, config.builds_on.codec)

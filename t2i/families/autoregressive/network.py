@@ -1,8 +1,8 @@
 """The transformer that says of each code of a picture how likely it is, given the text and the codes before it.
 
-The sequence, one slot each: the states of the L text tokens, a start, and the picture's codes by rows from the top,
-each row from the left, without the last. The output at the start is of the first code, the output
-at code i of code i + 1: a slot's position is that of the code which its output is of.
+The sequence, one slot each: the states of the L text tokens (none where blocks attend to the text instead), a start,
+and the picture's codes by rows from the top, each row from the left, without the last. The output at the start is of
+the first code, the output at code i of code i + 1: a slot's position is that of the code which its output is of.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from t2i.families.autoregressive.config import NetworkConfig
+from t2i.families.autoregressive.masks import axial_mask, pattern_of
 from t2i.nn.residual import zero_init
 from t2i.nn.transformer import Cache, Rotation, TokenBlock, initialise, norm_of, rotary_2d
-from t2i.nn.transformer_config import TransformerConfig
 
 
 class TextPrefix(nn.Module):
@@ -32,29 +33,26 @@ class TextPrefix(nn.Module):
 
 
 class CodeTransformer(nn.Module):
-    """rows, columns: of the grid of codes that it is trained on
+    """grid: rows and columns of codes that it is trained on
     text_dim, max_tokens: width and number of the text's states
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        num_codes: int,
-        grid: tuple[int, int],
-        text_dim: int,
-        max_tokens: int,
+        self, config: NetworkConfig, num_codes: int, grid: tuple[int, int], text_dim: int, max_tokens: int
     ) -> None:
         super().__init__()
         self.config, self.grid, width = config, grid, config.width
-        rows, columns = grid
-        self.text = TextPrefix(text_dim, max_tokens, width)
+        is_prefix = config.conditioning == "prefix"
+        self.text = TextPrefix(text_dim, max_tokens, width) if is_prefix else None
+        self.text_slots = max_tokens if is_prefix else 0
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.embedding = nn.Embedding(num_codes, width)
         self.position: nn.Parameter | None = None
         if config.positions == "learned":
-            self.position = nn.Parameter(0.02 * torch.randn(rows * columns, width))
+            self.position = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TokenBlock(config) for _ in range(config.depth))
+        context_width = None if is_prefix else text_dim
+        self.blocks = nn.ModuleList(TokenBlock(config, context_width) for _ in range(config.depth))
         self.norm = norm_of(config, width)
         self.head = nn.Linear(width, num_codes, bias=False)
         initialise(self, config.depth)
@@ -73,51 +71,61 @@ class CodeTransformer(nn.Module):
             whole grid
         -> (B, n + 1, num_codes) logits of codes 0 to n. caches: one for each block, empty; keep what `following` needs
         """
-        prefix = self.text(tokens, mask)
         if places is None:
             places = torch.arange(codes.shape[1] + 1, device=codes.device)
         start = self.start.expand(len(codes), 1, -1)
-        x = torch.cat([prefix, self.placed(torch.cat([start, self.embedding(codes)], 1), places)], 1)
-        return self.logits(x, self.rotation(places, prefix.shape[1]), len(places), caches)
+        x = self.placed(torch.cat([start, self.embedding(codes)], 1), places)
+        if self.text is None:
+            return self.logits(x, places, 0, caches, tokens, mask)
+        return self.logits(torch.cat([self.text(tokens, mask), x], 1), places, 0, caches)
 
     def following(self, code: Tensor, places: Tensor, caches: Sequence[Cache]) -> Tensor:
-        """code: (B,) the newest of each picture; places: (2,) its place and the next code's; caches: of all before it
-        -> (B, 1, num_codes) logits of the next code."""
-        x = self.placed(self.embedding(code)[:, None], places[1:])
-        rotation = None
-        if (angles := self.angles(places)) is not None:
-            rotation = (angles[1:], angles[:1])
-        return self.logits(x, rotation, 1, caches)
+        """code: (B,) the newest of each picture, code n - 1; places: (n + 1,) as in `forward`; caches: of all before it
+        -> (B, 1, num_codes) logits of code n."""
+        x = self.placed(self.embedding(code)[:, None], places[-1:])
+        return self.logits(x, places, self.text_slots + len(places) - 1, caches)
 
     def placed(self, x: Tensor, places: Tensor) -> Tensor:
         """Slots (B, n, width), each with the position of the code that its output is of."""
         return x if self.position is None else x + self.position[places]
 
-    def angles(self, places: Tensor) -> Tensor | None:
-        if self.position is not None:
-            return None
-        head_dim = self.config.width // self.config.heads
-        return rotary_2d(*self.grid, head_dim, places.device)[places]
-
-    def rotation(self, places: Tensor, prefix: int) -> Rotation | None:
-        """Of the prefix, the start and the codes: queries turn with the place of the code which their output is of,
-        keys with that of the code which they hold: what counts is how far these lie apart. Text and start stay."""
-        if (angles := self.angles(places)) is None:
-            return None
-        still = angles.new_zeros(prefix, angles.shape[1])
-        return torch.cat([still, angles]), torch.cat(
-            [still, angles.new_zeros(1, angles.shape[1]), angles[:-1]]
-        )
-
     def logits(
-        self, x: Tensor, rotation: Rotation | None, last: int, caches: Sequence[Cache] | None
+        self,
+        x: Tensor,
+        places: Tensor,
+        first: int,
+        caches: Sequence[Cache] | None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, N, width) slots -> (B, last, num_codes), of the last ones."""
+        """x: (B, N, width), slots first to first + N - 1 of the text's, the start and the codes that lie at places[:-1]
+        -> (B, n, num_codes), of those of them that are not the text's"""
+        rotation, masks = self.rotation(places, first), self.masks(places, first)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x = block(x, causal=True, rotation=rotation, cache=cache)
-        return self.head(self.norm(x[:, -last:]))
+            mask = masks.get(pattern_of(i, len(self.blocks)))
+            x = block(x, context, context_mask, mask, mask is None, rotation, cache)
+        return self.head(self.norm(x[:, -len(places) :]))
+
+    def rotation(self, places: Tensor, first: int) -> Rotation | None:
+        """Queries turn with the place of the code which their output is of, keys with that of the code which they hold:
+        what counts is how far these lie apart. Text and start stay."""
+        if self.position is not None:
+            return None
+        angles = rotary_2d(*self.grid, self.config.width // self.config.heads, places.device)[places]
+        still = angles.new_zeros(self.text_slots, angles.shape[1])
+        queries = torch.cat([still, angles])
+        keys = torch.cat([still, angles.new_zeros(1, angles.shape[1]), angles[:-1]])
+        return queries[first:], keys[first:]
+
+    def masks(self, places: Tensor, first: int) -> dict[str, Tensor]:
+        """By pattern, of the slots from `first` on; none where each slot sees all before it."""
+        if self.config.attention == "full":
+            return {}
+        held = torch.cat([places.new_full((self.text_slots + 1,), -1), places[:-1]])
+        patterns = {pattern_of(i, len(self.blocks)) for i in range(len(self.blocks))}
+        return {each: axial_mask(each, held[first:], held, self.grid[1], first) for each in patterns}
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between hidden layers, which Muon may step."""

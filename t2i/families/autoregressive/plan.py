@@ -10,8 +10,8 @@ from torch import Tensor
 
 from t2i.config import RunConfig
 from t2i.families.autoregressive.config import Config
+from t2i.families.autoregressive.model import build_codec
 from t2i.families.autoregressive.network import CodeTransformer
-from t2i.families.codec import token_codec
 from t2i.families.tokens import grid_of, planned_codec
 from t2i.interfaces import PlannedNetwork
 from t2i.text.architecture import build_architecture
@@ -22,7 +22,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     model, size = config.model, config.resolution.size_px
     assert isinstance(model, Config)
     with torch.device("meta"):
-        codec = token_codec(builds_on["codec"], model.builds_on.codec)
+        codec = build_codec(model, builds_on["codec"])
         text = build_architecture(model.text)
         grid = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
         length = model.text.max_tokens
@@ -37,7 +37,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
 
     return [
         PlannedNetwork("transformer", transformer, given, trained=True, hidden=transformer.hidden_matrices()),
-        *planned_codec(codec, size),
+        *(planned_codec(codec, size) if model.palette is None else ()),
         PlannedNetwork(
             "text encoder",
             text.network,

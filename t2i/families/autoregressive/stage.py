@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
 from t2i.families.autoregressive.config import Config
-from t2i.families.autoregressive.model import build_model
+from t2i.families.autoregressive.model import Autoregressive, build_codec
+from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.builds_on import BuildsOn
 from t2i.families.codec_run import codec_config, codec_run
 from t2i.families.tokens import check_codebook, codebook_hash, codes_feature, codes_of
@@ -30,16 +31,18 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
-        builds_on, place = codec_run(config, model.builds_on.codec, start)
-        model = dataclasses.replace(model, builds_on=BuildsOn(place))
-        self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
+        found, place = None, ""
+        if model.builds_on is not None:
+            found, place = codec_run(config, model.builds_on.codec, start)
+            model = dataclasses.replace(model, builds_on=BuildsOn(place))
+            self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
-        self.codec_config = codec_config(builds_on)
-        self.model = build_model(model, self.codec_config, config.resolution.size_px)
+        self.codec_config = {} if found is None else codec_config(found)
+        self.model = Autoregressive(model, build_codec(model, self.codec_config), config.resolution.size_px)
         if start is not None:
             load_into(self.model, start.weights, start.path, prefix="model.")
-        if builds_on is not start:
-            load_into(self.model.codec, builds_on.weights, builds_on.path, prefix="codec.")
+        if found is not None and found is not start:
+            load_into(self.model.codec, found.weights, found.path, prefix="codec.")
             if start is not None:
                 check_codebook(self.model.codec, place, start.extra.get("codebook"), str(start.path))
 
@@ -56,11 +59,15 @@ class Stage(BaseStage):
         return blocks_of(self.model.transformer)
 
     def features(self) -> Mapping[str, Feature]:
-        codes = codes_feature(self.model.codec, self.model_config.builds_on.codec)
-        return {**codes, **text_feature(self.model.text, self.model_config.text)}
+        text, builds_on = text_feature(self.model.text, self.model_config.text), self.model_config.builds_on
+        return text if builds_on is None else {**codes_feature(self.model.codec, builds_on.codec), **text}
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"codec": self.codec_config, "codebook": codebook_hash(self.model.codec)}
+
+    def before_training(self, images: Iterable[Tensor]) -> None:
+        if isinstance(self.model.codec, PaletteCodec):
+            self.model.codec.fit(images)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
