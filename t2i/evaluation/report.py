@@ -18,10 +18,9 @@ from torch import Tensor
 from t2i.evaluation.background import white_deviation
 from t2i.evaluation.comparison import NOT_THE_SAME, comparison, same_prompts, share, spoken
 from t2i.evaluation.page import Page
-from t2i.evaluation.prompts import GroupScore, judge_for, score_groups
+from t2i.evaluation.prompts import GroupScore, group_of, judge_for, score, score_groups
 from t2i.evaluation.reconstruction import psnr
 from t2i.evaluation.runs import LEFT_OUT, Origin, Run, prompts_hash
-from t2i.interfaces import Batch
 from t2i.training.pictures import grid
 
 NUM_SHOWN = 40
@@ -66,8 +65,8 @@ def write_report(folder: Path, asked: Sequence[Origin], families: Families) -> P
     of_codecs, of_runs = dict[str, Any](), dict[str, Any]()
     for codec in codecs:
         user = next(one.folder for one in reversed(origins) if one.codec == codec.folder)
-        psnr = show_codec(page, codec, known[user].heldout(codec.size_px), families)
-        of_codecs[codec.label] = facts(codec, parameters[codec.folder]) | {"psnr_db": psnr}
+        shown = show_codec(page, codec, known[user], families)
+        of_codecs[codec.label] = facts(codec, parameters[codec.folder]) | shown
     for origin, run in zip(origins, runs, strict=True):
         shown = show_run(page, run, families)
         of_runs[run.label] = facts(run, parameters[run.folder]) | {
@@ -158,12 +157,24 @@ def show_data(page: Page, runs: Sequence[Run]) -> None:
         )
 
 
-def show_codec(page: Page, codec: Run, heldout: Batch, families: Families) -> float:
-    """Held-out pictures of a run that builds on the codec, through it; their PSNR in dB."""
+def show_codec(page: Page, codec: Run, user: Run, families: Families) -> dict[str, Any]:
+    """Held-out pictures of a run that builds on the codec, through it: their PSNR in dB, and what they still show."""
     page.heading(codec.title)
+    heldout = user.heldout(codec.size_px)
     decoded = families.reconstruct(codec.folder, heldout.image)
     psnr = round(psnr_db(heldout.image, decoded), 2)
     page.paragraph(f"Pictures that no stage was trained on come back with {psnr} dB PSNR.")
+    judge = judge_for(partial(user.train, codec.size_px), heldout)
+    exact: dict[str, float] = {}
+    if judge is not None:
+        answers = judge(decoded, heldout.metadata)
+        groups = [group_of(sample) for sample in heldout.metadata]
+        for name in dict.fromkeys(groups):
+            found = score([one for one, group in zip(answers, groups, strict=True) if group == name])
+            exact[name] = found.exact
+            page.paragraph(
+                f"{spoken(name)}: {found.exact:.1%} of {found.count} still show exactly what their captions say."
+            )
     pairs = zip(heldout.image[:16].split(8), decoded[:16].split(8), strict=True)
     page.picture(
         f"reconstructions_{codec.label}",
@@ -171,7 +182,7 @@ def show_codec(page: Page, codec: Run, heldout: Batch, families: Families) -> fl
         "Held-out pictures, each row above its reconstruction",
         2,
     )
-    return psnr
+    return {"psnr_db": psnr, "exact": exact}
 
 
 def show_run(page: Page, run: Run, families: Families) -> dict[str, Any]:

@@ -25,6 +25,7 @@ GROUPS = sorted(
 )
 # Runs are resumed whose config.yaml was written before there were these keys: the default is what they had.
 CAME_LATER = {
+    "AdversarialConfig.adaptive",
     *("DiTConfig.refiner_depth", "DiTConfig.refiner_patch_size"),
     *("ObjectiveConfig.max_snr", "ObjectiveConfig.edge_weight"),
 }

@@ -207,6 +207,20 @@ def test_a_ladder_has_its_bounds_parameters_and_times_in_all(report):
     ]
 
 
+def test_what_reconstructions_still_show_is_counted(shapes_shards, tmp_path):
+    """Two of the eight pictures with one object come back white."""
+
+    class Forgets(Fakes):
+        def reconstruct(self, folder: Path, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.ones_like(images[:2]), images[2:]])
+
+    codec = made_up_run(tmp_path / "autoencoder" / "a", "autoencoder", 32, shapes_shards, 1.0)
+    latents = Origin(made_up_run(tmp_path / "ldm" / "b", "ldm", 32, shapes_shards, 2.0), codec=codec)
+    read, figures = written(tmp_path / "demo", [latents], Forgets({"unseen": 8, "unseen_two_objects": 4}))
+    assert figures["codecs"]["autoencoder-32"]["exact"] == {"unseen": 6 / 8, "unseen_two_objects": 1.0}
+    assert "75.0% of 8 still show exactly what their captions say." in " ".join(read.text)
+
+
 def test_stages_stand_side_by_side(shapes_shards, tmp_path):
     """One that builds on a codec and one that does not, and as the last one that was asked for the first."""
     fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})

@@ -17,6 +17,7 @@ from t2i.families.autoencoder.codec_config import FSQConfig, KLConfig, VQConfig
 from t2i.families.autoencoder.config import (
     AdversarialConfig,
     Config,
+    DistanceConfig,
     LDMBackboneConfig,
     PatchBackboneConfig,
     PerceptualConfig,
@@ -176,6 +177,21 @@ def test_the_regulariser_is_the_papers():
     normal = torch.distributions.Normal(posterior.mean, posterior.logvar.mul(0.5).exp())
     nats = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum() / len(image)
     assert result.regularizer.item() == pytest.approx(1e-6 * nats.item() / (3 * 32 * 32), rel=1e-4)
+
+
+def test_the_distance_is_what_the_configuration_names():
+    """Squared errors, and those of the differences between neighbours: of a step of height h along columns only."""
+    codec, image = build(), torch.zeros(2, 3, 8, 4)
+    output = torch.zeros_like(image)
+    output[..., 2:] = 0.6
+    torch.testing.assert_close(codec.distance(output, image), torch.tensor(0.3))
+    codec.distance_config = DistanceConfig("l2", edge_weight=0.0)
+    torch.testing.assert_close(codec.distance(output, image), torch.tensor(0.18))
+    codec.distance_config = DistanceConfig("l2", edge_weight=0.5)
+    torch.testing.assert_close(codec.distance(output, image), torch.tensor(0.18 + 0.5 * 0.36 / 3))
+    for name, weight in (("l1", 1.0), ("l2", -1.0)):
+        with pytest.raises(ConfigError, match=r"distance\.edge_weight is"):
+            DistanceConfig(name, edge_weight=weight)
 
 
 def test_pictures_that_do_not_divide_are_refused():

@@ -16,6 +16,7 @@ from t2i.codes.lfq import LFQ
 from t2i.codes.quantizer import Quantizer
 from t2i.codes.vq import Codebook
 from t2i.config import parse
+from t2i.diffusion.objectives import difference_error
 from t2i.families.autoencoder import dvae
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig
 from t2i.families.autoencoder.backbones import build_backbone
@@ -29,7 +30,7 @@ from t2i.training.randomness import Randomness
 
 @dataclass
 class Reconstruction:
-    """image: (B, 3, H, W); distance: scalar, per picture value, the mean absolute difference or what `distance` gives;
+    """image: (B, 3, H, W); distance: scalar, as `Codec.distance` gives it;
     regularizer: scalar, weighted and per picture value (KL) or per element (of a quantiser); metrics: further scalars
     to log."""
 
@@ -51,14 +52,16 @@ class Codec(ImageCodec):
     latent_scale: Tensor
 
     def __init__(
-        self, backbone: BackboneConfig, encoder_channels: int, moment_channels: int, code_channels: int
+        self, config: Config, encoder_channels: int, moment_channels: int, code_channels: int
     ) -> None:
         super().__init__()
+        backbone = config.backbone
         self.downsampling = downsampling(backbone)
         self.latent_channels = self.code_channels = code_channels
         parts = build_backbone(backbone, encoder_channels, moment_channels, code_channels)
         self.encoder, self.quant_conv, self.post_quant_conv, self.decoder = parts
         self.logit_laplace = isinstance(backbone, DVAEBackboneConfig)
+        self.distance_config = config.distance
         self.register_buffer("latent_scale", torch.ones(()))
 
     @property
@@ -93,7 +96,11 @@ class Codec(ImageCodec):
         """Scalar: between the decoder's output and the picture (B, 3, H, W), per picture value."""
         if self.logit_laplace:
             return dvae.logit_laplace_loss(output, image)
-        return (output - image).abs().mean()
+        error = output - image
+        if self.distance_config.name == "l1":
+            return error.abs().mean()
+        of_edges = difference_error(error).mean() if self.distance_config.edge_weight else 0.0
+        return error.square().mean() + self.distance_config.edge_weight * of_edges
 
     def encoding_weights(self) -> dict[str, Tensor]:
         parts = (("encoder", self.encoder), ("quant_conv", self.quant_conv))
@@ -119,7 +126,7 @@ class KLCodec(Codec):
 
     def __init__(self, config: Config) -> None:
         channels = config.backbone.latent_channels
-        super().__init__(config.backbone, 2 * channels, 2 * channels, channels)
+        super().__init__(config, 2 * channels, 2 * channels, channels)
         assert isinstance(config.codec, KLConfig)
         self.kl_weight = config.codec.kl_weight
 
@@ -154,7 +161,7 @@ class DiscreteCodec(Codec, TokenCodec):
     def __init__(self, config: Config) -> None:
         assert not isinstance(config.codec, KLConfig)
         codebook, channels = build_quantizer(config.codec, config.backbone), config.backbone.latent_channels
-        super().__init__(config.backbone, channels, codebook.in_channels, codebook.code_dim)
+        super().__init__(config, channels, codebook.in_channels, codebook.code_dim)
         self.num_codes, self.latent_channels = codebook.num_codes, codebook.in_channels
         self.codebook = codebook
 

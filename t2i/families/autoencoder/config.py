@@ -50,6 +50,22 @@ BackboneConfig = LDMBackboneConfig | PatchBackboneConfig | ViTBackboneConfig | D
 
 
 @dataclass(frozen=True)
+class DistanceConfig:
+    """What a picture and its reconstruction are compared by, pixel by pixel.
+
+    name: "l1": the mean absolute difference (2012.09841), or "l2": the mean square
+    edge_weight: with l2: adds so many times the mean square of the error's differences between neighbouring pixels
+    """
+
+    name: Literal["l1", "l2"]
+    edge_weight: float
+
+    def __post_init__(self) -> None:
+        ok = self.edge_weight == 0 or (self.name == "l2" and self.edge_weight > 0)
+        check(ok, "distance.edge_weight", self.edge_weight, "0, or with distance=l2 more than that")
+
+
+@dataclass(frozen=True)
 class PerceptualConfig:
     """Distance between features of a frozen network.
 
@@ -102,8 +118,14 @@ class Config(ModelConfig):
     backbone: BackboneConfig
     perceptual: PerceptualConfig
     adversarial: AdversarialConfig
+    distance: DistanceConfig = DistanceConfig(
+        "l1", edge_weight=0.0
+    )  # what a run had before there was the key
 
     def __post_init__(self) -> None:
+        laplace = isinstance(self.backbone, DVAEBackboneConfig)
+        allowed = "l1 with backbone.name=dvae, which has its own in place of it"
+        check(self.distance.name == "l1" or not laplace, "distance.name", self.distance.name, allowed)
         most = self.backbone.latent_channels
         if isinstance(self.codec, VQConfig) and self.codec.code_dim is not None:
             dim = self.codec.code_dim
