@@ -41,12 +41,21 @@ def run(arguments: list[str]) -> None:
     from t2i.planning.plan import make_plan, sweep
 
     from .console import console
-    from .plan_tables import memory_table, networks_table, run_table, sweep_table, traffic_table
+    from .plan_tables import (
+        drawing_table,
+        memory_table,
+        networks_table,
+        run_table,
+        sweep_table,
+        traffic_table,
+    )
 
     model = build_model(config, builds_on)
     if nodes is None:
         plan = make_plan(config, model, cluster, assumed)
-        for table in (networks_table(plan), memory_table(plan), traffic_table(plan), run_table(plan, config)):
+        drawing = drawing_table(plan)
+        tables = (memory_table(plan), traffic_table(plan), run_table(plan, config))
+        for table in (networks_table(plan), *([drawing] if drawing else []), *tables):
             console.print(table, soft_wrap=False)
         for warning in plan.warnings:
             console.print(f"Warning: {warning}")

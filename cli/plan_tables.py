@@ -42,6 +42,26 @@ def together(parts: Iterable[Part]) -> str:
     return f"{sum(part.flops.total for part in parts if part.flops) / GIGA:,.1f}"
 
 
+def drawing_table(plan: Plan) -> Table | None:
+    """What a picture takes to draw on one GPU, by network; None where the family does not say."""
+    from t2i.planning.drawing import Calls
+
+    def row(name: str, count: str, calls: Sequence[Calls]) -> tuple[str, ...]:
+        flops, seconds = (
+            sum(c.total_flops for c in calls),
+            sum(c.seconds(plan.cluster) for c in calls),
+        )
+        cached = max(c.cache_bytes for c in calls)
+        return name, count, f"{flops / GIGA:,.1f}", f"{cached / 2**20:,.1f}", f"{seconds:.4f}"
+
+    every = [calls for part in plan.model.parts for calls in part.drawing]
+    if not every:
+        return None
+    rows = [row(calls.name, f"{calls.count:,}", [calls]) for calls in every]
+    header = ("Drawing: a picture on one GPU", "calls", "GFLOP", "keys, values: MiB", "seconds, at least")
+    return table(header, [*rows, row("together", "", every)])
+
+
 def memory_table(plan: Plan) -> Table:
     """GiB on one GPU, by part and strategy."""
     from t2i.planning.memory import STRATEGIES

@@ -361,6 +361,24 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True)
+class PlannedCalls:
+    """Calls of a network while one picture is drawn. What they compute and read grows evenly from first to last.
+
+    count: how many
+    first, last: run these, on the current default device, for one picture (and its unconditional half, under guidance)
+    cached: how many numbers of keys and values, kept from earlier calls and added by this one, the first and the last
+        attend to
+    weights: of the network's, that a call reads; None: all
+    """
+
+    count: int
+    first: Callable[[], Tensor]
+    last: Callable[[], Tensor]
+    cached: tuple[int, int] = (0, 0)
+    weights: int | None = None
+
+
+@dataclass(frozen=True)
 class PlannedNetwork:
     """One network of a run as its family's `plan` gives it: what parameters, FLOPs and memory are counted from.
 
@@ -377,6 +395,7 @@ class PlannedNetwork:
     by_block: of a trained network, whether FSDP gathers it block by block: whether its blocks are those of
         `t2i.training.stage.BaseStage.blocks_to_gather`
     turn: of a trained network, the step's turn that trains it
+    drawing: what drawing one picture calls of it; empty where the family does not say
     """
 
     name: str
@@ -391,6 +410,7 @@ class PlannedNetwork:
     num_parameters: int | None = None
     by_block: bool = True
     turn: str = "train"
+    drawing: Sequence[PlannedCalls] = ()
 
     @property
     def parameters(self) -> int:

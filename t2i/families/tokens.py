@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from t2i.codes.config import CodeSampling
 from t2i.data.encoded import weights_hash
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
-from t2i.interfaces import Batch, Feature, PlannedNetwork, TokenCodec
+from t2i.interfaces import Batch, Feature, PlannedCalls, PlannedNetwork, TokenCodec
 from t2i.schema import check
 
 
@@ -87,7 +88,7 @@ def grid_of(codec: TokenCodec, height_px: int, width_px: int, keys: tuple[str, s
 def planned_codec(codec: TokenCodec, size_px: int) -> list[PlannedNetwork]:
     """A frozen codec's ways there and back, as `t2i.families.family.Family.plan` gives networks."""
     grid = codec.latent_shape(size_px, size_px)[1:]
-    encoding = codec.encoding_weights()
+    encoding, decoding = codec.encoding_weights(), _Decoding(codec)
     encoder = sum(p.numel() for name, p in codec.named_parameters() if name in encoding)
     decoder = sum(p.numel() for p in codec.parameters()) - encoder
     return [
@@ -102,15 +103,26 @@ def planned_codec(codec: TokenCodec, size_px: int) -> list[PlannedNetwork]:
         ),
         PlannedNetwork(
             "codec decoder",
-            _Decoding(codec),
+            decoding,
             lambda batch: {"codes": torch.zeros(batch, *grid, dtype=torch.int64)},
             trained=False,
             calls_per_image=0,
             cached_as="codes",
             saved=True,
             num_parameters=decoder,
+            drawing=alike(1, lambda: decoding(torch.zeros(1, *grid, dtype=torch.int64))),
         ),
     ]
+
+
+def alike(count: int, run: Callable[[], Tensor]) -> list[PlannedCalls]:
+    """So many calls of which each takes the same."""
+    return [PlannedCalls(count, run, run)]
+
+
+def rows_drawn(sampling: CodeSampling) -> int:
+    """Of a batch that draws one picture: guidance takes a second one."""
+    return 1 + (sampling.guidance_scale != 1)
 
 
 class _Encoding(nn.Module):

@@ -22,6 +22,7 @@ class ClusterConfig:
     cpu_cores_per_node: physical cores, which decode pictures
     mfu: share of peak_bf16_tflops that training is taken to reach where nothing was measured
     slurm: what its SLURM wants to be told, where it has one
+    memory_gb_per_s: how many 10^9 bytes a second one GPU reads of its memory; null where it is not known
     """
 
     gpu: str
@@ -34,6 +35,7 @@ class ClusterConfig:
     cpu_cores_per_node: int
     mfu: float
     slurm: SlurmConfig | None = None
+    memory_gb_per_s: float | None = None
 
     def __post_init__(self) -> None:
         for key in ("gpus_per_node", "nodes", "cpu_cores_per_node"):
@@ -41,6 +43,9 @@ class ClusterConfig:
         for key in ("peak_bf16_tflops", "memory_gib", "node_bandwidth_gbps"):
             value = getattr(self, key)
             check(0 < value < math.inf, f"cluster.{key}", value, "more than 0")
+        rate = self.memory_gb_per_s
+        ok = rate is None or 0 < rate < math.inf
+        check(ok, "cluster.memory_gb_per_s", rate, "more than 0, or null")
         cost = self.usd_per_gpu_hour
         check(0 <= cost < math.inf, "cluster.usd_per_gpu_hour", cost, "0 or more")
         check(0 < self.mfu <= 1, "cluster.mfu", self.mfu, "more than 0, up to 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from t2i.planning.count import (
     num_parameters,
     peak_bytes_per_image,
 )
+from t2i.planning.drawing import Calls, counted_calls
 from t2i.planning.memory import FP32, Trained
 
 NONE = Activations(0, 0, 0)
@@ -37,6 +38,7 @@ class Part:
     inference: whether the weights that are drawn with have it
     largest_block: parameters of the largest of its blocks; in_blocks: of those that FSDP gathers one at a time
     turn, cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
+    drawing: what drawing one picture calls of it
     """
 
     name: str
@@ -53,6 +55,7 @@ class Part:
     turn: str = "train"
     cached_as: str | None = None
     saved: bool = False
+    drawing: Sequence[Calls] = ()
 
 
 @dataclass(frozen=True)
@@ -200,4 +203,5 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         turn=network.turn,
         cached_as=network.cached_as,
         saved=network.saved,
+        drawing=counted_calls(network),
     )

@@ -12,7 +12,8 @@ from t2i.config import RunConfig
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import build_codec
 from t2i.families.autoregressive.network import CodeTransformer
-from t2i.families.tokens import grid_of, planned_codec
+from t2i.families.autoregressive.plan_drawing import planned_drawing
+from t2i.families.tokens import alike, grid_of, planned_codec, rows_drawn
 from t2i.interfaces import PlannedNetwork
 from t2i.text.architecture import build_architecture
 
@@ -35,15 +36,28 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             "mask": torch.ones(batch, length, dtype=torch.bool),
         }
 
+    rows = rows_drawn(model.sampling)
+
+    def text_inputs(batch: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(batch, length, dtype=torch.int64)}
+
     return [
-        PlannedNetwork("transformer", transformer, given, trained=True, hidden=transformer.hidden_matrices()),
+        PlannedNetwork(
+            "transformer",
+            transformer,
+            given,
+            trained=True,
+            hidden=transformer.hidden_matrices(),
+            drawing=planned_drawing(transformer, length, text.token_dim, rows),
+        ),
         *(planned_codec(codec, size) if model.palette is None else ()),
         PlannedNetwork(
             "text encoder",
             text.network,
-            lambda batch: {"input_ids": torch.zeros(batch, length, dtype=torch.int64)},
+            text_inputs,
             trained=text.trainable,
             cached_as=None if text.trainable else "text",
             by_block=False,
+            drawing=alike(1, lambda: text.network(**text_inputs(rows))),
         ),
     ]

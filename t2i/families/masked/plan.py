@@ -12,7 +12,7 @@ from t2i.config import RunConfig
 from t2i.families.codec import token_codec
 from t2i.families.masked.config import Config
 from t2i.families.masked.model import build_transformer
-from t2i.families.tokens import grid_of, planned_codec
+from t2i.families.tokens import alike, grid_of, planned_codec, rows_drawn
 from t2i.interfaces import PlannedNetwork
 from t2i.text.architecture import build_architecture
 
@@ -40,15 +40,28 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             **low(batch),
         }
 
+    rows = rows_drawn(model.sampling)
+
+    def text_inputs(batch: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(batch, length, dtype=torch.int64)}
+
     return [
-        PlannedNetwork("transformer", transformer, asked, trained=True, hidden=transformer.hidden_matrices()),
+        PlannedNetwork(
+            "transformer",
+            transformer,
+            asked,
+            trained=True,
+            hidden=transformer.hidden_matrices(),
+            drawing=alike(model.sampling.steps, lambda: transformer(**asked(rows))),
+        ),
         *planned_codec(codec, size),
         PlannedNetwork(
             "text encoder",
             text.network,
-            lambda batch: {"input_ids": torch.zeros(batch, length, dtype=torch.int64)},
+            text_inputs,
             trained=text.trainable,
             cached_as=None if text.trainable else "text",
             by_block=False,
+            drawing=alike(1, lambda: text.network(**text_inputs(rows))),
         ),
     ]

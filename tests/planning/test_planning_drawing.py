@@ -1,0 +1,90 @@
+"""What `t2i plan` says of drawing a picture: against closed forms, and against what drawing really calls."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2i import families
+from t2i.families.autoregressive.drawing import draw_codes
+from t2i.interfaces import TextFeatures
+from t2i.planning.config import ClusterConfig
+from t2i.planning.drawing import Calls, counted_calls
+
+CLUSTER = ClusterConfig("X", 100.0, 80.0, 1, 1, 1.0, 1.0, 1, 0.5, memory_gb_per_s=1000.0)
+TEXT_DIM = 48
+
+
+@pytest.fixture
+def planned(compose_run):
+    """(experiment, overrides) -> the run and its planned networks by name, over a codec of 16 codes and f4."""
+
+    def planned(experiment: str, *overrides: str):
+        from t2i_cli.composition import composed_run
+
+        config = compose_run(f"experiment={experiment}", *overrides)
+        codec = composed_run(["experiment=autoencoder/tiny_vq", "codec.num_codes=16"], None)
+        found = families.get(config.family).load_plan()(config, {"codec": codec})
+        return config.model, {network.name: network for network in found}
+
+    return planned
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_autoregressive_drawing(planned, guidance):
+    """With a cache: one call for L slots of text and the start, then one for each code but the last."""
+    model, networks = planned("autoregressive/tiny_ar", f"sampling.guidance_scale={guidance}")
+    network = networks["transformer"]
+    transformer, rows = network.module, 1 if guidance == 1 else 2
+    first, following = counted_calls(network)
+    shape, (height, width) = model.transformer, transformer.grid
+    length, steps, text_dim = model.text.max_tokens, height * width, transformer.text.states.in_features
+    matrices = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
+    head, pairs = 16 * shape.width, 4 * shape.depth * shape.width  # both products of attention
+    slots = length + 1
+    prefill = 2 * (slots * matrices + length * text_dim * shape.width + head) + pairs * slots**2
+    assert (first.count, first.flops) == (1, (rows * prefill,) * 2)
+    each = [2 * (matrices + head) + pairs * (slots + i) for i in range(1, steps)]
+    assert (following.count, following.flops) == (steps - 1, (rows * each[0], rows * each[-1]))
+    assert following.total_flops == rows * sum(each)
+    # Nothing else of the transformer is called, and the caches are as large as that.
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        text = TextFeatures(
+            torch.empty(1, length, text_dim), torch.empty(1, 8), torch.ones(1, length, dtype=torch.bool)
+        )
+        draw_codes(transformer, text, text if rows == 2 else None, (height, width), [0], model.sampling)
+    assert counter.get_total_flops() == first.total_flops + following.total_flops
+    assert following.cache_bytes == 2 * 2 * shape.depth * rows * (length + steps) * shape.width
+
+
+def test_masked_drawing(planned):
+    """All codes in each of so many steps, with and without the prompt."""
+    model, networks = planned("masked/tiny_masked", "sampling.steps=7", "sampling.guidance_scale=2.5")
+    (calls,) = counted_calls(networks["transformer"])
+    transformer, config = networks["transformer"].module, model.transformer
+    layers = []
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, _, out: layers.append(2 * m.in_features * out.numel()))
+    with torch.device("meta"), torch.no_grad():
+        given = networks["transformer"].inputs(2)
+        transformer(**given)
+    codes, words = given["tokens"][0].numel(), model.text.max_tokens
+    pairs = 4 * 2 * config.depth * config.width * codes * (codes + words)
+    assert calls.count == 7
+    assert calls.total_flops == 7 * (sum(layers) + pairs)
+    (decoder,) = counted_calls(networks["codec decoder"])
+    (text,) = counted_calls(networks["text encoder"])
+    assert (decoder.count, text.count, calls.cache_bytes) == (1, 1, 0)
+
+
+def test_seconds_by_hand():
+    """100 TFLOP/s and 1,000 GB/s: the first calls wait for memory, the last ones for arithmetic."""
+    calls = Calls("x", count=3, weights=10**9, flops=(10**11, 5 * 10**11), cached=(0, 10**9))
+    assert calls.total_flops == 9 * 10**11
+    assert calls.seconds(CLUSTER) == pytest.approx(2e-3 + 3e-3 + 5e-3)
+    arithmetic = dataclasses.replace(CLUSTER, memory_gb_per_s=None)
+    assert calls.seconds(arithmetic) == pytest.approx(9e-3)
