@@ -80,6 +80,10 @@ def read_single_file(
             f"{path} holds weights under diffusers' names ({first}, ...), which do not tell the model's shape; give "
             "the folder in which its config.json lies."
         )
+    if "blocks.input.w" in weights or "blocks.input.weight" in weights:
+        raise CheckpointError(
+            f"{path} is one half of DALL-E's discrete VAE; give the folder that holds encoder.pt and decoder.pt."
+        )
     if is_text_encoder(weights):
         raise CheckpointError(
             f"{path} holds a text encoder alone; give it by --text, with a UNet as the source."

@@ -108,5 +108,6 @@ def infer_codec(weights: Weights, path: Path) -> dict[str, Any]:
     middle = shapes.has("encoder.mid.attn_1.norm.weight")
     codec: dict[str, Any] = {"name": "kl", "kl_weight": 1e-6}
     if shapes.has("quantize.embedding.weight"):
-        codec = {"name": "vq", "num_codes": shapes.size("quantize.embedding.weight", 0, (2,))}
+        num_codes, dim = (shapes.size("quantize.embedding.weight", axis, (2,)) for axis in (0, 1))
+        codec = {"name": "vq", "num_codes": num_codes, "code_dim": dim}
     return {"codec": codec, "backbone": backbone(base, mult, blocks, latent, attends, middle)}

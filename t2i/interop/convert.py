@@ -14,7 +14,7 @@ from t2i.errors import CheckpointError
 from t2i.interop.compvis_out import write_compvis
 from t2i.interop.diffusers_out import write_diffusers
 from t2i.interop.options import Format, Options
-from t2i.interop.parts import Parts
+from t2i.interop.parts import Parts, formats_of
 from t2i.interop.run_out import write_run
 from t2i.interop.sources import read
 from t2i.interop.writing import DTYPES, Progress, saved_bytes
@@ -75,6 +75,8 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
         raise CheckpointError(
             f"{out} would be a folder; allowed: a name without .safetensors, or --to compvis."
         )
+    if to != "t2i":
+        formats_of("codec").from_run(parts.codec.config)
     if to == "compvis" and parts.denoiser is not None:
         said = {
             key: value for key, value in parts.denoiser.sampling.items() if value != DEFAULTS.get(key, value)

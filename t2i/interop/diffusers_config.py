@@ -180,9 +180,10 @@ def read_codec(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], f
     codec: dict[str, Any] = {"name": "kl", "kl_weight": 1e-6}
     if quantised:
         dim = values.get("vq_embed_dim")
-        check(dim in (None, latent), f"{place}: vq_embed_dim", dim, f"null or latent_channels ({latent})")
         num_codes = bounded(values.get("num_vq_embeddings", 256), f"{place}: num_vq_embeddings", 2**24)
         codec = {"name": "vq", "num_codes": num_codes}
+        if dim is not None:
+            codec["code_dim"] = bounded(dim, f"{place}: vq_embed_dim", 4096)
     middle = values.get("mid_block_add_attention", True)
     check(type(middle) is bool, f"{place}: mid_block_add_attention", middle, "true or false")
     latent_scale = scale(values.get("scaling_factor", 0.18215), f"{place}: scaling_factor")
@@ -236,6 +237,10 @@ def write_codec(config: Mapping[str, Any], latent_scale: float, size_px: int) ->
         "scaling_factor": latent_scale,
     }
     if codec["name"] == "vq":
-        embedding = {"num_vq_embeddings": codec["num_codes"], "vq_embed_dim": shape["latent_channels"]}
-        values |= {"_class_name": VQ_CLASS, "lookup_from_codebook": True, **embedding}
+        values |= {
+            "_class_name": VQ_CLASS,
+            "lookup_from_codebook": True,
+            "num_vq_embeddings": codec["num_codes"],
+            "vq_embed_dim": codec.get("code_dim") or shape["latent_channels"],
+        }
     return values

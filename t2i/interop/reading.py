@@ -93,9 +93,15 @@ def read_pickle(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} cannot be read as a checkpoint: its pickle is not one that torch.save wrote, or is damaged."
             ) from error
+        code = words[words.index("GLOBAL") + 1]
+        remedy = "Ask its author for a .safetensors file."
+        if code.startswith("dall_e."):
+            remedy = (
+                f"Where you trust it and the package dall_e is, torch.save(dall_e.load_model({str(path)!r}, "
+                f"'cpu').state_dict(), {str(path.with_suffix('.pt'))!r}) makes a file of weights alone."
+            )
         raise CheckpointError(
-            f"{path} cannot be read without running code that it names ({words[words.index('GLOBAL') + 1]}); "
-            "refused. Ask its author for a .safetensors file."
+            f"{path} cannot be read without running code that it names ({code}); refused. {remedy}"
         ) from error
     except CheckpointError:
         raise

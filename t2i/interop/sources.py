@@ -8,6 +8,7 @@ from pathlib import Path
 from t2i.config import check
 from t2i.errors import CheckpointError
 from t2i.interop.compvis_in import LATENT_SCALE, UNET, is_text_encoder, read_single_file, read_text_weights
+from t2i.interop.dalle_in import is_dalle, read_dalle
 from t2i.interop.diffusers_config import UNET_CLASS
 from t2i.interop.diffusers_in import (
     PIPELINES,
@@ -20,7 +21,7 @@ from t2i.interop.diffusers_in import (
 )
 from t2i.interop.folder import read_json
 from t2i.interop.options import Options
-from t2i.interop.parts import CodecPart, Parts, Text
+from t2i.interop.parts import CodecPart, Parts, Text, formats_of
 from t2i.interop.reading import read_named
 from t2i.interop.run_in import is_run, read_run
 
@@ -40,12 +41,14 @@ def read(source: Path, options: Options) -> tuple[Parts, bool]:
             parts = read_pipeline(source, options, *_given(options, notes))
         elif kind == UNET_CLASS:
             parts = read_unet_alone(source, options, *_given(options, notes))
+        elif is_dalle(source):
+            parts = read_dalle(source)
         elif kind is not None:
             parts = Parts("a diffusers autoencoder", read_autoencoder(source, "", options.ema, notes))
         else:
             raise CheckpointError(
                 f"{source} is none of: a diffusers folder (model_index.json), a t2i run (config.yaml), the folder of "
-                "an autoencoder or of a UNet (config.json)."
+                "an autoencoder or of a UNet (config.json), the folder of DALL-E's encoder.pt and decoder.pt."
             )
     else:
         weights, metadata, is_ours = read_named(source)
@@ -77,6 +80,7 @@ def _given(options: Options, notes: list[str]) -> tuple[CodecPart | None, Text |
 def _given_codec(source: Path, options: Options, notes: list[str]) -> CodecPart:
     """The autoencoder of a file or folder, which may hold more."""
     parts, is_ours = read(source, Options(ema=options.ema))
+    formats_of("codec").from_run(parts.codec.config)
     if parts.denoiser is None and not is_ours and source.is_file() and not parts.codec.quantised:
         notes.append(
             f"{source} does not say how its latents are scaled: by {LATENT_SCALE}, as Stable Diffusion's."

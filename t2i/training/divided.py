@@ -4,8 +4,7 @@ moments and averages (torch's DTensor, divided along the first dimension)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,28 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-
-class Rows:
-    """A whole tensor that lies in files, one part below the other, of which no more is read than the rows that are
-    asked for.
-
-    parts: slices of safetensors
-    """
-
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = parts
-        self.starts = list(accumulate((part.get_shape()[0] for part in parts), initial=0))
-        self.shape = torch.Size([self.starts[-1], *parts[0].get_shape()[1:]])
-        self.dtype = parts[0][:0].dtype
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        first, last, _ = rows.indices(self.shape[0])
-        found = []
-        for part, (start, end) in zip(self.parts, pairwise(self.starts), strict=True):
-            begin, stop = max(first, start), min(last, end)
-            found.append(part[begin - start : stop - start] if begin < stop else part[:0])
-        return torch.cat(found)
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -64,16 +41,16 @@ def rows_of(tensor: DTensor) -> slice:
 
 
 @torch.no_grad()
-def put(value: Tensor | Rows, target: Tensor) -> None:
+def put(value: Tensor, target: Tensor) -> None:
     """Copies a whole `value` over `target`: of a divided one, what this process holds."""
-    if isinstance(target, DTensor):
-        value = value[rows_of(target)]
-    own(target).copy_(value[:] if isinstance(value, Rows) else value)
+    own(target).copy_(value[rows_of(target)] if isinstance(target, DTensor) else value)
 
 
-def like(value: Tensor | Rows, model: Tensor) -> Tensor:
+def like(value: Tensor, model: Tensor) -> Tensor:
     """A whole `value` of the model's shape, divided as the model is, on its device and in its layout in memory, which
     fused optimizers take for granted."""
+    if value.stride() == model.stride() and value.device == model.device and not isinstance(model, DTensor):
+        return value
     made = torch.empty_like(model, dtype=value.dtype)
     put(value, made)
     return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from t2i.config import OptimizerConfig
 from t2i.training.adamw import AdamW
-from t2i.training.divided import Rows, like
+from t2i.training.divided import like
 from t2i.training.muon import MuonAdamW
 
 
@@ -50,7 +50,7 @@ def _as_parameters(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> d
     state = {
         number: {
             name: like(value, parameter.detach())
-            if isinstance(value, Tensor | Rows) and value.shape == parameter.shape
+            if isinstance(value, Tensor) and value.shape == parameter.shape
             else value
             for name, value in saved["state"].get(number, {}).items()
         }

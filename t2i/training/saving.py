@@ -89,13 +89,12 @@ class StateFolders(TorchCheckpointIO):
             self._writer.join()
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None, by_rows: bool = False
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """by_rows: see `state_folder.read`"""
         if not Path(path).is_dir():
             return super().load_checkpoint(path, map_location, weights_only=True)
         self._frozen = Path(path) / state_folder.FROZEN
-        return state_folder.read(Path(path), by_rows)
+        return state_folder.read(Path(path))
 
     def _write(self, checkpoint: dict[str, Any], shards: Any, path: Path, frozen: Path | None) -> None:
         try:

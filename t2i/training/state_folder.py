@@ -166,27 +166,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read(path: Path, by_rows: bool = False) -> dict[str, Any]:
-    """All that `write` got. Raises CheckpointError.
-
-    by_rows: for a process that will hold some rows of the divided tensors and has no memory for all: `Rows` in their
-        place, and tensors of the files, not of memory
-    """
+def read(path: Path) -> dict[str, Any]:
+    """All that `write` got. Raises CheckpointError."""
     try:
-        rest = torch.load(path / REST, map_location="cpu", weights_only=True, mmap=by_rows)
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path / REST} cannot be read: {reason}.") from error
-    found = zip(("state_dict", "ema"), weights(path, by_rows=by_rows), strict=True)  # with the frozen ones
-    return dict(_shards(path, by_rows).joined(rest)) | {key: value for key, value in found if value}
+    found = zip(("state_dict", "ema"), weights(path), strict=True)  # with the frozen ones
+    return dict(_shards(path).joined(rest)) | {key: value for key, value in found if value}
 
 
-def weights(
-    path: Path, average: bool = True, by_rows: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights, trained and frozen, and those of the EMA, empty where there is none or it is not asked for. Raises
-    CheckpointError. by_rows: as in `read`"""
-    found, shards = dict[str, dict[str, Tensor]](), _shards(path, by_rows)
+    CheckpointError."""
+    found, shards = dict[str, dict[str, Tensor]](), _shards(path)
     for key, name in ENTRIES.items():
         if key == "ema" and not average:
             continue
@@ -206,8 +200,8 @@ def _link(old: Path, new: Path) -> None:
         shutil.copyfile(old, new)
 
 
-def _shards(path: Path, by_rows: bool = False) -> Shards:
-    return Shards([path / name for name in sorted(_mark(path)["files"]) if SHARD.fullmatch(name)], by_rows)
+def _shards(path: Path) -> Shards:
+    return Shards([path / name for name in sorted(_mark(path)["files"]) if SHARD.fullmatch(name)])
 
 
 def _mark(path: Path) -> dict[str, Any]:

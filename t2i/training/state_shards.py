@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from t2i.errors import CheckpointError
 from t2i.files import system_error
-from t2i.training.divided import Rows, own
+from t2i.training.divided import own
 
 T = TypeVar("T")
 SHARD = re.compile(r"shard_\d{5,}\.safetensors")
@@ -51,36 +51,24 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict
 
 
 class Shards:
-    """Those of a checkpoint's folder, in order. Tensors are read when they are asked for. Raises CheckpointError.
+    """Those of a checkpoint's folder, in order. Tensors are read when they are asked for. Raises CheckpointError."""
 
-    by_rows: gives `Rows` in the place of divided tensors
-    """
-
-    def __init__(self, paths: list[Path], by_rows: bool = False) -> None:
-        self.paths, self.by_rows = paths, by_rows
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
         try:
             self.files = [safe_open(path, framework="pt") for path in paths]
             self.names = sorted(self.files[0].keys()) if paths else []
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{paths[0].parent} has shards that cannot be read: {error}.") from error
 
-    def parts(self, name: str) -> list[Any]:
-        """Of a divided tensor what each shard has, unread."""
-        try:
-            return [file.get_slice(name) for file in self.files]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.paths[0].parent} has shards that do not fit: {error}.") from error
-
-    def whole(self, name: str) -> Any:
+    def whole(self, name: str) -> Tensor:
         """A divided tensor."""
-        if self.by_rows:
-            return Rows(self.parts(name))
         try:
             return torch.cat([file.get_tensor(name) for file in self.files])
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.paths[0].parent} has shards that do not fit: {error}.") from error
 
-    def under(self, key: str) -> dict[str, Any]:
+    def under(self, key: str) -> dict[str, Tensor]:
         """The divided ones of an entry of the checkpoint ("state_dict"), by their names in it."""
         prefix = f"{key}/"
         return {name.removeprefix(prefix): self.whole(name) for name in self.names if name.startswith(prefix)}

@@ -24,7 +24,6 @@ from torch.distributed.utils import _sync_module_states
 from t2i.config import Precision, TrainerConfig
 from t2i.launch.watch import patience_s
 from t2i.training.divided import is_divided, put
-from t2i.training.saving import StateFolders
 from t2i.training.stage import BaseStage
 
 BUCKET_BYTES = 250 * 2**20  # of the buffers that are sent together
@@ -87,12 +86,6 @@ class ShardedStrategy(DDPStrategy):
         self.reduces = reduces
         stage.set_requires_gradient_sync(reduces)
         stage.set_is_last_backward(reduces)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each process reads what it will hold."""
-        io = self.checkpoint_io
-        assert isinstance(io, StateFolders)
-        return io.load_checkpoint(checkpoint_path, by_rows=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None

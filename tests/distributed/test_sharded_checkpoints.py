@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from t2i.errors import CheckpointError, TrainingError
 from t2i.training import checkpoint, state_folder
-from t2i.training.divided import Rows, like, own, put, whole
+from t2i.training.divided import like, own, put, whole
 from t2i.training.finite import check_before_writing
 from t2i.training.saving import StateFolders
 
@@ -65,18 +65,12 @@ def worker(rank: int, folder: str) -> None:
     io.wait()
     assert [path.name for path in written] == ["step_0000001", "step_0000004"]
 
+    saved = state_folder.read(place / "step_0000001")
     target = state["state_dict"]["a"]
-    for by_rows in (False, True):
-        saved = state_folder.read(place / "step_0000001", by_rows)
-        assert isinstance(saved["state_dict"]["a"], Rows) == by_rows
-        own(target).zero_()
-        put(saved["state_dict"]["a"], target)
-        assert torch.equal(whole(target), STATE["state_dict"]["a"])
-        moment = like(saved["optimizer_states"][0]["state"][0]["moment"], target)
-        assert torch.equal(own(moment), torch.ones(3 - rank, 3))
-        one = state["state_dict"]["one"]  # of which the second process has nothing
-        put(saved["state_dict"]["one"], one)
-        assert torch.equal(own(one), torch.ones(1 - rank))
+    put(saved["state_dict"]["a"], target)
+    assert torch.equal(whole(target), STATE["state_dict"]["a"])
+    moment = like(saved["optimizer_states"][0]["state"][0]["moment"], target)
+    assert torch.equal(own(moment), torch.ones(3 - rank, 3))
 
     check_before_writing([("a", target)], place)
     if rank == 1:
@@ -84,33 +78,6 @@ def worker(rank: int, folder: str) -> None:
     with pytest.raises(TrainingError, match="a has numbers that are not finite"):
         check_before_writing([("a", target)], place)
     dist.destroy_process_group()
-
-
-class Part:
-    """A slice of safetensors that knows which rows were read."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.read = rows, 0
-
-    def get_shape(self) -> list[int]:
-        return list(self.rows.shape)
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        self.read += len(self.rows[rows])
-        return self.rows[rows]
-
-
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 0), (0, 1), (2, 2, 1, 0), (5,), (0,)])
-def test_no_more_rows_are_read_than_are_asked_for(sizes):
-    tensor = torch.arange(3.0 * sum(sizes)).reshape(-1, 3)
-    for first in range(len(tensor) + 1):
-        for last in range(first, len(tensor) + 1):
-            parts = [Part(part) for part in tensor.split(list(sizes))]
-            rows = Rows(parts)
-            assert rows.shape == tensor.shape
-            assert torch.equal(rows[first:last], tensor[first:last])
-            assert sum(part.read for part in parts) == last - first
-    assert torch.equal(Rows([Part(part) for part in tensor.split(list(sizes))])[:], tensor)
 
 
 def test_each_process_writes_its_rows(tmp_path):

@@ -30,3 +30,18 @@ def test_vqgan_f16(compose_run, num_codes):
     assert config.optimizer.learning_rate == pytest.approx(4.5e-6 * batch)
     assert (adversarial.start_images, adversarial.weight) == (250_000 * batch, 0.8)
     assert config.data.crop == "random"
+
+
+def test_dalle(compose_run):
+    """2102.12092, appendix A.2: networks, codes, and the schedules of 512 pictures a step."""
+    config = compose_run("experiment=autoencoder/dvae", "data.shards=x.tar")
+    with torch.device("meta"):
+        codec = build_codec(config.model)
+    assert count(codec.encoder) + count(codec.quant_conv) == 53_786_240
+    assert count(codec.decoder) + count(codec.codebook) == 43_829_766
+    assert count(codec) == 53_786_240 + 43_829_766
+    batch = config.trainer.batch_size * config.trainer.processes
+    assert (batch, config.trainer.num_images) == (512, 3_000_000 * 512)
+    assert codec.codebook.anneal_images == 150_000 * batch
+    assert codec.codebook.kl_warmup_images == 5_000 * batch
+    assert codec.codebook.kl_weight == pytest.approx(6.6 / 192)

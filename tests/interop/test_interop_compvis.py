@@ -207,9 +207,9 @@ def test_published_unets_are_told_from_their_shapes(config, parameters):
     ("mult", "latent", "attention", "codec", "parameters"),
     [
         ([1, 2, 4, 4], 4, [], {"name": "kl", "kl_weight": 1e-6}, 83_653_863),
-        ([1, 2, 4], 3, [], {"name": "vq", "num_codes": 8192}, None),
-        ([1, 1, 2, 2, 4], 256, [16], {"name": "vq", "num_codes": 1024}, 72_141_699),
-        ([1, 2, 2, 4, 6], 64, [], {"name": "vq", "num_codes": 8192}, None),
+        ([1, 2, 4], 3, [], {"name": "vq", "num_codes": 8192, "code_dim": 3}, None),
+        ([1, 1, 2, 2, 4], 256, [16], {"name": "vq", "num_codes": 1024, "code_dim": 256}, 72_141_699),
+        ([1, 2, 2, 4, 6], 64, [], {"name": "vq", "num_codes": 8192, "code_dim": 64}, None),
     ],
     ids=["kl-f8", "vq-f4", "vqgan-f16", "amused-f16"],
 )

@@ -34,7 +34,7 @@ def levels(*widths: int) -> dict[str, Any]:
 VQGAN: dict[str, Any] = levels(32, 32, 64, 64, 128)
 VQGAN["down_block_types"] = (*VQGAN["down_block_types"][:4], "AttnDownEncoderBlock2D")
 VQGAN["up_block_types"] = ("AttnUpDecoderBlock2D", *VQGAN["up_block_types"][1:])
-VQGAN |= {"latent_channels": 16, "num_vq_embeddings": 64, "scaling_factor": 1.0}
+VQGAN |= {"latent_channels": 16, "vq_embed_dim": 12, "num_vq_embeddings": 64, "scaling_factor": 1.0}
 # amused/amused-256/vqvae/config.json
 AMUSED = levels(128, 256, 256, 512, 768) | {
     "latent_channels": 64,
@@ -134,13 +134,14 @@ def test_a_taming_checkpoint_that_lacks_a_weight_or_has_other_widths(tmp_path):
         prepare(tmp_path / "lacks.pt", tmp_path / "out", Options())
     torch.save(weights | {"quant_conv.weight": quant[:, :8]}, tmp_path / "other.pt")
     with pytest.raises(
-        CheckpointError, match=r"quant_conv.weight has shape \(16, 8, 1, 1\); allowed: \(16, 16, 1, 1\)"
+        CheckpointError, match=r"quant_conv.weight has shape \(12, 8, 1, 1\); allowed: \(12, 16, 1, 1\)"
     ):
         prepare(tmp_path / "other.pt", tmp_path / "out", Options())
 
 
 def test_the_tokenizer_of_amused_equals_diffusers(tmp_path, convert):
-    model = small(**AMUSED | levels(32, 64, 64, 128, 192) | {"latent_channels": 8, "num_vq_embeddings": 64})
+    narrow = {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 64}
+    model = small(**AMUSED | levels(32, 64, 64, 128, 192) | narrow)
     assert not any("attentions" in name for name in model.state_dict())
     model.save_pretrained(tmp_path / "vqvae")
     run = convert(tmp_path / "vqvae", "run")

@@ -41,6 +41,10 @@ def to_run(entries: Mapping[str, Any]) -> Entries:
 def from_run(model: Mapping[str, Any]) -> Entries:
     name = model["backbone"]["name"]
     check(name == "ldm", "backbone.name", name, f"ldm {NO_FOREIGN_FORM}")
+    codec = model["codec"]
+    check(codec["name"] in ("kl", "vq"), "codec.name", codec["name"], f"kl, vq {NO_FOREIGN_FORM}")
+    ok = not codec.get("normalize", False)
+    check(ok, "codec.normalize", True, "false (no foreign form looks codes up by cosine)")
     return {"codec": model["codec"], "backbone": model["backbone"]}
 
 
