@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from t2i.planned import PlannedCalls
 from t2i.schema import check
 
 
@@ -361,24 +362,6 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True)
-class PlannedCalls:
-    """Calls of a network while one picture is drawn. What they compute and read grows evenly from first to last.
-
-    count: how many
-    first, last: run these, on the current default device, for one picture (and its unconditional half, under guidance)
-    cached: how many numbers of keys and values, kept from earlier calls and added by this one, the first and the last
-        attend to
-    weights: of the network's, that a call reads; None: all
-    """
-
-    count: int
-    first: Callable[[], Tensor]
-    last: Callable[[], Tensor]
-    cached: tuple[int, int] = (0, 0)
-    weights: int | None = None
-
-
-@dataclass(frozen=True)
 class PlannedNetwork:
     """One network of a run as its family's `plan` gives it: what parameters, FLOPs and memory are counted from.
 
@@ -392,10 +375,8 @@ class PlannedNetwork:
     cached_as: of a frozen network, which of the stage's `features` stands in for it; such a network is drawn with
     saved: of a frozen network, whether the run's files have it
     num_parameters: where the module holds more than this network
-    by_block: of a trained network, whether FSDP gathers it block by block: whether its blocks are those of
-        `t2i.training.stage.BaseStage.blocks_to_gather`
+    by_block: of a trained network, whether FSDP gathers it block by block (`BaseStage.blocks_to_gather`)
     turn: of a trained network, the step's turn that trains it
-    drawing: what drawing one picture calls of it; empty where the family does not say
     """
 
     name: str
@@ -410,11 +391,10 @@ class PlannedNetwork:
     num_parameters: int | None = None
     by_block: bool = True
     turn: str = "train"
-    drawing: Sequence[PlannedCalls] = ()
+    drawing: Sequence[PlannedCalls] = ()  # what drawing one picture calls of it, where the family says
 
     @property
     def parameters(self) -> int:
         """How many there are."""
-        if self.num_parameters is not None:
-            return self.num_parameters
-        return sum(p.numel() for p in self.module.parameters())
+        counted = sum(p.numel() for p in self.module.parameters())
+        return counted if self.num_parameters is None else self.num_parameters

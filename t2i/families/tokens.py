@@ -12,7 +12,8 @@ from t2i.codes.config import CodeSampling
 from t2i.data.encoded import weights_hash
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
-from t2i.interfaces import Batch, Feature, PlannedCalls, PlannedNetwork, TokenCodec
+from t2i.interfaces import Batch, Feature, PlannedNetwork, TokenCodec
+from t2i.planned import PlannedCalls
 from t2i.schema import check
 
 

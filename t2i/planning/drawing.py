@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from t2i.interfaces import PlannedCalls, PlannedNetwork
+from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedCalls
 from t2i.planning.config import ClusterConfig
 from t2i.planning.count import flops
 
@@ -18,7 +19,7 @@ NUMBER = 2  # bytes of a weight, a key or a value: bfloat16
 class Calls:
     """Of one network, counted.
 
-    flops: of the first and of the last; cached, count: as `t2i.interfaces.PlannedCalls` has them
+    flops: of the first and of the last; cached, count: as `t2i.planned.PlannedCalls` has them
     weights: how many numbers each call reads
     """
 

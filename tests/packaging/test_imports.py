@@ -19,7 +19,18 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDERS = {"t2i": "t2i", "t2i_cli": "cli", "t2i_conf": "conf", "t2i_pipelines": "data_pipelines"}
 # Imports point from a higher layer to a lower one.
 LAYERS = (
-    {"errors", "few", "files", "weight_file", "schema", "data_config", "config", "interfaces", "t2i"},
+    {
+        "errors",
+        "few",
+        "files",
+        "weight_file",
+        "schema",
+        "data_config",
+        "config",
+        "interfaces",
+        "planned",
+        "t2i",
+    },
     {"nn"},
     {"diffusion", "adversarial", "codes"},
     {"launch", "training", "data", "text"},
@@ -32,6 +43,7 @@ LAYERS = (
 SIDEWAYS = {
     ("schema", "errors"),
     ("interfaces", "schema"),
+    ("interfaces", "planned"),
     ("weight_file", "errors"),
     ("data_config", "schema"),
     ("config", "schema"),

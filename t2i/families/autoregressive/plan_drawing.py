@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from t2i.families.autoregressive.network import CodeTransformer
-from t2i.interfaces import PlannedCalls
 from t2i.nn.transformer import Cache
+from t2i.planned import PlannedCalls
 
 
 def planned_drawing(

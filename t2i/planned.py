@@ -1,0 +1,26 @@
+"""What a family's plan says of drawing, beside `t2i.interfaces.PlannedNetwork`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlannedCalls:
+    """Calls of a network while one picture is drawn. What they compute and read grows evenly from first to last.
+
+    count: how many
+    first, last: run these, on the current default device, for one picture (and its unconditional half, under guidance)
+    cached: how many numbers of keys and values, kept from earlier calls and added by this one, the first and the last
+        attend to
+    weights: of the network's, that a call reads; None: all
+    """
+
+    count: int
+    first: Callable[[], Tensor]
+    last: Callable[[], Tensor]
+    cached: tuple[int, int] = (0, 0)
+    weights: int | None = None
