@@ -15,7 +15,6 @@ from t2i.planning.config import ClusterConfig
 from t2i.planning.drawing import Calls, counted_calls
 
 CLUSTER = ClusterConfig("X", 100.0, 80.0, 1, 1, 1.0, 1.0, 1, 0.5, memory_gb_per_s=1000.0)
-TEXT_DIM = 48
 
 
 @pytest.fixture
@@ -33,31 +32,35 @@ def planned(compose_run):
     return planned
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_autoregressive_drawing(planned, guidance):
-    """With a cache: one call for L slots of text and the start, then one for each code but the last."""
-    model, networks = planned("autoregressive/tiny_ar", f"sampling.guidance_scale={guidance}")
+@pytest.mark.parametrize(("guidance", "conditioning"), [(1.0, "prefix"), (3.0, "prefix"), (3.0, "cross")])
+def test_autoregressive_drawing(planned, guidance, conditioning):
+    """One call for the text and the start, then with a cache one for each code but the last."""
+    overrides = (f"sampling.guidance_scale={guidance}", f"transformer.conditioning={conditioning}")
+    model, networks = planned("autoregressive/tiny_ar", *overrides)
     network = networks["transformer"]
-    transformer, rows = network.module, 1 if guidance == 1 else 2
+    transformer, rows, cross = network.module, 1 if guidance == 1 else 2, conditioning == "cross"
     first, following = counted_calls(network)
     shape, (height, width) = model.transformer, transformer.grid
-    length, steps, text_dim = model.text.max_tokens, height * width, transformer.text.states.in_features
-    matrices = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
-    head, pairs = 16 * shape.width, 4 * shape.depth * shape.width  # both products of attention
-    slots = length + 1
-    prefill = 2 * (slots * matrices + length * text_dim * shape.width + head) + pairs * slots**2
+    words, steps, text_dim = model.text.max_tokens, height * width, network.inputs(1)["tokens"].shape[2]
+    depth, dim = shape.depth, shape.width
+    own = depth * (4 + 2 * shape.mlp_ratio + 2 * cross) * dim**2  # weights that each slot goes through
+    of_text = 2 * depth * text_dim * dim if cross else text_dim * dim
+    head, pairs = 16 * dim, 4 * depth * dim  # pairs: both products of attention
+    slots = 1 if cross else words + 1
+    context = words * cross
+    prefill = 2 * (slots * own + words * of_text + head) + pairs * slots * (slots + context)
     assert (first.count, first.flops) == (1, (rows * prefill,) * 2)
-    each = [2 * (matrices + head) + pairs * (slots + i) for i in range(1, steps)]
+    each = [2 * (own + head) + pairs * (slots + i + context) for i in range(1, steps)]
     assert (following.count, following.flops) == (steps - 1, (rows * each[0], rows * each[-1]))
     assert following.total_flops == rows * sum(each)
-    # Nothing else of the transformer is called, and the caches are as large as that.
+    # The keys and values of the text, the start and all codes but the last, in 16 bits.
+    assert following.cache_bytes == 2 * 2 * depth * rows * (words + 1 + steps - 1) * dim
+    # Drawing calls nothing else of the transformer.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        text = TextFeatures(
-            torch.empty(1, length, text_dim), torch.empty(1, 8), torch.ones(1, length, dtype=torch.bool)
-        )
+        seen = torch.ones(1, words, dtype=torch.bool)
+        text = TextFeatures(torch.empty(1, words, text_dim), torch.empty(1, 8), seen)
         draw_codes(transformer, text, text if rows == 2 else None, (height, width), [0], model.sampling)
     assert counter.get_total_flops() == first.total_flops + following.total_flops
-    assert following.cache_bytes == 2 * 2 * shape.depth * rows * (length + steps) * shape.width
 
 
 def test_masked_drawing(planned):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.families.autoregressive.network import CodeTransformer
-from t2i.nn.transformer import Cache
+from t2i.nn.transformer import Cache, TokenBlock
 from t2i.planned import PlannedCalls
 
 
@@ -19,33 +19,46 @@ def planned_drawing(
     tokens, text_dim: number and width of the text's states; rows: of the batch
     """
     config = transformer.config
-    head_dim, steps = config.width // config.heads, transformer.grid[0] * transformer.grid[1]
-
-    def caches(length: int) -> list[Cache]:
-        made = [Cache(length + 1) for _ in transformer.blocks]
-        for cache in made:
-            for _ in range(length > 0):
-                cache.extended(*(torch.empty(rows, config.heads, length, head_dim) for _ in range(2)))
-        return made
+    steps, cross = transformer.grid[0] * transformer.grid[1], config.conditioning == "cross"
 
     def first() -> Tensor:
-        text = torch.empty(rows, tokens, text_dim)
-        seen = torch.ones(rows, tokens, dtype=torch.bool)
-        places = torch.zeros(1, dtype=torch.int64)
-        return transformer(torch.zeros(rows, 0, dtype=torch.int64), text, seen, places)
+        text, seen = torch.empty(rows, tokens, text_dim), torch.ones(rows, tokens, dtype=torch.bool)
+        none, places = torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        return transformer(none, text, seen, places)
 
-    def following(before: int) -> Tensor:
-        code, places = torch.zeros(rows, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-        return transformer.following(code, places, caches(before))
+    def states(length: int) -> Tensor:
+        return torch.empty(rows, config.heads, length, config.width // config.heads)
 
-    def numbers(length: int) -> int:
-        """Of keys and values."""
+    def following(number: int) -> Tensor:
+        """The call for code `number`, from 1 on."""
+        caches = [Cache(transformer.text_slots + number + 1) for _ in transformer.blocks]
+        for cache in caches:
+            cache.extended(*(states(transformer.text_slots + number) for _ in range(2)))
+            if cross:
+                cache.context = states(tokens), states(tokens), torch.ones(rows, tokens, dtype=torch.bool)
+        code, places = torch.zeros(rows, dtype=torch.int64), torch.zeros(number + 1, dtype=torch.int64)
+        return transformer.following(code, places, caches)
+
+    def numbers(codes: int) -> int:
+        """Of keys and values, once so many codes are there: of text, start and codes."""
+        length = transformer.text_slots + 1 + codes + cross * tokens
         return 2 * config.depth * rows * length * config.width
 
-    start = tokens + 1  # the slots of the first call
-    calls = [PlannedCalls(1, first, first, (numbers(start), numbers(start)))]
+    blocks = [block for block in transformer.blocks if isinstance(block, TokenBlock)]
+    of_text: list[nn.Module] = [] if transformer.text is None else [transformer.text]
+    for block in blocks:
+        if block.cross_attention is not None:
+            of_text += [block.cross_attention.to_k, block.cross_attention.to_v]
+    # Of a table only the rows of the tokens are read.
+    position = 0 if transformer.position is None else transformer.position.numel()
+    read = count(transformer) - count(transformer.embedding) - position
+    calls = [PlannedCalls(1, first, first, (numbers(0), numbers(0)), read)]
     if steps > 1:
-        found = numbers(start + 1), numbers(start + steps - 1)
-        last = start + steps - 2
-        calls.append(PlannedCalls(steps - 1, lambda: following(start), lambda: following(last), found))
+        ends = numbers(1), numbers(steps - 1)
+        read -= sum(map(count, of_text))
+        calls.append(PlannedCalls(steps - 1, lambda: following(1), lambda: following(steps - 1), ends, read))
     return calls
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
