@@ -40,8 +40,6 @@ def test_maskgit_is_bert(float64):
     for p in bert.parameters():
         torch.nn.init.normal_(p)
     names = {
-        "word_embeddings": "bert.embeddings.word_embeddings",
-        "position_embeddings": "bert.embeddings.position_embeddings",
         "norm": "bert.embeddings.LayerNorm",
         "head.0": "cls.predictions.transform.dense",
         "head.2": "cls.predictions.transform.LayerNorm",
@@ -63,7 +61,9 @@ def test_maskgit_is_bert(float64):
     state = {"bias": theirs["cls.predictions.bias"]}
     for name in own.state_dict():
         module, _, last = name.rpartition(".")
-        if module:
+        if module == "embeddings":
+            state[name] = theirs[f"bert.embeddings.{last.removesuffix('s')}_embeddings.weight"]
+        elif module:
             state[name] = theirs[f"{names[module]}.{last}"]
     own.load_state_dict(state)
     tokens = torch.randint(13, (2, 10))

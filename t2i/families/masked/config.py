@@ -43,6 +43,48 @@ class MuseConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
+class UVitConfig:
+    """aMUSEd's U-ViT (2401.01808). Defaults are those of the published 256 px model; that for 512 px has downsample.
+
+    width, depth, heads, hidden: of the transformer; hidden: of its gated MLPs
+    channels, conv_blocks, conv_heads: of the convolutional blocks before and after it, so many on each side
+    embedding_dim: of a code, on the way in and out
+    downsample: the transformer works at half the resolution
+    vocabulary: rows of the table of codes; null: the codes and the mask
+    """
+
+    name: Literal["uvit"]
+    width: int = 1024
+    depth: int = 22
+    heads: int = 16
+    hidden: int = 2816
+    channels: int = 768
+    conv_blocks: int = 3
+    conv_heads: int = 12
+    embedding_dim: int = 768
+    downsample: bool = False
+    dropout: float = 0.0
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in (
+            "width",
+            "depth",
+            "heads",
+            "hidden",
+            "channels",
+            "conv_blocks",
+            "conv_heads",
+            "embedding_dim",
+        ):
+            check(getattr(self, key) >= 1, f"transformer.{key}", getattr(self, key), "1 or more")
+        for key, heads in (("width", self.heads), ("channels", self.conv_heads)):
+            value = getattr(self, key)
+            check(value % heads == 0, f"transformer.{key}", value, f"a multiple of its heads ({heads})")
+        check(0 <= self.dropout < 1, "transformer.dropout", self.dropout, "0 up to, not including, 1")
+
+
+@dataclass(frozen=True)
 class MaskedBuildsOn(BuildsOn):
     """low: of stage masked_sr, the run of stage masked whose codes it refines: "latest", a run folder or a file"""
 
@@ -105,7 +147,7 @@ class Config(ModelConfig):
     """
 
     builds_on: MaskedBuildsOn
-    transformer: MuseConfig | MaskGITConfig
+    transformer: MuseConfig | MaskGITConfig | UVitConfig
     text: TextConfig
     sampling: SamplingConfig
     label_smoothing: float

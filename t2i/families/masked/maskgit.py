@@ -23,8 +23,12 @@ class Bert(nn.Module):
     def __init__(self, config: MaskGITConfig, vocabulary: int, positions: int) -> None:
         super().__init__()
         width = config.width
-        self.word_embeddings = nn.Embedding(vocabulary, width)
-        self.position_embeddings = nn.Embedding(positions, width)
+        # In a container: the words are used for the logits too, so that FSDP keeps them for the whole pass.
+        self.embeddings = nn.ParameterDict(
+            {"words": torch.empty(vocabulary, width), "positions": torch.empty(positions, width)}
+        )
+        for table in self.embeddings.values():
+            truncated_normal(table)
         self.norm = LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([BertBlock(config) for _ in range(config.depth)])
@@ -35,8 +39,8 @@ class Bert(nn.Module):
     def forward(self, tokens: Tensor, prefix: Tensor | None = None, attended: Tensor | None = None) -> Tensor:
         """tokens: (B, N) int64; prefix: (B, L, width) states before them; attended: (B, L) bool, those of the prefix
         that are attended to -> (B, N, vocabulary)."""
-        h = self.word_embeddings(tokens) + self.position_embeddings.weight[: tokens.shape[1]]
-        h = self.dropout(self.norm(h))
+        words, positions = self.embeddings["words"], self.embeddings["positions"]
+        h = self.dropout(self.norm(F.embedding(tokens, words) + positions[: tokens.shape[1]]))
         mask = None
         if prefix is not None:
             h = torch.cat([prefix, h], dim=1)
@@ -44,7 +48,7 @@ class Bert(nn.Module):
                 mask = F.pad(attended, (0, tokens.shape[1]), value=True)[:, None, None, :]
         for block in self.blocks:
             h = block(h, mask)
-        return F.linear(self.head(h[:, -tokens.shape[1] :]), self.word_embeddings.weight, self.bias)
+        return F.linear(self.head(h[:, -tokens.shape[1] :]), words, self.bias)
 
 
 class BertBlock(nn.Module):
@@ -82,14 +86,23 @@ class MaskGIT(MaskedTransformer):
         self.text.apply(_initialise)
 
     def forward(
-        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        low: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         logits = self.bert(tokens.flatten(1), self.text(context), context_mask)
         return logits[..., : self.num_codes]
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
     if isinstance(module, nn.Linear):
+        truncated_normal(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def truncated_normal(weight: Tensor) -> None:
+    """BERT's start."""
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)

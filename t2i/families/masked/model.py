@@ -15,10 +15,11 @@ from t2i.codes.sampling import guided_logits
 from t2i.config import RunConfig, check, parse_run
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import token_codec
-from t2i.families.masked.config import Config, MaskGITConfig, SamplingConfig
+from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
 from t2i.families.masked.network import MaskedTransformer
+from t2i.families.masked.uvit import UVit
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
 from t2i.nn.between import asked_text
@@ -45,7 +46,9 @@ class MaskedModel(TextToImage):
         self.low = None if low is None else low.eval().requires_grad_(False)
         if low is not None:
             check_low(config, self, low)
-        self.transformer = build_transformer(config, codec.num_codes, self.shape, self.text.token_dim)
+        self.transformer = build_transformer(
+            config, codec, self.shape, self.text.token_dim, self.text.pooled_dim
+        )
 
     def train(self, mode: bool = True) -> MaskedModel:
         super().train(mode)
@@ -58,7 +61,7 @@ class MaskedModel(TextToImage):
         """codes: (B, h, w) int64, of no meaning where hidden (B, h, w) is True; low: (B, h', w') int64, with
         super-resolution -> (B, h w, num_codes)."""
         tokens = torch.where(hidden, self.codec.num_codes, codes)
-        return self.transformer(tokens, text.tokens, text.mask, low)
+        return self.transformer(tokens, text.tokens, text.mask, low, text.pooled)
 
     def loss(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:
         """-> (B,): of the hidden codes alone, given the others; arguments as in `logits`."""
@@ -152,7 +155,7 @@ class MaskedModel(TextToImage):
         """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
-        if getattr(self.config.transformer, "positions", "learned") == "learned":
+        if not self.transformer.takes_any_shape:
             for key, found, own in zip(("height", "width"), shape, self.shape, strict=True):
                 allowed = f"{own * f} with this model, whose positions are those of its training size"
                 check(found == own, key, found * f, allowed)
@@ -209,12 +212,22 @@ def check_low(config: Config, high: MaskedModel, low: MaskedModel) -> None:
 
 
 def build_transformer(
-    config: Config, num_codes: int, shape: tuple[int, int], context_dim: int
+    config: Config, codec: TokenCodec, shape: tuple[int, int], context_dim: int, pooled_dim: int
 ) -> MaskedTransformer:
-    """The network that the configuration names."""
-    if isinstance(config.transformer, MaskGITConfig):
-        return MaskGIT(config.transformer, num_codes, shape, context_dim)
-    return Muse(config.transformer, num_codes, shape, context_dim, config.low)
+    """The network that the configuration names, for a text encoder's widths. Raises ConfigError."""
+    network, num_codes = config.transformer, codec.num_codes
+    if isinstance(network, MaskGITConfig):
+        return MaskGIT(network, num_codes, shape, context_dim)
+    if isinstance(network, MuseConfig):
+        return Muse(network, num_codes, shape, context_dim, config.low)
+    least = num_codes + 1
+    ok = network.vocabulary is None or network.vocabulary >= least
+    check(
+        ok, "transformer.vocabulary", network.vocabulary, f"{least} or more, the codes and the mask, or null"
+    )
+    whole = not network.downsample or shape[0] % 2 == 0
+    check(whole, "transformer.downsample", True, f"false with {shape[0]} codes along a side")
+    return UVit(network, num_codes, context_dim, pooled_dim, codec.downsampling)
 
 
 def model_of(run: RunConfig, extra: Mapping[str, Any]) -> MaskedModel:

@@ -53,7 +53,7 @@ class Muse(MaskedTransformer):
         context_dim: int,
         low: LowConfig | None = None,
     ) -> None:
-        super().__init__(num_codes)
+        super().__init__(num_codes, config.positions == "rotary")
         width = config.width
         self.places = Places(config, num_codes + 1, shape)
         self.text = nn.Sequential(nn.Linear(context_dim, width, bias=config.bias), norm_of(config, width))
@@ -69,7 +69,12 @@ class Muse(MaskedTransformer):
         initialise(self, config.depth)
 
     def forward(
-        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        low: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         x, rotation = self.places(tokens)
         x, context = self.dropout(x), self.text(context)

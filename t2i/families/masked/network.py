@@ -11,19 +11,25 @@ class MaskedTransformer(nn.Module, ABC):
     """Tells hidden codes from the others and the caption.
 
     num_codes: the mask is the token of this number, beyond all codes
+    takes_any_shape: of codes, or else that which it is trained on alone
     """
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, num_codes: int, takes_any_shape: bool = False) -> None:
         super().__init__()
-        self.num_codes = num_codes
+        self.num_codes, self.takes_any_shape = num_codes, takes_any_shape
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, context: Tensor, context_mask: Tensor, low: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        low: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """tokens: (B, h, w) int64, codes and masks; context: (B, L, D), the caption's token states; context_mask:
         (B, L) bool, True where they are attended to; low: (B, h', w') int64, codes at a lower resolution, where the
-        network is made for them -> (B, h w, num_codes) logits."""
+        network is made for them; pooled: (B, P), the caption's vector -> (B, h w, num_codes) logits."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Those that Muon may step: in the blocks."""

@@ -25,7 +25,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         codec = token_codec(builds_on["codec"], model.builds_on.codec)
         text = build_architecture(model.text)
         shape = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
-        transformer = build_transformer(model, codec.num_codes, shape, text.token_dim)
+        transformer = build_transformer(model, codec, shape, text.token_dim, text.pooled_dim)
     length = model.text.max_tokens
 
     def low(batch: int) -> dict[str, Tensor]:
@@ -37,6 +37,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             "tokens": torch.zeros(batch, *shape, dtype=torch.int64),
             "context": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
             "context_mask": torch.ones(batch, length, dtype=torch.bool),
+            "pooled": torch.empty(batch, text.pooled_dim, requires_grad=text.trainable),
             **low(batch),
         }
 
