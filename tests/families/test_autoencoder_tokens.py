@@ -163,7 +163,29 @@ def test_each_quantiser_trains(kind, compose_run, float64):
         torch.testing.assert_close(codec.decode_tokens(tokens), codec.decode(codec.encode(image)))
 
 
-def step_losses(stage: Stage, image: torch.Tensor, position: list[int]) -> dict[str, torch.Tensor]:
+def test_half_of_the_pictures_are_turned_upside_down(compose_run, float64):
+    """Which ones depends on the sample alone, and to the codec they are the pictures."""
+    image = pictures().repeat(8, 1, 1, 1)[..., :32]
+    plain, turns = (
+        Stage(compose_run("experiment=autoencoder/tiny_fsq", f"vertical_flip={value}")).double()
+        for value in ("false", "true")
+    )
+    turns.load_state_dict(plain.state_dict())
+    position = list(range(40, 56))
+    turned = turns.randomness(batch_of(image, position)).uniform("vertical flip") < 0.5
+    assert 3 <= turned.sum() <= 13
+    expected = torch.stack([one.flip(1) if flip else one for one, flip in zip(image, turned, strict=True)])
+    with torch.no_grad():
+        found, same = step_losses(turns, image, position), step_losses(plain, expected, position)
+    torch.testing.assert_close(found, same)
+    assert found["l1"] != step_losses(plain, image, position)["l1"]
+
+
+def batch_of(image: torch.Tensor, position: list[int]) -> Batch:
     row, names = torch.zeros(len(image), 2, dtype=torch.int64), ["x"] * len(image)
-    batch = Batch(image, names, names, row, row, [{}] * len(image), torch.tensor(position))
+    return Batch(image, names, names, row, row, [{}] * len(image), torch.tensor(position))
+
+
+def step_losses(stage: Stage, image: torch.Tensor, position: list[int]) -> dict[str, torch.Tensor]:
+    batch = batch_of(image, position)
     return stage.losses("codec", batch, stage.randomness(batch))

@@ -118,10 +118,16 @@ def on_meta(monkeypatch) -> Iterator[None]:
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_step_between_logs_waits_for_nothing(name, compose_run, codec, on_meta, tmp_path):
+QUANTISERS = [
+    f"autoencoder/tiny_vq {other}" for other in ("codec.normalize=true", "codec=lfq", "codec=gumbel")
+]
+
+
+@pytest.mark.parametrize("asked", [*SMALL, *QUANTISERS])
+def test_a_step_between_logs_waits_for_nothing(asked, compose_run, codec, on_meta, tmp_path):
     """The first step places tables and makes the optimizer's state, the second is looked at."""
-    arguments = [f"experiment={name}", "trainer.log_every_steps=100", "trainer.num_images=800"]
+    name, *others = asked.split()
+    arguments = [f"experiment={name}", *others, "trainer.log_every_steps=100", "trainer.num_images=800"]
     if "codec" in families.get(compose_run(*arguments).family).builds_on:
         arguments.append(f"builds_on.codec={codec}")
     config = compose_run(*arguments)

@@ -112,15 +112,18 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """What stage=autoencoder trains."""
+    """What stage=autoencoder trains.
+
+    vertical_flip: half of the training pictures are turned upside down: of few pictures an encoder learns more so
+    """
 
     codec: CodecConfig
     backbone: BackboneConfig
     perceptual: PerceptualConfig
     adversarial: AdversarialConfig
-    distance: DistanceConfig = DistanceConfig(
-        "l1", edge_weight=0.0
-    )  # what a run had before there was the key
+    # What a run had before there were these keys.
+    distance: DistanceConfig = DistanceConfig("l1", edge_weight=0.0)
+    vertical_flip: bool = False
 
     def __post_init__(self) -> None:
         laplace = isinstance(self.backbone, DVAEBackboneConfig)

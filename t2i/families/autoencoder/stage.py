@@ -52,6 +52,9 @@ class Stage(BaseStage):
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         model, image = self.model_config, batch.image
+        if model.vertical_flip:
+            turned = random.uniform("vertical flip")[:, None, None, None] < 0.5
+            image = torch.where(turned, image.flip(2), image)
         noise = self.codec.noise(random, *image.shape[2:])
         reconstruction = self.codec.reconstruct(image, noise, self.images_seen)
 
