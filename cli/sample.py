@@ -22,6 +22,7 @@ from .generators import Loaded, device_named, load, weights_path
 from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from t2i.generation.text_to_image import Drawing
@@ -45,6 +46,7 @@ def run(arguments: list[str]) -> None:
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.generation.batch_size import BatchSize
     from t2i.generation.names import check_folder
+    from t2i.generation.recipes import of_files
     from t2i.generation.text_to_image import Report, draw_files
     from t2i.schema import to_dict
 
@@ -77,6 +79,10 @@ def run(arguments: list[str]) -> None:
     if options.compile:
         generator.compile()
     recipe |= {"compile": True} if options.compile else {}
+    if options.rerank is not None:
+        generator = reranked(generator, options, device)
+        loaded = dataclasses.replace(loaded, generator=generator)
+        recipe |= {"rerank": options.rerank, **of_files(clip=options.clip)}
     film = None if options.video is None else sample_video.Film(prompts.lines[0], options, generator)
     if film is None:
         drawings = grouped(prompts, options, loaded, recipe)
@@ -101,6 +107,26 @@ def run(arguments: list[str]) -> None:
     conclude(report, prompts, options, rank, generator.sampling)
     if film is not None and (said := film.finish(report)) is not None:
         console.print(said)
+
+
+def reranked(generator: Generator, options: argparse.Namespace, device: torch.device) -> Generator:
+    """One that draws --rerank candidates for each picture. Raises ConfigError or CheckpointError where --clip names
+    none."""
+    import torch
+
+    from t2i.evaluation.clip import load_clip
+    from t2i.evaluation.features import clip_scores
+    from t2i.generation.reranking import Reranked
+    from t2i.training.pictures import to_pil
+
+    clip = load_clip(options.clip, None, device, with_text=True)
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with torch.inference_mode():
+            pictures = torch.stack([clip.preprocess(to_pil(image)) for image in images])
+            return clip_scores(clip, clip.image_features(pictures.to(device)).cpu(), prompts, device)
+
+    return Reranked(generator, options.rerank, score)
 
 
 def submitted(arguments: list[str], launched: list[str], options: argparse.Namespace) -> None:

@@ -38,6 +38,9 @@ def check_flags(options: argparse.Namespace) -> None:
     check(ok, "--prompts-file", options.prompts_file, f"a file {ending} with --layout {options.layout}")
     sample_edit.check_flags(options)
     sample_video.check_flags(options)
+    allowed = "a folder with a CLIP, with --rerank alone"
+    check((options.clip is None) == (options.rerank is None), "--clip", options.clip, allowed)
+    check(options.rerank is None or options.video is None, "--rerank", options.rerank, "without --video")
     _check_numbers(options)
     texts = [("--prompt", text) for text in options.prompt or ()]
     if options.negative_prompt is not None:
@@ -47,7 +50,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    most = {"steps": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
+    most = {"steps": MAX_NUMBER, "rerank": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
     for name, limit in (most | {"height": MAX_PX, "width": MAX_PX}).items():
         check_number("--" + name.replace("_", "-"), getattr(options, name), limit)
     last = MAX_SEED - (options.num_images or NUM_IMAGES) + 1
@@ -86,6 +89,8 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
         "checkpoint": str,
         "precision": str,
         "compile": bool,
+        "rerank": int,
+        "clip": str,
         **sample_edit.RECIPE,
     }
     for name, kind in kinds.items():
@@ -97,7 +102,7 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
             raise UserError(
                 f"The recipe in {path} names {value}, which is not here: name it by --checkpoint."
             )
-    kept = {name for name in ("image", "mask") if getattr(options, name) == first.get(name)}
+    kept = {name for name in ("image", "mask", "clip") if getattr(options, name) == first.get(name)}
     recipes.check_files(first, *sorted(kept))
     options.num_images = options.num_images or 1
     typed = {each.partition("=")[0] for each in [*sampling_flags(options), *overrides]}
@@ -161,6 +166,13 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="of each prompt's first picture, the next ones count up; default: 0"
     )
     made.add_argument("--num-images", type=int, help=f"per prompt; default: {NUM_IMAGES}")
+    made.add_argument(
+        "--rerank",
+        type=int,
+        metavar="COUNT",
+        help="draw so many for each picture, keep the best by CLIP score",
+    )
+    made.add_argument("--clip", metavar="DIR", help="with --rerank: a CLIP of open_clip or transformers")
     made.add_argument(
         "--batch-size",
         type=int,

@@ -320,3 +320,21 @@ def test_a_report_without_runs(t2i):
 
 def test_a_report_on_no_run(t2i):
     assert "nowhere" in t2i("report", "--checkpoint", "nowhere").sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--rerank", "4"), "--clip is None; allowed: a folder with a CLIP, with --rerank alone"),
+        (("--clip", "folder"), "--clip is 'folder'; allowed: a folder with a CLIP, with --rerank alone"),
+        (("--rerank", "0", "--clip", "folder"), "--rerank is 0; allowed: 1 or more"),
+    ],
+)
+def test_reranking_takes_both_flags(t2i, flags, said):
+    assert said in t2i("sample", "--prompt", "a red circle", *flags).sentence
+
+
+def test_reranking_by_what_is_no_clip(t2i, ldm_file):
+    Path("empty").mkdir()
+    typed = ("--prompt", "a red circle", "--checkpoint", ldm_file, "--rerank", "2", "--clip", "empty")
+    assert "empty holds neither open_clip_config.json nor config.json" in t2i("sample", *typed).sentence

@@ -52,17 +52,25 @@ class Autoregressive(TextToImage):
         logits = self.transformer(flat[:, :-1], text.tokens, text.mask)
         return F.cross_entropy(widened(logits).flatten(0, 1), flat.flatten())
 
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for all but pictures of whole codes, from a prompt alone."""
+        grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
+        allowed = "none with this model, which draws a picture's codes from the first to the last"
+        for key in ("mask", "image", "noise"):
+            check(getattr(request, key) is None, key, "given", allowed)
+        check(not request.tile, "tile", request.tile, "none with this model")
+        between = request.between
+        check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
+
     @torch.no_grad()
     def generate(
         self, request: SampleRequest, sampling: CodeSampling, progress: Progress | None = None
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
         `t2i.interfaces.Generator`."""
-        grid = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
+        self.check(request)
         sampling.check_codes(self.codec.num_codes)
-        check(request.image is None, "image", "a picture to start from", "none with this model")
-        check(request.noise is None, "noise", "given", "none with this model")
-        check(not request.tile, "tile", request.tile, "none with this model")
+        grid = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         text = asked_text(self.text, request)
         negative = None
         if sampling.guidance_scale != 1:
