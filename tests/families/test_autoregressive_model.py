@@ -181,7 +181,7 @@ def test_learns_sixteen_pictures_by_heart(compose_run, codec_config):
     captions = [f"a {one} star and a {other} circle" for one in words for other in words]
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(200):
-        loss = made.loss(codes, made.text(captions))
+        loss = made.losses(codes, made.text(captions))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,12 +13,15 @@ from t2i.nn.transformer_config import TransformerConfig
 
 @dataclass(frozen=True)
 class NetworkConfig(TransformerConfig):
-    """conditioning: text states come before the codes, or blocks attend to them ("cross")
+    """conditioning: text states come before the codes ("prefix"), blocks attend to them ("cross"), or the text is words
+        in one stream with the codes, which are learned with these ("words")
+    vocabulary: rows of the table of words
     attention: of a code to those before it: all, or in turns those of DALL-E's patterns
     """
 
-    conditioning: Literal["prefix", "cross"] = "prefix"
+    conditioning: Literal["prefix", "cross", "words"] = "prefix"
     attention: Literal["full", "axial"] = "full"
+    vocabulary: int = 30_522
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Config(ModelConfig):
         ok = self.palette is None or (self.palette >= 2 and self.builds_on is None)
         check(ok, "palette", self.palette, "2 or more with builds_on=null, or null")
         allowed = "a codec (builds_on.codec), or null with palette=COLOURS"
+        words = self.transformer.conditioning == "words"
+        allowed = "minilm with transformer.conditioning=words, whose tokenizer gives the words"
+        check(not words or self.text.name == "minilm", "text.name", self.text.name, allowed)
         check(self.builds_on is not None or self.palette is not None, "builds_on", None, allowed)
 
     def text_encoder(self) -> TextConfig:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.codes.config import CodeSampling
@@ -15,11 +14,11 @@ from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.palette import PaletteCodec
+from t2i.families.autoregressive.words import TEXT_WEIGHT, WordNumbers, check_vocabulary
 from t2i.families.codec import token_codec
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
 from t2i.nn.between import asked_text
-from t2i.nn.precision import widened
 from t2i.text import text_encoder_for_training
 
 
@@ -36,7 +35,11 @@ class Autoregressive(TextToImage):
         self.codec = codec.eval().requires_grad_(False)
         config.sampling.check_codes(codec.num_codes)
         grid = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
-        self.text = text_encoder_for_training(config.text)
+        if config.transformer.conditioning == "words":
+            self.text = WordNumbers(config.text.max_tokens)
+            check_vocabulary(config.transformer.vocabulary, self.text.num_words)
+        else:
+            self.text = text_encoder_for_training(config.text)
         self.transformer = CodeTransformer(
             config.transformer, codec.num_codes, grid, self.text.token_dim, config.text.max_tokens
         )
@@ -46,11 +49,14 @@ class Autoregressive(TextToImage):
         self.codec.eval()
         return self
 
-    def loss(self, codes: Tensor, text: TextFeatures) -> Tensor:
-        """codes: (B, h, w) -> scalar, the mean of -log p(code | text, codes before it) in nats per code."""
-        flat = codes.flatten(1)
-        logits = self.transformer(flat[:, :-1], text.tokens, text.mask)
-        return F.cross_entropy(widened(logits).flatten(0, 1), flat.flatten())
+    def losses(self, codes: Tensor, text: TextFeatures) -> dict[str, Tensor]:
+        """codes: (B, h, w) -> "loss", the mean of -log p(code | text, codes before it) in nats; of one stream of words
+        and codes their parts too, weighed as in DALL-E."""
+        parts = self.transformer.losses(codes.flatten(1), text.tokens, text.mask)
+        if "text" not in parts:
+            return {"loss": parts["codes"]}
+        loss = TEXT_WEIGHT * parts["text"] + (1 - TEXT_WEIGHT) * parts["codes"]
+        return {"loss": loss, "loss_text": parts["text"], "loss_codes": parts["codes"]}
 
     def check(self, request: SampleRequest) -> None:
         """Raises ConfigError for all but pictures of whole codes, from a prompt alone."""
@@ -61,6 +67,8 @@ class Autoregressive(TextToImage):
         check(not request.tile, "tile", request.tile, "none with this model")
         between = request.between
         check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
+        words = self.config.transformer.conditioning == "words"
+        check(not words or between is None, "between", "two prompts", "none with a model of words")
 
     @torch.no_grad()
     def generate(

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.masks import axial_mask, pattern_of
+from t2i.families.autoregressive.words import WordPrefix
+from t2i.nn.precision import widened
 from t2i.nn.residual import zero_init
 from t2i.nn.transformer import Cache, Rotation, TokenBlock, initialise, norm_of, rotary_2d
 
@@ -42,8 +45,12 @@ class CodeTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.grid, width = config, grid, config.width
-        is_prefix = config.conditioning == "prefix"
-        self.text = TextPrefix(text_dim, max_tokens, width) if is_prefix else None
+        is_prefix = config.conditioning != "cross"
+        self.text: TextPrefix | WordPrefix | None = None
+        if config.conditioning == "prefix":
+            self.text = TextPrefix(text_dim, max_tokens, width)
+        if config.conditioning == "words":
+            self.text = WordPrefix(config.vocabulary, max_tokens, width)
         self.text_slots = max_tokens if is_prefix else 0
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.embedding = nn.Embedding(num_codes, width)
@@ -73,23 +80,38 @@ class CodeTransformer(nn.Module):
         """
         if places is None:
             places = torch.arange(codes.shape[1] + 1, device=codes.device)
+        states = self.states(self.slots(codes, tokens, mask, places), places, 0, caches, tokens, mask)
+        return self.head(self.norm(states[:, -len(places) :]))
+
+    def losses(self, codes: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """codes: (B, N), all of each picture -> "codes", scalar: the mean of -log p of each, given those before it; and
+        where the text is words "text", likewise."""
+        places = torch.arange(codes.shape[1], device=codes.device)
+        states = self.states(self.slots(codes[:, :-1], tokens, mask, places), places, 0, None, tokens, mask)
+        logits = widened(self.head(self.norm(states[:, -len(places) :])))
+        losses = {"codes": F.cross_entropy(logits.flatten(0, 1), codes.flatten())}
+        if isinstance(self.text, WordPrefix):
+            losses["text"] = self.text.loss(self.norm(states[:, : self.text_slots]), tokens, mask)
+        return losses
+
+    def slots(self, codes: Tensor, tokens: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """All of them, (B, L + 1 + n, width)."""
         start = self.start.expand(len(codes), 1, -1)
         x = self.placed(torch.cat([start, self.embedding(codes)], 1), places)
-        if self.text is None:
-            return self.logits(x, places, 0, caches, tokens, mask)
-        return self.logits(torch.cat([self.text(tokens, mask), x], 1), places, 0, caches)
+        return x if self.text is None else torch.cat([self.text(tokens, mask), x], 1)
 
     def following(self, code: Tensor, places: Tensor, caches: Sequence[Cache]) -> Tensor:
         """code: (B,) the newest of each picture, code n - 1; places: (n + 1,) as in `forward`; caches: of all before it
         -> (B, 1, num_codes) logits of code n."""
         x = self.placed(self.embedding(code)[:, None], places[-1:])
-        return self.logits(x, places, self.text_slots + len(places) - 1, caches)
+        states = self.states(x, places, self.text_slots + len(places) - 1, caches)
+        return self.head(self.norm(states))
 
     def placed(self, x: Tensor, places: Tensor) -> Tensor:
         """Slots (B, n, width), each with the position of the code that its output is of."""
         return x if self.position is None else x + self.position[places]
 
-    def logits(
+    def states(
         self,
         x: Tensor,
         places: Tensor,
@@ -99,14 +121,14 @@ class CodeTransformer(nn.Module):
         context_mask: Tensor | None = None,
     ) -> Tensor:
         """x: (B, N, width), slots first to first + N - 1 of the text's, the start and the codes that lie at places[:-1]
-        -> (B, n, num_codes), of those of them that are not the text's"""
+        -> as x, after the blocks. context, context_mask: the text, which is attended to where it has no slots"""
         rotation, masks = self.rotation(places, first), self.masks(places, first)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             mask = masks.get(pattern_of(i, len(self.blocks)))
             x = block(x, context, context_mask, mask, mask is None, rotation, cache)
-        return self.head(self.norm(x[:, -len(places) :]))
+        return x
 
     def rotation(self, places: Tensor, first: int) -> Rotation | None:
         """Queries turn with the place of the code which their output is of, keys with that of the code which they hold:

@@ -24,15 +24,17 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     assert isinstance(model, Config)
     with torch.device("meta"):
         codec = build_codec(model, builds_on["codec"])
-        text = build_architecture(model.text)
+        words = model.transformer.conditioning == "words"
+        text = None if words else build_architecture(model.text)
+        text_dim = 1 if text is None else text.token_dim
         grid = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
         length = model.text.max_tokens
-        transformer = CodeTransformer(model.transformer, codec.num_codes, grid, text.token_dim, length)
+        transformer = CodeTransformer(model.transformer, codec.num_codes, grid, text_dim, length)
 
     def given(batch: int) -> dict[str, Tensor]:
         return {
             "codes": torch.zeros(batch, grid[0] * grid[1] - 1, dtype=torch.int64),
-            "tokens": torch.empty(batch, length, text.token_dim, requires_grad=text.trainable),
+            "tokens": torch.zeros(batch, length, text_dim, requires_grad=text is not None and text.trainable),
             "mask": torch.ones(batch, length, dtype=torch.bool),
         }
 
@@ -41,23 +43,28 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     def text_inputs(batch: int) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(batch, length, dtype=torch.int64)}
 
-    return [
+    networks = [
         PlannedNetwork(
             "transformer",
             transformer,
             given,
             trained=True,
             hidden=transformer.hidden_matrices(),
-            drawing=planned_drawing(transformer, length, text.token_dim, rows),
+            drawing=planned_drawing(transformer, length, text_dim, rows),
         ),
         *(planned_codec(codec, size) if model.palette is None else ()),
-        PlannedNetwork(
-            "text encoder",
-            text.network,
-            text_inputs,
-            trained=text.trainable,
-            cached_as=None if text.trainable else "text",
-            by_block=False,
-            drawing=alike(1, lambda: text.network(**text_inputs(rows))),
-        ),
     ]
+    if text is not None:
+        network = text.network
+        networks.append(
+            PlannedNetwork(
+                "text encoder",
+                network,
+                text_inputs,
+                trained=text.trainable,
+                cached_as=None if text.trainable else "text",
+                by_block=False,
+                drawing=alike(1, lambda: network(**text_inputs(rows))),
+            )
+        )
+    return networks

@@ -48,7 +48,7 @@ class Stage(BaseStage):
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         codes = codes_of(batch, self.model.codec)
-        return {"loss": self.model.loss(codes, text_of(batch, self.model.text))}
+        return self.model.losses(codes, text_of(batch, self.model.text))
 
     def turns(self) -> list[Turn]:
         parameters = [p for p in self.parameters() if p.requires_grad]

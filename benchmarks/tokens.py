@@ -1,0 +1,150 @@
+"""Models over codes, as ratios of medians in one run: by the processor's time of one thread, which other jobs on the
+machine lengthen least; the two sides take turns and have the same weights, and what they compute is compared first.
+
+    python benchmarks/tokens.py [--rounds 5]
+
+sampling    256 codes drawn with keys and values kept, against a pass over all codes before each
+train step  against transformers' ImageGPT: loss, gradients and AdamW
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.imagegpt.configuration_imagegpt import ImageGPTConfig
+from transformers.models.imagegpt.modeling_imagegpt import ImageGPTForCausalImageModeling
+
+from t2i.codes.config import CodeSampling
+from t2i.codes.sampling import drawn
+from t2i.families.autoregressive.config import NetworkConfig
+from t2i.families.autoregressive.drawing import draw_codes
+from t2i.families.autoregressive.network import CodeTransformer
+from t2i.interfaces import TextFeatures
+
+CODES, GRID, BATCH, CAPTION = 512, (16, 16), 4, 8
+WIDTH, DEPTH, HEADS = 256, 8, 8
+
+
+def medians(rounds: int, *sides: Callable[[], object]) -> list[float]:
+    """Seconds of the processor that each takes, in turns, after one turn that does not count."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 1):
+        for side, own in zip(sides, seconds, strict=True):
+            began = time.process_time()
+            side()
+            if number:
+                own.append(time.process_time() - began)
+    return [statistics.median(own) for own in seconds]
+
+
+def transformer(max_tokens: int) -> CodeTransformer:
+    config = NetworkConfig(width=WIDTH, depth=DEPTH, heads=HEADS, norm="rms", activation="quick_gelu")
+    made = CodeTransformer(config, CODES, GRID, WIDTH, max_tokens)
+    nn.init.normal_(made.head.weight, std=0.1)
+    return made
+
+
+def sampling(rounds: int) -> tuple[float, float]:
+    network = transformer(CAPTION).eval()
+    mask = torch.ones(BATCH, CAPTION, dtype=torch.bool)
+    text = TextFeatures(torch.randn(BATCH, CAPTION, WIDTH), torch.zeros(BATCH, WIDTH), mask)
+    options = CodeSampling(temperature=1.0, top_k=None, top_p=1.0, guidance_scale=1.0)
+    seeds, number = range(BATCH), GRID[0] * GRID[1]
+
+    def kept() -> Tensor:
+        return draw_codes(network, text, None, GRID, seeds, options).flatten(1)
+
+    def afresh() -> Tensor:
+        each = [torch.rand(number, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        codes = torch.zeros(BATCH, 0, dtype=torch.int64)
+        for uniform in torch.stack(each, 1):
+            logits = network(codes, text.tokens, text.mask)[:, -1]
+            codes = torch.cat([codes, drawn(logits, uniform, options)[:, None]], 1)
+        return codes
+
+    with torch.no_grad():
+        same = (kept() == afresh()).double().mean().item()
+        assert same > 0.95, same  # a code drawn on the edge between two is one or the other by rounding
+        first, second = medians(rounds, kept, afresh)
+    return first, second
+
+
+def train_step(rounds: int) -> tuple[float, float]:
+    described = ImageGPTConfig(
+        vocab_size=CODES + 1,
+        n_positions=GRID[0] * GRID[1],
+        n_embd=WIDTH,
+        n_layer=DEPTH,
+        n_head=HEADS,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    theirs, ours = ImageGPTForCausalImageModeling(described), transformer(0)
+    ours.load_state_dict(renamed(theirs.state_dict()), strict=False)
+    codes = torch.randint(CODES, (BATCH, GRID[0] * GRID[1]))
+    given = torch.cat([torch.full((BATCH, 1), CODES), codes[:, :-1]], 1)
+    nothing = torch.zeros(BATCH, 0, WIDTH), torch.zeros(BATCH, 0, dtype=torch.bool)
+
+    def loss_of_ours() -> Tensor:
+        return ours.losses(codes, *nothing)["codes"]
+
+    def loss_of_theirs() -> Tensor:
+        return F.cross_entropy(theirs(input_ids=given).logits.flatten(0, 1), codes.flatten())
+
+    torch.testing.assert_close(loss_of_ours(), loss_of_theirs(), rtol=1e-4, atol=1e-4)
+
+    def step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+        def take() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        return take
+
+    first, second = medians(rounds, step(ours, loss_of_ours), step(theirs, loss_of_theirs))
+    return first, second
+
+
+def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ImageGPT's weights by our names."""
+    table, named = theirs["transformer.wte.weight"], {"attn.c_proj": "attention.to_out"}
+    found = {"embedding.weight": table[:-1], "start": table[-1], "head.weight": theirs["lm_head.weight"]}
+    found |= {"position": theirs["transformer.wpe.weight"], "norm.weight": theirs["transformer.ln_f.weight"]}
+    named |= {"mlp.c_fc": "mlp.0", "mlp.c_proj": "mlp.2"}
+    for i in range(DEPTH):
+        block, own = f"transformer.h.{i}.", f"blocks.{i}."
+        for norm in (1, 2):
+            found[f"{own}norm_{norm}.weight"] = theirs[f"{block}ln_{norm}.weight"]
+        for kind in ("weight", "bias"):
+            q_k_v = theirs[f"{block}attn.c_attn.{kind}"].chunk(3, dim=-1)
+            for name, part in zip("qkv", q_k_v, strict=True):
+                found[f"{own}attention.to_{name}.{kind}"] = part.t()
+            for name, other in named.items():
+                found[f"{own}{other}.{kind}"] = theirs[f"{block}{name}.{kind}"].t()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kept, afresh = sampling(rounds)
+    print(
+        f"sampling of {GRID[0] * GRID[1]} codes: {kept:.2f} s, without what is kept {afresh:.2f} s: "
+        f"{afresh / kept:.1f} times"
+    )
+    ours, theirs = train_step(rounds)
+    print(f"train step: {ours:.2f} s, transformers' ImageGPT {theirs:.2f} s: {ours / theirs:.2f} times")
+
+
+if __name__ == "__main__":
+    main()
