@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
-from t2i.nn.precision import widened
+from t2i.nn.precision import widened, without_autocast
 
 EPSILON = 1e-3  # the outermost levels lie this share inside of what tanh can reach
 
@@ -40,7 +40,7 @@ class FSQ(Quantizer):
         self.register_buffer("half_width", half_width, persistent=False)
 
     def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             bounded = self._bounded(widened(latent))
             rounded = bounded.round()
             indices = self._index(rounded)
@@ -56,7 +56,7 @@ class FSQ(Quantizer):
             )
 
     def indices(self, latent: Tensor) -> Tensor:
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             return self._index(self._bounded(widened(latent)).round())
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
-from t2i.nn.precision import widened
+from t2i.nn.precision import widened, without_autocast
 
 
 class GumbelCodes(Quantizer):
@@ -45,7 +45,7 @@ class GumbelCodes(Quantizer):
     def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
         """noise: (B, num_codes, h, w), uniform in [0, 1)"""
         temperature = self.temperature(images_seen)
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             logits = widened(latent)
             indices = logits.argmax(dim=1)
             if noise is None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
-from t2i.nn.precision import widened
+from t2i.nn.precision import widened, without_autocast
 
 GROUP_BITS = 10  # the entropy of the mean is exact up to 1,024 codes
 
@@ -43,7 +43,7 @@ class LFQ(Quantizer):
         self.register_buffer("one", torch.ones(()), persistent=False)
 
     def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             z = widened(latent)
             indices = self.indices(z)
             signs = torch.where(z.detach() > 0, 1.0, -1.0).to(z)

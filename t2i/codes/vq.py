@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
-from t2i.nn.precision import widened
+from t2i.nn.precision import widened, without_autocast
 
 
 class Codebook(Quantizer):
@@ -58,7 +58,7 @@ class Codebook(Quantizer):
     def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
         """latent: (B, D, h, w) float. Distances and averages are computed in float32 at least, autocast or not."""
         batch, dim, height, width = latent.shape
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             z = self._vectors(latent)
             vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
             averages = (self.codes, self.cluster_size, self.cluster_sum)
@@ -86,7 +86,7 @@ class Codebook(Quantizer):
 
     def indices(self, latent: Tensor) -> Tensor:
         """(B, D, h, w) float -> (B, h, w) int64, the nearest codes; learns nothing."""
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent.device):
             vectors = self._vectors(latent).movedim(1, -1)
             return self._nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from t2i import families
+from t2i.families.autoencoder.codec import build_codec
 from t2i.interfaces import Batch
 from t2i.planning.model import Model, build_model
 from t2i.planning.plan import checkpoints
@@ -51,11 +52,31 @@ def total(model: Model) -> int:
     return sum(part.flops.total for part in model.parts)
 
 
-@pytest.mark.parametrize("overrides", [[], ["adversarial.r1_weight=1.0"], ["adversarial.start_images=null"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["adversarial.r1_weight=1.0"],
+        ["adversarial.start_images=null"],
+        ["adversarial.adaptive=false"],
+    ],
+)
 @pytest.mark.parametrize("name", ["tiny_kl", "tiny_vq"])
 def test_flops_of_a_step(name, overrides, compose_run):
     config = compose_run(f"experiment=autoencoder/{name}", *overrides)
     assert total(build_model(config, {})) == pytest.approx(trained_for_real(config), rel=0.03)
+
+
+def test_a_codebook_that_is_drawn_from_is_counted(compose_run):
+    """Its sums over all codes, and its parameters beside those of the encoder and the decoder."""
+    arguments = ("codec=gumbel", "codec.num_codes=512", "backbone=patch", "adversarial.start_images=null")
+    config = compose_run("stage=autoencoder", "data=shapes", 'resolution="32"', "perceptual=none", *arguments)
+    model = build_model(config, {})
+    assert [part.name for part in model.parts] == ["encoder", "codebook", "decoder"]
+    assert total(model) == pytest.approx(trained_for_real(config), rel=0.03)
+    assert sum(part.parameters for part in model.parts) == sum(
+        p.numel() for p in build_codec(config.model).parameters()
+    )
 
 
 @pytest.mark.parametrize("start_images", ["null", "0"])

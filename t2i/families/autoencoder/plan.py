@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2i.codes.quantizer import Quantizer
 from t2i.config import RunConfig
-from t2i.families.autoencoder.codec import build_codec
+from t2i.families.autoencoder.codec import DiscreteCodec, build_codec
 from t2i.families.autoencoder.config import AdversarialConfig, Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.interfaces import PlannedNetwork
@@ -46,6 +47,21 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             trained=True,
         ),
     ]
+    if isinstance(codec, DiscreteCodec) and codec.codebook.needs_noise:
+        positions = codec.latent_shape(size, size)
+        networks.insert(
+            1,
+            PlannedNetwork(
+                "codebook",
+                _Drawn(codec.codebook),
+                lambda batch: {
+                    "logits": torch.empty(batch, *positions, requires_grad=True),
+                    "noise": torch.empty(batch, *positions),
+                },
+                trained=True,
+                by_block=False,
+            ),
+        )
     if adversarial.start_images is not None:
         networks.append(
             PlannedNetwork(
@@ -70,8 +86,19 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     return networks
 
 
-def calls_of_discriminator(config: AdversarialConfig) -> int:
+class _Drawn(nn.Module):
+    """The codes that training draws, as one tensor."""
+
+    def __init__(self, codebook: Quantizer) -> None:
+        super().__init__()
+        self.codebook = codebook
+
+    def forward(self, logits: Tensor, noise: Tensor) -> Tensor:
+        return self.codebook(logits, noise).latent
+
+
+def calls_of_discriminator(config: AdversarialConfig) -> float:
     """It judges the real picture, the reconstruction, and the reconstruction again for the codec's own loss, whose two
-    backward passes (one for the adaptive weight) leave out the weights: as much as one whole. The gradient penalty's
-    pass and the backward pass through its backward pass are as much as two."""
-    return 3 + 2 * (config.r1_weight > 0)
+    backward passes (one for the adaptive weight) leave out the weights: as much as one whole, and with one of them two
+    thirds. The gradient penalty's pass and the backward pass through its backward pass are as much as two."""
+    return 2 + (1 if config.adaptive else 2 / 3) + 2 * (config.r1_weight > 0)
