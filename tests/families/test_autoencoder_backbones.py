@@ -21,7 +21,7 @@ from t2i.families.autoencoder.dvae import (
     mapped,
     picture,
 )
-from t2i.families.autoencoder.vit import ViTDecoder, ViTEncoder, sincos_2d
+from t2i.families.autoencoder.vit import ViTDecoder, ViTEncoder
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -125,11 +125,10 @@ def test_vit_equals_transformers(height, width):
 
 def test_positions_start_as_sines_and_cosines():
     """1706.03762, section 3.5: of columns in the first half of the channels, of rows in the second."""
-    table = sincos_2d(8, 5)
+    table = ViTEncoder(VIT).transformer.positions[0]
     for row, column in ((0, 0), (1, 3), (4, 2)):
-        expected = [
-            f(place / 100**i) for place in (column, row) for f in (math.sin, math.cos) for i in (0, 1)
-        ]
+        angles = [[place / 10_000 ** (i / 8) for i in range(8)] for place in (column, row)]
+        expected = [f(angle) for each in angles for f in (math.sin, math.cos) for angle in each]
         assert table[:, row, column].tolist() == pytest.approx(expected, abs=1e-6)
 
 

@@ -45,3 +45,14 @@ def test_dalle(compose_run):
     assert codec.codebook.anneal_images == 150_000 * batch
     assert codec.codebook.kl_warmup_images == 5_000 * batch
     assert codec.codebook.kl_weight == pytest.approx(6.6 / 192)
+
+
+def test_vit_vqgan(compose_run):
+    """2110.04627, table 1 and section 3.2: base, with 8,192 codes of 32 dimensions that are looked up by cosine."""
+    shards = ("data.shards=x.tar", "perceptual.weights=vgg16.pth")
+    with torch.device("meta"):
+        codec = build_codec(compose_run("experiment=autoencoder/vit_vqgan", *shards).model)
+    assert count(codec.encoder) + count(codec.decoder) == 171_925_251
+    assert codec.codebook.codes.shape == (8192, 32)
+    assert codec.codebook.normalize
+    assert (codec.quant_conv.in_channels, codec.post_quant_conv.out_channels) == (768, 768)

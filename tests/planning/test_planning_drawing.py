@@ -91,3 +91,32 @@ def test_seconds_by_hand():
     assert calls.seconds(CLUSTER) == pytest.approx(2e-3 + 3e-3 + 5e-3)
     arithmetic = dataclasses.replace(CLUSTER, memory_gb_per_s=None)
     assert calls.seconds(arithmetic) == pytest.approx(9e-3)
+
+
+@pytest.mark.slow
+def test_parti_waits_for_memory_and_muse_for_arithmetic(compose_run):
+    """On a TPU v4 (275 TFLOP/s, 1,200 GB/s), in closed form; published 6.4 and 0.5 s (2301.00704, table 3)."""
+    from t2i_cli.composition import composed_run
+
+    tpu = dataclasses.replace(CLUSTER, peak_bf16_tflops=275.0, memory_gb_per_s=1200.0)
+
+    def calls(experiment: str, codec: str) -> list[Calls]:
+        config = compose_run(f"experiment={experiment}", "data.shards=x.tar")
+        values = composed_run([f"experiment=autoencoder/{codec}", "codec.num_codes=8192"], None)
+        transformer = families.get(config.family).load_plan()(config, {"codec": values})[0]
+        return counted_calls(transformer)
+
+    following = calls("parti/3b", "vit_vqgan")[-1]
+    weights = 36 * 14 * 2048**2 + 8192 * 2048  # self-attention 4, the other attention 2, the MLP 8
+    cached = 2 * 36 * 2 * 2048 * (128 + 1 + 512.0)  # on average, for 1,024 codes and 128 words
+    expected = 1023 * 2 * (weights + cached) / 1200e9
+    assert following.seconds(tpu) == pytest.approx(expected, rel=2e-3)
+    assert 0.5 < following.seconds(tpu) / 6.4 < 1
+
+    (muse,) = calls("muse/256", "vqgan_f16_1024")
+    config = compose_run("experiment=muse/256", "data.shards=x.tar")
+    layers, codes, words = config.model.transformer.depth, 256, config.model.text.max_tokens
+    slots = layers * (codes * 14 + words * 2) * 2048**2 + codes * 8192 * 2048 + words * 4096 * 2048
+    pairs = 4 * layers * 2048 * codes * (codes + words)
+    assert muse.seconds(tpu) == pytest.approx(24 * 2 * (2 * slots + pairs) / 275e12, rel=2e-3)
+    assert 0.5 < muse.seconds(tpu) / 0.5 < 1

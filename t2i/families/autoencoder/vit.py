@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t2i.families.autoencoder.backbone_config import ViTBackboneConfig, ViTConfig
 from t2i.nn.attention import Attention
+from t2i.nn.embeddings import sincos_2d
 
 
 class ViTBlock(nn.Module):
@@ -31,12 +32,14 @@ class ViTBlock(nn.Module):
 class ViT(nn.Module):
     """(B, width, h, w) -> the same, after learned positions, `depth` blocks and a norm.
 
+    Positions start as sines and cosines of the row and the column.
     side: positions along each side of a training picture; others are interpolated, as ViT does (section 3.2)
     """
 
     def __init__(self, config: ViTConfig, side: int) -> None:
         super().__init__()
-        self.positions = nn.Parameter(sincos_2d(config.width, side)[None])
+        start = sincos_2d(side, side, config.width).to(torch.get_default_dtype())
+        self.positions = nn.Parameter(start.T.reshape(1, config.width, side, side))
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         for module in self.modules():
@@ -84,13 +87,3 @@ class ViTDecoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.pixels(self.transformer(latent))
-
-
-def sincos_2d(width: int, side: int) -> Tensor:
-    """(width, side, side): half of the channels encode the column, half the row, each by sines and cosines of
-    frequencies 10000^(-i / (width / 4)) (1706.03762, section 3.5); where positions start. width: a multiple of 4"""
-    frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
-    angles = frequencies[:, None] * torch.arange(side)  # (width / 4, side)
-    one = torch.cat([angles.sin(), angles.cos()])  # (width / 2, side)
-    columns, rows = one[:, None, :].expand(-1, side, -1), one[:, :, None].expand(-1, -1, side)
-    return torch.cat([columns, rows])
