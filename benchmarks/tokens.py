@@ -52,17 +52,17 @@ def transformer(max_tokens: int) -> CodeTransformer:
 
 def sampling(rounds: int) -> tuple[float, float]:
     network = transformer(CAPTION).eval()
-    mask = torch.ones(BATCH, CAPTION, dtype=torch.bool)
-    text = TextFeatures(torch.randn(BATCH, CAPTION, WIDTH), torch.zeros(BATCH, WIDTH), mask)
+    mask = torch.ones(1, CAPTION, dtype=torch.bool)
+    text = TextFeatures(torch.randn(1, CAPTION, WIDTH), torch.zeros(1, WIDTH), mask)
     options = CodeSampling(temperature=1.0, top_k=None, top_p=1.0, guidance_scale=1.0)
-    seeds, number = range(BATCH), GRID[0] * GRID[1]
+    seeds, number = range(1), GRID[0] * GRID[1]
 
     def kept() -> Tensor:
         return draw_codes(network, text, None, GRID, seeds, options).flatten(1)
 
     def afresh() -> Tensor:
         each = [torch.rand(number, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        codes = torch.zeros(BATCH, 0, dtype=torch.int64)
+        codes = torch.zeros(1, 0, dtype=torch.int64)
         for uniform in torch.stack(each, 1):
             logits = network(codes, text.tokens, text.mask)[:, -1]
             codes = torch.cat([codes, drawn(logits, uniform, options)[:, None]], 1)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from t2i.codes.config import CodeSampling
-from t2i.families.autoregressive import drawing
+from t2i.codes.sampling import drawn
 from t2i.families.autoregressive.config import NetworkConfig
-from t2i.families.autoregressive.drawing import draw_codes, window_starts
+from t2i.families.autoregressive.drawing import draw_codes, joined, window_starts
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import TextFeatures
 from t2i.nn.transformer import Cache
 
-CODES, GRID, TEXT = 11, (3, 4), 5
+CODES, GRID, TEXT = 11, (4, 4), 5
 POSITIONS = ("learned", "rotary")
 
 
@@ -82,32 +82,46 @@ def sampling(**changes) -> CodeSampling:
     )
 
 
-@pytest.mark.parametrize("grid", [GRID, (2, 4), (3, 3), (2, 2)])
+def by_hand(transformer, given, grid, seeds) -> torch.Tensor:
+    """taming-transformers' sampling beyond the training size, code by code, each by a whole pass over its window."""
+
+    def start(i: int, size: int, window: int) -> int:
+        if size <= window:
+            return 0
+        half = window // 2
+        if i <= half:
+            return 0
+        return size - window if size - i < half else i - half
+
+    rows, columns = GRID
+    codes = torch.zeros(len(seeds), *grid, dtype=torch.int64)
+    uniform = [torch.rand(math.prod(grid), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            top, left = start(row, grid[0], rows), start(column, grid[1], columns)
+            window = [
+                (r, c)
+                for r in range(top, min(top + rows, grid[0]))
+                for c in range(left, min(left + columns, grid[1]))
+                if (r, c) <= (row, column)
+            ]
+            places = torch.tensor([(r - top) * columns + c - left for r, c in window])
+            before = torch.stack([codes[:, r, c] for r, c in window[:-1]] or [codes[:, :0, 0]], 1)
+            before = before.reshape(len(seeds), -1)
+            logits = transformer(before, given.tokens, given.mask, places)[:, -1]
+            numbers = torch.stack([each[row * grid[1] + column] for each in uniform])
+            codes[:, row, column] = drawn(logits, numbers, sampling())
+    return codes
+
+
+@pytest.mark.parametrize("grid", [GRID, (2, 4), (3, 3), (5, 6), (3, 7), (6, 2)])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_window_that_covers_all_is_full_attention(positions, grid, monkeypatch, float64):
-    """What is kept is used there alone; without it each code is drawn by a whole pass over its window."""
+def test_each_code_is_drawn_in_its_window(positions, grid, float64):
+    """Where the window covers all that is full attention, and what was kept is used."""
     transformer, given = network(positions), text(2)
-    drawn = draw_codes(transformer, given, text(2, 1), grid, [3, 4], sampling(guidance_scale=2.0))
-
-    def no_cache(codes, tokens, mask, places, caches):
-        return CodeTransformer.forward(transformer, codes, tokens, mask, places)
-
-    before = []
-
-    def following(code, places, caches):
-        pictures = torch.cat([code[:2, None]], 1)
-        before.append(pictures)
-        so_far = torch.cat(before, 1)
-        seen = torch.arange(grid[0])[:, None] * GRID[1] + torch.arange(grid[1])
-        both = drawing.joined(text(2, 1), given)
-        return CodeTransformer.forward(
-            transformer, so_far.repeat(2, 1), both.tokens, both.mask, seen.flatten()[: len(before) + 1]
-        )
-
-    monkeypatch.setattr(transformer, "forward", no_cache)
-    monkeypatch.setattr(transformer, "following", following)
-    again = draw_codes(transformer, given, text(2, 1), grid, [3, 4], sampling(guidance_scale=2.0))
-    assert torch.equal(drawn, again)
+    with torch.no_grad():
+        found = draw_codes(transformer, given, None, grid, [3, 4], sampling())
+        assert torch.equal(found, by_hand(transformer, given, grid, [3, 4]))
 
 
 def test_windows_are_in_the_middle_but_at_the_ends():
@@ -118,17 +132,10 @@ def test_windows_are_in_the_middle_but_at_the_ends():
 
 
 def test_a_picture_depends_on_its_own_seed_alone(float64):
-    transformer = network()
-    together = draw_codes(
-        transformer,
-        text(1).__class__(
-            *(x.repeat(2, *[1] * (x.ndim - 1)) for x in (text(1).tokens, text(1).pooled, text(1).mask))
-        ),
-        None,
-        GRID,
-        [7, 8],
-        sampling(),
-    )
-    alone = draw_codes(transformer, text(1), None, GRID, [8], sampling())
+    transformer, one = network(), text(1)
+    two = joined(one, one)
+    with torch.no_grad():
+        together = draw_codes(transformer, two, None, GRID, [7, 8], sampling())
+        alone = draw_codes(transformer, one, None, GRID, [8], sampling())
     assert torch.equal(together[1:], alone)
     assert not torch.equal(together[0], together[1])

@@ -83,6 +83,31 @@ def test_training_from_the_cache_is_training_online(run_of, train, tmp_path, opt
     assert half != wanted
 
 
+def test_codes_are_kept_in_small_integers_and_train_the_same(compose_run, train, tmp_path):
+    """Those of another codec are refused."""
+    train(compose_run("experiment=autoencoder/tiny_vq", "trainer.num_images=16", f"runs_dir={tmp_path}"))
+    typed = ("experiment=autoregressive/tiny_ar", "text=minilm", "text.max_tokens=16", *ENOUGH)
+    online = compose_run(*typed, f"runs_dir={tmp_path}", "name=online")
+    encode_for(online, tmp_path / "cache")
+    assert Record.read(str(tmp_path / "cache"), Limits()).features.keys() == {"codes", "text"}
+    shard = Path(online.data.shards[0])
+    (kept, *_) = wds.WebDataset(str(tmp_path / "cache" / shard.parent.name / shard.name), shardshuffle=False)
+    codes = load(kept["safetensors"])["codes"]
+    assert (codes.dtype, codes.shape) == (torch.uint8, (8, 8))
+    wanted = losses(train(online).folder)
+    ahead = (*typed, f"runs_dir={tmp_path}", f"data.encoded={tmp_path / 'cache'}")
+    assert losses(train(compose_run(*ahead, "name=ahead")).folder) == wanted
+    train(
+        compose_run(
+            "experiment=autoencoder/tiny_vq", "trainer.num_images=8", f"runs_dir={tmp_path / 'other'}"
+        )
+    )
+    with pytest.raises(
+        DataError, match=r"holds codes made by .* \(hash \w{12}\), this run makes them by weights"
+    ):
+        train(compose_run(*ahead, f"builds_on.codec={tmp_path / 'other/autoencoder/latest'}"))
+
+
 def test_latents_alone(run_of, train, tmp_path):
     encode_for(run_of(), tmp_path / "cache", text=False)
     assert Record.read(str(tmp_path / "cache"), Limits()).features.keys() == {"latents"}

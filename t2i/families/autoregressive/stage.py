@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from t2i.config import RunConfig
+from t2i.config import RunConfig, check
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import Autoregressive, build_codec
 from t2i.families.autoregressive.palette import PaletteCodec
@@ -31,6 +31,10 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
+        step = config.data.bucket_step_px
+        check(
+            step is None, "data.bucket_step_px", step, "null with this model, whose grid of codes is square"
+        )
         found, place = None, ""
         if model.builds_on is not None:
             found, place = codec_run(config, model.builds_on.codec, start)
