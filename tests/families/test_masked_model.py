@@ -18,6 +18,7 @@ from t2i.families.masked.config import (
     MaskGITConfig,
     MuseConfig,
     SamplingConfig,
+    UVitConfig,
 )
 from t2i.families.masked.model import MaskedModel
 from t2i.interfaces import SampleRequest
@@ -183,6 +184,16 @@ def test_learned_positions_draw_their_own_size_alone():
     model = model_of(MaskGITConfig("maskgit", 32, 2, 2, 0.0))
     with pytest.raises(ConfigError, match="width is 48; allowed: 32 with this model"):
         model.generate(asked(width_px=48), SAMPLING)
+
+
+def test_a_transformer_at_half_the_resolution_takes_pairs_of_codes():
+    small = UVitConfig("uvit", 32, 1, 2, 32, 16, 1, 2, 8, downsample=True)
+    model = model_of(small)
+    assert model.generate(asked(width_px=48), SAMPLING).shape == (3, 3, 32, 48)
+    with pytest.raises(ConfigError, match="width is 40; allowed: multiples of 16 with this model"):
+        model.generate(asked(width_px=40), SAMPLING)
+    with pytest.raises(ConfigError, match=r"transformer.vocabulary is 5; allowed: 6 or more"):
+        model_of(dataclasses.replace(small, vocabulary=5))
 
 
 @pytest.mark.slow

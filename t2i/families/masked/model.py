@@ -49,6 +49,8 @@ class MaskedModel(TextToImage):
         self.transformer = build_transformer(
             config, codec, self.shape, self.text.token_dim, self.text.pooled_dim
         )
+        keys = ("resolution.size_px", "resolution.size_px")
+        check_unit(self.transformer, self.shape, codec.downsampling, keys)
 
     def train(self, mode: bool = True) -> MaskedModel:
         super().train(mode)
@@ -155,6 +157,7 @@ class MaskedModel(TextToImage):
         """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
+        check_unit(self.transformer, shape, f, ("height", "width"))
         if not self.transformer.takes_any_shape:
             for key, found, own in zip(("height", "width"), shape, self.shape, strict=True):
                 allowed = f"{own * f} with this model, whose positions are those of its training size"
@@ -173,6 +176,20 @@ class MaskedModel(TextToImage):
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+
+def check_unit(
+    transformer: MaskedTransformer, shape: tuple[int, int], downsampling: int, keys: tuple[str, str]
+) -> None:
+    """Raises ConfigError, with these keys, for (h, w) codes that are not whole tokens of the transformer."""
+    unit = transformer.unit
+    for key, codes in zip(keys, shape, strict=True):
+        check(
+            codes % unit == 0,
+            key,
+            codes * downsampling,
+            f"multiples of {unit * downsampling} with this model",
+        )
 
 
 def resized(request: SampleRequest, factor: float) -> SampleRequest:
@@ -225,8 +242,6 @@ def build_transformer(
     check(
         ok, "transformer.vocabulary", network.vocabulary, f"{least} or more, the codes and the mask, or null"
     )
-    whole = not network.downsample or shape[0] % 2 == 0
-    check(whole, "transformer.downsample", True, f"false with {shape[0]} codes along a side")
     return UVit(network, num_codes, context_dim, pooled_dim, codec.downsampling)
 
 

@@ -12,11 +12,12 @@ class MaskedTransformer(nn.Module, ABC):
 
     num_codes: the mask is the token of this number, beyond all codes
     takes_any_shape: of codes, or else that which it is trained on alone
+    unit: codes along each side have to be a multiple of it
     """
 
-    def __init__(self, num_codes: int, takes_any_shape: bool = False) -> None:
+    def __init__(self, num_codes: int, takes_any_shape: bool = False, unit: int = 1) -> None:
         super().__init__()
-        self.num_codes, self.takes_any_shape = num_codes, takes_any_shape
+        self.num_codes, self.takes_any_shape, self.unit = num_codes, takes_any_shape, unit
 
     @abstractmethod
     def forward(

@@ -28,7 +28,7 @@ class UVit(MaskedTransformer):
     def __init__(
         self, config: UVitConfig, num_codes: int, context_dim: int, pooled_dim: int, downsampling: int
     ) -> None:
-        super().__init__(num_codes, takes_any_shape=not config.downsample)
+        super().__init__(num_codes, takes_any_shape=True, unit=2 if config.downsample else 1)
         self.downsampling = downsampling
         width, channels = config.width, config.channels
         self.encoder_proj = linear(context_dim, width)
