@@ -4,7 +4,8 @@ machine lengthen least; the two sides take turns and have the same weights, and 
     python benchmarks/tokens.py [--rounds 5]
 
 sampling    256 codes drawn with keys and values kept, against a pass over all codes before each
-train step  against transformers' ImageGPT: loss, gradients and AdamW
+train step  against transformers' ImageGPT, and aMUSEd's U-ViT against diffusers': loss, gradients and AdamW
+masked      256 codes drawn in 8 steps, against one after the other, by transformers of one size
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers import UVit2DModel
 from torch import Tensor, nn
 from transformers.models.imagegpt.configuration_imagegpt import ImageGPTConfig
 from transformers.models.imagegpt.modeling_imagegpt import ImageGPTForCausalImageModeling
 
 from t2i.codes.config import CodeSampling
+from t2i.codes.masked import decode
 from t2i.codes.sampling import drawn
 from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
+from t2i.families.masked.config import MuseConfig, UVitConfig
+from t2i.families.masked.muse import Muse
+from t2i.families.masked.uvit import UVit
 from t2i.interfaces import TextFeatures
 
 CODES, GRID, BATCH, CAPTION = 512, (16, 16), 4, 8
@@ -98,17 +104,78 @@ def train_step(rounds: int) -> tuple[float, float]:
 
     torch.testing.assert_close(loss_of_ours(), loss_of_theirs(), rtol=1e-4, atol=1e-4)
 
-    def step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-
-        def take() -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        return take
-
     first, second = medians(rounds, step(ours, loss_of_ours), step(theirs, loss_of_theirs))
+    return first, second
+
+
+def step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def take() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return take
+
+
+def uvit_step(rounds: int) -> tuple[float, float]:
+    theirs = UVit2DModel(
+        hidden_size=WIDTH,
+        cond_embed_dim=WIDTH,
+        encoder_hidden_size=WIDTH,
+        vocab_size=CODES + 1,
+        codebook_size=CODES,
+        in_channels=192,
+        block_out_channels=192,
+        num_res_blocks=2,
+        block_num_heads=6,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        intermediate_size=704,
+    )
+    config = UVitConfig("uvit", WIDTH, 4, HEADS, 704, 192, 2, 6, 192)
+    ours = UVit(config, CODES, WIDTH, WIDTH, 16)
+    ours.load_state_dict(theirs.state_dict())
+    codes, tokens = torch.randint(CODES, (BATCH, *GRID)), torch.randint(CODES + 1, (BATCH, *GRID))
+    context, pooled = torch.randn(BATCH, CAPTION, WIDTH), torch.randn(BATCH, WIDTH)
+    told = torch.tensor([[256.0, 256.0, 0.0, 0.0, 6.0]]).expand(BATCH, -1)
+    everything = torch.ones(BATCH, CAPTION, dtype=torch.bool)
+
+    def loss_of_ours() -> Tensor:
+        return F.cross_entropy(ours(tokens, context, everything, None, pooled).flatten(0, 1), codes.flatten())
+
+    def loss_of_theirs() -> Tensor:
+        return F.cross_entropy(theirs(tokens, context, pooled, told), codes)
+
+    torch.testing.assert_close(loss_of_ours(), loss_of_theirs(), rtol=1e-4, atol=1e-4)
+    first, second = medians(rounds, step(ours, loss_of_ours), step(theirs, loss_of_theirs))
+    return first, second
+
+
+def masked(rounds: int) -> tuple[float, float]:
+    """Of pictures without guidance: 8 passes over all codes, and as many passes over one as there are codes."""
+    one_by_one = transformer(CAPTION).eval()
+    config = MuseConfig(width=WIDTH, depth=DEPTH, heads=HEADS, norm="rms", activation="quick_gelu")
+    together = Muse(config, CODES, GRID, WIDTH).eval()
+    mask = torch.ones(BATCH, CAPTION, dtype=torch.bool)
+    text = TextFeatures(torch.randn(BATCH, CAPTION, WIDTH), torch.zeros(BATCH, WIDTH), mask)
+    options = CodeSampling(temperature=1.0, top_k=None, top_p=1.0, guidance_scale=1.0)
+    hidden = torch.ones(BATCH, GRID[0] * GRID[1], dtype=torch.bool)
+
+    def in_steps() -> Tensor:
+        def predict(codes: Tensor, unknown: Tensor, share: float) -> Tensor:
+            tokens = torch.where(unknown, CODES, codes).unflatten(1, GRID)
+            return together(tokens, text.tokens, text.mask)
+
+        generators = [torch.Generator().manual_seed(i) for i in range(BATCH)]
+        return decode(predict, torch.zeros_like(hidden).long(), hidden, 8, generators, options, 4.5)
+
+    def in_order() -> Tensor:
+        return draw_codes(one_by_one, text, None, GRID, range(BATCH), options)
+
+    with torch.no_grad():
+        first, second = medians(rounds, in_steps, in_order)
     return first, second
 
 
@@ -144,6 +211,10 @@ def main() -> None:
     )
     ours, theirs = train_step(rounds)
     print(f"train step: {ours:.2f} s, transformers' ImageGPT {theirs:.2f} s: {ours / theirs:.2f} times")
+    ours, theirs = uvit_step(rounds)
+    print(f"train step: {ours:.2f} s, diffusers' UVit2DModel {theirs:.2f} s: {ours / theirs:.2f} times")
+    steps, codes = masked(rounds)
+    print(f"masked, 8 steps: {steps:.2f} s, code by code {codes:.2f} s: {codes / steps:.1f} times")
 
 
 if __name__ == "__main__":
