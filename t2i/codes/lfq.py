@@ -80,7 +80,9 @@ class LFQ(Quantizer):
             joint = torch.ones_like(group[:, :1])
             for bit in group.split(1, dim=1):
                 joint = torch.cat([joint * (1 - bit), joint * bit], dim=1)
-            of_all = of_all + torch.special.entr(self._mean(joint)).sum()
+            share = self._mean(joint)
+            # torch.special.entr has no gradient at 0, and most codes' share may be 0 to the last digit.
+            of_all = of_all - (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
         return of_each, of_all
 
     def _mean(self, share: Tensor) -> Tensor:
