@@ -13,7 +13,7 @@ from interop_models import randomised, relative_error
 from torch import Tensor
 
 from t2i import families
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import TokenCodec
 from t2i.interop.convert import Options, prepare
 from t2i.interop.diffusers_config import read_codec
@@ -31,8 +31,8 @@ def levels(*widths: int) -> dict[str, Any]:
     }
 
 
-VQGAN: dict[str, Any] = levels(32, 32, 64, 64, 128)
-VQGAN["down_block_types"] = (*VQGAN["down_block_types"][:4], "AttnDownEncoderBlock2D")
+VQGAN: dict[str, Any] = levels(32, 32, 64)
+VQGAN["down_block_types"] = (*VQGAN["down_block_types"][:2], "AttnDownEncoderBlock2D")
 VQGAN["up_block_types"] = ("AttnUpDecoderBlock2D", *VQGAN["up_block_types"][1:])
 VQGAN |= {"latent_channels": 16, "vq_embed_dim": 12, "num_vq_embeddings": 64, "scaling_factor": 1.0}
 # amused/amused-256/vqvae/config.json
@@ -108,8 +108,8 @@ def test_a_taming_checkpoint_equals_diffusers(tmp_path, convert, kind):
     model = small(**VQGAN)
     weights = in_taming_names(model)
     assert {
-        "encoder.down.4.attn.1.q.weight",
-        "decoder.up.4.upsample.conv.bias",
+        "encoder.down.2.attn.1.q.weight",
+        "decoder.up.2.upsample.conv.bias",
         "decoder.mid.attn_1.k.weight",
     } <= (weights.keys())
     source = tmp_path / {"lightning": "last.ckpt", "bare": "vqgan.pt", "safetensors": "v.safetensors"}[kind]
@@ -164,3 +164,15 @@ def test_the_published_tokenizer_of_amused_is_taken_whole():
     names = diffusers_codec(ours, 5)
     expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     assert {names[name]: shape for name, shape in ours.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [
+        ({"name": "fsq", "levels": [8, 5]}, "codec.name is 'fsq'; allowed: kl, vq"),
+        ({"name": "vq", "num_codes": 8, "normalize": True}, "codec.normalize is True; allowed: false"),
+    ],
+)
+def test_codes_without_a_foreign_form_are_refused(codec, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        families.get("autoencoder").load_formats().from_run({"backbone": {"name": "ldm"}, "codec": codec})

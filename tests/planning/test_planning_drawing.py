@@ -36,7 +36,7 @@ def planned(compose_run):
 def test_autoregressive_drawing(planned, guidance, conditioning):
     """One call for the text and the start, then with a cache one for each code but the last."""
     overrides = (f"sampling.guidance_scale={guidance}", f"transformer.conditioning={conditioning}")
-    model, networks = planned("autoregressive/tiny_ar", *overrides)
+    model, networks = planned("autoregressive/tiny_ar", "resolution.size_px=16", *overrides)
     network = networks["transformer"]
     transformer, rows, cross = network.module, 1 if guidance == 1 else 2, conditioning == "cross"
     first, following = counted_calls(network)
