@@ -50,7 +50,17 @@ def medians(rounds: int, *sides: Callable[[], object]) -> list[float]:
 
 
 def transformer(max_tokens: int) -> CodeTransformer:
-    config = NetworkConfig(width=WIDTH, depth=DEPTH, heads=HEADS, norm="rms", activation="quick_gelu")
+    config = NetworkConfig(
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        positions="learned",
+        norm="rms",
+        bias=True,
+        qk_norm=False,
+        dropout=0.0,
+        activation="quick_gelu",
+    )
     made = CodeTransformer(config, CODES, GRID, WIDTH, max_tokens)
     nn.init.normal_(made.head.weight, std=0.1)
     return made
@@ -156,7 +166,17 @@ def uvit_step(rounds: int) -> tuple[float, float]:
 def masked(rounds: int) -> tuple[float, float]:
     """Of pictures without guidance: 8 passes over all codes, and as many passes over one as there are codes."""
     one_by_one = transformer(CAPTION).eval()
-    config = MuseConfig(width=WIDTH, depth=DEPTH, heads=HEADS, norm="rms", activation="quick_gelu")
+    config = MuseConfig(
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        positions="learned",
+        norm="rms",
+        bias=True,
+        qk_norm=False,
+        dropout=0.0,
+        activation="quick_gelu",
+    )
     together = Muse(config, CODES, GRID, WIDTH).eval()
     mask = torch.ones(BATCH, CAPTION, dtype=torch.bool)
     text = TextFeatures(torch.randn(BATCH, CAPTION, WIDTH), torch.zeros(BATCH, WIDTH), mask)

@@ -25,13 +25,13 @@ class TransformerConfig:
     width: int
     depth: int
     heads: int
+    positions: Literal["learned", "rotary"]
+    norm: Literal["layer", "rms"]
+    bias: bool
+    qk_norm: bool
+    dropout: float
     mlp_ratio: int = 4
-    positions: Literal["learned", "rotary"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    bias: bool = True
-    qk_norm: bool = False
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "mlp_ratio"):

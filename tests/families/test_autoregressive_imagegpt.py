@@ -100,7 +100,17 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_logits_are_those_of_transformers(float64):
     """Without a caption: of no slots."""
     model = theirs()
-    config = NetworkConfig(width=16, depth=2, heads=2, norm="rms", activation="quick_gelu")
+    config = NetworkConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        positions="learned",
+        norm="rms",
+        bias=True,
+        qk_norm=False,
+        dropout=0.0,
+        activation="quick_gelu",
+    )
     ours = CodeTransformer(config, COLOURS, GRID, text_dim=4, max_tokens=0)
     missing, unexpected = ours.load_state_dict(renamed(model.state_dict()), strict=False)
     assert (unexpected, [name for name in missing if not name.startswith("text.")]) == ([], [])

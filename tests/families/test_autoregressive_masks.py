@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -64,7 +65,18 @@ def test_the_order_of_the_blocks():
 @pytest.mark.parametrize("conditioning", ["prefix", "cross"])
 def test_with_what_is_kept_masked_blocks_say_the_same(conditioning, float64):
     torch.manual_seed(0)
-    config = NetworkConfig(width=16, depth=3, heads=2, conditioning=conditioning, attention="axial")
+    config = NetworkConfig(
+        width=16,
+        depth=3,
+        heads=2,
+        positions="learned",
+        norm="layer",
+        bias=True,
+        qk_norm=False,
+        dropout=0.0,
+        conditioning=conditioning,
+        attention="axial",
+    )
     network = CodeTransformer(config, 11, (3, 4), text_dim=6, max_tokens=5)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -81,5 +93,5 @@ def test_with_what_is_kept_masked_blocks_say_the_same(conditioning, float64):
 
 
 def with_full_attention(network: CodeTransformer) -> CodeTransformer:
-    network.config = NetworkConfig(width=16, depth=3, heads=2, conditioning=network.config.conditioning)
+    network.config = dataclasses.replace(network.config, attention="full")
     return network

@@ -24,7 +24,9 @@ POSITIONS = ("learned", "rotary")
 def network(positions: str = "learned") -> CodeTransformer:
     """With weights of its own everywhere, also where training starts at zero."""
     torch.manual_seed(0)
-    config = NetworkConfig(width=16, depth=2, heads=2, positions=positions, qk_norm=True)  # type: ignore[arg-type]
+    config = NetworkConfig(
+        width=16, depth=2, heads=2, positions=positions, norm="layer", bias=True, qk_norm=True, dropout=0.0
+    )  # type: ignore[arg-type]
     transformer = CodeTransformer(config, CODES, GRID, text_dim=6, max_tokens=TEXT)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -57,7 +59,9 @@ def test_no_output_depends_on_a_later_code(positions, float64):
 
 
 def test_the_start_is_the_loss_of_uniform_codes(float64):
-    config = NetworkConfig(width=16, depth=1, heads=2)
+    config = NetworkConfig(
+        width=16, depth=1, heads=2, positions="learned", norm="layer", bias=True, qk_norm=False, dropout=0.0
+    )
     transformer, given, target = CodeTransformer(config, CODES, GRID, 6, TEXT), text(2), codes(2)
     logits = transformer(target[:, :-1], given.tokens, given.mask)
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())

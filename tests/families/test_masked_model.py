@@ -23,7 +23,9 @@ from t2i.families.masked.config import (
 from t2i.families.masked.model import MaskedModel
 from t2i.interfaces import SampleRequest
 
-MUSE = MuseConfig(width=32, depth=2, heads=2, positions="rotary", norm="rms", bias=False, qk_norm=True)
+MUSE = MuseConfig(
+    width=32, depth=2, heads=2, positions="rotary", norm="rms", bias=False, qk_norm=True, dropout=0.0
+)
 SAMPLING = SamplingConfig(
     temperature=1.0,
     top_k=None,

@@ -13,7 +13,9 @@ from t2i.families.masked.maskgit import Bert, MaskGIT
 from t2i.families.masked.muse import Muse
 
 SMALL = MaskGITConfig("maskgit", width=24, depth=2, heads=3, dropout=0.0)
-MUSE = MuseConfig(width=24, depth=2, heads=3, positions="rotary", norm="rms", bias=False, qk_norm=True)
+MUSE = MuseConfig(
+    width=24, depth=2, heads=3, positions="rotary", norm="rms", bias=False, qk_norm=True, dropout=0.0
+)
 
 
 def test_maskgit_has_as_many_parameters_as_the_published_one():

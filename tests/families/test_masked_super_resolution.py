@@ -18,7 +18,9 @@ from t2i.families.masked.stage import low_run
 from t2i.interfaces import SampleRequest
 from t2i.training import checkpoint, run_folder
 
-MUSE = MuseConfig(width=32, depth=2, heads=2, positions="rotary", norm="rms", bias=False, qk_norm=True)
+MUSE = MuseConfig(
+    width=32, depth=2, heads=2, positions="rotary", norm="rms", bias=False, qk_norm=True, dropout=0.0
+)
 SAMPLING = SamplingConfig(
     temperature=1.0,
     top_k=None,
