@@ -10,7 +10,7 @@ DATA ?= emoji
 # Where numbers are compared that a processor rounds.
 NUMERIC := $(addprefix tests/,nn diffusion families text training distributed evaluation generation interop planning)
 
-.PHONY: help setup setup-dev demo test test-slow test-gpu test-portable check format bench bench-gpu clean
+.PHONY: help setup setup-dev demo tokens-demo test test-slow test-gpu test-portable check format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,6 +37,13 @@ demo: setup ## train all stages on DATA=emoji (or shapes), draw unseen prompts, 
 	$(BIN)/t2i train stage=ldm data=$(DATA)
 	$(BIN)/t2i train stage=ldm resolution=64 data=$(DATA)
 	$(BIN)/t2i report
+
+tokens-demo: setup ## train a codec of codes, then an autoregressive and a masked model on shapes, and report on both
+	$(BIN)/t2i data make shapes
+	$(BIN)/t2i train experiment=autoencoder/small_codes
+	$(BIN)/t2i train stage=ar data=shapes resolution=32
+	$(BIN)/t2i train stage=masked data=shapes resolution=32
+	$(BIN)/t2i report --checkpoint runs/ar/latest --checkpoint runs/masked/latest
 
 test: setup-dev check ## every check and every test but the slow ones
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
