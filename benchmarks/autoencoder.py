@@ -26,6 +26,7 @@ from t2i.families.autoencoder.codec import Codec, DiscreteCodec, from_checkpoint
 from t2i.nn.perceptual import build_perceptual
 from t2i.training.checkpoint import load, load_into
 from t2i.training.pictures import grid, save_png
+from t2i.training.run_folder import checkpoints
 
 NUM_HELDOUT = 500
 SIZE_PX = 64
@@ -105,7 +106,7 @@ def main() -> None:
         command += [f"adversarial.start_images={half}", f"trainer.num_images={options.images}"]
         command += [f"trainer.checkpoint_every_images={half}", "trainer.keep_checkpoints=3"]
         subprocess.run(command, check=True)
-        saved = sorted((options.out / "autoencoder" / codec / "checkpoints").glob("*.ckpt"))
+        saved = checkpoints(options.out / "autoencoder" / codec)
         before, row_before = measure(codec_at(saved[0]), images)
         after, row_after = measure(codec_at(saved[-1]), images)
         rows += [f"| {codec}, before the GAN | {row_before} |", f"| {codec}, after | {row_after} |"]
