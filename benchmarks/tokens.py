@@ -74,7 +74,7 @@ def sampling(rounds: int) -> tuple[float, float]:
     seeds, number = range(1), GRID[0] * GRID[1]
 
     def kept() -> Tensor:
-        return draw_codes(network, text, None, GRID, seeds, options).flatten(1)
+        return draw_codes(network, text, None, GRID, seeds, options)[0].flatten(1)
 
     def afresh() -> Tensor:
         each = [torch.rand(number, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -192,7 +192,7 @@ def masked(rounds: int) -> tuple[float, float]:
         return decode(predict, torch.zeros_like(hidden).long(), hidden, 8, generators, options, 4.5)
 
     def in_order() -> Tensor:
-        return draw_codes(one_by_one, text, None, GRID, range(BATCH), options)
+        return draw_codes(one_by_one, text, None, GRID, range(BATCH), options)[0]
 
     with torch.no_grad():
         first, second = medians(rounds, in_steps, in_order)

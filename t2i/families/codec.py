@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,15 +17,24 @@ SLICE_PX = 512 * 512  # pixels that are decoded at a time
 def decoded(codec: ImageCodec, latents: Tensor) -> Tensor:
     """As codec.decode gives it, (B, C, h, w) -> (B, 3, h*f, w*f), in slices of at most SLICE_PX pixels, or one picture:
     what is computed on the way does not take more memory for a larger batch."""
-    pixels = latents.shape[2] * latents.shape[3] * codec.downsampling**2
-    parts = latents.split(max(1, SLICE_PX // pixels))
-    first = codec.decode(parts[0])
+    return _in_slices(codec.decode, latents, codec.downsampling)
+
+
+def decoded_tokens(codec: TokenCodec, tokens: Tensor) -> Tensor:
+    """The same of codec.decode_tokens, (B, h, w) int64 -> (B, 3, h*f, w*f)."""
+    return _in_slices(codec.decode_tokens, tokens, codec.downsampling)
+
+
+def _in_slices(decode: Callable[[Tensor], Tensor], values: Tensor, downsampling: int) -> Tensor:
+    pixels = values.shape[-2] * values.shape[-1] * downsampling**2
+    parts = values.split(max(1, SLICE_PX // pixels))
+    first = decode(parts[0])
     if len(parts) == 1:
         return first
-    images = first.new_empty(len(latents), *first.shape[1:])
+    images = first.new_empty(len(values), *first.shape[1:])
     start = 0
     for part in parts:
-        images[start : start + len(part)] = codec.decode(part) if start else first
+        images[start : start + len(part)] = decode(part) if start else first
         start += len(part)
     return images
 

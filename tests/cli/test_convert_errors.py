@@ -84,7 +84,7 @@ def vqgan(t2i) -> dict[str, torch.Tensor]:
     from t2i.interop.parts import codec_shapes
 
     config = {
-        "backbone": backbone(32, [1, 2], 1, 4, [False, False]),
+        "backbone": backbone(32, [1, 2], 1, 4, [False, False], True),
         "codec": {"name": "vq", "num_codes": 16},
     }
     names = compvis_codec(codec_shapes(config))

@@ -124,7 +124,7 @@ def test_each_code_is_drawn_in_its_window(positions, grid, float64):
     """Where the window covers all that is full attention, and what was kept is used."""
     transformer, given = network(positions), text(2)
     with torch.no_grad():
-        found = draw_codes(transformer, given, None, grid, [3, 4], sampling())
+        found, _ = draw_codes(transformer, given, None, grid, [3, 4], sampling())
         assert torch.equal(found, by_hand(transformer, given, grid, [3, 4]))
 
 
@@ -139,7 +139,7 @@ def test_a_picture_depends_on_its_own_seed_alone(float64):
     transformer, one = network(), text(1)
     two = joined(one, one)
     with torch.no_grad():
-        together = draw_codes(transformer, two, None, GRID, [7, 8], sampling())
-        alone = draw_codes(transformer, one, None, GRID, [8], sampling())
+        together, _ = draw_codes(transformer, two, None, GRID, [7, 8], sampling())
+        alone, _ = draw_codes(transformer, one, None, GRID, [8], sampling())
     assert torch.equal(together[1:], alone)
     assert not torch.equal(together[0], together[1])

@@ -42,7 +42,7 @@ def stable_diffusion_1() -> Parts:
         "cross_attention_dim": 768,
     }
     unet = read_unet(levels, "unet")
-    codec = {"backbone": backbone(128, [1, 2, 4, 4], 2, 4, [False] * 4), "codec": {"name": "kl"}}
+    codec = {"backbone": backbone(128, [1, 2, 4, 4], 2, 4, [False] * 4, True), "codec": {"name": "kl"}}
     text = ClipConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
     return Parts(
         "random numbers",

@@ -42,10 +42,10 @@ class Config(ModelConfig):
         ok = self.palette is None or (self.palette >= 2 and self.builds_on is None)
         check(ok, "palette", self.palette, "2 or more with builds_on=null, or null")
         allowed = "a codec (builds_on.codec), or null with palette=COLOURS"
+        check(self.builds_on is not None or self.palette is not None, "builds_on", None, allowed)
         words = self.transformer.conditioning == "words"
         allowed = "minilm with transformer.conditioning=words, whose tokenizer gives the words"
         check(not words or self.text.name == "minilm", "text.name", self.text.name, allowed)
-        check(self.builds_on is not None or self.palette is not None, "builds_on", None, allowed)
 
     def text_encoder(self) -> TextConfig:
         return self.text

@@ -28,9 +28,9 @@ def draw_codes(
     seeds: Sequence[int],
     sampling: CodeSampling,
     progress: Progress | None = None,
-) -> Tensor:
-    """(N, rows, columns) int64 codes of N pictures, on the transformer's device. Beyond the trained grid each code is
-    drawn in a window of that size around it.
+) -> tuple[Tensor, Tensor]:
+    """(N, rows, columns) int64 codes of N pictures, on the transformer's device, and (N,) bool: whether all numbers on
+    the way were finite. Beyond the trained grid each code is drawn in a window of that size around it.
 
     negative: the text of the unconditional half, or None without guidance
     seeds: picture i's numbers, one for each code, are drawn by a generator of seeds[i]
@@ -44,6 +44,7 @@ def draw_codes(
     covers = rows <= transformer.grid[0] and columns <= transformer.grid[1]
     caches = [Cache(both.tokens.shape[1] + steps) for _ in transformer.blocks] if covers else None
     codes = torch.zeros(len(seeds), rows, columns, dtype=torch.int64, device=device)
+    finite = torch.ones(len(seeds), dtype=torch.bool, device=device)
     for i in range(steps):
         row, column = divmod(i, columns)
         before, places = seen(codes, row, column, tops[row], lefts[column], transformer.grid)
@@ -54,10 +55,11 @@ def draw_codes(
         if negative is not None:
             unconditional, conditional = logits.chunk(2)
             logits = guided_logits(conditional, unconditional, sampling.guidance_scale)
+        finite &= logits.isfinite().all(1)
         codes[:, row, column] = drawn(logits, uniform[:, i], sampling)
         if progress is not None:
             progress(i + 1, steps)
-    return codes
+    return codes, finite
 
 
 def seen(

@@ -15,7 +15,7 @@ from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.autoregressive.words import TEXT_WEIGHT, WordNumbers, check_vocabulary
-from t2i.families.codec import token_codec
+from t2i.families.codec import decoded_tokens, token_codec
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
 from t2i.nn.between import asked_text
@@ -83,9 +83,10 @@ class Autoregressive(TextToImage):
         negative = None
         if sampling.guidance_scale != 1:
             negative = self.text([request.negative_prompt] * len(request.prompts))
-        codes = draw_codes(self.transformer, text, negative, grid, request.seeds, sampling, progress)
-        image = self.codec.decode_tokens(codes)
-        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+        codes, finite = draw_codes(self.transformer, text, negative, grid, request.seeds, sampling, progress)
+        image = decoded_tokens(self.codec, codes)
+        finite &= image.isfinite().flatten(1).all(1)
+        return torch.where(finite[:, None, None, None], image.clamp(-1, 1), torch.nan)
 
 
 def build_codec(config: Config, values: Mapping[str, Any]) -> TokenCodec:

@@ -14,7 +14,7 @@ from t2i.codes.masked import Predict, decode, halton_order, masked_loss
 from t2i.codes.sampling import guided_logits
 from t2i.config import RunConfig, check, parse_run
 from t2i.diffusion.inpainting import coarse_mask, pasted
-from t2i.families.codec import token_codec
+from t2i.families.codec import decoded_tokens, token_codec
 from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
@@ -79,7 +79,7 @@ class MaskedModel(TextToImage):
         mask touches, is drawn anew; what the mask leaves is copied from the picture."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         codes, finite = self.drawn_codes(request, sampling, generators, progress)
-        drawn = self.codec.decode_tokens(codes)
+        drawn = decoded_tokens(self.codec, codes)
         finite &= drawn.isfinite().flatten(1).all(1)
         drawn = torch.where(finite[:, None, None, None], drawn.clamp(-1, 1), torch.nan)
         if request.mask is None or request.image is None:
@@ -153,8 +153,9 @@ class MaskedModel(TextToImage):
 
         return predict
 
-    def asked_shape(self, request: SampleRequest, sampling: SamplingConfig) -> tuple[int, int]:
-        """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
+    def check(self, request: SampleRequest) -> None:
+        """Raises ConfigError for sizes that the transformer does not take, and what only models with noise, or without
+        positions, can do."""
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         check_unit(self.transformer, shape, f, ("height", "width"))
@@ -162,15 +163,18 @@ class MaskedModel(TextToImage):
             for key, found, own in zip(("height", "width"), shape, self.shape, strict=True):
                 allowed = f"{own * f} with this model, whose positions are those of its training size"
                 check(found == own, key, found * f, allowed)
+        check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
+        between = request.between
+        check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
+        check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
+
+    def asked_shape(self, request: SampleRequest, sampling: SamplingConfig) -> tuple[int, int]:
+        """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
+        self.check(request)
         sampling.check_codes(self.codec.num_codes)
+        shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         steps, count = sampling.steps, shape[0] * shape[1]
         check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
-        check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
-        ok = request.between is None or request.between.seeds is None
-        check(
-            ok, "between.seeds", "given", "none with this model, whose pictures have no noise to lie between"
-        )
-        check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
         return shape
 
     @property
