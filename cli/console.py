@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
@@ -53,6 +55,15 @@ def say_what_is_logged() -> None:
 def part_of(rank: Rank) -> str:
     """Which of several processes says this, each of which has its share."""
     return f" (process {rank.rank} of {rank.world})" if rank.world > 1 else ""
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns side by side, however wide: a terminal breaks the lines, a file has them whole. rich's own tables leave
+    out what does not fit."""
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
+        console.print(f" {'  '.join(cells)}".rstrip())
 
 
 def draw_with_bar(generator: Generator, request: SampleRequest, batch_size: int) -> Tensor:

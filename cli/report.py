@@ -22,7 +22,6 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     # Heavy imports only now: a wrong flag is reported at once.
     import torch
-    from rich.table import Table
     from torch import Tensor
 
     from t2i import families
@@ -32,7 +31,7 @@ def run(arguments: list[str]) -> None:
     from t2i.interfaces import SampleRequest
     from t2i.training import checkpoint, run_folder
 
-    from .console import console, draw_with_bar
+    from .console import console, draw_with_bar, print_table
 
     asked = origins(options.checkpoint or [newest_that_draws(options.runs_dir)])
     for one in (one for each in asked for one in each.ladder()):
@@ -70,11 +69,7 @@ def run(arguments: list[str]) -> None:
     brief = {key: value for key, value in figures.items() if key not in ("codecs", "runs")}
     for line in json.dumps(brief, indent=2).splitlines():
         console.print(line)
-    header, *rows = comparison(figures["runs"])
-    table = Table(*header, box=None)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(comparison(figures["runs"]))
     if not same_prompts(figures["runs"]):
         console.print(NOT_THE_SAME)
     console.print(f"The report is {page}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i.schema import check
 
-from .options import add_measures, check_file, check_numbers, extractors_of, print_table, write_json
+from .options import add_measures, check_file, check_numbers, extractors_of, write_json
 from .runs import add_prompts, check_prompts, config_of, measure_generator
 
 
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> None:
     from t2i.evaluation.table import comparison_rows, notes, write_tables
     from t2i.generation.names import check_folder
 
-    from ..console import console
+    from ..console import console, print_table
     from ..generators import check_draws
 
     check_folder(Path(options.out))

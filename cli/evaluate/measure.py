@@ -16,7 +16,6 @@ from .options import (
     check_numbers,
     extractors_of,
     plain_data,
-    print_table,
     write_json,
 )
 from .runs import HELDOUT, Measured, add_prompts, check_prompts, measure_generator
@@ -48,7 +47,7 @@ def run(arguments: list[str]) -> None:
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.evaluation.measure import rows
 
-    from ..console import console
+    from ..console import console, print_table
 
     check_file("--out", options.out)
     check_file("--statistics", options.statistics)

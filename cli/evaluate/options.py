@@ -100,18 +100,6 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.advance(task, done)
 
 
-def print_table(rows: list[list[str]]) -> None:
-    from rich.table import Table
-
-    from ..console import console
-
-    header, *body = rows
-    table = Table(*header, box=None)
-    for row in body:
-        table.add_row(*row)
-    console.print(table, width=max(console.width, 400))  # a terminal breaks the lines, a file has them whole
-
-
 def write_json(path: Path | None, values: Any) -> None:
     """Where a file was asked for."""
     import json
