@@ -96,6 +96,7 @@ def check(
     assert sent.gpu == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.slow
 def test_two_processes(compose_run, shapes_overrides, tmp_path):
     check(compose_run, shapes_overrides, tmp_path, "full_shard", 1, 2)
 
