@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,18 @@ from t2i.interfaces import TextFeatures
 CODES, GRID, BATCH, CAPTION = 512, (16, 16), 4, 8
 WIDTH, DEPTH, HEADS = 256, 8, 8
 
+SHAPE: dict[str, Any] = {  # of ours, as transformers' ImageGPT is
+    "width": WIDTH,
+    "depth": DEPTH,
+    "heads": HEADS,
+    "positions": "learned",
+    "norm": "rms",
+    "bias": True,
+    "qk_norm": False,
+    "dropout": 0.0,
+    "activation": "quick_gelu",
+}
+
 
 def medians(rounds: int, *sides: Callable[[], object]) -> list[float]:
     """Seconds of the processor that each takes, in turns, after one turn that does not count."""
@@ -50,17 +63,7 @@ def medians(rounds: int, *sides: Callable[[], object]) -> list[float]:
 
 
 def transformer(max_tokens: int) -> CodeTransformer:
-    config = NetworkConfig(
-        width=WIDTH,
-        depth=DEPTH,
-        heads=HEADS,
-        positions="learned",
-        norm="rms",
-        bias=True,
-        qk_norm=False,
-        dropout=0.0,
-        activation="quick_gelu",
-    )
+    config = NetworkConfig(**SHAPE)
     made = CodeTransformer(config, CODES, GRID, WIDTH, max_tokens)
     nn.init.normal_(made.head.weight, std=0.1)
     return made
@@ -166,17 +169,7 @@ def uvit_step(rounds: int) -> tuple[float, float]:
 def masked(rounds: int) -> tuple[float, float]:
     """Of pictures without guidance: 8 passes over all codes, and as many passes over one as there are codes."""
     one_by_one = transformer(CAPTION).eval()
-    config = MuseConfig(
-        width=WIDTH,
-        depth=DEPTH,
-        heads=HEADS,
-        positions="learned",
-        norm="rms",
-        bias=True,
-        qk_norm=False,
-        dropout=0.0,
-        activation="quick_gelu",
-    )
+    config = MuseConfig(**SHAPE)
     together = Muse(config, CODES, GRID, WIDTH).eval()
     mask = torch.ones(BATCH, CAPTION, dtype=torch.bool)
     text = TextFeatures(torch.randn(BATCH, CAPTION, WIDTH), torch.zeros(BATCH, WIDTH), mask)

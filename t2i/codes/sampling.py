@@ -9,11 +9,6 @@ from t2i.codes.config import CodeSampling
 from t2i.nn.precision import widened
 
 
-def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """unconditional + scale (conditional - unconditional), which is conditional at scale 1 (2203.13131, equation 5)."""
-    return unconditional + scale * (conditional - unconditional)
-
-
 def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     """(..., K) with -inf for codes that are not among the top_k most likely, or not among the fewest most likely ones
     that together have probability top_p. Codes as likely as the last one that stays, stay."""

@@ -11,12 +11,7 @@ from torch import Tensor
 from t2i.diffusion.config import DiffusionSampling
 from t2i.diffusion.schedules import Schedule
 from t2i.interfaces import TextFeatures
-
-
-def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """uncond + scale (cond - uncond): their eq. 6 with scale = 1 + w, so that 1 is no guidance and 0 ignores
-    the text. Any objective's output may be guided: at a given x_t all are affine in one another."""
-    return uncond + scale * (cond - uncond)
+from t2i.nn.guidance import both_texts, guided
 
 
 def rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
@@ -52,11 +47,7 @@ def classifier_free(
     """
     if sampling.guidance_scale == 1:
         return lambda x, t: model(x, t, cond)
-    both = TextFeatures(
-        tokens=torch.cat([uncond.tokens, cond.tokens]),
-        pooled=torch.cat([uncond.pooled, cond.pooled]),
-        mask=torch.cat([uncond.mask, cond.mask]),
-    )
+    both = both_texts(uncond, cond)
     low, high = sampling.guidance_interval
 
     def guided_model(x: Tensor, t: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from t2i.codes.config import CodeSampling
-from t2i.codes.sampling import drawn, filtered, guided_logits
+from t2i.codes.sampling import drawn, filtered
 from t2i.errors import ConfigError
+from t2i.nn.guidance import guided
 
 PLAIN = CodeSampling(temperature=1.0, top_k=None, top_p=1.0, guidance_scale=1.0)
 
@@ -58,9 +59,9 @@ def test_without_temperature_the_most_likely():
 
 def test_guidance_of_one_is_the_conditional(float64):
     one, other = torch.randn(2, 3, 5)
-    torch.testing.assert_close(guided_logits(one, other, 1.0), one, atol=1e-15, rtol=0)
-    assert torch.equal(guided_logits(one, other, 0.0), other)
-    torch.testing.assert_close(guided_logits(one, other, 3.0), 3 * one - 2 * other)
+    torch.testing.assert_close(guided(one, other, 1.0), one, atol=1e-15, rtol=0)
+    assert torch.equal(guided(one, other, 0.0), other)
+    torch.testing.assert_close(guided(one, other, 3.0), 3 * one - 2 * other)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from schedule_configs import schedule_config
 from torch import Tensor
 
 from t2i.diffusion.config import DiffusionSampling
-from t2i.diffusion.guidance import classifier_free, guided, thresholded
+from t2i.diffusion.guidance import classifier_free, thresholded
 from t2i.diffusion.schedules import build_schedule
 from t2i.interfaces import TextFeatures
+from t2i.nn.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from t2i.codes.config import CodeSampling
 from t2i.codes.sampling import drawn
 from t2i.families.autoregressive.config import NetworkConfig
-from t2i.families.autoregressive.drawing import draw_codes, joined, window_starts
+from t2i.families.autoregressive.drawing import draw_codes, window_starts
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import TextFeatures
+from t2i.nn.guidance import both_texts
 from t2i.nn.transformer import Cache
 
 CODES, GRID, TEXT = 11, (4, 4), 5
@@ -137,7 +138,7 @@ def test_windows_are_in_the_middle_but_at_the_ends():
 
 def test_a_picture_depends_on_its_own_seed_alone(float64):
     transformer, one = network(), text(1)
-    two = joined(one, one)
+    two = both_texts(one, one)
     with torch.no_grad():
         together, _ = draw_codes(transformer, two, None, GRID, [7, 8], sampling())
         alone, _ = draw_codes(transformer, one, None, GRID, [8], sampling())

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from t2i.codes.config import CodeSampling
-from t2i.codes.sampling import drawn, guided_logits
+from t2i.codes.sampling import drawn
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import Progress, TextFeatures
+from t2i.nn.guidance import both_texts, guided
 from t2i.nn.transformer import Cache
 
 
@@ -39,7 +40,7 @@ def draw_codes(
     steps, device = rows * columns, text.tokens.device
     uniform = torch.stack([torch.rand(steps, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
     uniform = uniform.to(device)
-    both = text if negative is None else joined(negative, text)
+    both = text if negative is None else both_texts(negative, text)
     tops, lefts = window_starts(rows, transformer.grid[0]), window_starts(columns, transformer.grid[1])
     covers = rows <= transformer.grid[0] and columns <= transformer.grid[1]
     caches = [Cache(both.tokens.shape[1] + steps) for _ in transformer.blocks] if covers else None
@@ -54,7 +55,7 @@ def draw_codes(
             logits = transformer(twice(before, both), both.tokens, both.mask, places, caches)[:, -1]
         if negative is not None:
             unconditional, conditional = logits.chunk(2)
-            logits = guided_logits(conditional, unconditional, sampling.guidance_scale)
+            logits = guided(conditional, unconditional, sampling.guidance_scale)
         finite &= logits.isfinite().all(1)
         codes[:, row, column] = drawn(logits, uniform[:, i], sampling)
         if progress is not None:
@@ -74,12 +75,6 @@ def seen(
         columns, device=codes.device
     )
     return inside.flatten(1)[:, :n], places.flatten()[: n + 1]
-
-
-def joined(first: TextFeatures, second: TextFeatures) -> TextFeatures:
-    """Both batches in one."""
-    pairs = ((getattr(first, name), getattr(second, name)) for name in ("tokens", "pooled", "mask"))
-    return TextFeatures(*(torch.cat(pair) for pair in pairs))
 
 
 def twice(codes: Tensor, text: TextFeatures) -> Tensor:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.codes.masked import Predict, decode, halton_order, masked_loss
-from t2i.codes.sampling import guided_logits
 from t2i.config import RunConfig, check, parse_run
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
@@ -23,6 +22,7 @@ from t2i.families.masked.uvit import UVit
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
 from t2i.nn.between import asked_text
+from t2i.nn.guidance import both_texts, guided
 from t2i.text import text_encoder_for_training
 
 
@@ -134,9 +134,7 @@ class MaskedModel(TextToImage):
         logits are not."""
         text, guides = asked_text(self.text, request), sampling.guidance_scale != 1
         if guides:
-            negative = self.text([request.negative_prompt] * len(text))
-            pairs = ((getattr(negative, f.name), getattr(text, f.name)) for f in dataclasses.fields(text))
-            text = TextFeatures(*(torch.cat(pair) for pair in pairs))
+            text = both_texts(self.text([request.negative_prompt] * len(text)), text)
 
         def twice(x: Tensor) -> Tensor:
             return torch.cat([x, x]) if guides else x
@@ -147,7 +145,7 @@ class MaskedModel(TextToImage):
             if guides:
                 without, with_prompt = logits.chunk(2)
                 grown = share if sampling.guidance_schedule == "linear" else 1.0
-                logits = guided_logits(with_prompt, without, 1 + grown * (sampling.guidance_scale - 1))
+                logits = guided(with_prompt, without, 1 + grown * (sampling.guidance_scale - 1))
             finite.logical_and_(logits.isfinite().flatten(1).all(1))
             return logits
 
