@@ -8,7 +8,7 @@ CONSTRAIN := $(shell $(PYTHON) -c 'import sys; print("-c $(CONSTRAINTS)" if sys.
 QUIETLY := PYTHONWARNINGS=ignore
 DATA ?= emoji
 # Where numbers are compared that a processor rounds.
-NUMERIC := $(addprefix tests/,nn diffusion families text training distributed evaluation generation interop planning)
+NUMERIC := $(addprefix tests/,nn diffusion codes families text training distributed evaluation generation interop planning)
 
 .PHONY: help setup setup-dev demo tokens-demo test test-slow test-gpu test-portable check format bench bench-gpu clean
 
