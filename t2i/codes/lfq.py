@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
+from t2i.codes.quantizer import (
+    Quantized,
+    Quantizer,
+    code_counts,
+    code_use,
+    entropy,
+    mean_share,
+    summed,
+)
 from t2i.nn.precision import widened, without_autocast
 
 GROUP_BITS = 10  # the entropy of the mean is exact up to 1,024 codes
@@ -80,14 +87,5 @@ class LFQ(Quantizer):
             joint = torch.ones_like(group[:, :1])
             for bit in group.split(1, dim=1):
                 joint = torch.cat([joint * (1 - bit), joint * bit], dim=1)
-            share = self._mean(joint)
-            # torch.special.entr has no gradient at 0, and most codes' share may be 0 to the last digit.
-            of_all = of_all - (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+            of_all = of_all + entropy(mean_share(joint, self.training))
         return of_each, of_all
-
-    def _mean(self, share: Tensor) -> Tensor:
-        """Over the positions of all ranks. Its gradient is that of this rank's own mean: DDP averages them."""
-        mean = share.mean(dim=0)
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return mean
-        return mean + (summed(mean.detach().clone()) / dist.get_world_size() - mean).detach()

@@ -80,3 +80,18 @@ def code_use(counts: Tensor) -> tuple[Tensor, Tensor]:
     """usage and perplexity, as Quantized has them."""
     use = counts / counts.sum()
     return (counts > 0).to(use).mean(), torch.special.entr(use).sum().exp()
+
+
+def entropy(share: Tensor) -> Tensor:
+    """Scalar in nats, of (K,) shares that sum to 1; with a gradient where one is 0 to the last digit, which
+    torch.special.entr has not."""
+    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+
+
+def mean_share(share: Tensor, training: bool) -> Tensor:
+    """(N, K) -> (K,), the mean over positions, in training those of all ranks. Its gradient is that of this rank's own
+    mean: DDP averages them."""
+    mean = share.mean(dim=0)
+    if not (training and dist.is_available() and dist.is_initialized()):
+        return mean
+    return mean + (summed(mean.detach().clone()) / dist.get_world_size() - mean).detach()

@@ -9,7 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.codes.quantizer import Quantized, Quantizer, code_counts, code_use, summed
+from t2i.codes.quantizer import (
+    Quantized,
+    Quantizer,
+    code_counts,
+    code_use,
+    entropy,
+    mean_share,
+    summed,
+)
 from t2i.nn.precision import widened, without_autocast
 
 
@@ -27,6 +35,9 @@ class Codebook(Quantizer):
     restart_below: a code is dead when its averaged use falls below this share of uniform use. A dead code
         takes the place of one of the current batch's vectors. In the first batch every code is dead, and the
         restart is the initialisation.
+    entropy_weight: of E[H(q)] - H(E[q]) in nats, q the softmax of -||z - e||^2 / entropy_temperature over the codes e:
+        each position sure of its code, all codes used alike (the entropy loss in the published code of MaskGIT and
+        MAGVIT). Only the encoder learns from it; it takes the memory of a number for each code at each position
     """
 
     codes: Tensor
@@ -42,6 +53,8 @@ class Codebook(Quantizer):
         commitment_weight: float = 0.25,
         restart_below: float = 0.5,
         normalize: bool = False,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
     ) -> None:
         super().__init__()
         self.num_codes, self.in_channels, self.code_dim = num_codes, dim, dim
@@ -49,6 +62,7 @@ class Codebook(Quantizer):
         self.commitment_weight = commitment_weight
         self.restart_below = restart_below
         self.normalize = normalize
+        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
         codes = torch.randn(num_codes, dim)
         self.register_buffer("codes", F.normalize(codes) if normalize else codes)
         self.register_buffer("cluster_size", torch.zeros(num_codes))  # N_i
@@ -67,6 +81,13 @@ class Codebook(Quantizer):
             flat_indices = self._nearest(vectors)
             indices = flat_indices.view(batch, height, width)
             quantized = self.lookup(indices)
+            # 1711.00937, equation 3, third term: the codes are averages, and learn from no gradient.
+            loss = self.commitment_weight * F.mse_loss(z, quantized)
+            metrics: dict[str, Tensor] = {}
+            if self.entropy_weight:
+                of_each, of_all = self.entropies(z)
+                loss = loss + self.entropy_weight * (of_each - of_all)
+                metrics = {"entropy_of_each": of_each.detach(), "entropy_of_all": of_all.detach()}
             counts = code_counts(flat_indices, self.num_codes, self.cluster_size.dtype)
             if dead is not None:
                 counts = self._update(vectors, flat_indices, counts, dead)
@@ -78,10 +99,10 @@ class Codebook(Quantizer):
             return Quantized(
                 latent=z + (quantized - z).detach(),
                 indices=indices,
-                # 1711.00937, equation 3, third term: the codes are averages, and learn from no gradient.
-                loss=self.commitment_weight * F.mse_loss(z, quantized),
+                loss=loss,
                 usage=usage,
                 perplexity=perplexity,
+                metrics=metrics,
             )
 
     def indices(self, latent: Tensor) -> Tensor:
@@ -94,13 +115,26 @@ class Codebook(Quantizer):
         """(B, h, w) int64 in [0, num_codes) -> (B, D, h, w)."""
         return F.embedding(indices, self.codes).permute(0, 3, 1, 2)
 
+    def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """E[H(q)] and H(E[q]), scalars in nats; z: (B, D, h, w). In training the mean is over all ranks."""
+        codes = (
+            self.codes.clone()
+        )  # those that the step's averages go on from change before the backward pass
+        logits = -self._distance(z.movedim(1, -1).flatten(0, 2), codes) / self.entropy_temperature
+        q = logits.softmax(dim=1)
+        of_each = -(q * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        return of_each, entropy(mean_share(q, self.training))
+
     def _vectors(self, latent: Tensor) -> Tensor:
         return F.normalize(widened(latent), dim=1) if self.normalize else widened(latent)
 
     def _nearest(self, vectors: Tensor) -> Tensor:
-        # ||z - e||^2 less ||z||^2, which is the same for all codes.
-        distance = self.codes.square().sum(dim=1) - 2.0 * vectors @ self.codes.T
-        return distance.argmin(dim=1)
+        return self._distance(vectors, self.codes).argmin(dim=1)
+
+    @staticmethod
+    def _distance(vectors: Tensor, codes: Tensor) -> Tensor:
+        """(N, D) and (K, D) -> (N, K): ||z - e||^2 less ||z||^2, which is the same for all codes."""
+        return codes.square().sum(dim=1) - 2.0 * vectors @ codes.T
 
     def _restart(self, vectors: Tensor, per_picture: int) -> Tensor:
         """Gives dead codes a vector of this batch, of all ranks; returns which were dead, (num_codes,) bool.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from t2i.codes.lfq import LFQ
 from t2i.codes.vq import Codebook
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -182,3 +183,71 @@ def test_codes_by_cosine_are_directions_of_the_averages():
         :, None
     ]
     torch.testing.assert_close(book.codes, mean / mean.norm(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)
+
+
+def with_entropy(codes: torch.Tensor, temperature: float, weight: float = 0.1) -> Codebook:
+    book = Codebook(*codes.shape, entropy_weight=weight, entropy_temperature=temperature).eval()
+    book.codes.copy_(codes)
+    return book
+
+
+def positions(vectors: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (1, D, 1, N)."""
+    return vectors.T[None, :, None]
+
+
+def test_entropies_of_codes_that_are_far_apart_or_equally_far():
+    corners = 100 * torch.eye(8)
+    # One-hot, each code once: sure of each, and all used alike.
+    of_each, of_all = with_entropy(corners, 0.01).entropies(positions(corners))
+    torch.testing.assert_close(of_each, torch.tensor(0.0))
+    torch.testing.assert_close(of_all, torch.tensor(8.0).log())
+    # One-hot, the same code each time.
+    of_each, of_all = with_entropy(corners, 0.01).entropies(positions(corners[[3] * 5]))
+    torch.testing.assert_close(torch.stack([of_each, of_all]), torch.zeros(2))
+    # Equally far from all: uniform at each position.
+    of_each, of_all = with_entropy(corners, 0.01).entropies(torch.zeros(1, 8, 1, 5))
+    torch.testing.assert_close(torch.stack([of_each, of_all]), torch.tensor(8.0).log().expand(2))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_entropies_against_the_softmax_over_distances(normalize):
+    z = latents(1)[0]
+    book = trained(entropy_weight=0.3, entropy_temperature=0.5, normalize=normalize)
+    plain = Codebook(16, 3, normalize=normalize)
+    plain.load_state_dict(book.state_dict())
+    of_plain = plain.eval()(z)
+    vectors = torch.nn.functional.normalize(flat(z), dim=1) if normalize else flat(z)
+    share = torch.softmax(-(torch.cdist(vectors, book.codes) ** 2) / 0.5, dim=1)
+    of_each = torch.distributions.Categorical(share).entropy().mean()
+    of_all = torch.distributions.Categorical(share.mean(0)).entropy()
+    result = book.eval()(z)
+    torch.testing.assert_close(result.metrics["entropy_of_each"], of_each)
+    torch.testing.assert_close(result.metrics["entropy_of_all"], of_all)
+    torch.testing.assert_close(result.loss, of_plain.loss + 0.3 * (of_each - of_all))
+    assert not of_plain.metrics
+
+
+def test_entropies_of_bits_are_those_of_lfq():
+    """Codes at the corners of a cube are LFQ's."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    z = latents(1)[0]
+    ours, theirs = with_entropy(corners, 2.0).entropies(z), LFQ(8, entropy_temperature=2.0).entropies(z)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs))
+
+
+def test_the_gradient_of_the_entropies_in_a_training_step():
+    """The codes that it was computed with have moved on by then."""
+    book = trained(entropy_weight=0.3, entropy_temperature=0.5, restart_below=1e-9)
+    still = Codebook(16, 3, entropy_weight=0.3, entropy_temperature=0.5)
+    still.load_state_dict(book.state_dict())
+    z = latents(1)[0][:1, :, :2, :2].requires_grad_()
+    (moved,) = torch.autograd.grad(book(z).loss, z)
+    assert not torch.equal(book.codes, still.codes)
+    (stayed,) = torch.autograd.grad(still.eval()(z).loss, z)
+    torch.testing.assert_close(moved, stayed)
+    assert torch.autograd.gradcheck(lambda x: still(x).loss, (z,))
+    # Far from all codes in single precision too.
+    far = (1e3 * latents(1)[0]).float().requires_grad_()
+    (grad,) = torch.autograd.grad(still.float()(far).loss, far)
+    assert grad.isfinite().all()

@@ -9,6 +9,7 @@ from torch import nn
 
 from t2i.codes.fsq import FSQ
 from t2i.codes.lfq import LFQ
+from t2i.codes.quantizer import Quantizer
 from t2i.codes.vq import Codebook
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
@@ -29,16 +30,23 @@ class TinyGan(nn.Module):
         return reconstruction + weight * gan.generator + gan.discriminator, weight
 
 
-class OfSigns(nn.Module):
+class Scaled(nn.Module):
     """The entropy of the mean over all pictures is no mean of that over each process's."""
 
-    def __init__(self) -> None:
+    def __init__(self, codes: Quantizer) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor([0.5, -0.2, 0.9]).view(3, 1, 1))
-        self.signs = LFQ(8, entropy_temperature=2.0)
+        self.codes = codes
 
     def forward(self, image):
-        return self.signs(self.scale * image + 0.1).loss
+        return self.codes(self.scale * image + 0.1).loss
+
+
+def entropy_gradient(codes: Quantizer, image: torch.Tensor, world: int) -> torch.Tensor:
+    scaled = Scaled(codes).double()
+    together = nn.parallel.DistributedDataParallel(scaled) if world > 1 else scaled
+    together(image).backward()
+    return scaled.scale.grad
 
 
 def data():
@@ -56,9 +64,10 @@ def run(rank: int, world: int) -> dict:
     module = nn.parallel.DistributedDataParallel(gan) if world > 1 else gan
     loss, weight = module(images[mine])
     loss.backward()
-    signs = OfSigns().double()
-    of_signs = nn.parallel.DistributedDataParallel(signs) if world > 1 else signs
-    of_signs(images[mine]).backward()
+    signs = entropy_gradient(LFQ(8, entropy_temperature=2.0), images[mine], world)
+    of_codes = Codebook(8, 3, entropy_weight=0.1, entropy_temperature=2.0, restart_below=1e-9)
+    of_codes.cluster_size.fill_(1.0)
+    nearest = entropy_gradient(of_codes, images[mine], world)
     torch.manual_seed(rank)  # the codebooks start unequal: the first batch must make them equal
     book = Codebook(8, 3, restart_below=0.5, ema_decay=0.8).double()
     history = []
@@ -76,7 +85,8 @@ def run(rank: int, world: int) -> dict:
         history.append((book.codes.clone(), *uses))
     return {
         "grads": {name: p.grad for name, p in gan.named_parameters()},
-        "signs": signs.scale.grad,
+        "signs": signs,
+        "nearest": nearest,
         "weight": weight,
         "history": history,
     }
@@ -98,7 +108,8 @@ def test_two_processes_equal_one(tmp_path):
     for name, grad in alone["grads"].items():
         torch.testing.assert_close(first["grads"][name], grad, msg=lambda m, name=name: f"{name}: {m}")
         assert torch.equal(first["grads"][name], second["grads"][name])
-    torch.testing.assert_close(first["signs"], alone["signs"], rtol=1e-9, atol=1e-12)
+    for name in ("signs", "nearest"):
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-9, atol=1e-12)
     for (codes, *_), (twin, *_) in zip(first["history"], second["history"], strict=True):
         assert torch.equal(codes, twin)  # restarts included
     for ours, theirs in zip(first["history"], alone["history"], strict=True):

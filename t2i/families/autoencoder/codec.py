@@ -231,6 +231,8 @@ def build_quantizer(config: DiscreteConfig, backbone: BackboneConfig) -> Quantiz
         commitment_weight=config.commitment_weight,
         restart_below=config.restart_below,
         normalize=config.normalize,
+        entropy_weight=config.entropy_weight,
+        entropy_temperature=config.entropy_temperature,
     )
 
 

@@ -11,6 +11,11 @@ from t2i.config import check
 MOST_CODES = 2**20
 
 
+def check_entropy(weight: float, temperature: float) -> None:
+    check(weight >= 0, "codec.entropy_weight", weight, "0 or more")
+    check(temperature > 0, "codec.entropy_temperature", temperature, "above 0")
+
+
 @dataclass(frozen=True)
 class KLConfig:
     """A Gaussian posterior, pulled towards N(0, I) by kl_weight (LDM paper, section 3.1 and appendix G)."""
@@ -29,6 +34,7 @@ class VQConfig:
     restart_below: a code whose average use falls below this share of uniform use is set to an encoder output
     code_dim: channels of a code; null: as many as backbone.latent_channels
     normalize: codes are looked up by cosine (both as ViT-VQGAN has it: 2110.04627, section 3.2)
+    entropy_weight, entropy_temperature: as of LFQConfig; MaskGIT's published code has 0.1 and 0.01
     """
 
     name: Literal["vq"]
@@ -38,12 +44,15 @@ class VQConfig:
     restart_below: float = 0.5
     code_dim: int | None = None
     normalize: bool = False
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
 
     def __post_init__(self) -> None:
         check(self.num_codes >= 2, "codec.num_codes", self.num_codes, "2 or more")
         check(0 <= self.ema_decay < 1, "codec.ema_decay", self.ema_decay, "0 up to, not including, 1")
-        check(self.commitment_weight >= 0, "codec.commitment_weight", self.commitment_weight, "0 or more")
-        check(self.restart_below >= 0, "codec.restart_below", self.restart_below, "0 or more")
+        for name in ("commitment_weight", "restart_below"):
+            check(getattr(self, name) >= 0, f"codec.{name}", getattr(self, name), "0 or more")
+        check_entropy(self.entropy_weight, self.entropy_temperature)
         check(
             self.code_dim is None or self.code_dim >= 1, "codec.code_dim", self.code_dim, "1 or more, or null"
         )
@@ -83,9 +92,8 @@ class LFQConfig:
     def __post_init__(self) -> None:
         ok = 2 <= self.num_codes <= MOST_CODES and self.num_codes.bit_count() == 1
         check(ok, "codec.num_codes", self.num_codes, f"a power of two from 2 to {MOST_CODES:,}")
-        for name in ("entropy_weight", "commitment_weight"):
-            check(getattr(self, name) >= 0, f"codec.{name}", getattr(self, name), "0 or more")
-        check(self.entropy_temperature > 0, "codec.entropy_temperature", self.entropy_temperature, "above 0")
+        check(self.commitment_weight >= 0, "codec.commitment_weight", self.commitment_weight, "0 or more")
+        check_entropy(self.entropy_weight, self.entropy_temperature)
 
 
 @dataclass(frozen=True)
