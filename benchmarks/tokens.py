@@ -69,6 +69,10 @@ def transformer(max_tokens: int) -> CodeTransformer:
     return made
 
 
+def generators(seeds: range) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def sampling(rounds: int) -> tuple[float, float]:
     network = transformer(CAPTION).eval()
     mask = torch.ones(1, CAPTION, dtype=torch.bool)
@@ -77,10 +81,10 @@ def sampling(rounds: int) -> tuple[float, float]:
     seeds, number = range(1), GRID[0] * GRID[1]
 
     def kept() -> Tensor:
-        return draw_codes(network, text, None, GRID, seeds, options)[0].flatten(1)
+        return draw_codes(network, text, None, GRID, generators(seeds), options)[0].flatten(1)
 
     def afresh() -> Tensor:
-        each = [torch.rand(number, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        each = [torch.rand(number, generator=generator) for generator in generators(seeds)]
         codes = torch.zeros(1, 0, dtype=torch.int64)
         for uniform in torch.stack(each, 1):
             logits = network(codes, text.tokens, text.mask)[:, -1]
@@ -181,11 +185,11 @@ def masked(rounds: int) -> tuple[float, float]:
             tokens = torch.where(unknown, CODES, codes).unflatten(1, GRID)
             return together(tokens, text.tokens, text.mask)
 
-        generators = [torch.Generator().manual_seed(i) for i in range(BATCH)]
-        return decode(predict, torch.zeros_like(hidden).long(), hidden, 8, generators, options, 4.5)
+        of_each = generators(range(BATCH))
+        return decode(predict, torch.zeros_like(hidden).long(), hidden, 8, of_each, options, 4.5)
 
     def in_order() -> Tensor:
-        return draw_codes(one_by_one, text, None, GRID, range(BATCH), options)[0]
+        return draw_codes(one_by_one, text, None, GRID, generators(range(BATCH)), options)[0]
 
     with torch.no_grad():
         first, second = medians(rounds, in_steps, in_order)

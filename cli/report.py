@@ -132,10 +132,11 @@ def origins(places: Iterable[str | Path]) -> list[Origin]:
 
 
 def is_trained(name: str) -> bool:
-    """Whether a weight in a run's file is a parameter that the run trained: neither of the codec that it builds on nor
+    """Whether a weight in a run's file is a parameter that the run trained: neither of what it builds on nor
     what batch norm counts."""
     *modules, last = name.split(".")
-    return "codec" not in modules and last not in ("running_mean", "running_var", "num_batches_tracked")
+    counted = last in ("running_mean", "running_var", "num_batches_tracked")
+    return {"codec", "low"}.isdisjoint(modules) and not counted
 
 
 def next_commands(origin: Origin, prompt: str, asked: list[Origin], runs_dir: str) -> list[str]:

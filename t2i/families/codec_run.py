@@ -1,17 +1,19 @@
-"""The run whose codec a stage builds on."""
+"""The runs that a stage builds on: that of its codec, and in super-resolution that at the lower resolution."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from t2i import families
-from t2i.config import RunConfig
+from t2i.config import RunConfig, check
 from t2i.errors import CheckpointError
-from t2i.families.tokens import has_tokens
+from t2i.families.low_codes import CodesModel
+from t2i.families.tokens import check_codebook, has_tokens
 from t2i.training import run_folder
-from t2i.training.checkpoint import LoadedCheckpoint, load
+from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,57 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
         place = str(newest)
     log.info("builds on the codec %s", place)
     return load(run_folder.weights_file(place)), place
+
+
+def low_run(
+    config: RunConfig, place: str, start: LoadedCheckpoint | None, stages: Sequence[str]
+) -> tuple[LoadedCheckpoint, str, dict[str, Any]]:
+    """The checkpoint that builds_on.low of `config` means, its place, and what a checkpoint has to say of it: "config"
+    and "extra" of its own. Raises CheckpointError or ConfigError.
+
+    place: what builds_on.low says; start: what the run continues, whose low run "latest" then means
+    stages: that the run can be of
+    """
+    if place == "latest" and start is not None and "low" in start.extra:
+        return start, start.config["builds_on"]["low"], start.extra["low"]
+    said = " or ".join(stages)
+    if place == "latest":
+        newest, _ = run_folder.newest_finished(config.runs_dir, stages)
+        if newest is None:
+            folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
+            raise CheckpointError(
+                f"stage={config.stage} builds on a run of stage {said} at a lower resolution, and there is none in "
+                f"{folders}: train one, or give builds_on.low=RUN or FILE."
+            )
+        place = str(newest)
+    log.info("builds on the run at a lower resolution %s", place)
+    found = load(run_folder.weights_file(place))
+    stage = found.config.get("stage")
+    check(stage in stages, "builds_on.low", f"{place}, of stage {stage}", f"a run of stage {said}")
+    return found, place, {"config": found.config, "extra": found.extra}
+
+
+def load_runs(
+    model: CodesModel,
+    start: LoadedCheckpoint | None,
+    codec: LoadedCheckpoint | None,
+    place: str,
+    low: LoadedCheckpoint | None,
+) -> None:
+    """Copies into `model` the weights of the run that it continues, of that of its codec and of that at the lower
+    resolution. Raises CheckpointError where they do not fit.
+
+    place: the codec's, to say
+    """
+    if start is not None:
+        load_into(model, start.weights, start.path, prefix="model.")
+    if codec is not None and codec is not start:
+        load_into(model.codec, codec.weights, codec.path, prefix="codec.")
+        if start is not None:
+            check_codebook(model.codec, place, start.extra.get("codebook"), str(start.path))
+    if low is not None and low is not start:
+        assert model.low is not None
+        load_into(model.low, low.weights, low.path, prefix="model.")
 
 
 def codec_config(found: LoadedCheckpoint) -> dict[str, Any]:

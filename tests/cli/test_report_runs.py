@@ -14,11 +14,11 @@ import pytest
 from t2i import families
 from t2i.config import parse_run
 from t2i.training import run_folder
-from t2i_cli.report import larger_size
+from t2i_cli.report import is_trained, larger_size
 
 EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
-# One that builds on two runs is drawn with in tests/families/test_masked_super_resolution.py.
-STAGES = [stage for stage in families.stages_with("generator") if stage != "masked_sr"]
+# Those that build on two runs are drawn with in tests/families/test_*_super_resolution.py.
+STAGES = [stage for stage in families.stages_with("generator") if not stage.endswith("_sr")]
 
 
 def tiny(stage: str) -> str:
@@ -143,6 +143,12 @@ def test_what_is_gone_is_said(t2i, runs):
     assert "began with or builds on gone/away" in page
     assert list(figures["runs"]) == [f"{stage}-32"]
     assert figures["runs"][f"{stage}-32"]["seconds_in_all"] is None
+
+
+def test_what_a_run_builds_on_is_not_what_it_trained():
+    assert is_trained("model.transformer.low_embedding.weight")
+    assert not is_trained("model.codec.decoder.conv_in.weight")
+    assert not is_trained("model.low.transformer.head.weight")
 
 
 def test_a_larger_size_is_suggested_where_the_stages_recipe_goes_on_at_one(compose_run):

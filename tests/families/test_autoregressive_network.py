@@ -40,6 +40,10 @@ def text(batch: int, seed: int = 0) -> TextFeatures:
     return TextFeatures(torch.randn(batch, TEXT, 6), torch.randn(batch, 6), torch.arange(TEXT) < lengths)
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def codes(batch: int, count: int = math.prod(GRID)) -> torch.Tensor:
     return torch.randint(CODES, (batch, count))
 
@@ -125,7 +129,7 @@ def test_each_code_is_drawn_in_its_window(positions, grid, float64):
     """Where the window covers all that is full attention, and what was kept is used."""
     transformer, given = network(positions), text(2)
     with torch.no_grad():
-        found, _ = draw_codes(transformer, given, None, grid, [3, 4], sampling())
+        found, _ = draw_codes(transformer, given, None, grid, generators(3, 4), sampling())
         assert torch.equal(found, by_hand(transformer, given, grid, [3, 4]))
 
 
@@ -140,7 +144,7 @@ def test_a_picture_depends_on_its_own_seed_alone(float64):
     transformer, one = network(), text(1)
     two = both_texts(one, one)
     with torch.no_grad():
-        together, _ = draw_codes(transformer, two, None, GRID, [7, 8], sampling())
-        alone, _ = draw_codes(transformer, one, None, GRID, [8], sampling())
+        together, _ = draw_codes(transformer, two, None, GRID, generators(7, 8), sampling())
+        alone, _ = draw_codes(transformer, one, None, GRID, generators(8), sampling())
     assert torch.equal(together[1:], alone)
     assert not torch.equal(together[0], together[1])

@@ -13,8 +13,8 @@ from t2i.codes.masked import random_mask
 from t2i.config import TextConfig
 from t2i.errors import ConfigError
 from t2i.families.masked.config import (
+    CodesBuildsOn,
     Config,
-    MaskedBuildsOn,
     MaskGITConfig,
     MuseConfig,
     SamplingConfig,
@@ -42,7 +42,7 @@ PROMPTS = ["a red circle", "a blue star", "two green squares"]
 
 def model_of(transformer=MUSE, label_smoothing=0.0) -> MaskedModel:
     torch.manual_seed(0)
-    config = Config(MaskedBuildsOn("grey"), transformer, TEXT, SAMPLING, label_smoothing)
+    config = Config(CodesBuildsOn("grey"), transformer, TEXT, SAMPLING, label_smoothing)
     return MaskedModel(config, GreyCodec(), 32).eval()
 
 

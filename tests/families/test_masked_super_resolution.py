@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from t2i import families
 from t2i.config import TextConfig, parse_run
 from t2i.errors import ConfigError
-from t2i.families.masked.config import Config, LowConfig, MaskedBuildsOn, MuseConfig, SamplingConfig
+from t2i.families.builds_on import CodesBuildsOn
+from t2i.families.codec_run import low_run
+from t2i.families.masked.config import Config, MaskedLowConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.model import MaskedModel
-from t2i.families.masked.stage import low_run
 from t2i.interfaces import SampleRequest
 from t2i.training import checkpoint, run_folder
 
@@ -32,8 +33,8 @@ SAMPLING = SamplingConfig(
     order="confidence",
 )
 TEXT = TextConfig("learned", max_tokens=8, width=16, depth=1, heads=2)
-LOW = Config(MaskedBuildsOn("grey"), MUSE, TEXT, SAMPLING, 0.0)
-HIGH = dataclasses.replace(LOW, builds_on=MaskedBuildsOn("grey", "low"), low=LowConfig(5, 4, 1))
+LOW = Config(CodesBuildsOn("grey"), MUSE, TEXT, SAMPLING, 0.0)
+HIGH = dataclasses.replace(LOW, builds_on=CodesBuildsOn("grey", "low"), low=MaskedLowConfig(5, 4, 1))
 PROMPTS = ["a red circle", "a blue star"]
 
 
@@ -154,8 +155,8 @@ def test_both_stages_train_and_draw_from_one_file(compose_run, train, tmp_path):
     assert images.isfinite().all()
     config = parse_run(loaded.config, Config)
     with pytest.raises(ConfigError, match=r"of stage masked_sr'; allowed: a run of stage masked"):
-        low_run(config, str(result.folder), None)
-    resumed = dataclasses.replace(config.model, builds_on=MaskedBuildsOn("latest", "latest"))
+        low_run(config, str(result.folder), None, ["masked"])
+    resumed = dataclasses.replace(config.model, builds_on=CodesBuildsOn("latest", "latest"))
     stage = families.get("masked").load_stage("masked_sr")
     features = stage(dataclasses.replace(config, model=resumed), loaded).features()
     made = features["low_codes"].make(torch.rand(2, 3, 32, 32) * 2 - 1)["low_codes"]

@@ -18,7 +18,7 @@ from t2i.codes.config import CodeSampling
 from t2i.codes.masked import gumbel, uniform
 from t2i.codes.sampling import drawn
 from t2i.config import TextConfig
-from t2i.families.masked.config import Config, MaskedBuildsOn, SamplingConfig, UVitConfig
+from t2i.families.masked.config import CodesBuildsOn, Config, SamplingConfig, UVitConfig
 from t2i.families.masked.model import MaskedModel
 from t2i.families.masked.uvit import UVit
 from t2i.interfaces import SampleRequest, TextFeatures
@@ -112,7 +112,7 @@ class Given:
 def test_codes_are_those_of_the_pipeline(in_float64, monkeypatch):
     """Given the same random numbers, with its temperature from 2 to 0 put as ours; guidance and a negative prompt."""
     model, text = theirs(False), Given()
-    monkeypatch.setattr("t2i.families.masked.model.text_encoder_for_training", lambda _: text)
+    monkeypatch.setattr("t2i.families.low_codes.text_encoder_for_training", lambda _: text)
     sampling = SamplingConfig(
         temperature=1.0,
         top_k=None,
@@ -123,7 +123,7 @@ def test_codes_are_those_of_the_pipeline(in_float64, monkeypatch):
         choice_temperature=2 * STEPS / (STEPS - 1),
         order="confidence",
     )
-    config = Config(MaskedBuildsOn("grey"), SMALL, TextConfig("minilm", max_tokens=5), sampling, 0.0)
+    config = Config(CodesBuildsOn("grey"), SMALL, TextConfig("minilm", max_tokens=5), sampling, 0.0)
     own = MaskedModel(config, GreyCodec(CODES), 32).eval()
     own.transformer.load_state_dict(model.state_dict())
     request = SampleRequest(["a star"], [7], 32, 32, negative_prompt="blurred")

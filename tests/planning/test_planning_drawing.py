@@ -32,10 +32,16 @@ def planned(compose_run):
     return planned
 
 
-@pytest.mark.parametrize(("guidance", "conditioning"), [(1.0, "prefix"), (3.0, "prefix"), (3.0, "cross")])
-def test_autoregressive_drawing(planned, guidance, conditioning):
-    """One call for the text and the start, then with a cache one for each code but the last."""
-    overrides = (f"sampling.guidance_scale={guidance}", f"transformer.conditioning={conditioning}")
+@pytest.mark.parametrize(
+    ("guidance", "conditioning", "low"),
+    [(1.0, "prefix", 0), (3.0, "prefix", 0), (3.0, "cross", 0), (1.0, "prefix", 4)],
+)
+def test_autoregressive_drawing(planned, guidance, conditioning, low):
+    """One call for the text, `low` codes at a lower resolution and the start, then with a cache one for each code but
+    the last."""
+    overrides = [f"sampling.guidance_scale={guidance}", f"transformer.conditioning={conditioning}"]
+    if low:
+        overrides += ["stage=ar_sr", "low.num_codes=16", "low.side=2"]
     model, networks = planned("autoregressive/tiny_ar", "resolution.size_px=16", *overrides)
     network = networks["transformer"]
     transformer, rows, cross = network.module, 1 if guidance == 1 else 2, conditioning == "cross"
@@ -46,7 +52,7 @@ def test_autoregressive_drawing(planned, guidance, conditioning):
     own = depth * (4 + 2 * shape.mlp_ratio + 2 * cross) * dim**2  # weights that each slot goes through
     of_text = 2 * depth * text_dim * dim if cross else text_dim * dim
     head, pairs = 16 * dim, 4 * depth * dim  # pairs: both products of attention
-    slots = 1 if cross else words + 1
+    slots = (1 if cross else words + 1) + low
     context = words * cross
     prefill = 2 * (slots * own + words * of_text + head) + pairs * slots * (slots + context)
     assert (first.count, first.flops) == (1, (rows * prefill,) * 2)
@@ -54,12 +60,14 @@ def test_autoregressive_drawing(planned, guidance, conditioning):
     assert (following.count, following.flops) == (steps - 1, (rows * each[0], rows * each[-1]))
     assert following.total_flops == rows * sum(each)
     # The keys and values of the text, the start and all codes but the last, in 16 bits.
-    assert following.cache_bytes == 2 * 2 * depth * rows * (words + 1 + steps - 1) * dim
+    assert following.cache_bytes == 2 * 2 * depth * rows * (words + low + 1 + steps - 1) * dim
     # Drawing calls nothing else of the transformer.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         seen = torch.ones(1, words, dtype=torch.bool)
         text = TextFeatures(torch.empty(1, words, text_dim), torch.empty(1, 8), seen)
-        draw_codes(transformer, text, text if rows == 2 else None, (height, width), [0], model.sampling)
+        codes = torch.zeros(1, 2, 2, dtype=torch.int64) if low else None
+        negative, drawn = text if rows == 2 else None, [torch.Generator()]
+        draw_codes(transformer, text, negative, (height, width), drawn, model.sampling, low=codes)
     assert counter.get_total_flops() == first.total_flops + following.total_flops
 
 

@@ -5,7 +5,7 @@ from t2i.families.family import Family
 FAMILY = Family(
     package=__name__,
     config="config:Config",
-    stages={"ar": "stage:Stage", "parti": "stage:Stage"},
+    stages={"ar": "stage:Stage", "parti": "stage:Stage", "ar_sr": "stage:Stage"},
     generator="generator:Generator",
     plan="plan:planned_networks",
     builds_on={"codec": "token_codec"},

@@ -7,7 +7,7 @@ from typing import Literal
 
 from t2i.codes.config import CodeSampling
 from t2i.config import ModelConfig, TextConfig, check
-from t2i.families.builds_on import BuildsOn
+from t2i.families.builds_on import CodesBuildsOn, LowConfig, check_low_is_there
 from t2i.nn.transformer_config import TransformerConfig
 
 
@@ -26,23 +26,27 @@ class NetworkConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """What stage=ar and stage=parti train.
+    """What stage=ar and stage=parti train, and stage=ar_sr.
 
     builds_on: null where codes are the colours of a palette
     palette: of so many colours, made from the data when training begins; null with a codec
+    low: of stage ar_sr; null for the others
     """
 
-    builds_on: BuildsOn | None
+    builds_on: CodesBuildsOn | None
     transformer: NetworkConfig
     text: TextConfig
     sampling: CodeSampling
     palette: int | None = None
+    low: LowConfig | None = None
 
     def __post_init__(self) -> None:
         ok = self.palette is None or (self.palette >= 2 and self.builds_on is None)
         check(ok, "palette", self.palette, "2 or more with builds_on=null, or null")
         allowed = "a codec (builds_on.codec), or null with palette=COLOURS"
         check(self.builds_on is not None or self.palette is not None, "builds_on", None, allowed)
+        place = None if self.builds_on is None else self.builds_on.low
+        check_low_is_there(place, self.low, "ar or parti")
         words = self.transformer.conditioning == "words"
         allowed = "minilm with transformer.conditioning=words, whose tokenizer gives the words"
         check(not words or self.text.name == "minilm", "text.name", self.text.name, allowed)

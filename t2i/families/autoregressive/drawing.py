@@ -26,33 +26,36 @@ def draw_codes(
     text: TextFeatures,
     negative: TextFeatures | None,
     grid: tuple[int, int],
-    seeds: Sequence[int],
+    generators: Sequence[torch.Generator],
     sampling: CodeSampling,
     progress: Progress | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N, rows, columns) int64 codes of N pictures, on the transformer's device, and (N,) bool: whether all numbers on
     the way were finite. Beyond the trained grid each code is drawn in a window of that size around it.
 
     negative: the text of the unconditional half, or None without guidance
-    seeds: picture i's numbers, one for each code, are drawn by a generator of seeds[i]
+    generators: one for each picture, on the CPU, which gives a number for each of its codes
+    low: (N, side, side) int64, with super-resolution: the pictures' codes at the lower one; `grid` is the trained one
     """
     rows, columns = grid
     steps, device = rows * columns, text.tokens.device
-    uniform = torch.stack([torch.rand(steps, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
-    uniform = uniform.to(device)
+    uniform = torch.stack([torch.rand(steps, generator=each) for each in generators]).to(device)
     both = text if negative is None else both_texts(negative, text)
     tops, lefts = window_starts(rows, transformer.grid[0]), window_starts(columns, transformer.grid[1])
     covers = rows <= transformer.grid[0] and columns <= transformer.grid[1]
-    caches = [Cache(both.tokens.shape[1] + steps) for _ in transformer.blocks] if covers else None
-    codes = torch.zeros(len(seeds), rows, columns, dtype=torch.int64, device=device)
-    finite = torch.ones(len(seeds), dtype=torch.bool, device=device)
+    caches = [Cache(transformer.slots_before + steps) for _ in transformer.blocks] if covers else None
+    codes = torch.zeros(len(generators), rows, columns, dtype=torch.int64, device=device)
+    finite = torch.ones(len(generators), dtype=torch.bool, device=device)
     for i in range(steps):
         row, column = divmod(i, columns)
         before, places = seen(codes, row, column, tops[row], lefts[column], transformer.grid)
         if caches is not None and i > 0:
             logits = transformer.following(twice(before[:, -1], both), places, caches)[:, -1]
         else:
-            logits = transformer(twice(before, both), both.tokens, both.mask, places, caches)[:, -1]
+            seen_low = None if low is None else twice(low, both)
+            given = twice(before, both), both.tokens, both.mask
+            logits = transformer(*given, places, caches, seen_low)[:, -1]
         if negative is not None:
             unconditional, conditional = logits.chunk(2)
             logits = guided(conditional, unconditional, sampling.guidance_scale)

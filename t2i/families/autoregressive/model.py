@@ -2,65 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from t2i.codes.config import CodeSampling
-from t2i.config import check
+from t2i.config import RunConfig, check, parse_run
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.autoregressive.words import TEXT_WEIGHT, WordNumbers, check_vocabulary
 from t2i.families.codec import decoded_tokens, token_codec
+from t2i.families.low_codes import CodesModel
 from t2i.families.tokens import grid_of
-from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
+from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
-from t2i.text import text_encoder_for_training
 
 
-class Autoregressive(TextToImage):
-    """codec: frozen here; its weights are part of the state dict, so that a checkpoint can be sampled from by itself. A
-    frozen text encoder's weights are not: it is loaded from where the configuration says.
+class Autoregressive(CodesModel):
+    """Whose codes are drawn one after the other."""
 
-    size_px: of the pictures that it is trained on. Raises ConfigError where these are not whole codes
-    """
+    low: Autoregressive | None
 
-    def __init__(self, config: Config, codec: TokenCodec, size_px: int) -> None:
-        super().__init__()
-        self.config = config
-        self.codec = codec.eval().requires_grad_(False)
+    def __init__(
+        self, config: Config, codec: TokenCodec, size_px: int, low: Autoregressive | None = None
+    ) -> None:
+        super().__init__(config, codec, size_px, low)
         config.sampling.check_codes(codec.num_codes)
-        grid = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
         if config.transformer.conditioning == "words":
             self.text = WordNumbers(config.text.max_tokens)
             check_vocabulary(config.transformer.vocabulary, self.text.num_words)
         else:
-            self.text = text_encoder_for_training(config.text)
+            self.text = self.text_encoder(config.text)
         self.transformer = CodeTransformer(
-            config.transformer, codec.num_codes, grid, self.text.token_dim, config.text.max_tokens
+            config.transformer,
+            codec.num_codes,
+            self.shape,
+            self.text.token_dim,
+            config.text.max_tokens,
+            config.low,
         )
 
-    def train(self, mode: bool = True) -> Autoregressive:
-        super().train(mode)
-        self.codec.eval()
-        return self
-
-    def losses(self, codes: Tensor, text: TextFeatures) -> dict[str, Tensor]:
-        """codes: (B, h, w) -> "loss", the mean of -log p(code | text, codes before it) in nats; of one stream of words
-        and codes their parts too, weighed as in DALL-E."""
-        parts = self.transformer.losses(codes.flatten(1), text.tokens, text.mask)
+    def losses(self, codes: Tensor, text: TextFeatures, low: Tensor | None = None) -> dict[str, Tensor]:
+        """codes: (B, h, w); low: (B, h', w'), with super-resolution -> "loss", the mean of -log p(code | text, low,
+        codes before it) in nats; of one stream of words and codes their parts too, weighed as in DALL-E."""
+        parts = self.transformer.losses(codes.flatten(1), text.tokens, text.mask, low)
         if "text" not in parts:
             return {"loss": parts["codes"]}
         loss = TEXT_WEIGHT * parts["text"] + (1 - TEXT_WEIGHT) * parts["codes"]
         return {"loss": loss, "loss_text": parts["text"], "loss_codes": parts["codes"]}
 
     def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for all but pictures of whole codes, from a prompt alone."""
-        grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
+        """Raises ConfigError for all but pictures of whole codes, of super-resolution those of its own size, from a
+        prompt alone."""
+        sides = request.height_px, request.width_px
+        grid_of(self.codec, *sides, ("height", "width"))
+        for key, side in zip(("height", "width"), sides, strict=True):
+            ok = self.low is None or side == self.size_px
+            check(ok, key, side, f"{self.size_px} with this model of super-resolution")
         allowed = "none with this model, which draws a picture's codes from the first to the last"
         for key in ("mask", "image", "noise"):
             check(getattr(request, key) is None, key, "given", allowed)
@@ -76,17 +79,49 @@ class Autoregressive(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
         `t2i.interfaces.Generator`."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        codes, finite = self.drawn_codes(request, sampling, generators, progress)
+        image = decoded_tokens(self.codec, codes)
+        finite &= image.isfinite().flatten(1).all(1)
+        return torch.where(finite[:, None, None, None], image.clamp(-1, 1), torch.nan)
+
+    def drawn_codes(
+        self,
+        request: SampleRequest,
+        sampling: CodeSampling,
+        generators: Sequence[torch.Generator],
+        progress: Progress | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `draw_codes` gives them. With super-resolution the codes at the lower resolution are drawn first, as their
+        run's own `sampling` says."""
         self.check(request)
         sampling.check_codes(self.codec.num_codes)
+        low, finite = None, torch.ones(len(request.prompts), dtype=torch.bool)
+        if self.low is not None:
+            size = self.low.size_px
+            small = dataclasses.replace(request, height_px=size, width_px=size)
+            low, finite = self.low.drawn_codes(small, self.low.config.sampling, generators, progress)
         grid = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         text = asked_text(self.text, request)
         negative = None
         if sampling.guidance_scale != 1:
             negative = self.text([request.negative_prompt] * len(request.prompts))
-        codes, finite = draw_codes(self.transformer, text, negative, grid, request.seeds, sampling, progress)
-        image = decoded_tokens(self.codec, codes)
-        finite &= image.isfinite().flatten(1).all(1)
-        return torch.where(finite[:, None, None, None], image.clamp(-1, 1), torch.nan)
+        codes, own = draw_codes(self.transformer, text, negative, grid, generators, sampling, progress, low)
+        return codes, finite.to(own.device) & own
+
+
+def model_of(run: RunConfig, extra: Mapping[str, Any]) -> Autoregressive:
+    """The model of a run, randomly initialised, and within it the one at a lower resolution. Raises ConfigError.
+
+    extra: what the run's checkpoints have beside the configuration: "codec", the top-level mapping of the codec's run,
+        and with super-resolution "low", "config" and "extra" of the run at the lower resolution
+    """
+    config, low = run.model, None
+    assert isinstance(config, Config)
+    if config.low is not None:
+        low = model_of(parse_run(extra["low"]["config"], Config), extra["low"]["extra"])
+    codec = build_codec(config, extra["codec"])
+    return Autoregressive(config, codec, run.resolution.size_px, low)
 
 
 def build_codec(config: Config, values: Mapping[str, Any]) -> TokenCodec:

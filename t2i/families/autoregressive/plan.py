@@ -12,7 +12,7 @@ from t2i.config import RunConfig
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import build_codec
 from t2i.families.autoregressive.network import CodeTransformer
-from t2i.families.autoregressive.plan_drawing import planned_drawing
+from t2i.families.autoregressive.plan_drawing import planned_drawing, planned_low
 from t2i.families.tokens import alike, grid_of, planned_codec, rows_drawn
 from t2i.interfaces import PlannedNetwork
 from t2i.text.architecture import build_architecture
@@ -29,13 +29,14 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         text_dim = 1 if text is None else text.token_dim
         grid = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
         length = model.text.max_tokens
-        transformer = CodeTransformer(model.transformer, codec.num_codes, grid, text_dim, length)
+        transformer = CodeTransformer(model.transformer, codec.num_codes, grid, text_dim, length, model.low)
 
     def given(batch: int) -> dict[str, Tensor]:
         return {
             "codes": torch.zeros(batch, grid[0] * grid[1] - 1, dtype=torch.int64),
             "tokens": torch.zeros(batch, length, text_dim, requires_grad=text is not None and text.trainable),
             "mask": torch.ones(batch, length, dtype=torch.bool),
+            **planned_low(batch, transformer.low),
         }
 
     rows = rows_drawn(model.sampling)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.families.autoregressive.network import CodeTransformer
+from t2i.families.builds_on import LowConfig
 from t2i.nn.transformer import Cache, TokenBlock
 from t2i.planned import PlannedCalls
 
@@ -24,16 +25,16 @@ def planned_drawing(
     def first() -> Tensor:
         text, seen = torch.empty(rows, tokens, text_dim), torch.ones(rows, tokens, dtype=torch.bool)
         none, places = torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        return transformer(none, text, seen, places)
+        return transformer(none, text, seen, places, **planned_low(rows, transformer.low))
 
     def states(length: int) -> Tensor:
         return torch.empty(rows, config.heads, length, config.width // config.heads)
 
     def following(number: int) -> Tensor:
         """The call for code `number`, from 1 on."""
-        caches = [Cache(transformer.text_slots + number + 1) for _ in transformer.blocks]
+        caches = [Cache(transformer.slots_before + number + 1) for _ in transformer.blocks]
         for cache in caches:
-            cache.extended(*(states(transformer.text_slots + number) for _ in range(2)))
+            cache.extended(*(states(transformer.slots_before + number) for _ in range(2)))
             if cross:
                 cache.context = states(tokens), states(tokens), torch.ones(rows, tokens, dtype=torch.bool)
         code, places = torch.zeros(rows, dtype=torch.int64), torch.zeros(number + 1, dtype=torch.int64)
@@ -41,7 +42,7 @@ def planned_drawing(
 
     def numbers(codes: int) -> int:
         """Of keys and values, once so many codes are there: of text, start and codes."""
-        length = transformer.text_slots + 1 + codes + cross * tokens
+        length = transformer.slots_before + 1 + codes + cross * tokens
         return 2 * config.depth * rows * length * config.width
 
     blocks = [block for block in transformer.blocks if isinstance(block, TokenBlock)]
@@ -58,6 +59,11 @@ def planned_drawing(
         read -= sum(map(count, of_text))
         calls.append(PlannedCalls(steps - 1, lambda: following(1), lambda: following(steps - 1), ends, read))
     return calls
+
+
+def planned_low(batch: int, low: LowConfig | None) -> dict[str, Tensor]:
+    """The codes at the lower resolution, as `CodeTransformer.forward` takes them."""
+    return {} if low is None else {"low": torch.zeros(batch, low.side, low.side, dtype=torch.int64)}
 
 
 def count(module: nn.Module) -> int:

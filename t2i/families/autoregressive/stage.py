@@ -1,4 +1,5 @@
-"""The autoregressive stage: learn which code of a frozen codec follows which, given the caption."""
+"""The autoregressive stages: learn which code of a frozen codec follows which, given the caption, and in
+super-resolution the codes at a lower resolution."""
 
 from __future__ import annotations
 
@@ -10,15 +11,16 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig, check
 from t2i.families.autoregressive.config import Config
-from t2i.families.autoregressive.model import Autoregressive, build_codec
+from t2i.families.autoregressive.model import Autoregressive, model_of
 from t2i.families.autoregressive.palette import PaletteCodec
-from t2i.families.builds_on import BuildsOn
-from t2i.families.codec_run import codec_config, codec_run
-from t2i.families.tokens import check_codebook, codebook_hash, codes_feature, codes_of
+from t2i.families.builds_on import CodesBuildsOn
+from t2i.families.codec_run import codec_config, codec_run, load_runs, low_run
+from t2i.families.low_codes import low_codes_of, low_feature
+from t2i.families.tokens import codebook_hash, codes_feature, codes_of
 from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
 from t2i.text.features import text_feature, text_of
-from t2i.training.checkpoint import LoadedCheckpoint, load_into
+from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.randomness import Randomness
 from t2i.training.stage import BaseStage
 from t2i.training.step import Turn
@@ -35,24 +37,24 @@ class Stage(BaseStage):
         check(
             step is None, "data.bucket_step_px", step, "null with this model, whose grid of codes is square"
         )
-        found, place = None, ""
+        found, place, low = None, "", None
+        self.extra: dict[str, Any] = {"codec": {}}
         if model.builds_on is not None:
             found, place = codec_run(config, model.builds_on.codec, start)
-            model = dataclasses.replace(model, builds_on=BuildsOn(place))
+            self.extra["codec"] = codec_config(found)
+            low_place = model.builds_on.low
+            if low_place is not None:
+                low, low_place, self.extra["low"] = low_run(config, low_place, start, ["ar", "parti"])
+            model = dataclasses.replace(model, builds_on=CodesBuildsOn(place, low_place))
             self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
-        self.codec_config = {} if found is None else codec_config(found)
-        self.model = Autoregressive(model, build_codec(model, self.codec_config), config.resolution.size_px)
-        if start is not None:
-            load_into(self.model, start.weights, start.path, prefix="model.")
-        if found is not None and found is not start:
-            load_into(self.model.codec, found.weights, found.path, prefix="codec.")
-            if start is not None:
-                check_codebook(self.model.codec, place, start.extra.get("codebook"), str(start.path))
+        self.model: Autoregressive = model_of(self.config, self.extra)
+        load_runs(self.model, start, found, place, low)
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         codes = codes_of(batch, self.model.codec)
-        return self.model.losses(codes, text_of(batch, self.model.text))
+        low = low_codes_of(batch, self.model.low)
+        return self.model.losses(codes, text_of(batch, self.model.text), low)
 
     def turns(self) -> list[Turn]:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -63,11 +65,18 @@ class Stage(BaseStage):
         return blocks_of(self.model.transformer)
 
     def features(self) -> Mapping[str, Feature]:
-        text, builds_on = text_feature(self.model.text, self.model_config.text), self.model_config.builds_on
-        return text if builds_on is None else {**codes_feature(self.model.codec, builds_on.codec), **text}
+        model, builds_on = self.model, self.model_config.builds_on
+        text = text_feature(model.text, self.model_config.text)
+        if builds_on is None:
+            return text
+        return {
+            **codes_feature(model.codec, builds_on.codec),
+            **low_feature(model.low, builds_on.low),
+            **text,
+        }
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        return {"codec": self.codec_config, "codebook": codebook_hash(self.model.codec)}
+        return self.extra | {"codebook": codebook_hash(self.model.codec)}
 
     def before_training(self, images: Iterable[Tensor]) -> None:
         if isinstance(self.model.codec, PaletteCodec):
@@ -76,6 +85,8 @@ class Stage(BaseStage):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.place_text(self.model.text)
+        if self.model.low is not None:
+            self.place_text(self.model.low.text)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """One picture per caption of the preview batch."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from t2i.codes.config import CodeSampling
 from t2i.config import ModelConfig, TextConfig, check
-from t2i.families.builds_on import BuildsOn
+from t2i.families.builds_on import CodesBuildsOn, LowConfig, check_low_is_there
 from t2i.nn.transformer_config import TransformerConfig
 
 
@@ -85,33 +85,14 @@ class UVitConfig:
 
 
 @dataclass(frozen=True)
-class MaskedBuildsOn(BuildsOn):
-    """low: of stage masked_sr, the run of stage masked whose codes it refines: "latest", a run folder or a file"""
+class MaskedLowConfig(LowConfig):
+    """depth: blocks in which the codes attend to one another before they stand beside the caption's token states"""
 
-    low: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self.low != "", "builds_on.low", "", "latest, a run or a file (an empty variable of the shell?)"
-        )
-
-
-@dataclass(frozen=True)
-class LowConfig:
-    """What stage masked_sr is given beside the caption: the codes of the picture at a lower resolution.
-
-    num_codes, side: how many there can be, and how many along each side, as the run builds_on.low has them
-    depth: blocks in which they attend to one another before they stand beside the caption's token states
-    """
-
-    num_codes: int
-    side: int
     depth: int
 
     def __post_init__(self) -> None:
-        for key, least in (("num_codes", 2), ("side", 1), ("depth", 0)):
-            check(getattr(self, key) >= least, f"low.{key}", getattr(self, key), f"{least} or more")
+        super().__post_init__()
+        check(self.depth >= 0, "low.depth", self.depth, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -146,12 +127,12 @@ class Config(ModelConfig):
     low: of stage masked_sr; null for masked
     """
 
-    builds_on: MaskedBuildsOn
+    builds_on: CodesBuildsOn
     transformer: MuseConfig | MaskGITConfig | UVitConfig
     text: TextConfig
     sampling: SamplingConfig
     label_smoothing: float
-    low: LowConfig | None = None
+    low: MaskedLowConfig | None = None
 
     def __post_init__(self) -> None:
         check(
@@ -160,8 +141,7 @@ class Config(ModelConfig):
             self.label_smoothing,
             "0 up to, not including, 1",
         )
-        given, wanted = self.builds_on.low, "a run of stage masked" if self.low else "null with stage masked"
-        check((given is None) == (self.low is None), "builds_on.low", given, wanted)
+        check_low_is_there(self.builds_on.low, self.low, "masked")
         ok = self.low is None or isinstance(self.transformer, MuseConfig)
         check(ok, "transformer.name", self.transformer.name, "muse with stage masked_sr")
 

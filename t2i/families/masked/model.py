@@ -8,56 +8,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i.codes.masked import Predict, decode, halton_order, masked_loss
 from t2i.config import RunConfig, check, parse_run
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
+from t2i.families.low_codes import CodesModel, smaller
 from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
 from t2i.families.masked.network import MaskedTransformer
 from t2i.families.masked.uvit import UVit
 from t2i.families.tokens import grid_of
-from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage, TokenCodec
+from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
 from t2i.nn.guidance import both_texts, guided
-from t2i.text import text_encoder_for_training
 
 
-class MaskedModel(TextToImage):
-    """codec: an `nn.Module` that is a `t2i.interfaces.TokenCodec`, frozen here; its weights are part of the state dict,
-    so that a checkpoint can be sampled from by itself. A frozen text encoder's weights are not.
+class MaskedModel(CodesModel):
+    """Whose codes are masks first, and then drawn all at once, more of them kept from step to step."""
 
-    size_px: side of the pictures that it is trained on
-    low: of super-resolution, the whole model whose codes it is given; frozen, and part of the state dict too
-    """
+    low: MaskedModel | None
 
     def __init__(
         self, config: Config, codec: TokenCodec, size_px: int, low: MaskedModel | None = None
     ) -> None:
-        super().__init__()
-        self.config, self.size_px = config, size_px
-        self.codec = codec.eval().requires_grad_(False)
-        shares = low is not None and low.config.text == config.text and not isinstance(low.text, nn.Module)
-        self.text = low.text if low is not None and shares else text_encoder_for_training(config.text)
-        self.shape = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
-        self.low = None if low is None else low.eval().requires_grad_(False)
-        if low is not None:
-            check_low(config, self, low)
+        super().__init__(config, codec, size_px, low)
+        self.text = self.text_encoder(config.text)
         self.transformer = build_transformer(
             config, codec, self.shape, self.text.token_dim, self.text.pooled_dim
         )
         keys = ("resolution.size_px", "resolution.size_px")
         check_unit(self.transformer, self.shape, codec.downsampling, keys)
-
-    def train(self, mode: bool = True) -> MaskedModel:
-        super().train(mode)
-        self.codec.eval()
-        if self.low is not None:
-            self.low.eval()
-        return self
 
     def logits(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:
         """codes: (B, h, w) int64, of no meaning where hidden (B, h, w) is True; low: (B, h', w') int64, with
@@ -204,29 +187,6 @@ def resized(request: SampleRequest, factor: float) -> SampleRequest:
         width_px=size[1],
         image=None if image is None else smaller(image, size),
         mask=None if mask is None else F.adaptive_max_pool2d(mask, size),
-    )
-
-
-def smaller(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), as the read path resizes pictures."""
-    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def check_low(config: Config, high: MaskedModel, low: MaskedModel) -> None:
-    """Raises ConfigError where the codes of `low` are not those that super-resolution is configured for."""
-    assert config.low is not None
-    place = f"with builds_on.low={config.builds_on.low}"
-    check(low.low is None, "builds_on.low", config.builds_on.low, "a run of stage masked")
-    ok = config.low.num_codes == low.codec.num_codes
-    check(ok, "low.num_codes", config.low.num_codes, f"{low.codec.num_codes} {place}")
-    side, own = low.shape[0], high.shape[0]
-    check(config.low.side == side, "low.side", config.low.side, f"{side} {place}")
-    ok = own > side and own % side == 0 and high.size_px % low.size_px == 0
-    check(
-        ok,
-        "resolution.size_px",
-        high.size_px,
-        f"sizes whose codes ({own} a side) are a multiple of {side} {place}",
     )
 
 

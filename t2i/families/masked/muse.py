@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.families.masked.config import LowConfig, MuseConfig
+from t2i.families.masked.config import MaskedLowConfig, MuseConfig
 from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.embeddings import sincos_2d
 from t2i.nn.transformer import Rotation, TokenBlock, initialise, norm_of, rotary_2d
@@ -51,7 +51,7 @@ class Muse(MaskedTransformer):
         num_codes: int,
         shape: tuple[int, int],
         context_dim: int,
-        low: LowConfig | None = None,
+        low: MaskedLowConfig | None = None,
     ) -> None:
         super().__init__(num_codes, config.positions == "rotary")
         width = config.width

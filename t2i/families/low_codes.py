@@ -1,0 +1,96 @@
+"""Super-resolution of codes: a model is given, beside the caption, those that another draws at a lower resolution."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.config import TextConfig, check
+from t2i.families.builds_on import CodesBuildsOn, LowConfig
+from t2i.families.tokens import codes_feature, grid_of, smallest_integer
+from t2i.interfaces import Batch, Feature, TextEncoder, TextToImage, TokenCodec
+from t2i.text import text_encoder_for_training
+
+
+class CodesModel(TextToImage):
+    """What draws the codes of a picture, and the codec that they are of.
+
+    config: has `text`, and with `low` the entries `builds_on` and `low`
+    codec: frozen here; its weights are part of the state dict, so that a checkpoint can be sampled from by itself. A
+        frozen text encoder's weights are not: it is loaded from where the configuration says
+    size_px: side of the pictures that it is trained on. Raises ConfigError where these are not whole codes
+    low: of super-resolution, the whole model whose codes it is given; frozen, and part of the state dict too
+    """
+
+    def __init__(self, config: Any, codec: TokenCodec, size_px: int, low: CodesModel | None = None) -> None:
+        super().__init__()
+        self.config, self.size_px = config, size_px
+        self.codec = codec.eval().requires_grad_(False)
+        self.shape = grid_of(codec, size_px, size_px, ("resolution.size_px", "resolution.size_px"))
+        self.low = None if low is None else low.eval().requires_grad_(False)
+        if low is not None:
+            check_low(config.low, config.builds_on, self, low)
+
+    def text_encoder(self, config: TextConfig) -> TextEncoder:
+        """The lower run's, where that is frozen and the same."""
+        low = self.low
+        if low is not None and low.config.text == config and not isinstance(low.text, nn.Module):
+            return low.text
+        return text_encoder_for_training(config)
+
+    def train(self, mode: bool = True) -> CodesModel:
+        super().train(mode)
+        self.codec.eval()
+        if self.low is not None:
+            self.low.eval()
+        return self
+
+
+def check_low(config: LowConfig, builds_on: CodesBuildsOn, high: CodesModel, low: CodesModel) -> None:
+    """Raises ConfigError where the codes of `low` are not those that super-resolution is configured for."""
+    place = f"with builds_on.low={builds_on.low}"
+    check(low.low is None, "builds_on.low", builds_on.low, "a run that builds on no lower one itself")
+    ok = config.num_codes == low.codec.num_codes
+    check(ok, "low.num_codes", config.num_codes, f"{low.codec.num_codes} {place}")
+    side, own = low.shape[0], high.shape[0]
+    check(config.side == side, "low.side", config.side, f"{side} {place}")
+    ok = own > side and own % side == 0 and high.size_px % low.size_px == 0
+    allowed = f"sizes whose codes ({own} a side) are a multiple of {side} {place}"
+    check(ok, "resolution.size_px", high.size_px, allowed)
+
+
+def smaller(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, *size), as the read path resizes pictures."""
+    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@torch.no_grad()
+def low_codes(image: Tensor, low: CodesModel) -> Tensor:
+    """(B, 3, H, W) -> (B, h', w') int64 of the pictures at the size of `low`."""
+    return low.codec.tokens(smaller(image, (low.size_px, low.size_px)))
+
+
+def low_codes_of(batch: Batch, low: CodesModel | None) -> Tensor | None:
+    """(B, h', w') int64 of the batch's pictures, computed ahead or now; None without `low`."""
+    if low is None:
+        return None
+    codes = batch.features.get("low_codes")
+    return low_codes(batch.image, low) if codes is None else codes.long()
+
+
+def low_feature(low: CodesModel | None, made_by: str | None) -> Mapping[str, Feature]:
+    """What a stage's `features` says of them, as `codes_feature` does of its own."""
+    if low is None:
+        return {}
+    dtype = smallest_integer(low.codec.num_codes)
+    feature = dataclasses.replace(
+        codes_feature(low.codec, str(made_by))["codes"],
+        tensors=("low_codes",),
+        make=lambda image: {"low_codes": low_codes(image, low).to(dtype)},
+    )
+    return {"low_codes": feature}
