@@ -27,8 +27,8 @@ TRAINED_ENCODERS = ("learned", "ldm_bert")  # with the model
 class TextConfig(Upgraded):
     """Which text encoder reads the captions.
 
-    name: "clip" and "t5" (transformers), "open_clip", "minilm" (ships as a package); or, trained with the model,
-        "learned" and "ldm_bert"
+    name: "clip", "clip_with_projection" (the same as aMUSEd reads it) and "t5" (transformers), "open_clip", "minilm"
+        (ships as a package); or, trained with the model, "learned" and "ldm_bert"
     model: local directory, hub id or, for open_clip, architecture name; for ldm_bert a directory with BERT's
         vocabulary, null for the one that comes with minilm's package; null for minilm and learned
     weights: open_clip only: local file or the tag of published weights
@@ -37,7 +37,7 @@ class TextConfig(Upgraded):
     allow_download: hub ids are fetched only where this is true
     """
 
-    name: Literal["clip", "open_clip", "t5", "minilm", "learned", "ldm_bert"]
+    name: Literal["clip", "clip_with_projection", "open_clip", "t5", "minilm", "learned", "ldm_bert"]
     model: str | None = None
     weights: str | None = None
     max_tokens: int = field(kw_only=True)
@@ -54,7 +54,7 @@ class TextConfig(Upgraded):
                 check(value is not None and value >= 1, f"text.{key}", value, f"1 or more for {self.name}")
             width, _, heads = self.shape
             check(width % heads == 0, "text.width", width, f"a multiple of text.heads ({heads})")
-        if self.name in ("clip", "open_clip", "t5"):
+        if self.name in ("clip", "clip_with_projection", "open_clip", "t5"):
             allowed = (
                 "an architecture of open_clip's"
                 if self.name == "open_clip"

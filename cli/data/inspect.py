@@ -179,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
         "--text",
         metavar="NAME",
         help="count the tokens of captions for this text encoder, and the captions that it would cut: minilm, clip, "
+        "clip_with_projection, "
         "open_clip, t5, learned, ldm_bert, with text.key=value as in the training command",
     )
     made.add_argument(

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)
 pipeline("a red bicycle", generator=torch.Generator("cpu").manual_seed(0)).images[0].save("bicycle.png")
 ```"""
+AMUSED = PIPELINE.replace("StableDiffusionPipeline", "AmusedPipeline")
 AUTOENCODER = """```python
 from diffusers import {kind}
 
@@ -28,18 +29,22 @@ autoencoder = {kind}.from_pretrained("THIS_FOLDER")
 
 def model_card(parts: Parts) -> str:
     """README.md of a diffusers folder. Names no path of the machine it was made on."""
-    pipeline = parts.denoiser is not None
+    pipeline = not parts.is_codec
     head = ["library_name: diffusers", "license: unknown", "tags: [t2i]"]
     head += ["pipeline_tag: text-to-image"] if pipeline else []
-    title = "Text-to-image latent diffusion model" if pipeline else "Image autoencoder"
     codec = "VQModel" if parts.codec.quantised else "AutoencoderKL"
+    title, code = "Image autoencoder", AUTOENCODER.format(kind=codec)
+    if parts.denoiser is not None:
+        title, code = "Text-to-image latent diffusion model", PIPELINE
+    if parts.transformer is not None:
+        title, code = "Text-to-image masked model of codes (aMUSEd)", AMUSED
     sections = [
         "---\n" + "\n".join(head) + "\n---",
         f"# {title}",
         f"Converted by `t2i convert` from {parts.kind}.",
         _table(["part", "parameters", "what it is"], _rows(parts)),
         "## How to load it",
-        PIPELINE if pipeline else AUTOENCODER.format(kind=codec),
+        code,
         "There is no safety checker in it." if pipeline else "",
         "## How it was trained",
         _recipe(parts.run),
@@ -55,11 +60,15 @@ def _rows(parts: Parts) -> list[list[str]]:
     kind = "VQ" if parts.codec.quantised else "KL"
     what = f"{kind} autoencoder, f{parts.codec.downsampling}, {backbone['latent_channels']} channels, latents times "
     rows = [["autoencoder", _count(parts.codec.weights), f"{what}{parts.codec.latent_scale:g}"]]
-    if parts.denoiser is not None and parts.text is not None:
+    if parts.transformer is not None:
+        uvit = f"U-ViT over codes at {parts.transformer.size_px} px"
+        rows.append(["transformer", _count(parts.transformer.weights), uvit])
+    if parts.denoiser is not None:
         unet = f"UNet at {parts.denoiser.size_px} px, predicts {parts.denoiser.prediction}"
         rows.append(["denoiser", _count(parts.denoiser.weights), unet])
+    if parts.text is not None:
         text = f"text encoder, {parts.text.max_tokens} tokens of width {parts.text.token_dim}"
-        rows.append(["text", _count(parts.text.weights), text])
+        rows.append(["text", _count(parts.text.saved_weights), text])
     return rows
 
 

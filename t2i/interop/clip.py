@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from t2i.config import check, parse
-from t2i.interop.weights import Weight, Weights, stacked
+from t2i.interop.weights import Weight, Weights, renamed, stacked
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 END = "<|endoftext|>"
+PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,28 @@ class ClipConfig:
 @dataclass
 class ClipText:
     """tokenizer: the tokenizer's files, by name
-    max_tokens: what captions are padded to"""
+    max_tokens: what captions are padded to
+    projection: (projection_dim, hidden_size), of CLIPTextModelWithProjection"""
 
     config: ClipConfig
     weights: Weights
     tokenizer: dict[str, bytes]
     max_tokens: int
+    projection: Weight | None = None
 
     @property
     def token_dim(self) -> int:
         return self.config.hidden_size
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.config.hidden_size if self.projection is None else self.config.projection_dim
+
+    @property
+    def saved_weights(self) -> Weights:
+        """By transformers' whole names."""
+        weights = renamed(self.weights, "text_model.")
+        return weights if self.projection is None else weights | {PROJECTION: self.projection}
 
 
 def parse_config(values: Mapping[str, Any]) -> ClipConfig:
@@ -84,10 +97,11 @@ def parse_config(values: Mapping[str, Any]) -> ClipConfig:
     return parse(ClipConfig, {k: v for k, v in values.items() if k in known}, "text_encoder.")
 
 
-def config_json(config: ClipConfig) -> dict[str, Any]:
+def config_json(text: ClipText) -> dict[str, Any]:
     """transformers' config.json."""
+    kind = "CLIPTextModel" if text.projection is None else "CLIPTextModelWithProjection"
     fixed = {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [kind],
         "model_type": "clip_text_model",
         "attention_dropout": 0.0,
         "dropout": 0.0,
@@ -95,7 +109,7 @@ def config_json(config: ClipConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "dtype": "float32",
     }
-    return fixed | {name: getattr(config, name) for name in ClipConfig.__dataclass_fields__}
+    return fixed | {name: getattr(text.config, name) for name in ClipConfig.__dataclass_fields__}
 
 
 def shapes(config: ClipConfig) -> Shapes:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from t2i.config import check
 from t2i.diffusion.config import GridConfig
 from t2i.errors import CheckpointError
+from t2i.interop.amused import SAMPLING, amused_files
 from t2i.interop.compvis_out import write_compvis
 from t2i.interop.diffusers_out import write_diffusers
 from t2i.interop.options import Format, Options
@@ -51,8 +54,11 @@ class Conversion:
     def num_bytes(self) -> int:
         """What will be written, headers aside."""
         dtype, parts = DTYPES[self.dtype], self.parts
-        chosen = (parts.codec, parts.denoiser, parts.text)
-        return sum(saved_bytes(part.weights, dtype) for part in chosen if part is not None)
+        chosen = (parts.codec, parts.denoiser, parts.transformer)
+        weights = [part.weights for part in chosen if part is not None]
+        if parts.text is not None:
+            weights.append(parts.text.saved_weights)
+        return sum(saved_bytes(each, dtype) for each in weights)
 
 
 def prepare(source: Path, out: Path, options: Options) -> Conversion:
@@ -76,15 +82,32 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
             f"{out} would be a folder; allowed: a name without .safetensors, or --to compvis."
         )
     if to != "t2i":
-        formats_of("codec").from_run(parts.codec.config)
-    if to == "compvis" and parts.denoiser is not None:
-        said = {
-            key: value for key, value in parts.denoiser.sampling.items() if value != DEFAULTS.get(key, value)
-        }
-        if said:
-            words = ", ".join(f"{key}={value}" for key, value in said.items())
-            parts.notes.append(f"A single file has no place for how pictures are drawn: {words} is left out.")
+        _check_foreign(parts, to)
     return Conversion(parts, out, to, options.dtype)
+
+
+def _check_foreign(parts: Parts, to: Format) -> None:
+    """Raises a UserError where parts have no such form; notes what it has no place for."""
+    formats_of("codec").from_run(parts.codec.config)
+    if parts.transformer is not None:
+        if to == "compvis":
+            raise CheckpointError("aMUSEd has no form as a single file; allowed: --to diffusers, or t2i.")
+        amused_files(parts)
+        _note_sampling(parts, "An AmusedPipeline", parts.transformer.sampling, SAMPLING)
+        return
+    unit_range = parts.codec.config["backbone"].get("unit_range", False)
+    check(
+        not unit_range, "backbone.unit_range", True, "false but in an AmusedPipeline (no file would say so)"
+    )
+    if to == "compvis" and parts.denoiser is not None:
+        _note_sampling(parts, "A single file", parts.denoiser.sampling, DEFAULTS)
+
+
+def _note_sampling(parts: Parts, what: str, sampling: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    said = {key: value for key, value in sampling.items() if value != usual.get(key, value)}
+    if said:
+        words = ", ".join(f"{key}={value}" for key, value in said.items())
+        parts.notes.append(f"{what} has no place for how pictures are drawn: {words} is left out.")
 
 
 def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:

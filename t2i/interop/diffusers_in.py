@@ -47,6 +47,7 @@ PIPELINES = {
     "StableDiffusionInpaintPipeline": {"codec": "vae", "text": "text_encoder"},
     "LDMTextToImagePipeline": {"codec": "vqvae", "text": "bert"},
 }
+AMUSED_PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")  # see amused.py
 UNSUPPORTED_PIPELINES = {
     "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
     "StableDiffusionUpscalePipeline": "a x4 upscaler",
@@ -63,12 +64,13 @@ def read_pipeline(root: Path, options: Options, codec: CodecPart | None, text: T
     if (root / "model_index.json").exists():
         name = read_json(root, "model_index.json").get("_class_name")
         key = f"{root / 'model_index.json'}: _class_name"
+        allowed = ", ".join([*PIPELINES, *AMUSED_PIPELINES])
         if name in tuple(UNSUPPORTED_PIPELINES):  # a file may say what has no hash
             raise CheckpointError(
                 f"{root} is {UNSUPPORTED_PIPELINES[name]} ({name}), which is not supported; allowed: "
-                f"{', '.join(PIPELINES)}."
+                f"{allowed}."
             )
-        check(name in tuple(PIPELINES), key, name, ", ".join(PIPELINES))
+        check(name in tuple(PIPELINES), key, name, allowed)
     notes: list[str] = []
     places = PIPELINES[name]
     if codec is None:
@@ -99,7 +101,7 @@ def _with_unet(parts: Parts, root: Path, component: str, options: Options, stabl
     """Adds the UNet, with the schedule of the pipeline that it is in."""
     codec, text = parts.codec, parts.text
     assert text is not None
-    values = _config(root, component, UNET_CLASS)
+    values = read_config(root, component, UNET_CLASS)
     latent = codec.config["backbone"]["latent_channels"]
     masks = masks_of(values.get("in_channels"), latent, root)
     config = read_unet(values, _place(root, component))
@@ -147,9 +149,11 @@ def _scheduler(
     return Scheduler(dict(SCHEDULE), options.prediction or "eps", dict(SAMPLING), [])
 
 
-def read_autoencoder(root: Path, component: str, ema: bool, notes: list[str]) -> CodecPart:
+def read_autoencoder(
+    root: Path, component: str, ema: bool, notes: list[str], classes: Sequence[str] = (KL_CLASS, VQ_CLASS)
+) -> CodecPart:
     """The codec of a pipeline, or, with component "", one whose folder is `root`."""
-    values = _config(root, component, KL_CLASS, VQ_CLASS)
+    values = read_config(root, component, *classes)
     config, latent_scale = read_codec(values, _place(root, component))
     weights, listed_in = component_weights(root, component, STEM, ema, notes)
     wanted = codec_shapes(config)
@@ -171,14 +175,24 @@ def read_text(root: Path, component: str, ema: bool, notes: list[str]) -> Text:
 
 
 def read_clip(
-    root: Path, component: str, tokenizer: dict[str, bytes] | None, ema: bool, notes: list[str]
+    root: Path,
+    component: str,
+    tokenizer: dict[str, bytes] | None,
+    ema: bool,
+    notes: list[str],
+    projected: bool = False,
 ) -> ClipText:
     """A CLIP text model, or the text half of a CLIP, in transformers' format. tokenizer: its files; None for the
-    vocabulary that all published ones have."""
+    vocabulary that all published ones have. projected: with the projection to CLIP's embedding."""
     values = read_json(root, f"{component}/config.json" if component else "config.json")
     config = clip.parse_config(values.get("text_config") or values)
     weights, listed_in = component_weights(root, component, "model", ema, notes)
-    found = fit(without_prefix(weights), clip.shapes(config), listed_in, "text encoder")
+    wanted, bare = clip.shapes(config), without_prefix(weights)
+    if projected:
+        wanted[clip.PROJECTION] = (config.projection_dim, config.hidden_size)
+        bare |= {name: weights[name] for name in (clip.PROJECTION,) if name in weights}
+    found = fit(bare, wanted, listed_in, "text encoder")
+    projection = found.pop(clip.PROJECTION, None)
     positions = config.max_position_embeddings
     if tokenizer is None:
         tokenizer = clip.tokenizer_files(positions, clip.END if config.hidden_act == "quick_gelu" else "!")
@@ -187,7 +201,7 @@ def read_clip(
         notes.append(
             "The text encoder comes without a vocabulary: CLIP's, which comes with open_clip, is used."
         )
-    return ClipText(config, found, tokenizer, max_tokens(tokenizer, positions))
+    return ClipText(config, found, tokenizer, max_tokens(tokenizer, positions), projection)
 
 
 def _read_bert(root: Path, component: str, ema: bool, notes: list[str]) -> LDMBertText:
@@ -225,7 +239,7 @@ def max_tokens(tokenizer: Mapping[str, bytes], positions: int) -> int:
     return length if type(length) is int and 2 <= length <= positions else positions
 
 
-def _config(root: Path, component: str, *classes: str) -> dict[str, Any]:
+def read_config(root: Path, component: str, *classes: str) -> dict[str, Any]:
     name = f"{component}/config.json" if component else "config.json"
     values = read_json(root, name)
     found = values.get("_class_name")

@@ -1,4 +1,4 @@
-"""A directory that diffusers' StableDiffusionPipeline.from_pretrained loads as it is."""
+"""A directory that from_pretrained of diffusers' StableDiffusionPipeline or AmusedPipeline loads as it is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from t2i.config import check
+from t2i.interop.amused import amused_files
 from t2i.interop.card import model_card
 from t2i.interop.clip import ClipText, with_max_tokens
 from t2i.interop.diffusers_config import write_codec, write_unet
 from t2i.interop.diffusers_in import STEM
 from t2i.interop.names import codec_attention_matrix, diffusers_codec, diffusers_unet
-from t2i.interop.parts import CodecPart, Parts
+from t2i.interop.parts import CodecPart, DenoiserPart, Parts, TransformerPart
 from t2i.interop.run_out import write_clip, write_files
 from t2i.interop.scheduler import write_scheduler
 from t2i.interop.weights import Weights
@@ -26,11 +27,31 @@ HEADER = {"format": "pt"}  # what diffusers asks of a .safetensors file
 def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
     """model_index.json and the parts' folders; of an autoencoder by itself its folder alone."""
     folder.mkdir(parents=True)
-    if parts.denoiser is None:
-        _write_codec(parts.codec, folder, 256, dtype, progress)
-        (folder / "README.md").write_text(model_card(parts))
-        return
-    denoiser, text = parts.denoiser, parts.text
+    if parts.transformer is not None:
+        _write_amused(parts, parts.transformer, folder, dtype, progress)
+    elif parts.denoiser is not None:
+        _write_stable_diffusion(parts, parts.denoiser, folder, dtype, progress)
+    else:
+        _write_codec(parts.codec, folder, parts.size_px, dtype, progress)
+    (folder / "README.md").write_text(model_card(parts))
+
+
+def _write_amused(
+    parts: Parts, transformer: TransformerPart, folder: Path, dtype: torch.dtype, progress: Progress
+) -> None:
+    for name, values in amused_files(parts).items():
+        write_json(folder / name, values)
+    assert isinstance(parts.text, ClipText)
+    _write_text(parts.text, folder, dtype, progress)
+    _write_codec(parts.codec, folder / "vqvae", transformer.size_px, dtype, progress)
+    place = folder / f"transformer/{STEM}.safetensors"
+    write_safetensors(place, transformer.weights, dtype, HEADER, progress)
+
+
+def _write_stable_diffusion(
+    parts: Parts, denoiser: DenoiserPart, folder: Path, dtype: torch.dtype, progress: Progress
+) -> None:
+    text = parts.text
     check(not parts.codec.quantised, "codec.name", "vq", "kl in a StableDiffusionPipeline")
     kind = "clip" if isinstance(text, ClipText) else "ldm_bert"
     check(
@@ -55,15 +76,18 @@ def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Pr
     }
     write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
-    write_files(folder / "tokenizer", with_max_tokens(text.tokenizer, text.max_tokens))
-    write_clip(text, folder / "text_encoder", dtype, progress, tokenizer=False)
+    _write_text(text, folder, dtype, progress)
     _write_codec(parts.codec, folder / "vae", denoiser.size_px, dtype, progress)
     unet = write_unet(denoiser.config, denoiser.size_px, parts.codec.downsampling)
     write_json(folder / "unet/config.json", unet)
     names = diffusers_unet(denoiser.weights, denoiser.config["num_res_blocks"])
     weights = {names[ours]: weight for ours, weight in denoiser.weights.items()}
     write_safetensors(folder / f"unet/{STEM}.safetensors", weights, dtype, HEADER, progress)
-    (folder / "README.md").write_text(model_card(parts))
+
+
+def _write_text(text: ClipText, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
+    write_files(folder / "tokenizer", with_max_tokens(text.tokenizer, text.max_tokens))
+    write_clip(text, folder / "text_encoder", dtype, progress, tokenizer=False)
 
 
 def _write_codec(

@@ -70,6 +70,10 @@ class LDMBertText:
         return self.config.width
 
     @property
+    def saved_weights(self) -> Weights:
+        return self.weights
+
+    @property
     def max_tokens(self) -> int:
         return self.config.max_tokens
 

@@ -1,4 +1,5 @@
-"""What every format of a model comes down to: a codec and, of a text-to-image model, a denoiser and a text encoder.
+"""What every format of a model comes down to: a codec and, of a text-to-image model, a denoiser or a transformer of
+codes, and a text encoder.
 
 Configurations are plain mappings as config.yaml has them, weights are unread and carry our own names.
 """
@@ -62,9 +63,24 @@ class DenoiserPart:
 
 
 @dataclass
+class TransformerPart:
+    """config: the entry transformer of a run, aMUSEd's
+    weights: by our own names, which are diffusers'
+    sampling: the entry of that name
+    size_px: side of the pictures it was trained on
+    """
+
+    config: dict[str, Any]
+    weights: Weights
+    sampling: dict[str, Any]
+    size_px: int
+
+
+@dataclass
 class Parts:
     """kind: what the source is, in words
-    denoiser, text: None of an autoencoder by itself
+    denoiser, transformer: one of them, or none of an autoencoder by itself
+    text: None of an autoencoder by itself
     run: the configuration of the t2i run, where the source is one
     notes: sentences for the person who converts: what was assumed, and what was left out
     """
@@ -72,9 +88,21 @@ class Parts:
     kind: str
     codec: CodecPart
     denoiser: DenoiserPart | None = None
+    transformer: TransformerPart | None = None
     text: Text | None = None
     run: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_codec(self) -> bool:
+        """Whether it is an autoencoder by itself."""
+        return self.denoiser is None and self.transformer is None
+
+    @property
+    def size_px(self) -> int:
+        """Side of the pictures that it draws; of an autoencoder what is usual."""
+        drawing = self.denoiser or self.transformer
+        return 256 if drawing is None else drawing.size_px
 
 
 def lacking(source: object, what: str, flag: str) -> CheckpointError:
@@ -122,7 +150,7 @@ def foreign_forms() -> dict[str, Formats]:
     return {record.name: record.load_formats() for record in records if record.formats is not None}
 
 
-def formats_of(kind: Literal["codec", "text_to_image"]) -> Formats:
+def formats_of(kind: Literal["codec", "text_to_image", "masked_codes"]) -> Formats:
     """Of the family that foreign models of this kind become: the first by name."""
     return next(formats for formats in foreign_forms().values() if formats.kind == kind)
 
@@ -137,3 +165,9 @@ def denoiser_shapes(config: Mapping[str, Any], latent_channels: int, context_dim
     """The same of the UNet, for a codec's channels and a text encoder's width."""
     fitted = {"in_channels": latent_channels, "out_channels": latent_channels, "context_dim": context_dim}
     return formats_of("text_to_image").shapes({**config, **fitted})
+
+
+def transformer_shapes(config: Mapping[str, Any], num_codes: int, text: ClipText) -> Shapes:
+    """The same of aMUSEd's transformer."""
+    sizes = {"num_codes": num_codes, "context_dim": text.token_dim, "pooled_dim": text.pooled_dim}
+    return formats_of("masked_codes").shapes({"transformer": config, **sizes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +12,21 @@ from t2i import families
 from t2i.config import check, parse_run, to_dict
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.formats import Formats
-from t2i.interop import clip, ldm_bert
-from t2i.interop.clip import ClipText, without_prefix
+from t2i.interop import ldm_bert
+from t2i.interop.clip import ClipText
 from t2i.interop.compvis_in import open_clip_text
-from t2i.interop.diffusers_in import read_tokenizer
-from t2i.interop.folder import component_weights, read_json
+from t2i.interop.diffusers_in import read_clip, read_tokenizer
 from t2i.interop.ldm_bert import LDMBertConfig, LDMBertText
 from t2i.interop.parts import (
     OWN_BUFFERS,
     CodecPart,
     DenoiserPart,
     Parts,
+    TransformerPart,
     codec_shapes,
     foreign_forms,
     scale,
+    transformer_shapes,
 )
 from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
 from t2i.interop.weights import Weights, fit, in_memory, under
@@ -56,15 +58,22 @@ def read_run(place: Path, ema: bool, text_model: str | None) -> Parts:
     codec_model = codec_formats.from_run(codec_run["model"])
     codec = _codec(codec_model, under(weights, formats.prefixes["codec"]), path)
     text = _text(model["text"], text_model, under(weights, formats.prefixes["text"]), path)
+    parts = Parts("a t2i run", codec, text=text, run=run, notes=notes)
+    size_px = run["resolution"]["size_px"]
+    if formats.kind == "masked_codes":
+        assert isinstance(text, ClipText)
+        transformer, sampling = model["transformer"], model["sampling"]
+        wanted = transformer_shapes(transformer, codec.config["codec"]["num_codes"], text)
+        found = fit(under(weights, formats.prefixes["transformer"]), wanted, path, "transformer")
+        parts.transformer = TransformerPart(transformer, found, sampling, size_px)
+        return parts
     latent = codec.config["backbone"]["latent_channels"]
     fitted = {"in_channels": latent, "out_channels": latent, "context_dim": text.token_dim}
     denoiser = model["denoiser"] | fitted
     unet = under(weights, formats.prefixes["denoiser"])
     found = fit(unet, formats.shapes(denoiser), path, "UNet")
-    prediction, size_px = model["prediction"], run["resolution"]["size_px"]
-    parts = Parts("a t2i run", codec, run=run, notes=notes)
-    parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, model["sampling"], size_px)
-    parts.text = text
+    prediction, sampling = model["prediction"], model["sampling"]
+    parts.denoiser = DenoiserPart(denoiser, found, model["schedule"], prediction, sampling, size_px)
     return parts
 
 
@@ -127,21 +136,19 @@ def _text(
         place = text_model or text["model"]
         tokenizer = read_tokenizer(Path(place), "", ldm_bert.TOKENIZER_FILES) if place else {}
         return LDMBertText(config, fit(trained, ldm_bert.shapes(config), path, "text encoder"), tokenizer)
-    if text_model is not None or text["name"] == "clip":
-        return _clip_folder(Path(text_model or text["model"] or ""), text["max_tokens"])
+    projected = text["name"] == "clip_with_projection"
+    if text_model is not None or text["name"] == "clip" or projected:
+        return _clip_folder(Path(text_model or text["model"] or ""), text["max_tokens"], projected)
     return _open_clip(text)
 
 
-def _clip_folder(folder: Path, max_tokens: int) -> ClipText:
+def _clip_folder(folder: Path, max_tokens: int, projected: bool) -> ClipText:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"text.model {str(folder)!r} is not a local folder with a CLIP text model; give it by --text DIR."
         )
-    values = read_json(folder, "config.json")
-    config = clip.parse_config(values.get("text_config") or values)
-    weights, listed_in = component_weights(folder, "", "model", True, [])
-    found = fit(without_prefix(weights), clip.shapes(config), listed_in, "text encoder")
-    return ClipText(config, found, read_tokenizer(folder, ""), max_tokens)
+    text = read_clip(folder, "", read_tokenizer(folder, ""), True, [], projected)
+    return dataclasses.replace(text, max_tokens=max_tokens)
 
 
 def _open_clip(text: Mapping[str, Any]) -> ClipText:

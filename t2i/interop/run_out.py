@@ -39,8 +39,13 @@ TEXT_FOLDER, TOKENIZER_FOLDER = "text_encoder", "tokenizer"
 def run_values(parts: Parts) -> dict[str, Any]:
     """The configuration of the run. What no foreign file says (data, learning rate, batch size) is Stable
     Diffusion's recipe, to go on from. Raises ConfigError where the parts ask for what a run cannot have."""
-    denoiser, text = parts.denoiser, parts.text
-    if denoiser is None:
+    denoiser, transformer, text = parts.denoiser, parts.transformer, parts.text
+    entries: dict[str, Any]
+    if transformer is not None:
+        assert text is not None
+        entries = {"transformer": transformer.config, "sampling": transformer.sampling}
+        model = formats_of("masked_codes").to_run(entries | {"text": text_values(text)})
+    elif denoiser is None:
         model = formats_of("codec").to_run(parts.codec.config)
     else:
         assert text is not None
@@ -52,7 +57,7 @@ def run_values(parts: Parts) -> dict[str, Any]:
             "sampling": denoiser.sampling,
         }
         model = formats_of("text_to_image").to_run(entries)
-    values = shared_values(denoiser.size_px if denoiser is not None else 256) | model
+    values = shared_values(parts.size_px) | model
     return run_to_dict(parse_run(values, families.get(values["family"]).load_config()))
 
 
@@ -60,6 +65,8 @@ def text_values(text: ClipText | LDMBertText) -> dict[str, Any]:
     """The entry text. A frozen encoder lies in the run folder; of one that learns with the model only the
     tokenizer does."""
     values: dict[str, Any] = {"name": "clip", "model": f"{RUN_FOLDER}/{TEXT_FOLDER}"}
+    if isinstance(text, ClipText) and text.projection is not None:
+        values["name"] = "clip_with_projection"
     if isinstance(text, LDMBertText):
         folder = f"{RUN_FOLDER}/{TOKENIZER_FOLDER}" if text.tokenizer else None
         values = {"name": "ldm_bert", "model": folder, **vars(text.config)}
@@ -104,7 +111,7 @@ def write_run(parts: Parts, folder: Path, dtype: torch.dtype, progress: Progress
     """config.yaml, model.safetensors and text_encoder/."""
     values = run_values(parts)
     extra = {}
-    if parts.denoiser is not None:
+    if not parts.is_codec:
         alone = Parts(parts.kind, parts.codec)
         extra = {"codec": run_values(alone)}
     folder.mkdir(parents=True)
@@ -121,9 +128,8 @@ def write_clip(
     text: ClipText, folder: Path, dtype: torch.dtype, progress: Progress, tokenizer: bool = True
 ) -> None:
     """transformers' folder of a CLIP text model, which old and new versions read."""
-    weights = renamed(text.weights, "text_model.")
-    write_safetensors(folder / "model.safetensors", weights, dtype, {"format": "pt"}, progress)
-    (folder / "config.json").write_text(json.dumps(clip.config_json(text.config), indent=2) + "\n")
+    write_safetensors(folder / "model.safetensors", text.saved_weights, dtype, {"format": "pt"}, progress)
+    (folder / "config.json").write_text(json.dumps(clip.config_json(text), indent=2) + "\n")
     if tokenizer:
         write_files(folder, clip.with_max_tokens(text.tokenizer, text.max_tokens))
 
@@ -137,6 +143,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _weights(parts: Parts) -> Weights:
     codec = codec_weights(parts.codec)
+    if parts.transformer is not None:
+        prefixes = formats_of("masked_codes").prefixes
+        transformer = renamed(parts.transformer.weights, prefixes["transformer"])
+        return renamed(codec, prefixes["codec"]) | transformer
     if parts.denoiser is None:
         return renamed(codec, formats_of("codec").prefixes["codec"])
     prefixes = formats_of("text_to_image").prefixes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from t2i.config import check
 from t2i.errors import CheckpointError
+from t2i.interop.amused import is_amused, read_amused
 from t2i.interop.compvis_in import LATENT_SCALE, UNET, is_text_encoder, read_single_file, read_text_weights
 from t2i.interop.dalle_in import is_dalle, read_dalle
 from t2i.interop.diffusers_config import UNET_CLASS
@@ -37,14 +38,16 @@ def read(source: Path, options: Options) -> tuple[Parts, bool]:
     if source.is_dir():
         notes: list[str] = []
         kind = _class_name(source)
-        if (source / "model_index.json").exists() or (source / "unet").is_dir():
+        if is_amused(source):
+            parts = read_amused(source, options)
+        elif (source / "model_index.json").exists() or (source / "unet").is_dir():
             parts = read_pipeline(source, options, *_given(options, notes))
         elif kind == UNET_CLASS:
             parts = read_unet_alone(source, options, *_given(options, notes))
         elif is_dalle(source):
             parts = read_dalle(source)
         elif kind is not None:
-            parts = Parts("a diffusers autoencoder", read_autoencoder(source, "", options.ema, notes))
+            parts = Parts("a diffusers autoencoder", _autoencoder(source, options, notes))
         else:
             raise CheckpointError(
                 f"{source} is none of: a diffusers folder (model_index.json), a t2i run (config.yaml), the folder of "
@@ -60,6 +63,18 @@ def read(source: Path, options: Options) -> tuple[Parts, bool]:
     for flag, value in {"--vae": options.vae, "--text": options.text_model}.items():
         check(value is None or parts.denoiser is not None, flag, value, "only with a source that has a UNet")
     return parts, False
+
+
+def _autoencoder(source: Path, options: Options, notes: list[str]) -> CodecPart:
+    codec = read_autoencoder(source, "", options.ema, notes)
+    if codec.quantised:
+        codec.config["backbone"]["unit_range"] = is_amused(source.resolve().parent)
+        if not codec.config["backbone"]["unit_range"]:
+            notes.append(
+                "Its pictures are taken to be in [-1, 1]; those of aMUSEd's, which are in [0, 1], are known by the "
+                "model_index.json beside its folder."
+            )
+    return codec
 
 
 def _run(source: Path, options: Options) -> Parts:

@@ -24,6 +24,10 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
         from t2i.text.clip import ClipTextEncoder
 
         return ClipTextEncoder(config.model, config.max_tokens, config.allow_download)
+    if config.name == "clip_with_projection":
+        from t2i.text.clip import ClipWithProjectionTextEncoder
+
+        return ClipWithProjectionTextEncoder(config.model, config.max_tokens, config.allow_download)
     if config.name == "open_clip":
         from t2i.text.open_clip import OpenClipTextEncoder
 

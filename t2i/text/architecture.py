@@ -23,8 +23,14 @@ CLIP_VIT_L = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "hidden_act": "quick_gelu",
+    "projection_dim": 768,
 }
-CLIP_VIT_B = CLIP_VIT_L | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+CLIP_VIT_B = CLIP_VIT_L | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "projection_dim": 512,
+}
 CLIP = {
     "openai/clip-vit-base-patch16": CLIP_VIT_B,
     "openai/clip-vit-base-patch32": CLIP_VIT_B,
@@ -89,6 +95,15 @@ def build_architecture(config: TextConfig) -> Architecture:
 
         clip = _configured(CLIPTextConfig, config.model, CLIP, "clip")
         return _transformers(CLIPTextModel(clip), clip.hidden_size)
+    if config.name == "clip_with_projection":
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+        from t2i.text.clip import LastButOne
+
+        clip = _configured(CLIPTextConfig, config.model, CLIP, config.name)
+        network = LastButOne(CLIPTextModelWithProjection(clip).requires_grad_(False))
+        return Architecture(network, clip.hidden_size, clip.projection_dim)
     if config.name == "t5":
         from transformers.models.t5.configuration_t5 import T5Config
         from transformers.models.t5.modeling_t5 import T5EncoderModel

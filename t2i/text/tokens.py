@@ -61,7 +61,7 @@ def _count(config: TextConfig) -> Callable[[str], int]:
     from t2i.text.pretrained import check_vocabulary, load_part
 
     # transformers makes a tokenizer of next to nothing where a folder has none: the model's own config tells.
-    if config.name == "clip":
+    if config.name in ("clip", "clip_with_projection"):
         from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 

@@ -173,7 +173,9 @@ def test_what_has_no_foreign_form(trained, tmp_path, changes, words):
 def test_a_family_without_formats_has_no_foreign_form(trained, tmp_path, monkeypatch):
     record = dataclasses.replace(latent_diffusion.FAMILY, formats=None)
     monkeypatch.setattr(latent_diffusion, "FAMILY", record)
-    words = r"family in .* is 'latent_diffusion'; allowed: autoencoder \(others have no foreign form\)"
+    words = (
+        r"family in .* is 'latent_diffusion'; allowed: autoencoder, masked \(others have no foreign form\)"
+    )
     with pytest.raises(ConfigError, match=words):
         prepare(trained, tmp_path / "out", Options())
 

@@ -6,9 +6,10 @@ import torch
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
-    """A small CLIPTextModel with random weights and CLIP's true vocabulary, which open_clip ships."""
+    """A small CLIPTextModel, and its projection, with random weights and CLIP's true vocabulary, which open_clip
+    ships."""
     from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     theirs = SimpleTokenizer()
     specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -17,9 +18,14 @@ def clip_folder(tmp_path_factory) -> Path:
     CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks)).save_pretrained(folder)
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=49408
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=49408,
+        projection_dim=24,
     )
-    CLIPTextModel(config).save_pretrained(folder)
+    CLIPTextModelWithProjection(config).save_pretrained(folder)
     return folder
 
 

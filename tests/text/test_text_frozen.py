@@ -100,6 +100,23 @@ def test_clip_agrees_with_transformers(clip, clip_folder):
     assert torch.equal(features.mask, inputs.attention_mask.bool())
 
 
+def test_clip_with_projection_agrees_with_transformers(clip_folder):
+    """As AmusedPipeline asks for its features."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    config = TextConfig(name="clip_with_projection", model=str(clip_folder), max_tokens=77)
+    features = build_text_encoder(config).double()(CAPTIONS)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    model = CLIPTextModelWithProjection.from_pretrained(clip_folder).double().eval()
+    with torch.no_grad():
+        wanted = model(ids.input_ids, output_hidden_states=True)
+    torch.testing.assert_close(features.tokens, wanted.hidden_states[-2])
+    torch.testing.assert_close(features.pooled, wanted.text_embeds)
+    assert features.pooled.shape == (4, 24)
+    assert torch.equal(features.mask, ids.attention_mask.bool())
+
+
 def test_clip_reads_text_as_the_original_tokenizer_does(clip):
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -259,9 +276,9 @@ def test_weights_that_lack_a_layer_are_refused(clip_folder, tmp_path):
         if path.suffix == ".json":
             (tmp_path / path.name).symlink_to(path)
     weights = load_file(clip_folder / "model.safetensors")
-    weights.pop("final_layer_norm.weight")
+    weights.pop("text_model.final_layer_norm.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks final_layer_norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks (text_model\.)?final_layer_norm\.weight"):
         build_text_encoder(TextConfig(name="clip", model=str(tmp_path), max_tokens=77))
 
 

@@ -116,6 +116,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderDecoderConfig, out_channels: int) -> None:
         super().__init__()
+        self.unit_range = config.unit_range
         widths = [config.base_channels * m for m in config.channel_mult]
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.down = nn.ModuleList()
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        h = self.conv_in(image)
+        h = self.conv_in((image + 1) / 2 if self.unit_range else image)
         for level in self.down:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -143,6 +144,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
+        self.unit_range = config.unit_range
         widths = [config.base_channels * m for m in config.channel_mult]
         in_channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, in_channels, 3, padding=1)
@@ -163,7 +165,8 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        picture = self.conv_out(F.silu(self.norm_out(h)))
+        return 2 * picture - 1 if self.unit_range else picture
 
     @property
     def last_layer(self) -> Tensor:

@@ -21,6 +21,7 @@ class EncoderDecoderConfig:
     resolution_px: side of the training pictures; used only to place attention, the network is convolutional
     latent_channels: channels that the decoder reads
     dropout: probability, in the residual blocks
+    unit_range: within the networks pictures are in [0, 1], as aMUSEd's are, and not in [-1, 1]
     """
 
     base_channels: int
@@ -31,6 +32,7 @@ class EncoderDecoderConfig:
     latent_channels: int
     dropout: float = 0.0
     mid_attention: bool = True
+    unit_range: bool = False
 
     def __post_init__(self) -> None:
         base = self.base_channels

@@ -50,7 +50,8 @@ class UVitConfig:
     channels, conv_blocks, conv_heads: of the convolutional blocks before and after it, so many on each side
     embedding_dim: of a code, on the way in and out
     downsample: the transformer works at half the resolution
-    vocabulary: rows of the table of codes; null: the codes and the mask
+    vocabulary: rows of the table of codes, of which the last is the mask's (published: 8256 for 8192 codes); null: no
+        row is unused
     """
 
     name: Literal["uvit"]

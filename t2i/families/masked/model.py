@@ -45,7 +45,7 @@ class MaskedModel(CodesModel):
     def logits(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:
         """codes: (B, h, w) int64, of no meaning where hidden (B, h, w) is True; low: (B, h', w') int64, with
         super-resolution -> (B, h w, num_codes)."""
-        tokens = torch.where(hidden, self.codec.num_codes, codes)
+        tokens = torch.where(hidden, self.transformer.mask_token, codes)
         return self.transformer(tokens, text.tokens, text.mask, low, text.pooled)
 
     def loss(self, codes: Tensor, hidden: Tensor, text: TextFeatures, low: Tensor | None = None) -> Tensor:

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 class MaskedTransformer(nn.Module, ABC):
     """Tells hidden codes from the others and the caption.
 
-    num_codes: the mask is the token of this number, beyond all codes
+    num_codes: the codes are the tokens below it
+    mask_token: that stands for a hidden code, beyond all codes
     takes_any_shape: of codes, or else that which it is trained on alone
     unit: codes along each side have to be a multiple of it
     """
 
-    def __init__(self, num_codes: int, takes_any_shape: bool = False, unit: int = 1) -> None:
+    def __init__(
+        self, num_codes: int, takes_any_shape: bool = False, unit: int = 1, mask_token: int | None = None
+    ) -> None:
         super().__init__()
         self.num_codes, self.takes_any_shape, self.unit = num_codes, takes_any_shape, unit
+        self.mask_token = num_codes if mask_token is None else mask_token
 
     @abstractmethod
     def forward(

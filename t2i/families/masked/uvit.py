@@ -28,12 +28,15 @@ class UVit(MaskedTransformer):
     def __init__(
         self, config: UVitConfig, num_codes: int, context_dim: int, pooled_dim: int, downsampling: int
     ) -> None:
-        super().__init__(num_codes, takes_any_shape=True, unit=2 if config.downsample else 1)
+        vocabulary = config.vocabulary or num_codes + 1
+        super().__init__(
+            num_codes, takes_any_shape=True, unit=2 if config.downsample else 1, mask_token=vocabulary - 1
+        )
         self.downsampling = downsampling
         width, channels = config.width, config.channels
         self.encoder_proj = linear(context_dim, width)
         self.encoder_proj_layer_norm = RMSNorm(width, eps=EPS)
-        self.embed = Embed(config.vocabulary or num_codes + 1, config.embedding_dim, channels)
+        self.embed = Embed(vocabulary, config.embedding_dim, channels)
         self.cond_embed = nn.ModuleDict(
             {"linear_1": linear(5 * CONDITION_DIM + pooled_dim, width), "linear_2": linear(width, width)}
         )
