@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from t2i.interfaces import Generator
 
 
+CODEC = "builds_on.codec="
+
+
 @dataclass(frozen=True)
 class Loaded:
     """path: of the weights; weights: what tells them, with the changes to their configuration, from all others
@@ -62,14 +65,18 @@ def load(
 ) -> Loaded:
     """What a file of weights draws with. Raises UserError for one that draws nothing.
 
-    overrides: key=value for its configuration; precision: in place of its run's
+    overrides: key=value for its configuration, of which builds_on.codec=RUN has the codec of that run decode
+    precision: in place of its run's
     """
     from t2i import families
+    from t2i.families.codec_run import with_codec
     from t2i.generation.recipes import weights_digest
     from t2i.training import checkpoint as checkpoints
 
     found = checkpoints.load(path)
     found.config = with_overrides(found.config, list(overrides))
+    if any(each.startswith(CODEC) for each in overrides):
+        found = with_codec(found, str(found.config["builds_on"]["codec"]))
     if precision is not None:
         found.config = {**found.config, "trainer": {**found.config["trainer"], "precision": precision}}
     family = found.config.get("family")
@@ -79,7 +86,7 @@ def load(
         hub.allow()
     check_draws(path, found.config)
     generator = record.load_generator()(found, device)
-    changes = [each for each in overrides if not each.startswith("sampling.")]
+    changes = [each for each in overrides if not each.startswith(("sampling.", CODEC))]
     digest = weights_digest(found.weights, changes)
     sizes = {name: value.numel() for name, value in found.weights.items()}
     return Loaded(path, generator, digest, text, found.config, sizes)

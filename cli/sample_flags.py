@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         prog="t2i sample",
         description="Draw pictures for prompts. What lies in --out under the same recipe is not drawn again; under "
         "torchrun or srun each process draws its own share.",
-        epilog="Trailing key=value change the run's config.",
+        epilog="Trailing key=value change the run's config; builds_on.codec=RUN draws with a codec of the same codes.",
     )
     made.add_argument("--prompt", action="append", help="may be given several times")
     made.add_argument(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from t2i import families
 from t2i.config import RunConfig, check
 from t2i.errors import CheckpointError
+from t2i.families.codec import image_codec
 from t2i.families.low_codes import CodesModel
-from t2i.families.tokens import check_codebook, has_tokens
+from t2i.families.tokens import check_codebook, coding_hash, has_tokens
+from t2i.interfaces import ImageCodec
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
 
@@ -42,6 +47,32 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
         place = str(newest)
     log.info("builds on the codec %s", place)
     return load(run_folder.weights_file(place)), place
+
+
+def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:
+    """The same model with the codec of the run or file `place`, which decodes otherwise. Raises CheckpointError where
+    that makes other codes or latents of a picture, ConfigError where the model builds on no codec."""
+    values = found.extra.get("codec")
+    check(bool(values), "builds_on.codec", place, "a codec for a model that builds on one alone")
+    assert values is not None
+    run = load(run_folder.weights_file(place))
+    own, other = image_codec(values), image_codec(codec_config(run))
+    load_into(own, found.weights, found.path, prefix="model.codec.")
+    load_into(other, run.weights, run.path, prefix="codec.")
+    hashes = [coding_hash(codec)[:12] for codec in (other, own)]
+    if hashes[0] != hashes[1]:
+        raise CheckpointError(
+            f"builds_on.codec={place} makes other codes or latents (hash {hashes[0]}) than those that {found.path} has "
+            f"learned ({hashes[1]}); allowed: its own codec, or one trained on from it with trained=decoder."
+        )
+    extra = {**found.extra, "codec": codec_config(run)}
+    return dataclasses.replace(found, weights=_with_weights_of(other, found.weights), extra=extra)
+
+
+def _with_weights_of(codec: ImageCodec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights, with those of this codec in place of its own."""
+    kept = {name: value for name, value in weights.items() if not name.startswith("model.codec.")}
+    return kept | {f"model.codec.{name}": value for name, value in codec.state_dict().items()}
 
 
 def low_run(
@@ -84,12 +115,14 @@ def load_runs(
 
     place: the codec's, to say
     """
-    if start is not None:
-        load_into(model, start.weights, start.path, prefix="model.")
-    if codec is not None and codec is not start:
+    another = codec is not None and codec is not start
+    if codec is not None and another:
         load_into(model.codec, codec.weights, codec.path, prefix="codec.")
-        if start is not None:
+    if start is not None:
+        if another:
             check_codebook(model.codec, place, start.extra.get("codebook"), str(start.path))
+        weights = _with_weights_of(model.codec, start.weights) if another else start.weights
+        load_into(model, weights, start.path, prefix="model.")
     if low is not None and low is not start:
         assert model.low is not None
         load_into(model.low, low.weights, low.path, prefix="model.")

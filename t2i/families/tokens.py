@@ -12,7 +12,7 @@ from t2i.codes.config import CodeSampling
 from t2i.data.encoded import weights_hash
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
-from t2i.interfaces import Batch, Feature, PlannedNetwork, TokenCodec
+from t2i.interfaces import Batch, Feature, ImageCodec, PlannedNetwork, TokenCodec
 from t2i.planned import PlannedCalls
 from t2i.schema import check
 
@@ -60,6 +60,13 @@ def codes_of(batch: Batch, codec: TokenCodec) -> Tensor:
 def codebook_hash(codec: TokenCodec) -> str:
     """Of what decides which codes a picture has."""
     return weights_hash(codec.token_weights().items(), type(codec).__name__, codec.num_codes)
+
+
+def coding_hash(codec: ImageCodec) -> str:
+    """The same, or for a codec without a codebook of what decides which latents a picture has."""
+    if isinstance(codec, TokenCodec):
+        return codebook_hash(codec)
+    return weights_hash(codec.encoding_weights().items(), type(codec).__name__)
 
 
 def check_codebook(codec: TokenCodec, place: str, learned: str | None, start: str) -> None:

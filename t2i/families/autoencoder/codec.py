@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.codes.fsq import FSQ
 from t2i.codes.gumbel import GumbelCodes
@@ -63,6 +63,25 @@ class Codec(ImageCodec):
         self.logit_laplace = isinstance(backbone, DVAEBackboneConfig)
         self.distance_config = config.distance
         self.register_buffer("latent_scale", torch.ones(()))
+        self.only_decodes = False  # what learns
+
+    def bottleneck(self) -> list[nn.Module]:
+        """The modules from the picture to what the decoder is given."""
+        return [self.encoder, self.quant_conv]
+
+    def freeze_bottleneck(self) -> None:
+        """From now on what decodes learns alone: what pictures are encoded to stays as it is, in training too."""
+        self.only_decodes = True
+        for module in self.bottleneck():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Codec:
+        super().train(mode)
+        if self.only_decodes:
+            for module in self.bottleneck():
+                module.eval()
+        return self
 
     @property
     def last_layer(self) -> Tensor:
@@ -165,6 +184,9 @@ class DiscreteCodec(Codec, TokenCodec):
         self.num_codes, self.latent_channels = codebook.num_codes, codebook.in_channels
         self.codebook = codebook
 
+    def bottleneck(self) -> list[nn.Module]:
+        return [*super().bottleneck(), self.codebook]
+
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments * self.latent_scale
 
@@ -189,7 +211,7 @@ class DiscreteCodec(Codec, TokenCodec):
             super().measure_scale(images)
 
     def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
-        if not self.codebook.needs_noise:
+        if not self.codebook.needs_noise or self.only_decodes:
             return None
         return random.uniform("codes", *self.latent_shape(height_px, width_px))
 

@@ -115,6 +115,8 @@ class Config(ModelConfig):
     """What stage=autoencoder trains.
 
     vertical_flip: half of the training pictures are turned upside down: of few pictures an encoder learns more so
+    trained: "all", or the "decoder" alone of the codec in init_from, whose codes or latents stay what they are (Muse:
+        2301.00704, "decoder finetuning"); what was trained on these can be drawn with it
     """
 
     codec: CodecConfig
@@ -124,6 +126,7 @@ class Config(ModelConfig):
     # What a run had before there were these keys.
     distance: DistanceConfig = DistanceConfig("l1", edge_weight=0.0)
     vertical_flip: bool = False
+    trained: Literal["all", "decoder"] = "all"
 
     def __post_init__(self) -> None:
         laplace = isinstance(self.backbone, DVAEBackboneConfig)

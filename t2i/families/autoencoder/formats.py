@@ -41,6 +41,9 @@ def to_run(entries: Mapping[str, Any]) -> Entries:
 def from_run(model: Mapping[str, Any]) -> Entries:
     name = model["backbone"]["name"]
     check(name == "ldm", "backbone.name", name, f"ldm {NO_FOREIGN_FORM}")
+    for key in ("decoder_base_channels", "decoder_res_blocks"):
+        value = model["backbone"].get(key)
+        check(value is None, f"backbone.{key}", value, f"null {NO_FOREIGN_FORM}")
     codec = model["codec"]
     check(codec["name"] in ("kl", "vq"), "codec.name", codec["name"], f"kl, vq {NO_FOREIGN_FORM}")
     ok = not codec.get("normalize", False)

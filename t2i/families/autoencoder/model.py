@@ -145,14 +145,16 @@ class Decoder(nn.Module):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         self.unit_range = config.unit_range
-        widths = [config.base_channels * m for m in config.channel_mult]
+        base = config.decoder_base_channels or config.base_channels
+        num_blocks = (config.decoder_res_blocks or config.num_res_blocks) + 1
+        widths = [base * m for m in config.channel_mult]
         in_channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, in_channels, 3, padding=1)
         self.mid = _Middle(in_channels, config)
         levels: list[_Level] = []
         for i in reversed(range(len(widths))):
             attention = config.resolution_px >> i in config.attention_resolutions
-            level = _Level(in_channels, widths[i], config.num_res_blocks + 1, attention, config.dropout)
+            level = _Level(in_channels, widths[i], num_blocks, attention, config.dropout)
             if i > 0:
                 level.upsample = Upsample(widths[i])
             levels.insert(0, level)

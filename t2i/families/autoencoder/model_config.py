@@ -22,6 +22,8 @@ class EncoderDecoderConfig:
     latent_channels: channels that the decoder reads
     dropout: probability, in the residual blocks
     unit_range: within the networks pictures are in [0, 1], as aMUSEd's are, and not in [-1, 1]
+    decoder_base_channels, decoder_res_blocks: as base_channels and num_res_blocks, of a decoder that is wider or deeper
+        than the encoder (Muse: 2301.00704, "decoder finetuning"); null: as the encoder's
     """
 
     base_channels: int
@@ -33,13 +35,18 @@ class EncoderDecoderConfig:
     dropout: float = 0.0
     mid_attention: bool = True
     unit_range: bool = False
+    decoder_base_channels: int | None = None
+    decoder_res_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        base = self.base_channels
-        check(base >= 8 and base % 8 == 0, "backbone.base_channels", base, "a multiple of 8")
+        for key in ("base_channels", "decoder_base_channels"):
+            base = getattr(self, key)
+            check(base is None or (base >= 8 and base % 8 == 0), f"backbone.{key}", base, "a multiple of 8")
         mult = self.channel_mult
         check(len(mult) >= 1 and min(mult) >= 1, "backbone.channel_mult", mult, "whole numbers of 1 or more")
-        check(self.num_res_blocks >= 1, "backbone.num_res_blocks", self.num_res_blocks, "1 or more")
+        for key in ("num_res_blocks", "decoder_res_blocks"):
+            blocks = getattr(self, key)
+            check(blocks is None or blocks >= 1, f"backbone.{key}", blocks, "1 or more")
         f = self.downsampling
         ok = self.resolution_px >= f and self.resolution_px % f == 0
         check(

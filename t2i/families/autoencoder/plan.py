@@ -23,7 +23,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     model, size = config.model, config.resolution.size_px
     assert isinstance(model, Config)
     model.check_resolution(size)
-    adversarial = model.adversarial
+    adversarial, encodes = model.adversarial, model.trained == "all"  # or the decoder learns alone
     with torch.device("meta"):
         codec = build_codec(model)
         perceptual = build_architecture(model.perceptual.name)
@@ -38,16 +38,17 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             "encoder",
             nn.Sequential(codec.encoder, codec.quant_conv),
             lambda batch: {"input": image(batch)},
-            trained=True,
+            trained=encodes,
+            saved=not encodes,
         ),
         PlannedNetwork(
             "decoder",
             nn.Sequential(codec.post_quant_conv, codec.decoder),
-            lambda batch: {"input": torch.empty(batch, *code_shape, requires_grad=True)},
+            lambda batch: {"input": torch.empty(batch, *code_shape, requires_grad=encodes)},
             trained=True,
         ),
     ]
-    if isinstance(codec, DiscreteCodec) and codec.codebook.needs_noise:
+    if isinstance(codec, DiscreteCodec) and codec.codebook.needs_noise and encodes:
         positions = codec.latent_shape(size, size)
         networks.insert(
             1,

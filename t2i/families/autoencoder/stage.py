@@ -12,6 +12,7 @@ from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
+from t2i.families.autoencoder.decoder_start import load_for_decoder
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
 from t2i.interfaces import Batch
@@ -39,7 +40,12 @@ class Stage(BaseStage):
         )
         check(not (config.trainer.compile and twice), "trainer.compile", True, allowed)
         self.codec = build_codec(model)
-        if start is not None:
+        if model.trained == "decoder":
+            check(start is not None, "trained", "decoder", "all without init_from=RUN, a run of a codec")
+            assert start is not None
+            load_for_decoder(self.codec, start)
+            self.codec.freeze_bottleneck()
+        elif start is not None:
             load_into(self.codec, start.weights, start.path, prefix="codec.")
         perceptual = build_perceptual(model.perceptual.name, model.perceptual.weights)
         # In a tuple, so that the frozen network enters neither the state dict nor the parameters.
@@ -109,18 +115,22 @@ class Stage(BaseStage):
     def turns(self) -> list[Turn]:
         """One: both learn from the same backward pass, each by its own loss."""
         discriminator = [] if self.discriminator is None else [list(self.discriminator.parameters())]
-        return [Turn("codec", [list(self.codec.parameters()), *discriminator], self.config.optimizer)]
+        codec = [p for p in self.codec.parameters() if p.requires_grad]
+        return [Turn("codec", [codec, *discriminator], self.config.optimizer)]
+
+    def codec_blocks(self) -> list[nn.Module]:
+        return blocks_of(self.codec.decoder if self.codec.only_decodes else self.codec)
 
     def blocks(self) -> list[nn.Module]:
         discriminator = [] if self.discriminator is None else blocks_of(self.discriminator)
-        return [*blocks_of(self.codec), *discriminator]
+        return [*self.codec_blocks(), *discriminator]
 
     def blocks_to_gather(self) -> list[nn.Module]:
         """Not the discriminator's, nor the one with the layer at which the adaptive weight compares gradients."""
         if self.discriminator is None:
-            return blocks_of(self.codec)
+            return self.codec_blocks()
         last = self.codec.last_layer
-        return [block for block in blocks_of(self.codec) if all(p is not last for p in block.parameters())]
+        return [block for block in self.codec_blocks() if all(p is not last for p in block.parameters())]
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """The discriminator's, before it learns: steps with gradients of zero would make its first real step larger
@@ -129,7 +139,7 @@ class Stage(BaseStage):
         return [] if self.discriminator is None or not waits else list(self.discriminator.parameters())
 
     def averages(self) -> dict[str, nn.Parameter]:
-        return {f"codec.{name}": p for name, p in self.codec.named_parameters()}
+        return {f"codec.{name}": p for name, p in self.codec.named_parameters() if p.requires_grad}
 
     def inference_weights(self) -> dict[str, Tensor]:
         return {
@@ -140,7 +150,8 @@ class Stage(BaseStage):
         self.codec.initialise(torch.cat(list(images)))
 
     def after_training(self, images: Iterable[Tensor]) -> None:
-        self.codec.eval().measure_scale(images)
+        if not self.codec.only_decodes:
+            self.codec.eval().measure_scale(images)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -1,0 +1,32 @@
+"""What a codec begins with whose decoder is trained alone (Muse: Chang et al., 2301.00704, "decoder finetuning")."""
+
+from __future__ import annotations
+
+from t2i.families.autoencoder.codec import Codec
+from t2i.families.autoencoder.model import AttentionBlock, ResnetBlock
+from t2i.nn.residual import zero_init
+from t2i.training.checkpoint import LoadedCheckpoint, load_into
+
+DECODES = ("decoder.", "post_quant_conv.")
+
+
+def load_for_decoder(codec: Codec, start: LoadedCheckpoint) -> None:
+    """Copies into `codec` what encodes and the codes, all of it, and of what decodes the weights that are there in its
+    shape. Blocks that a deeper decoder has beside add nothing at first; what is wider begins anew. Raises
+    CheckpointError where what encodes does not fit."""
+    given = {
+        name.removeprefix("codec."): value
+        for name, value in start.weights.items()
+        if name.startswith("codec.")
+    }
+    for name, module in codec.decoder.named_modules(prefix="decoder"):
+        last = {ResnetBlock: "conv2", AttentionBlock: "proj_out"}.get(type(module))
+        if last is not None and f"{name}.{last}.weight" not in given:
+            zero_init(getattr(module, last))
+    own = {name: value for name, value in codec.state_dict().items() if name.startswith(DECODES)}
+    fitting = {
+        name: value
+        for name, value in given.items()
+        if not name.startswith(DECODES) or (name in own and own[name].shape == value.shape)
+    }
+    load_into(codec, {**own, **fitting}, start.path)

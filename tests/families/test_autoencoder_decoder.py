@@ -1,0 +1,210 @@
+"""trained=decoder: a decoder is trained on, and what pictures are encoded to stays as it is to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i import families
+from t2i.config import run_to_dict
+from t2i.data.encoded import feature_hash
+from t2i.errors import CheckpointError, ConfigError
+from t2i.families.autoencoder.stage import Stage
+from t2i.families.codec_run import with_codec
+from t2i.families.masked.model import model_of
+from t2i.families.tokens import codebook_hash, codes_feature, coding_hash
+from t2i.interfaces import Batch, SampleRequest
+from t2i.training import run_folder
+from t2i.training.checkpoint import LoadedCheckpoint, load, save_final
+from t2i.training.randomness import Randomness
+from t2i_cli.generators import load as load_to_draw
+
+TINY = (
+    *("stage=autoencoder", "resolution='32'", "backbone=ldm_small", "backbone.resolution_px=32"),
+    *("backbone.base_channels=16", "perceptual=none", "adversarial=none"),
+)
+VQ = ("codec=vq", "codec.num_codes=64")
+DEEPER = "backbone.decoder_res_blocks=2"
+CODECS = {
+    "vq": VQ,
+    "gumbel": ("codec=gumbel", "codec.num_codes=16"),
+    "kl": ("codec=kl",),
+}
+
+
+def images(count: int = 4) -> torch.Tensor:
+    """With edges, which a codec learns."""
+    noise = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return noise.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def batch() -> Batch:
+    image = images()
+    names = [""] * len(image)
+    zeros = torch.zeros(len(image), 2, dtype=torch.int64)
+    return Batch(image, names, names, zeros, zeros, [{}] * len(image), torch.arange(len(image)))
+
+
+def first_run(compose_run, *overrides: str) -> LoadedCheckpoint:
+    """A codec that has seen a few pictures."""
+    config = compose_run(*TINY, *overrides)
+    torch.manual_seed(0)
+    stage = Stage(config)
+    stage.codec.train().reconstruct(images())
+    stage.codec.latent_scale.fill_(0.7)
+    weights = {name: value.clone() for name, value in stage.state_dict().items()}
+    return LoadedCheckpoint("first", weights, run_to_dict(config), {})  # type: ignore[arg-type]
+
+
+def steps(stage: Stage, count: int) -> list[float]:
+    stage.train()
+    (turn,) = stage.turns()
+    optimizer = torch.optim.Adam([p for group in turn.groups for p in group], lr=3e-3)
+    found = []
+    for _ in range(count):
+        loss = stage.losses("codec", batch(), Randomness(0, batch().position, torch.float32))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_decoder_learns_and_nothing_that_encodes_moves(codec, compose_run):
+    start = first_run(compose_run, *CODECS[codec])
+    stage = Stage(compose_run(*TINY, *CODECS[codec], "trained=decoder", DEEPER), start)
+    before = Stage(compose_run(*TINY, *CODECS[codec]), start).codec.eval()
+    losses = steps(stage, 12)
+    assert losses[-1] < 0.97 * losses[0]
+    stage.after_training([images()])
+    for name, value in stage.codec.state_dict().items():
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            assert torch.equal(value, start.weights[f"codec.{name}"]), name
+    assert coding_hash(stage.codec) == coding_hash(before)
+    assert torch.equal(stage.codec.moments(images()), before.moments(images()))
+    assert all(name.startswith(("codec.decoder.", "codec.post_quant_conv.")) for name in stage.averages())
+
+
+def test_codes_and_their_hash_are_the_same(compose_run):
+    start = first_run(compose_run, *VQ)
+    before = Stage(compose_run(*TINY, *VQ), start).codec.eval()
+    stage = Stage(compose_run(*TINY, *VQ, "trained=decoder"), start)
+    steps(stage, 3)
+    assert torch.equal(stage.codec.tokens(images()), before.tokens(images()))
+    assert codebook_hash(stage.codec) == codebook_hash(before)
+    made = (codes_feature(codec, "")["codes"] for codec in (stage.codec, before))
+    assert len({feature_hash(each) for each in made}) == 1  # codes computed ahead stay good
+    tokens = before.tokens(images())
+    assert not torch.allclose(stage.codec.decode_tokens(tokens), before.decode_tokens(tokens))
+
+
+def test_a_deeper_decoder_starts_as_the_one_that_was(compose_run, float64):
+    start = first_run(compose_run, *VQ, "backbone.attention_resolutions=[16]")
+    deeper = (DEEPER, "backbone.attention_resolutions=[16]")
+    before = Stage(compose_run(*TINY, *VQ, deeper[1]), start).codec.double().eval()
+    stage = Stage(compose_run(*TINY, *VQ, "trained=decoder", *deeper), start)
+    codec, tokens = stage.codec.double().eval(), before.tokens(images().double())
+    more = [sum(p.numel() for p in each.decoder.parameters()) for each in (codec, before)]
+    assert more[0] > 1.2 * more[1]
+    assert torch.equal(codec.decode_tokens(tokens), before.decode_tokens(tokens))
+
+
+def test_a_wider_decoder_begins_anew_and_encodes_the_same(compose_run):
+    start = first_run(compose_run, *VQ)
+    wider = Stage(
+        compose_run(*TINY, *VQ, "trained=decoder", "backbone.decoder_base_channels=24"), start
+    ).codec
+    before = Stage(compose_run(*TINY, *VQ), start).codec
+    assert wider.decoder.conv_out.in_channels == 24
+    assert before.decoder.conv_out.in_channels == wider.encoder.conv_in.out_channels == 16
+    assert torch.equal(wider.eval().tokens(images()), before.eval().tokens(images()))
+    assert wider.decode_tokens(wider.tokens(images())).shape == (4, 3, 32, 32)
+
+
+def test_what_does_not_fit_is_said(compose_run):
+    with pytest.raises(ConfigError, match="trained is 'decoder'; allowed: all without init_from=RUN"):
+        Stage(compose_run(*TINY, *VQ, "trained=decoder"))
+    start = first_run(compose_run, *VQ)
+    for other in ("codec.num_codes=32", "backbone.num_res_blocks=2"):
+        with pytest.raises(CheckpointError, match="first does not fit the model"):
+            Stage(compose_run(*TINY, *VQ, "trained=decoder", other), start)
+    with pytest.raises(ConfigError, match=r"backbone.decoder_base_channels is 12; allowed: a multiple of 8"):
+        compose_run(*TINY, *VQ, "backbone.decoder_base_channels=12")
+
+
+def test_a_model_draws_with_the_decoder_of_another_run(compose_run, tmp_path):
+    """Its codes are those of its own; a codec of other codes is refused."""
+    start = first_run(compose_run, *VQ)
+    stage = Stage(compose_run(*TINY, *VQ, "trained=decoder", DEEPER), start)
+    steps(stage, 3)
+    run = compose_run("experiment=masked/tiny_masked", "builds_on.codec=first")
+    extra = {"codec": start.config}
+    torch.manual_seed(0)
+    model = model_of(run, extra)
+    model.codec.load_state_dict({name.removeprefix("codec."): v for name, v in start.weights.items()})
+    weights = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    found = LoadedCheckpoint(tmp_path / "masked", weights, run_to_dict(run), extra)
+    places = {}
+    for name, source in (("finer", stage), ("other", Stage(compose_run(*TINY, *VQ)))):
+        places[name] = str(tmp_path / f"{name}.safetensors")
+        header = {"config": run_to_dict(source.config), "extra": {}}
+        save_final(source.inference_weights(), header, tmp_path / f"{name}.safetensors")
+
+    save_final(weights, {"config": found.config, "extra": extra}, tmp_path / "masked")
+    request, codes = SampleRequest.of_size(["a red circle"], 32), []
+    loaded = [
+        load_to_draw(tmp_path / "masked", torch.device("cpu"), typed)
+        for typed in ([], [f"builds_on.codec={places['finer']}"])
+    ]
+    assert loaded[0].weights != loaded[1].weights  # as a picture's recipe has them
+    for generator in (each.generator for each in loaded):
+        own = generator.model.drawn_codes
+        generator.model.drawn_codes = lambda *given, own=own: (codes.append(own(*given)), codes[-1])[1]
+    pictures = [each.generator.generate(request) for each in loaded]
+    assert torch.equal(codes[0][0], codes[1][0])
+    expected = stage.codec.eval().decode_tokens(codes[0][0]).clamp(-1, 1)
+    torch.testing.assert_close(pictures[1], expected)
+    assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+
+    with pytest.raises(
+        CheckpointError, match=r"other.safetensors makes other codes or latents \(hash \w{12}\)"
+    ):
+        with_codec(found, places["other"])
+    alone = dataclasses.replace(found, extra={})
+    with pytest.raises(ConfigError, match=r"builds_on.codec is .*; allowed: a codec for a model that builds"):
+        with_codec(alone, places["finer"])
+
+
+@pytest.mark.slow
+def test_a_run_of_its_own_resumes_and_is_built_on(compose_run, train, tmp_path):
+    """With an average of its weights and a discriminator; what was cut in two is what was not."""
+    typed = ("experiment=autoencoder/tiny_vq", f"runs_dir={tmp_path}", "adversarial.start_images=16")
+    first = train(compose_run(*typed, "trainer.num_images=32", "name=first")).folder
+    masked = ("experiment=masked/tiny_masked", "trainer.num_images=16", f"runs_dir={tmp_path}")
+    model = train(compose_run(*masked, f"builds_on.codec={first}", "name=model")).folder
+    typed = (*typed, "trained=decoder", DEEPER, "trainer.checkpoint_every_images=16")
+    whole = train(compose_run(*typed, f"init_from={first}", "trainer.num_images=32", "name=whole"))
+    cut = tmp_path / "cut" / "autoencoder" / "whole"
+    import shutil
+
+    gone = shutil.ignore_patterns("step_0000004", run_folder.FINAL_WEIGHTS, "samples")
+    shutil.copytree(whole.folder, cut, ignore=gone)
+    resumed = train(
+        compose_run(*typed, "trainer.num_images=32", f"runs_dir={tmp_path / 'cut'}", "resume=latest")
+    )
+    weights, same, start = (
+        load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (whole.folder, resumed.folder, first)
+    )
+    for name, value in weights.items():
+        assert torch.equal(value, same[name])
+        if not name.startswith(("codec.decoder.", "codec.post_quant_conv.")):
+            assert torch.equal(value, start[name]), name
+    on = train(compose_run(*masked, f"builds_on.codec={whole.folder}", f"init_from={model}", "name=on"))
+    assert on.complete  # weights that have learned the same codes go on with this codec
+    found = with_codec(load(run_folder.weights_file(model)), str(whole.folder))
+    generator = families.get("masked").load_generator()(found, "cpu")
+    assert generator.generate(SampleRequest.of_size(["a red circle"], 32)).isfinite().all()
