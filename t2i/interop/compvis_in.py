@@ -20,6 +20,7 @@ from t2i.errors import CheckpointError
 from t2i.interop import clip, ldm_bert
 from t2i.interop.clip import ClipText, without_prefix
 from t2i.interop.compvis_shapes import infer_codec, infer_unet
+from t2i.interop.gumbel import gumbel_weights, is_gumbel
 from t2i.interop.ldm_bert import LDMBertText
 from t2i.interop.names import averaged, compvis_codec
 from t2i.interop.options import Options
@@ -35,6 +36,7 @@ from t2i.interop.parts import (
     scale,
 )
 from t2i.interop.scheduler import ASSUMED_EPS, SAMPLING, SCHEDULE
+from t2i.interop.vitvq import is_vitvq, read_vitvq
 from t2i.interop.weights import Weight, Weights, fit, renamed, under
 
 UNET, CODEC, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -74,6 +76,10 @@ def read_single_file(
         return _latent_diffusion(path, weights, metadata, options, codec, text)
     if "encoder.conv_in.weight" in weights:
         return _autoencoder(path, weights, options.ema)
+    if is_vitvq(weights):
+        return _vitvq(path, weights)
+    if "transformer.tok_emb.weight" in weights:
+        return _first_stage(path, weights, options.ema)
     first = ", ".join(sorted(weights)[:3]) or "nothing"
     if "conv_in.weight" in weights or "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
         raise CheckpointError(
@@ -154,8 +160,31 @@ def _autoencoder(path: Path, weights: Weights, ema: bool) -> Parts:
     if chosen is not own:
         parts.codec = _codec(chosen, path, 1.0)
     _check_all_known(path, weights, own, parts)
-    if not parts.codec.quantised:
+    if parts.codec.config["codec"]["name"] == "kl":
         parts.notes.append("The file does not say how its latents are scaled: they are left as they are.")
+    return parts
+
+
+def _first_stage(path: Path, weights: Weights, ema: bool) -> Parts:
+    """The VQGAN of taming's Net2NetTransformer, which has a counterpart; the transformer has none."""
+    condition = (
+        "another picture" if any(name.startswith(TEXT) for name in weights) else "a class, or for nothing"
+    )
+    what = f"a Net2NetTransformer of taming-transformers, which draws codes for {condition}, not for a text"
+    own = under(weights, CODEC)
+    if not own:
+        raise CheckpointError(
+            f"{path} is {what}: it has no counterpart here, and no VQGAN ({CODEC}*) to take."
+        )
+    parts = _autoencoder(path, own, ema)
+    parts.notes.append(f"It is {what}: only its VQGAN was taken.")
+    return parts
+
+
+def _vitvq(path: Path, weights: Weights) -> Parts:
+    own = {n: w for n, w in weights.items() if not HARMLESS.fullmatch(n)}
+    parts = Parts("a ViT-VQGAN of enhancing-transformers", read_vitvq(own, path))
+    _check_all_known(path, weights, own, parts)
     return parts
 
 
@@ -176,6 +205,8 @@ def _chosen(raw: Weights, weights: Weights, prefix: str, ema: bool, parts: Parts
 def _codec(weights: Weights, path: Path, latent_scale: float) -> CodecPart:
     weights = {n: w for n, w in weights.items() if not n.startswith("loss.")}
     config = infer_codec(weights, path)
+    if is_gumbel(weights):
+        return CodecPart(config, gumbel_weights(config, weights, path), latent_scale)
     wanted = codec_shapes(config)
     names = compvis_codec(wanted)
     found = fit(weights, {names[ours]: shape for ours, shape in wanted.items()}, path, "autoencoder")

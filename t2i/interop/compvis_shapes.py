@@ -7,6 +7,7 @@ from typing import Any
 
 from t2i.errors import CheckpointError
 from t2i.interop.diffusers_config import backbone
+from t2i.interop.gumbel import GUMBEL, is_gumbel
 from t2i.interop.parts import bounded
 from t2i.interop.weights import Weights
 
@@ -110,4 +111,6 @@ def infer_codec(weights: Weights, path: Path) -> dict[str, Any]:
     if shapes.has("quantize.embedding.weight"):
         num_codes, dim = (shapes.size("quantize.embedding.weight", axis, (2,)) for axis in (0, 1))
         codec = {"name": "vq", "num_codes": num_codes, "code_dim": dim}
+    elif is_gumbel(weights):
+        codec = GUMBEL | {"num_codes": shapes.size("quantize.embed.weight", 0, (2,))}
     return {"codec": codec, "backbone": backbone(base, mult, blocks, latent, attends, middle)}

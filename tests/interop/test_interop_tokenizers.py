@@ -1,4 +1,4 @@
-"""Published tokenizers: VQGAN of taming-transformers and aMUSEd's VQModel."""
+"""Published tokenizers: VQGAN and GumbelVQ of taming-transformers and aMUSEd's VQModel."""
 
 from __future__ import annotations
 
@@ -137,6 +137,94 @@ def test_a_taming_checkpoint_that_lacks_a_weight_or_has_other_widths(tmp_path):
         CheckpointError, match=r"quant_conv.weight has shape \(12, 8, 1, 1\); allowed: \(12, 16, 1, 1\)"
     ):
         prepare(tmp_path / "other.pt", tmp_path / "out", Options())
+
+
+GUMBEL: dict[str, Any] = VQGAN | {"vq_embed_dim": 16}
+
+
+def as_gumbel(model: Any) -> dict[str, Tensor]:
+    """A VQModel's networks around the quantiser of taming's GumbelVQ, with its names."""
+    weights = in_taming_names(model)
+    codes, width = weights.pop("quantize.embedding.weight").shape
+    generator = torch.Generator().manual_seed(7)
+    wanted = {"embed.weight": (codes, width), "proj.weight": (codes, width, 1, 1), "proj.bias": (codes,)}
+    return weights | {
+        f"quantize.{name}": torch.randn(shape, generator=generator) for name, shape in wanted.items()
+    }
+
+
+@torch.no_grad()
+def test_a_gumbel_checkpoint_equals_its_layers(tmp_path, convert):
+    model = small(**GUMBEL)
+    weights = as_gumbel(model)
+    torch.save({"state_dict": weights | {"loss.logvar": torch.zeros(1)}}, tmp_path / "last.ckpt")
+    prepared = prepare(tmp_path / "last.ckpt", tmp_path / "out", Options())
+    codec = codec_of(convert(tmp_path / "last.ckpt", "run"))
+    model.double()
+    embed, proj, bias = (
+        weights[f"quantize.{n}"].double() for n in ("embed.weight", "proj.weight", "proj.bias")
+    )
+    image = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    logits = torch.nn.functional.conv2d(model.quant_conv(model.encoder(image)), proj, bias)
+    assert torch.equal(codec.tokens(image), logits.argmax(dim=1))
+    read = {name: weight.read().double() for name, weight in prepared.parts.codec.weights.items()}
+    codec.load_state_dict(read, strict=False)  # before the folded layer was rounded to float32
+    assert relative_error(codec.moments(image), logits) < 1e-12
+    tokens = torch.randint(codec.num_codes, (2, 2, 3))
+    expected = model.decoder(model.post_quant_conv(embed[tokens].movedim(-1, 1)))
+    assert relative_error(codec.decode_tokens(tokens), expected) < 1e-12
+
+
+def test_the_published_gumbel_vqgan_is_taken_whole():
+    """vqgan_gumbel_f8: diffusers' networks of these sizes, and a convolution of 256 channels to 8,192 logits."""
+    from diffusers import VQModel
+
+    from t2i.interop.compvis_shapes import infer_codec
+    from t2i.interop.gumbel import gumbel_weights
+    from t2i.interop.weights import Weight
+
+    values = levels(128, 128, 256, 512) | {"latent_channels": 256, "num_vq_embeddings": 8192}
+    values["down_block_types"] = (*values["down_block_types"][:3], "AttnDownEncoderBlock2D")
+    values["up_block_types"] = ("AttnUpDecoderBlock2D", *values["up_block_types"][1:])
+    with torch.device("meta"):
+        theirs = in_taming_names(VQModel(**values))
+    theirs["quantize.embed.weight"] = theirs.pop("quantize.embedding.weight")
+    shapes = {name: tuple(value.shape) for name, value in theirs.items()}
+    shapes |= {"quantize.proj.weight": (8192, 256, 1, 1), "quantize.proj.bias": (8192,)}
+    weights = {name: Weight(shape, torch.float32, torch.empty) for name, shape in shapes.items()}
+    config = infer_codec(weights, Path())
+    assert config["backbone"]["attention_resolutions"] == [32]
+    ours = gumbel_weights(config, weights, Path())
+    count, folded = (sum(w.nbytes(torch.int8) for w in each.values()) for each in (weights, ours))
+    assert count - folded == 256 * 256 + 256  # two convolutions that follow each other are one
+
+
+def test_of_a_class_conditional_transformer_the_first_stage_is_taken(tmp_path, convert):
+    """taming's Net2NetTransformer, cin_transformer among them."""
+    model = small(**VQGAN)
+    weights = {f"first_stage_model.{name}": value for name, value in in_taming_names(model).items()}
+    gpt = {"transformer.tok_emb.weight": torch.zeros(64, 8), "transformer.pos_emb": torch.zeros(1, 4, 8)}
+    torch.save({"state_dict": weights | gpt}, tmp_path / "cin.ckpt")
+    parts = prepare(tmp_path / "cin.ckpt", tmp_path / "out", Options()).parts
+    assert "a Net2NetTransformer of taming-transformers, which draws codes for a class" in parts.notes[-1]
+    check_equals(codec_of(convert(tmp_path / "cin.ckpt", "run")), model)
+    torch.save({"state_dict": gpt}, tmp_path / "gpt.ckpt")
+    with pytest.raises(
+        CheckpointError, match="for a class, or for nothing, not for a text: it has no counterpart here"
+    ):
+        prepare(tmp_path / "gpt.ckpt", tmp_path / "out", Options())
+
+
+def test_a_gumbel_checkpoint_that_does_not_fit(tmp_path):
+    weights = as_gumbel(small(**GUMBEL))
+    torch.save(weights | {"quantize.proj.weight": torch.zeros(64, 12, 1, 1)}, tmp_path / "other.pt")
+    with pytest.raises(
+        CheckpointError, match=r"proj.weight has shape \(64, 12, 1, 1\); allowed: \(64, 16, 1, 1"
+    ):
+        prepare(tmp_path / "other.pt", tmp_path / "out", Options())
+    torch.save(weights, tmp_path / "good.pt")
+    with pytest.raises(ConfigError, match=r"codec.name is 'gumbel'; allowed: kl, vq"):
+        prepare(tmp_path / "good.pt", tmp_path / "out", Options(to="diffusers"))
 
 
 def test_the_tokenizer_of_amused_equals_diffusers(tmp_path, convert):

@@ -14,12 +14,14 @@ class ViTConfig:
 
     width: a multiple of 4
     head_dim: width of a head; the heads together may be narrower or wider than width
+    activation: of the MLPs; "tanh" as the published weights of enhancing-transformers have it
     """
 
     width: int
     depth: int
     num_heads: int
     head_dim: int = 64
+    activation: Literal["gelu", "tanh"] = "gelu"
 
 
 @dataclass(frozen=True)
