@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .options import bar
-from .runs import Measured, reference_of
+from .runs import Measured, judge_of, reference_of
 
 if TYPE_CHECKING:
     from t2i.evaluation.features import Extractor
 
 
 def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[Extractor]) -> Measured:
-    """rFID, PSNR, SSIM, with --lpips LPIPS, and where there are codes their use, over the reference's pictures."""
+    """rFID, PSNR, SSIM, with --lpips LPIPS, where there are codes their use, and where it can be told how many pictures
+    still show what their captions say, over the reference's."""
     import dataclasses
 
     import torch
 
     from t2i import families
+    from t2i.evaluation.attributes import Attributes
     from t2i.evaluation.distances import Manifolds
     from t2i.evaluation.measure import Figure, check_enough, figures, mean_figure
     from t2i.evaluation.pictures import Item, Pictures, batches, stacked
@@ -60,13 +62,19 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
                 values["LPIPS"].append(lpips(image, decoded).cpu())
             if tokens is not None:
                 counts.add_(torch.bincount(tokens(image).flatten().cpu(), minlength=len(counts)))
-            yield from (Item(picture) for picture in to_uint8(decoded))
+            for item, picture in zip(items, to_uint8(decoded), strict=True):
+                yield Item(picture, item.caption, item.metadata)
+
+    first = next((item.metadata for item in real.read()), {})
+    judge = judge_of(config, first, config["resolution"]["size_px"])
+    attributes = Attributes(judge) if judge else None
 
     with bar("reference", len(extractors) * real.count) as progress:
         known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     pictures = Pictures(str(place), real.count, real.size_px, "", read)
     with bar(f"pictures through {place}", real.count) as progress, torch.inference_mode():
-        found = collect(pictures, extractors, options.batch_size, progress)
+        look = attributes.look if attributes else (lambda items: None)
+        found = collect(pictures, extractors, options.batch_size, progress, look)
     made = [  # of what is new, or missing, nothing can be asked of pictures that are given back
         dataclasses.replace(figure, name=f"r{figure.name}")
         for extractor, features, statistics in zip(extractors, found, known, strict=True)
@@ -77,6 +85,7 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
     if tokens is not None:
         for name, value in zip(("codebook usage", "codebook perplexity"), codebook_use(counts), strict=True):
             made.append(Figure(name, value, None, len(found[0]), f"{len(counts):,} codes"))
+    made += attributes.figures() if attributes else []
     about: dict[str, Any] = {
         "run": str(place),
         "type": config["family"],

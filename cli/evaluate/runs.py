@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def measure_generator(
     pictures = drawn(generator, prompts, options, cost, str(place))
     with bar("reference", len(extractors) * real.count) as progress:
         known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
-    judge = _judge(protocol, prompts, generator.default_size_px)
+    judge = judge_of(protocol, prompts[0].metadata, generator.default_size_px)
     attributes = Attributes(judge) if judge else None
     with bar(f"pictures of {place}", len(prompts)) as progress:
         look = attributes.look if attributes else (lambda items: None)
@@ -221,14 +221,17 @@ def drawn(
     return Pictures(name, count, (size, size), "", read)
 
 
-def _judge(config: dict[str, Any], prompts: Sequence[Prompt], size: int) -> Judge | None:
-    """What tells whether pictures show what was asked; None where nothing does."""
+def judge_of(config: dict[str, Any], sample: Mapping[str, Any], size: int) -> Judge | None:
+    """What tells whether pictures show what was asked; None where nothing does.
+
+    config: of the run whose data is meant; sample: the JSON of one of the pictures or prompts
+    """
     from t2i.evaluation.prompts import check_scenes, judge_for
     from t2i.evaluation.runs import Run
 
-    if "scene" in prompts[0].metadata:
+    if "scene" in sample:
         return check_scenes
-    if "attributes" not in prompts[0].metadata:
+    if "attributes" not in sample:
         return None
     run = Run(Path("the run"), config, "")
     return judge_for(partial(run.train, size), run.heldout(size))
