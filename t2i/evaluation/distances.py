@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
@@ -40,15 +41,26 @@ class Gaussian:
         return cls(mean, covariance, count)
 
     @cached_property
+    def lower(self) -> Tensor | None:
+        """Cholesky's factor; None where the rank is not full, as with fewer samples than features."""
+        lower, failed = lapack.dpotrf(self.covariance.T.numpy(), lower=True)
+        return None if failed else torch.from_numpy(lower)
+
+    @cached_property
     def factor(self) -> Tensor:
-        """(D, R) with factor @ factor.T the covariance of rank R: Cholesky's, or where the rank is not full, as with
-        fewer samples than features, scaled eigenvectors."""
-        lower, failed = torch.linalg.cholesky_ex(self.covariance)
-        if not failed:
-            return lower
+        """(D, R) with factor @ factor.T the covariance of rank R: scaled eigenvectors."""
         values, vectors = torch.linalg.eigh(self.covariance)
         kept = values > values[-1] * 1e-12
         return vectors[:, kept] * values[kept].sqrt()
+
+    def around(self, covariance: Tensor) -> Tensor:
+        """(R, R) factor.T @ covariance @ factor, by whichever factor there is; its lower triangle is what counts. For
+        Cholesky's LAPACK has a routine that takes a quarter of the products of full matrices."""
+        if self.lower is None:
+            return self.factor.T @ covariance @ self.factor
+        return torch.from_numpy(
+            lapack.dsygst(covariance.T.numpy(), self.lower.numpy(), itype=2, lower=True)[0]
+        )
 
 
 def frechet(first: Gaussian, second: Gaussian) -> float:
@@ -57,7 +69,7 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of S1 S2, which are those of the symmetric L^T S2 L
     with S1 = L L^T: a Cholesky decomposition and a symmetric eigenvalue problem in the place of a matrix root.
     """
-    roots = torch.linalg.eigvalsh(first.factor.T @ second.covariance @ first.factor).clamp_min(0).sqrt()
+    roots = torch.linalg.eigvalsh(first.around(second.covariance), UPLO="L").clamp_min(0).sqrt()
     traces = first.covariance.trace() + second.covariance.trace()
     return float((first.mean - second.mean).square().sum() + traces - 2 * roots.sum())
 
