@@ -13,6 +13,7 @@ import as_torchrun
 import pytest
 
 from t2i import families
+from t2i.interfaces import Batch
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
 SMALL = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("tiny_*.yaml"))
@@ -31,18 +32,16 @@ WAYS = {
 }
 
 
-# What is defined on the pictures that are looked at together, so that only an equal split is the same training.
-OF_A_PART = {
-    "autoencoder/tiny_kl 2 x 2 x 2": "the adaptive weight is that of a micro-batch over all processes",
-    "autoencoder/tiny_vq 2 x 2 x 2": "a codebook learns in each forward pass, from its micro-batch over all processes",
+# What is defined on the pictures that are looked at together: one process trains the same in as many micro-batches, of
+# the pictures that all processes look at together, or of those that each of them looks at.
+OVER_ALL = {
+    "autoencoder/tiny_kl": "the adaptive weight is that of a micro-batch over all processes",
+    "autoencoder/tiny_vq": "a codebook learns in each forward pass, from its micro-batch over all processes",
 }
 OF_A_PROCESS = {
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
     "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
-}
-# Tells a part's captions from one another.
-COLUMNS_OF_A_PROCESS = {
-    "pixel_diffusion/tiny_linear_x0_classifier": ("classifier", "gradient_norm_classifier")
+    "pixel_diffusion/tiny_linear_x0_classifier": "a process's micro-batch tells its captions from one another",
 }
 NO_MEANS = (
     "images_per_second",
@@ -102,13 +101,24 @@ def of_two(
     return of_two
 
 
+def as_dealt(batch: Batch, parts: int) -> list[Batch]:
+    """In micro-batches as two processes have them, which take every second picture each: first those of the one."""
+    return split(batch.rows([*range(0, len(batch), 2), *range(1, len(batch), 2)]), parts)
+
+
+split = Batch.split
+
+
 @pytest.fixture(scope="module")
-def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int], list[dict[str, float]]]:
+def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int, bool], list[dict[str, float]]]:
     @cache
-    def of_one(name: str, batch_size: int) -> list[dict[str, float]]:
-        """batch_size: of a micro-batch"""
+    def of_one(name: str, batch_size: int, dealt: bool) -> list[dict[str, float]]:
+        """batch_size: of a micro-batch; dealt: as to two processes"""
         typed = [*SHARED, f"trainer.batch_size={batch_size}", f"runs_dir={tmp_path_factory.mktemp('one')}"]
-        return losses(train(compose_run(*arguments_of(name, compose_run, codec), *typed)).folder)
+        with pytest.MonkeyPatch.context() as patch:
+            if dealt:
+                patch.setattr(Batch, "split", as_dealt)
+            return losses(train(compose_run(*arguments_of(name, compose_run, codec), *typed)).folder)
 
     return of_one
 
@@ -117,16 +127,9 @@ def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int], 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_losses(name, way, of_one, of_two):
-    split = way.split(" ", 1)[1]
-    if name in OF_A_PROCESS:
-        if way.startswith("ddp"):
-            pytest.skip(OF_A_PROCESS[name])
-        one = of_two(name)[f"ddp {split}"]
-    else:
-        one = of_one(name, 4 if f"{name} {split}" in OF_A_PART else 8)
+    of_a_process = 4 if way.endswith("2 x 4") else 2
+    together = of_a_process if name in OF_A_PROCESS else 2 * of_a_process if name in OVER_ALL else 8
+    one = of_one(name, together, name in OF_A_PROCESS)
     assert [row["images"] for row in one] == [8, 16, 24, 32]
-    by_ddp = of_two(name)[f"ddp {split}"]
-    for expected, row, same_split in zip(one, of_two(name)[way], by_ddp, strict=True):
-        others = {column: same_split[column] for column in COLUMNS_OF_A_PROCESS.get(name, ())}
-        assert all(expected[column] != value for column, value in others.items())
-        assert row == pytest.approx(expected | others, rel=1e-9, abs=1e-12)
+    for expected, row in zip(one, of_two(name)[way], strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
