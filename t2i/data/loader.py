@@ -195,6 +195,11 @@ class BatchLoader(DataLoader):
                 raise batch
             yield batch
 
+    @property
+    def num_samples(self) -> int:
+        """In an epoch of all parts together."""
+        return len(self.dataset)
+
     def fingerprint(self) -> str:
         """The same where the same samples stand at the same positions."""
         return self.dataset.stream.fingerprint()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class Activations:
     fixed: whatever the batch: the 16-bit copies of the weights that autocast keeps
     per_image: plainly
     per_image_checkpointed: where each block keeps its inputs only and is run again (1604.06174), with what the
-        largest block then keeps
+        largest block then keeps; which those are, see t2i.training.blocks.prepare
     """
 
     fixed: int
@@ -71,13 +71,18 @@ def flops(forward: Callable[[], Tensor], with_backward: bool) -> Flops:
     return Flops(forward_count.get_total_flops(), backward_count.get_total_flops())
 
 
-def activations(network: nn.Module, inputs: Inputs, precision: str, device: str = "cuda") -> Activations:
+def activations(
+    network: nn.Module, inputs: Inputs, precision: str, device: str = "cuda", compiled: bool = False
+) -> Activations:
     """What training `network` (on the meta device) keeps: the straight line through two batch sizes.
 
     precision: Lightning's name
     device: "cuda" follows CUDA's autocast and memory-efficient attention, with no GPU needed; "cpu" the CPU's
+    compiled: blocks are; what else that changes is not counted
     """
-    two, four = (_saved(network, inputs, batch, precision, device) for batch in (2, 4))
+    again = blocks_of(network) if compiled else run_again(blocks_of(network))
+    again = [block for block in again if next(block.buffers(), None) is None]
+    two, four = (_saved(network, again, inputs, batch, precision, device) for batch in (2, 4))
     per_image = {part: (four[part] - two[part]) // 2 for part in four}
     saved = [part for part in four if part != INPUTS]
     in_blocks = [per_image[part] for part in four if isinstance(part, int)]
@@ -116,7 +121,7 @@ def pretended(network: nn.Module, device: str) -> Iterator[dict[str, Tensor]]:
 
 
 def _saved(
-    network: nn.Module, inputs: Inputs, batch: int, precision: str, device: str
+    network: nn.Module, blocks: Sequence[nn.Module], inputs: Inputs, batch: int, precision: str, device: str
 ) -> dict[int | str, int]:
     """Bytes of distinct storages that autograd saves in one forward pass, by the number of the block that saves
     them."""
@@ -124,7 +129,7 @@ def _saved(
         tracker = _SavedBytes(state)
         handles = [
             handle
-            for i, block in enumerate(run_again(blocks_of(network)))
+            for i, block in enumerate(blocks)
             for handle in (
                 block.register_forward_pre_hook(tracker.entering(i), with_kwargs=True),
                 block.register_forward_hook(tracker.leaving),

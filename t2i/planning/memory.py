@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -21,9 +22,10 @@ class Trained:
     muon: of those, stepped by Muon
     averaged: of those, with a moving average
     frozen_bytes: weights of frozen networks
-    largest_block: parameters of the largest block that FSDP gathers at a time
-    compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
-    in_blocks: parameters of all blocks that FSDP gathers one at a time; the others are there for a whole pass
+    gathered: bytes in which FSDP gathers all of them
+    in_blocks: of these, those of the blocks that it gathers one at a time; the others are there for a whole pass
+    largest_block: of these, those of the largest block
+    rows: of each trained tensor, how many rows and numbers in a row; empty: of one number each
     turns: of a step
     """
 
@@ -31,15 +33,23 @@ class Trained:
     muon: int
     averaged: int
     frozen_bytes: int
+    gathered: int
+    in_blocks: int
     largest_block: int
-    compute_bytes: int
-    in_blocks: int = 0
+    rows: tuple[tuple[int, int], ...] = ()
     turns: int = 1
 
     @property
     def moments(self) -> int:
         """Numbers that the optimizer keeps."""
         return ADAMW_MOMENTS * (self.parameters - self.muon) + MUON_MOMENTS * self.muon
+
+    def share(self, shards: int) -> float:
+        """Of what is trained, the part that the first of so many processes holds: FSDP divides tensors by whole rows,
+        and leaves single numbers whole."""
+        if not self.rows:
+            return 1 / shards
+        return sum(math.ceil(rows / shards) * row for rows, row in self.rows) / self.parameters
 
 
 @dataclass(frozen=True)
@@ -84,24 +94,24 @@ def memory(
     accumulates: there are several; each GPU then adds up whole gradients, which are reduced in the last
     """
     per_image = kept.per_image_checkpointed if checkpointing else kept.per_image
-    whole, block = FP32 * trained.parameters, trained.compute_bytes * trained.largest_block
+    whole = FP32 * trained.parameters
     if strategy == "ddp":
-        shards, gathered, copies = 1, 0, kept.fixed
+        share, gathered, copies = 1.0, 0, kept.fixed
         buffers = whole if num_gpus > 1 else 0
     else:
-        shards = gpus_per_node if strategy == "hybrid_shard" else num_gpus
+        share = trained.share(gpus_per_node if strategy == "hybrid_shard" else num_gpus)
         copies, buffers = 0, 0  # gradients are reduced block by block, while activations go
-        # The largest block and the buffer that it was gathered into, or that buffer and all blocks.
-        gathered = block + (
-            trained.compute_bytes * trained.parameters if strategy == "shard_grad_op" else block
-        )
+        # All blocks, or only the largest, and the buffer that it was gathered into; with what is beside them.
+        beside = trained.gathered - trained.in_blocks
+        gathered = trained.largest_block + beside
+        gathered += trained.in_blocks if strategy == "shard_grad_op" else trained.largest_block
     return Memory(
-        weights=whole // shards + gathered,
+        weights=round(whole * share) + gathered,
         copies=copies,
-        gradients=whole if accumulates else whole // shards,
+        gradients=whole if accumulates else round(whole * share),
         buffers=buffers,
-        optimizer=FP32 * trained.moments // shards,
-        ema=FP32 * trained.averaged // shards,
+        optimizer=round(FP32 * trained.moments * share),
+        ema=round(FP32 * trained.averaged * share),
         frozen=trained.frozen_bytes,
         activations=per_image * images_at_a_time,
         encoding=encoding_per_image * images_at_a_time,

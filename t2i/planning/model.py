@@ -18,7 +18,6 @@ from t2i.planning.count import (
     Flops,
     activations,
     flops,
-    num_parameters,
     peak_bytes_per_image,
 )
 from t2i.planning.drawing import Calls, counted_calls
@@ -36,7 +35,7 @@ class Part:
     peak_per_image: bytes while it runs, where no backward pass follows
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
-    largest_block: parameters of the largest of its blocks; in_blocks: of those that FSDP gathers one at a time
+    gathered, in_blocks, largest_block, rows: of a trained network, as `t2i.planning.memory.Trained` has them
     turn, cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
     drawing: what drawing one picture calls of it
     """
@@ -50,8 +49,10 @@ class Part:
     muon: int = 0
     averaged: int = 0
     inference: bool = True
-    largest_block: int = 0
+    gathered: int = 0
     in_blocks: int = 0
+    largest_block: int = 0
+    rows: tuple[tuple[int, int], ...] = ()
     turn: str = "train"
     cached_as: str | None = None
     saved: bool = False
@@ -62,12 +63,10 @@ class Part:
 class Model:
     """What is planned for.
 
-    compute_bytes: of a number that is computed with: 2 under mixed precision, else 4
     frozen_weight_bytes: of a number that a frozen network computes with: 2 beside bf16-mixed on a GPU, else 4
     """
 
     parts: tuple[Part, ...]
-    compute_bytes: int
     frozen_weight_bytes: int = FP32
 
     def needed(self, cached: Collection[str] = ()) -> list[Part]:
@@ -87,9 +86,10 @@ class Model:
             muon=sum(part.muon for part in learning),
             averaged=sum(part.averaged for part in learning),
             frozen_bytes=self._frozen_bytes(cached),
-            largest_block=max(part.largest_block for part in learning),
-            compute_bytes=self.compute_bytes,
+            gathered=sum(part.gathered for part in learning),
             in_blocks=sum(part.in_blocks for part in learning),
+            largest_block=max(part.largest_block for part in learning),
+            rows=tuple(tensor for part in learning for tensor in part.rows),
             turns=len({part.turn for part in learning}),
         )
 
@@ -111,9 +111,27 @@ class Model:
         return max((part.peak_per_image for part in self.needed(cached)), default=0)
 
 
-def _gathered(module: nn.Module) -> list[nn.Module]:
-    """Its blocks, but for mere containers, of which the members are called (t2i.training.strategy.with_forward)."""
-    return [block for block in blocks_of(module) if type(block).forward is not nn.Module.forward]
+def sharded(network: PlannedNetwork, precision: str) -> dict[str, Any]:
+    """What FSDP makes of it, by the names of `Part`: as t2i.training.strategy divides and gathers it."""
+    blocks = [block for block in blocks_of(network.module) if type(block).forward is not nn.Module.forward]
+    in_blocks = [gathered_bytes(block, precision) for block in blocks] if network.by_block else []
+    return {
+        "gathered": gathered_bytes(network.module, precision),
+        "in_blocks": sum(in_blocks),
+        "largest_block": max(in_blocks, default=0),
+        "rows": tuple(
+            (len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.module.parameters()
+        ),
+    }
+
+
+def gathered_bytes(module: nn.Module, precision: str) -> int:
+    """With bf16-mixed matrices in 16 bits and vectors in float32, else all in float32."""
+    return sum(
+        p.numel() * (2 if precision == "bf16-mixed" and p.ndim >= 2 else FP32)
+        for p in module.parameters()
+        if p.ndim
+    )
 
 
 def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], device: str = "cuda") -> Model:
@@ -127,7 +145,6 @@ def build_model(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]], d
     check(precision != "64-true", "trainer.precision", precision, "32-true, bf16-mixed, 16-mixed, for a plan")
     return Model(
         parts=tuple(counted(network, config, device) for network in networks(config, builds_on)),
-        compute_bytes=4 if precision == "32-true" else 2,
         frozen_weight_bytes=frozen_weight_bytes(precision, device),
     )
 
@@ -182,7 +199,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
     module, calls, precision = network.module, network.calls_per_image, planned_precision(config, device)
     kept, peak = NONE, 0
     if calls and has_gradients(network):
-        kept = activations(module, network.inputs, precision, device)
+        kept = activations(module, network.inputs, precision, device, config.trainer.compile)
     elif calls:
         peak = peak_bytes_per_image(module, network.inputs, precision, device)
     muon = network.hidden if config.optimizer.muon_scale is not None else []
@@ -198,8 +215,7 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         muon=sum(p.numel() for p in muon),
         averaged=network.parameters if network.trained and network.averaged and config.ema is not None else 0,
         inference=network.averaged,
-        largest_block=max((num_parameters(block) for block in blocks_of(module)), default=0),
-        in_blocks=num_parameters(*_gathered(module)) if network.by_block else 0,
+        **(sharded(network, precision) if network.trained else {}),
         turn=network.turn,
         cached_as=network.cached_as,
         saved=network.saved,

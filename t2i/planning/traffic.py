@@ -49,8 +49,8 @@ def traffic(trained: Trained, strategy: Strategy, cluster: ClusterConfig, micro_
     shards = cluster.gpus_per_node if strategy == "hybrid_shard" else n
     replicas = n // shards
     # In each turn forward, and blocks of which the weights were freed backward too.
-    passes = trained.parameters * trained.turns + (trained.in_blocks if strategy != "shard_grad_op" else 0)
-    weights = _ring(shards) * trained.compute_bytes * passes * micro_batches
+    passes = trained.gathered * trained.turns + (trained.in_blocks if strategy != "shard_grad_op" else 0)
+    weights = _ring(shards) * passes * micro_batches
     # gloo's reduce-scatter is an all-reduce of which a part is kept.
     scattered = _ring(shards) * gradients * (2 if by_gloo else 1)
     among_replicas = 2 * _ring(replicas) * gradients / shards

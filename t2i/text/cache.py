@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -42,6 +43,7 @@ class CachedTextEncoder:
         self.token_dim = encoder.token_dim
         self.pooled_dim = encoder.pooled_dim
         self.max_tokens = encoder.max_tokens
+        self.encoding_s = 0.0  # that the host was busy with the encoder so far; a GPU's own work is not in it
         self._kept: _HostRows | None = None  # made with the first features, of their shape
         self._off = False
         self._asked = self._found = 0  # since it is full
@@ -49,6 +51,10 @@ class CachedTextEncoder:
     def __len__(self) -> int:
         """Captions kept."""
         return 0 if self._kept is None else len(self._kept.slots)
+
+    def keeps(self, count: int) -> bool:
+        """Whether so many captions would be kept, as far as is known by now."""
+        return self._kept is not None and count <= self._kept.capacity
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextFeatures:
@@ -62,7 +68,9 @@ class CachedTextEncoder:
             assert self._kept is not None
             rows = dict(zip(found, _rows(self._kept.get(found)), strict=True))
         if missing:
+            began = time.perf_counter()
             encoded = self.encoder(missing)
+            self.encoding_s += time.perf_counter() - began
             rows |= dict(zip(missing, _rows(encoded), strict=True))
             self._keep(missing, encoded)
         self._measure(len(distinct), len(found))

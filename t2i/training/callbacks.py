@@ -204,11 +204,13 @@ def sum_over_processes(counts: dict[str, int]) -> dict[str, int]:
 
 class Forecast(Callback):
     """Says how long the run will take, from its first steps: after one step where that is slow, else from the last five
-    of ten (the first ones of a run are slower than the rest)."""
+    of ten (the first ones of a run are slower than the rest). Captions that are kept once they are encoded take their
+    time in a process's first pass over the samples alone."""
 
     def __init__(self) -> None:
         self.began: float | None = None
         self.steps = 0
+        self.encoded_s = 0.0  # what the text encoder had taken at `began`
 
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
         if stage.is_complete:
@@ -228,15 +230,17 @@ class Forecast(Callback):
             return
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)  # else a step's time is that of queueing it
-        now = time.perf_counter()
-        seconds, self.began = (now - self.began) / (5 if self.steps == 10 else 1), now
+        now, steps, text = time.perf_counter(), 5 if self.steps == 10 else 1, stage.cached_text
+        encoded_s = 0.0 if text is None else text.encoding_s
+        seconds, encoding = (now - self.began) / steps, (encoded_s - self.encoded_s) / steps
+        self.began, self.encoded_s = now, encoded_s
         if self.steps == 10 or (self.steps == 1 and seconds > 2):
-            left = stage.config.trainer.num_images - stage.images_seen
-            log.info(
-                "about %s at %.1f s a step; Ctrl-C saves and stops",
-                duration(seconds * left / stage.images_per_step),
-                seconds,
-            )
+            left = (stage.config.trainer.num_images - stage.images_seen) / stage.images_per_step
+            still = 1.0  # share of the steps to come in which captions are encoded
+            if encoding and text.keeps(samples := trainer.train_dataloader.num_samples):  # type: ignore[union-attr]
+                still = min(1.0, max(0.0, samples / len(batch) - self.steps) / max(1.0, left))
+            step_s = seconds - encoding * (1 - still)
+            log.info("about %s at %.1f s a step; Ctrl-C saves and stops", duration(left * step_s), step_s)
             self.began = None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, Feature, TextEncoder
+from t2i.text.cache import CachedTextEncoder
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.divided import reshard
@@ -43,6 +44,7 @@ class BaseStage(L.LightningModule):
         self.all_turns: list[Turn] = []
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device
         self.skipped = SkippedSteps(torch.device("cpu"))
+        self.cached_text: CachedTextEncoder | None = None
 
     # What a family gives.
 
@@ -124,6 +126,8 @@ class BaseStage(L.LightningModule):
     def place_text(self, text: TextEncoder) -> None:
         """Moves an encoder that may be frozen, and so no module of the stage, to its device."""
         text.to(self.device, self.weight_dtype if text.trainable else self.frozen_dtype)
+        if isinstance(text, CachedTextEncoder) and self.cached_text is None:
+            self.cached_text = text
 
     def frozen_names(self) -> list[str]:
         """Of the state dict, what belongs to networks in which nothing is trained."""

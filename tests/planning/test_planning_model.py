@@ -71,18 +71,18 @@ def test_calls_cost_as_often(config):
 def test_what_training_does_not_run_takes_the_memory_of_its_weights_alone(config):
     idle = counted(planned(calls_per_image=0), config, "cpu")
     assert (idle.flops, idle.activations, idle.peak_per_image) == (None, NONE, 0)
-    model = Model((counted(planned(trained=True), config, "cpu"), idle), compute_bytes=2)
+    model = Model((counted(planned(trained=True), config, "cpu"), idle))
     assert model.trained().frozen_bytes == 4 * PARAMETERS
 
 
 def test_frozen_networks_run_one_after_another(config):
     one, other = counted(planned(), config, "cpu"), counted(planned(cached_as="text"), config, "cpu")
     trained = counted(planned(trained=True), config, "cpu")
-    model = Model((trained, one, other), compute_bytes=2)
+    model = Model((trained, one, other))
     assert model.frozen_peak_per_image() == one.peak_per_image
     assert model.cacheable == {"text"}
     assert model.trained({"text"}).frozen_bytes == model.trained().frozen_bytes - 4 * PARAMETERS
-    alone = Model((trained, other), compute_bytes=2)
+    alone = Model((trained, other))
     assert alone.frozen_peak_per_image() == other.peak_per_image > 0
     assert alone.frozen_peak_per_image({"text"}) == 0
 
@@ -99,6 +99,6 @@ def test_frozen_networks_run_one_after_another(config):
 def test_frozen_weights_take_what_they_work_in(config, precision, device, online, read):
     networks = (planned(cached_as="latents", saved=True), planned(trained=True), planned())
     parts = tuple(counted(network, config, "cpu") for network in networks)
-    model = Model(parts, 2, frozen_weight_bytes(precision, device))
+    model = Model(parts, frozen_weight_bytes(precision, device))
     assert model.trained().frozen_bytes == online * PARAMETERS
     assert model.trained({"latents"}).frozen_bytes == read * PARAMETERS

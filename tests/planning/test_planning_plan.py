@@ -48,7 +48,9 @@ DENOISER = Part(
     flops=Flops(500 * 10**9, 10**12),
     activations=Activations(fixed=500_000_000, per_image=2**30, per_image_checkpointed=2**27),
     averaged=250_000_000,
-    largest_block=10_000_000,
+    gathered=500_000_000,
+    in_blocks=500_000_000,
+    largest_block=20_000_000,
 )
 CODEC = (
     Part(
@@ -64,8 +66,8 @@ CODEC = (
 )
 TEXT = Part("text encoder", 100_000_000, False, Flops(100 * 10**9), peak_per_image=2**20, cached_as="text")
 LEARNED = Part("text encoder", 100_000_000, True, Flops(100 * 10**9, 200 * 10**9))
-MODEL = Model((DENOISER, *CODEC, TEXT), compute_bytes=2)
-LEARNS_TO_READ = Model((DENOISER, *CODEC, LEARNED), compute_bytes=2)
+MODEL = Model((DENOISER, *CODEC, TEXT))
+LEARNS_TO_READ = Model((DENOISER, *CODEC, LEARNED))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def config():
     return dataclasses.replace(found, trainer=trainer)
 
 
-TRAINED = Trained(250_000_000, 0, 0, 0, 10**6, 2, 200_000_000)
+TRAINED = Trained(250_000_000, 0, 0, 0, 500_000_000, 400_000_000, 2 * 10**6)
 SENT = traffic(TRAINED, "ddp", CLUSTER)
 
 

@@ -13,7 +13,7 @@ from t2i.planning.traffic import Traffic, traffic
 
 CLUSTER = ClusterConfig("A", 100.0, 80.0, 8, 4, 80.0, 2.0, 32, 0.5)
 # 1,000 parameters, 800 of them in blocks: 4,000 bytes of gradients, 2,000 of weights in 16 bits.
-TRAINED = Trained(1_000, 0, 0, 0, 100, 2, 800)
+TRAINED = Trained(1_000, 0, 0, 0, 2_000, 1_600, 200)
 
 
 def test_each_strategy_by_hand():
@@ -32,7 +32,7 @@ def test_each_strategy_by_hand():
 
 def test_zero_sends_one_and_a_half_times_what_data_parallelism_does():
     """ZeRO, 1910.02054, section 7.2.2: 3 times the parameters in place of 2, where both have so many bytes."""
-    all_in_blocks = dataclasses.replace(TRAINED, compute_bytes=4, in_blocks=1_000)
+    all_in_blocks = dataclasses.replace(TRAINED, gathered=4_000, in_blocks=4_000)
     sharded, whole = (traffic(all_in_blocks, each, CLUSTER) for each in ("full_shard", "ddp"))
     assert sharded.gpu == pytest.approx(1.5 * whole.gpu)
 

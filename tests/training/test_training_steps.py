@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i.interfaces import TextFeatures
+from t2i.text.cache import CachedTextEncoder
 from t2i.training import callbacks, run_folder, state_folder
 from t2i.training.callbacks import Forecast
 
@@ -56,22 +58,74 @@ def test_nothing_is_multiplied_where_nothing_is_clipped(compose_run, train, tmp_
             assert all(float(row["gradient_norm"]) > 0 for row in csv.DictReader(file))
 
 
-def test_the_forecast_waits_for_the_work_of_a_gpu(monkeypatch, caplog):
-    """A clock that moves only while the device works: 3 s a step, seen by who waits for it."""
-    now = [0.0]
+class Clock:
+    """One that moves only where it is told to."""
 
-    def synchronize(device):
-        now[0] += 3.0
+    now = 0.0
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
-    settings = types.SimpleNamespace(num_images=800)
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(callbacks.time, "perf_counter", made)
+    return made
+
+
+def a_stage(device: str, batch_size: int, steps: int, text: CachedTextEncoder | None = None):
+    settings = types.SimpleNamespace(num_images=batch_size * steps)
     config = types.SimpleNamespace(trainer=settings, resolution=types.SimpleNamespace(size_px=64))
-    stage = types.SimpleNamespace(
-        config=config, images_seen=0, images_per_step=8, is_complete=False, device=torch.device("cuda", 0)
-    )
-    forecast = Forecast()
+    return types.SimpleNamespace(
+        config=config, images_seen=0, images_per_step=batch_size, is_complete=False, cached_text=text,
+        device=torch.device(device),
+    )  # fmt: skip
+
+
+def test_the_forecast_waits_for_the_work_of_a_gpu(monkeypatch, caplog, clock):
+    """3 s a step, seen by who waits for it."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.wait(3.0))
+    stage, forecast = a_stage("cuda:0", 8, 100), Forecast()
     with caplog.at_level("INFO", logger="t2i"):
         forecast.on_train_start(None, stage)
         forecast.on_train_batch_end(None, stage, None, None, 0)
     assert "about 5 minutes at 3.0 s a step" in caplog.text
+
+
+class SlowEncoder:
+    """A quarter of a second for each caption."""
+
+    trainable, token_dim, pooled_dim, max_tokens = False, 2, 3, 4
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __call__(self, captions):
+        self.clock.wait(0.25 * len(captions))
+        count = len(captions)
+        return TextFeatures(torch.zeros(count, 4, 2), torch.zeros(count, 3), torch.ones(count, 4).bool())
+
+
+@pytest.mark.parametrize(("room", "left_s", "step_s"), [(80, 35, 0.7), (40, 75, 1.5)])
+def test_the_forecast_counts_what_is_encoded_once(caplog, clock, room, left_s, step_s):
+    """80 captions in batches of 4 are there after 20 of 60 steps, if there is room for them all; a step takes half a
+    second beside their one."""
+    text = CachedTextEncoder(SlowEncoder(clock), max_bytes=room * 4 * (4 * 2 + 3 + 1))
+    stage, forecast = a_stage("cpu", 4, 60, text), Forecast()
+    trainer = types.SimpleNamespace(train_dataloader=types.SimpleNamespace(num_samples=80))
+    with caplog.at_level("INFO", logger="t2i"):
+        forecast.on_train_start(trainer, stage)
+        for step in range(60):
+            captions = [f"caption {(4 * step + i) % 80}" for i in range(4)]
+            text(captions)
+            clock.wait(0.5)
+            stage.images_seen += 4
+            forecast.on_train_batch_end(trainer, stage, None, captions, step)
+            if step == 9:
+                said_at = clock.now
+    assert clock.now - said_at == left_s
+    assert f"about {left_s} seconds at {step_s} s a step" in caplog.text
