@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, Feature, TextEncoder
-from t2i.text.cache import CachedTextEncoder
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.divided import reshard
@@ -24,6 +23,19 @@ from t2i.training.step import Turn, train_step
 
 CHECKPOINT_FORMAT = 1
 SEEDS = 2**64  # what torch's generators take; those of larger numbers are theirs modulo this
+
+
+@runtime_checkable
+class EncodesOnce(Protocol):
+    """A text encoder that keeps what it makes of captions.
+
+    encoding_s: that the host was busy with encoding so far
+    keeps: whether so many captions would be kept, as far as is known by now
+    """
+
+    encoding_s: float
+
+    def keeps(self, count: int) -> bool: ...
 
 
 class BaseStage(L.LightningModule):
@@ -44,7 +56,7 @@ class BaseStage(L.LightningModule):
         self.all_turns: list[Turn] = []
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device
         self.skipped = SkippedSteps(torch.device("cpu"))
-        self.cached_text: CachedTextEncoder | None = None
+        self.cached_text: EncodesOnce | None = None
 
     # What a family gives.
 
@@ -126,7 +138,7 @@ class BaseStage(L.LightningModule):
     def place_text(self, text: TextEncoder) -> None:
         """Moves an encoder that may be frozen, and so no module of the stage, to its device."""
         text.to(self.device, self.weight_dtype if text.trainable else self.frozen_dtype)
-        if isinstance(text, CachedTextEncoder) and self.cached_text is None:
+        if isinstance(text, EncodesOnce) and self.cached_text is None:
             self.cached_text = text
 
     def frozen_names(self) -> list[str]:
