@@ -117,14 +117,12 @@ def reranked(generator: Generator, options: argparse.Namespace, device: torch.de
     from t2i.evaluation.clip import load_clip
     from t2i.evaluation.features import clip_scores
     from t2i.generation.reranking import Reranked
-    from t2i.training.pictures import to_pil
 
     clip = load_clip(options.clip, None, device, with_text=True)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():
-            pictures = torch.stack([clip.preprocess(to_pil(image)) for image in images])
-            return clip_scores(clip, clip.image_features(pictures.to(device)).cpu(), prompts, device)
+            return clip_scores(clip, clip.features_of_drawn(images, device).cpu(), prompts, device)
 
     return Reranked(generator, options.rerank, score)
 

@@ -10,12 +10,20 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i.errors import UserError
 from t2i.schema import check
 
 from .arguments import parse_with_overrides
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from t2i.serving.gallery import Features
 
 MAX_PX = 16_384
 
@@ -64,9 +72,9 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = device_named(options.device, ALONE)
+    features = features_at_hand() if options.clip is None else clip_features(options.clip, device)
     loaded = load(weights_path(options.checkpoint, options.runs_dir), device, overrides)
     limits = Limits(options.max_side, options.max_images, options.max_waiting)
-    features = features_at_hand()
     if features is None:
         console.print(f"The gallery is searched by words alone; by more with {NETWORKS}.")
     token = options.token
@@ -94,6 +102,28 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
             server.run(sockets=[taken])
         finally:
             service.queue.close()
+
+
+def clip_features(folder: str, device: torch.device) -> Features:
+    """By which a text finds what pictures show. Raises CheckpointError, or ConfigError, for a folder without a CLIP."""
+    import torch
+    from PIL import Image
+
+    from t2i.evaluation.clip import load_clip
+    from t2i.serving.gallery import Features
+
+    clip = load_clip(folder, None, device, with_text=True)
+
+    def of_prompts(prompts: Sequence[str]) -> Tensor:
+        with torch.inference_mode():
+            return clip.text_features(prompts, device).cpu()
+
+    def of_pictures(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return clip.features_of_drawn(images, device).cpu()
+
+    side_px = clip.preprocess(Image.new("RGB", (8, 8))).shape[-1]
+    return Features(of_prompts, of_pictures, side_px, f"clip {clip.sha256}", joint=True)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -139,6 +169,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-images", type=int, default=16, help="of one request")
     made.add_argument(
         "--max-waiting", type=int, default=64, help="requests; further ones are told to come later"
+    )
+    made.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="a CLIP of open_clip or transformers: the gallery is searched by what it shows",
     )
     made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
     made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from t2i.errors import CheckpointError, ConfigError
+from t2i.training.pictures import to_pil
 from t2i.weight_file import named_by_content, reason_of, sha256
 
 
@@ -37,6 +38,11 @@ class Clip:
     def image_features(self, pictures: Tensor) -> Tensor:
         """(B, width) float32 of length 1, as LAION stores its embeddings."""
         return normalize(self.encode_image(pictures).float(), dim=-1)
+
+    def features_of_drawn(self, images: Tensor, device: torch.device) -> Tensor:
+        """The same of pictures as generators give them, (B, 3, H, W) in [-1, 1] of any size."""
+        pictures = torch.stack([self.preprocess(to_pil(image)) for image in images])
+        return self.image_features(pictures.to(device))
 
     def text_features(self, texts: Sequence[str], device: torch.device) -> Tensor:
         """(B, width) float32 of length 1."""

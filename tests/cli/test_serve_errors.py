@@ -24,6 +24,7 @@ import pytest
             ["--host", "192.0.2.1"],
             "t2i serve: --port 7860 of 192.0.2.1 cannot be had: Cannot assign requested address",
         ),
+        (["--port", "0", "--clip", "none"], "t2i serve: --clip is 'none'; allowed: a folder with a CLIP"),
         (["--port", "0"], "t2i serve: There is no trained run in"),
     ],
 )
