@@ -131,10 +131,9 @@ class TextEncoder(Protocol):
 
 
 class ImageCodec(nn.Module, ABC):
-    """Pictures to latents and back.
+    """Pictures to latents of C = latent_channels and back.
 
     downsampling: pixels of the picture per latent position along each side
-    latent_channels: C
     """
 
     downsampling: int
@@ -167,10 +166,7 @@ class ImageCodec(nn.Module, ABC):
 
 
 class TokenCodec(ImageCodec):
-    """One whose latents are codes of a codebook, so that pictures are tokens too.
-
-    num_codes: tokens are whole numbers from 0 up to, not including, this
-    """
+    """One whose latents are codes of a codebook: pictures are tokens too, from 0 up to, not including, num_codes."""
 
     num_codes: int
 
@@ -181,6 +177,10 @@ class TokenCodec(ImageCodec):
     @abstractmethod
     def token_weights(self) -> Mapping[str, Tensor]:
         """What decides `tokens`, by name."""
+
+    @abstractmethod
+    def code_vectors(self) -> Tensor:
+        """(num_codes, D): what each code stands for, so that codes that look alike lie together."""
 
     @abstractmethod
     def decode_tokens(self, tokens: Tensor) -> Tensor:

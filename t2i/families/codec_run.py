@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i import families
+from t2i.codes.embedding import take_vectors
 from t2i.config import RunConfig, check
 from t2i.errors import CheckpointError
 from t2i.families.codec import image_codec
@@ -111,7 +112,7 @@ def load_runs(
     low: LoadedCheckpoint | None,
 ) -> None:
     """Copies into `model` the weights of the run that it continues, of that of its codec and of that at the lower
-    resolution. Raises CheckpointError where they do not fit.
+    resolution; its transformer takes the codec's vectors. Raises CheckpointError where they do not fit.
 
     place: the codec's, to say
     """
@@ -123,6 +124,7 @@ def load_runs(
             check_codebook(model.codec, place, start.extra.get("codebook"), str(start.path))
         weights = _with_weights_of(model.codec, start.weights) if another else start.weights
         load_into(model, weights, start.path, prefix="model.")
+    take_vectors(model.transformer, model.codec.code_vectors())
     if low is not None and low is not start:
         assert model.low is not None
         load_into(model.low, low.weights, low.path, prefix="model.")

@@ -25,7 +25,10 @@ class CodesModel(TextToImage):
         frozen text encoder's weights are not: it is loaded from where the configuration says
     size_px: side of the pictures that it is trained on. Raises ConfigError where these are not whole codes
     low: of super-resolution, the whole model whose codes it is given; frozen, and part of the state dict too
+    transformer: made by each family
     """
+
+    transformer: nn.Module
 
     def __init__(self, config: Any, codec: TokenCodec, size_px: int, low: CodesModel | None = None) -> None:
         super().__init__()

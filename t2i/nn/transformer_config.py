@@ -20,6 +20,7 @@ class TransformerConfig:
     bias: of all matrices
     qk_norm: normalises queries and keys (2302.05442)
     dropout: of the embeddings and of what each branch adds
+    code_vectors: a picture's codes are known by their vectors in the codec's codebook too (2409.16211)
     """
 
     width: int
@@ -32,6 +33,7 @@ class TransformerConfig:
     dropout: float
     mlp_ratio: int = 4
     activation: Literal["gelu", "quick_gelu"] = "gelu"
+    code_vectors: bool = False
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "mlp_ratio"):

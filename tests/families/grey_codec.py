@@ -42,3 +42,6 @@ class GreyCodec(TokenCodec):
 
     def token_weights(self):
         return {"greys": self.greys}
+
+    def code_vectors(self):
+        return self.greys[:, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i import families
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.autoencoder.codec import from_checkpoint
 from t2i.families.autoregressive.model import Autoregressive
@@ -142,6 +143,19 @@ def test_weights_that_have_learned_other_codes_are_refused(compose_run, runs):
         Stage(config, start)
     kept = Stage(compose_run("experiment=autoregressive/tiny_ar"), start)  # "latest" is then its own
     assert kept.config.model.builds_on.codec == str(runs["one"])
+
+
+@pytest.mark.parametrize("experiment", ["autoregressive/tiny_ar", "masked/tiny_masked"])
+def test_a_transformer_is_given_the_vectors_of_the_codec_that_it_builds_on(compose_run, runs, experiment):
+    config = compose_run(f"experiment={experiment}", f"builds_on.codec={runs['other']}")
+    stage = families.get(config.family).load_stage(config.stage)(config)
+    codes = load(run_folder.weights_file(runs["other"])).weights["codec.codebook.codes"]
+    expected = (codes - codes.mean(0)) / codes.std(0, correction=0)
+    weights = stage.inference_weights()
+    found = [name for name in weights if name.endswith("of_vectors.vectors")]
+    assert len(found) == 2  # on the way in and on the way out
+    for name in found:
+        torch.testing.assert_close(weights[name], expected)
 
 
 def test_the_newest_codec_of_codes_is_meant(compose_run, train, runs, tmp_path):

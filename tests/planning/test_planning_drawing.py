@@ -32,6 +32,11 @@ def planned(compose_run):
     return planned
 
 
+def from_vectors(dim: int) -> int:
+    """FLOPs of what all 16 codes' 4 numbers in the codebook give."""
+    return 2 * 16 * (4 + dim) * dim
+
+
 @pytest.mark.parametrize(
     ("guidance", "conditioning", "low"),
     [(1.0, "prefix", 0), (3.0, "prefix", 0), (3.0, "cross", 0), (1.0, "prefix", 4)],
@@ -55,10 +60,14 @@ def test_autoregressive_drawing(planned, guidance, conditioning, low):
     slots = (1 if cross else words + 1) + low
     context = words * cross
     prefill = 2 * (slots * own + words * of_text + head) + pairs * slots * (slots + context)
-    assert (first.count, first.flops) == (1, (rows * prefill,) * 2)
+    vectors = 2 * from_vectors(dim)  # on the way in and out, once for a batch
+    assert (first.count, first.flops) == (1, (rows * prefill + vectors,) * 2)
     each = [2 * (own + head) + pairs * (slots + i + context) for i in range(1, steps)]
-    assert (following.count, following.flops) == (steps - 1, (rows * each[0], rows * each[-1]))
-    assert following.total_flops == rows * sum(each)
+    assert (following.count, following.flops) == (
+        steps - 1,
+        (rows * each[0] + vectors, rows * each[-1] + vectors),
+    )
+    assert following.total_flops == rows * sum(each) + (steps - 1) * vectors
     # The keys and values of the text, the start and all codes but the last, in 16 bits.
     assert following.cache_bytes == 2 * 2 * depth * rows * (words + low + 1 + steps - 1) * dim
     # Drawing calls nothing else of the transformer.
@@ -86,7 +95,7 @@ def test_masked_drawing(planned):
     codes, words = given["tokens"][0].numel(), model.text.max_tokens
     pairs = 4 * 2 * config.depth * config.width * codes * (codes + words)
     assert calls.count == 7
-    assert calls.total_flops == 7 * (sum(layers) + pairs)
+    assert calls.total_flops == 7 * (sum(layers) + pairs + 2 * from_vectors(config.width))
     (decoder,) = counted_calls(networks["codec decoder"])
     (text,) = counted_calls(networks["text encoder"])
     assert (decoder.count, text.count, calls.cache_bytes) == (1, 1, 0)

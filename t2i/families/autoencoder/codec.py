@@ -199,8 +199,12 @@ class DiscreteCodec(Codec, TokenCodec):
         return self.codebook.indices(self.moments(image))
 
     def token_weights(self) -> dict[str, Tensor]:
+        return self.encoding_weights() | {"codes": self.code_vectors().T[None, :, None]}
+
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
         every = torch.arange(self.num_codes, device=self.latent_scale.device)
-        return self.encoding_weights() | {"codes": self.codebook.lookup(every[None, None])}
+        return self.codebook.lookup(every[None, None])[0, :, 0].T
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.picture(self.output(self.codebook.lookup(tokens)))

@@ -27,6 +27,7 @@ class Autoregressive(CodesModel):
     """Whose codes are drawn one after the other."""
 
     low: Autoregressive | None
+    transformer: CodeTransformer
 
     def __init__(
         self, config: Config, codec: TokenCodec, size_px: int, low: Autoregressive | None = None
@@ -45,6 +46,7 @@ class Autoregressive(CodesModel):
             self.text.token_dim,
             config.text.max_tokens,
             config.low,
+            codec.code_vectors().shape[1],
         )
 
     def losses(self, codes: Tensor, text: TextFeatures, low: Tensor | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.codes.embedding import code_embedding, code_head
 from t2i.config import check
 from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.masks import axial_mask, pattern_of
@@ -43,6 +44,7 @@ class CodeTransformer(nn.Module):
     text_dim, max_tokens: width and number of the text's states
     low: of the codes at the lower resolution, where it is given such. Raises ConfigError where the grid's sides are no
         multiples of theirs
+    code_dim: of the codes' vectors, which config.code_vectors asks for
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CodeTransformer(nn.Module):
         text_dim: int,
         max_tokens: int,
         low: LowConfig | None = None,
+        code_dim: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.grid, width = config, grid, config.width
@@ -76,7 +79,8 @@ class CodeTransformer(nn.Module):
             if config.positions == "learned":
                 self.low_position = nn.Parameter(0.02 * torch.randn(self.low_slots, width))
         self.start = nn.Parameter(0.02 * torch.randn(width))
-        self.embedding = nn.Embedding(num_codes, width)
+        vector_dim = code_dim if config.code_vectors else None
+        self.embedding = code_embedding(num_codes, num_codes, vector_dim, width)
         self.position: nn.Parameter | None = None
         if config.positions == "learned":
             self.position = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
@@ -84,7 +88,7 @@ class CodeTransformer(nn.Module):
         context_width = None if is_prefix else text_dim
         self.blocks = nn.ModuleList(TokenBlock(config, context_width) for _ in range(config.depth))
         self.norm = norm_of(config, width)
-        self.head = nn.Linear(width, num_codes, bias=False)
+        self.head = code_head(num_codes, vector_dim, width, bias=False)
         initialise(self, config.depth)
         zero_init(self.head)
 

@@ -54,6 +54,9 @@ class PaletteCodec(TokenCodec):
     def token_weights(self) -> Mapping[str, Tensor]:
         return {"colours": self.colours}
 
+    def code_vectors(self) -> Tensor:
+        return self.colours
+
     def tokens(self, image: Tensor) -> Tensor:
         pixels = image.movedim(1, -1)
         # ||p - c||^2 less ||p||^2, which is the same for all colours.

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from t2i.codes.embedding import take_vectors
 from t2i.config import RunConfig, check
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import Autoregressive, model_of
@@ -81,6 +82,7 @@ class Stage(BaseStage):
     def before_training(self, images: Iterable[Tensor]) -> None:
         if isinstance(self.model.codec, PaletteCodec):
             self.model.codec.fit(images)
+            take_vectors(self.model.transformer, self.model.codec.code_vectors())
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -30,6 +30,7 @@ class MaskedModel(CodesModel):
     """Whose codes are masks first, and then drawn all at once, more of them kept from step to step."""
 
     low: MaskedModel | None
+    transformer: MaskedTransformer
 
     def __init__(
         self, config: Config, codec: TokenCodec, size_px: int, low: MaskedModel | None = None
@@ -198,7 +199,8 @@ def build_transformer(
     if isinstance(network, MaskGITConfig):
         return MaskGIT(network, num_codes, shape, context_dim)
     if isinstance(network, MuseConfig):
-        return Muse(network, num_codes, shape, context_dim, config.low)
+        code_dim = codec.code_vectors().shape[1]
+        return Muse(network, num_codes, shape, context_dim, config.low, code_dim)
     least = num_codes + 1
     ok = network.vocabulary is None or network.vocabulary >= least
     check(

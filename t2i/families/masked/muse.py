@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.codes.embedding import code_embedding, code_head
 from t2i.families.masked.config import MaskedLowConfig, MuseConfig
 from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.embeddings import sincos_2d
@@ -19,10 +20,10 @@ class Places(nn.Module):
     all codes are hidden, distances between them tell no place from another.
     """
 
-    def __init__(self, config: MuseConfig, vocabulary: int, shape: tuple[int, int]) -> None:
+    def __init__(self, config: MuseConfig, embedding: nn.Embedding, shape: tuple[int, int]) -> None:
         super().__init__()
         self.config, width = config, config.width
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = embedding
         learned = config.positions == "learned"
         count = shape[0] * shape[1]
         self.positions = nn.Embedding(count, width) if learned else nn.Linear(width, width, bias=False)
@@ -43,6 +44,7 @@ class Muse(MaskedTransformer):
     codes at the lower resolution, which have attended to one another.
 
     shape: (h, w) of the codes that it is trained on
+    code_dim: of the codes' vectors, which config.code_vectors asks for
     """
 
     def __init__(
@@ -52,20 +54,22 @@ class Muse(MaskedTransformer):
         shape: tuple[int, int],
         context_dim: int,
         low: MaskedLowConfig | None = None,
+        code_dim: int = 0,
     ) -> None:
         super().__init__(num_codes, config.positions == "rotary")
         width = config.width
-        self.places = Places(config, num_codes + 1, shape)
+        vector_dim = code_dim if config.code_vectors else None
+        self.places = Places(config, code_embedding(num_codes + 1, num_codes, vector_dim, width), shape)
         self.text = nn.Sequential(nn.Linear(context_dim, width, bias=config.bias), norm_of(config, width))
         self.low_places: Places | None = None
         if low is not None:
-            self.low_places = Places(config, low.num_codes, (low.side, low.side))
+            self.low_places = Places(config, nn.Embedding(low.num_codes, width), (low.side, low.side))
             self.low_blocks = nn.ModuleList([TokenBlock(config) for _ in range(low.depth)])
             self.low_norm = norm_of(config, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([TokenBlock(config, width) for _ in range(config.depth)])
         self.norm = norm_of(config, width)
-        self.to_logits = nn.Linear(width, num_codes, bias=config.bias)
+        self.to_logits = code_head(num_codes, vector_dim, width, config.bias)
         initialise(self, config.depth)
 
     def forward(
