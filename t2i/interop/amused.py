@@ -72,24 +72,31 @@ def read_amused(root: Path, options: Options) -> Parts:
     notes: list[str] = []
     codec = read_autoencoder(root, "vqvae", options.ema, notes, [VQ_CLASS])
     codec.config["backbone"]["unit_range"] = True  # AmusedPipeline gives what it decodes as it is
-    tokenizer = read_tokenizer(root, "tokenizer")
-    text = read_clip(root, "text_encoder", tokenizer, options.ema, notes, projected=True)
     place = f"{root / 'transformer/config.json'}: "
     values = read_config(root, "transformer", TRANSFORMER_CLASS)
     config = read_transformer(values, place)
     num_codes = codec.config["codec"]["num_codes"]
-    fitting = {"codebook_size": (8192, num_codes), "encoder_hidden_size": (768, text.token_dim)}
-    for key, (default, value) in (fitting | {"cond_embed_dim": (768, text.pooled_dim)}).items():
+    check(config["vocabulary"] > num_codes, f"{place}vocab_size", config["vocabulary"], f"over {num_codes:,}")
+    _check_scheduler(root, config["vocabulary"] - 1)
+    tokenizer = read_tokenizer(root, "tokenizer")
+    text = read_clip(root, "text_encoder", tokenizer, options.ema, notes, projected=True)
+    others = {
+        "codebook_size": (8192, num_codes),
+        "cond_embed_dim": (768, text.pooled_dim),
+        "encoder_hidden_size": (768, text.token_dim),
+    }
+    for key, (default, value) in others.items():
         found = values.get(key, default)
         check(found == value, place + key, found, f"{value}, as its other parts have")
-    least = num_codes + 1
-    check(config["vocabulary"] >= least, f"{place}vocab_size", config["vocabulary"], f"{least:,} or more")
-    _check_scheduler(root, config["vocabulary"] - 1)
     weights, listed_in = component_weights(root, "transformer", STEM, options.ema, notes)
     found_weights = fit(weights, transformer_shapes(config, num_codes, text), listed_in, "transformer")
     size_px = bounded(values.get("sample_size", 64), f"{place}sample_size", 4096) * codec.downsampling
     parts = Parts("a diffusers directory (aMUSEd)", codec, text=text, notes=notes)
     parts.transformer = TransformerPart(config, found_weights, dict(SAMPLING), size_px)
+    notes.append(
+        f"It is drawn from as AmusedPipeline does unless told otherwise: {STEPS} steps, guidance "
+        f"{SAMPLING['guidance_scale']:g}. With sampling.steps=N, sampling.choice_temperature should be 2 N / (N - 1)."
+    )
     return parts
 
 

@@ -89,22 +89,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    write(prepare(folder, folder.with_name("run"), Options()))
+    prepared = prepare(folder, folder.with_name("run"), Options())
+    assert "12 steps, guidance 10." in prepared.parts.notes[-1]
+    write(prepared)
     return folder.with_name("run")
 
 
 def pipeline_of(folder: Path) -> Any:
+    """In float64."""
     pipeline = diffusers.AmusedPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.vqvae, pipeline.text_encoder, pipeline.transformer):
+        module.double()
     return pipeline
 
 
-def test_pictures_are_those_of_the_pipeline(folder, run, monkeypatch):
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return pipeline_of(folder)
+
+
+def test_pictures_are_those_of_the_pipeline(theirs, run, monkeypatch):
     """In float64 and given the same random numbers, all settings being the pipeline's defaults."""
-    theirs = pipeline_of(folder)
     ours = families.get("masked").load_generator()(checkpoint.load(run_folder.weights_file(run)), "cpu")
-    for module in (theirs.vqvae, theirs.text_encoder, theirs.transformer, ours.model):
-        module.double()
+    ours.model.double()
     ours.model.text.to("cpu", torch.float64)
     side = ours.default_size_px
     assert side == SIDE * 4
@@ -135,11 +143,10 @@ def test_pictures_are_those_of_the_pipeline(folder, run, monkeypatch):
 
 
 @torch.no_grad()
-def test_its_codec_reads_pictures_as_the_pipeline_does(folder, run, convert):
+def test_its_codec_reads_pictures_as_the_pipeline_does(folder, theirs, run, convert):
     """From 0 to 1, also where the folder of the codec is converted alone."""
-    theirs = diffusers.VQModel.from_pretrained(folder / "vqvae").double()
     image = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
-    _, _, (_, _, expected) = theirs.quantize(theirs.encode((image + 1) / 2).latents)
+    _, _, (_, _, expected) = theirs.vqvae.quantize(theirs.vqvae.encode((image + 1) / 2).latents)
     for place, prefix in ((run, "model.codec."), (convert(folder / "vqvae", "codec"), "codec.")):
         loaded = checkpoint.load(run_folder.weights_file(place))
         codec = families.get("autoencoder").load_codec()(loaded.extra.get("codec", loaded.config))
@@ -147,18 +154,18 @@ def test_its_codec_reads_pictures_as_the_pipeline_does(folder, run, convert):
         assert torch.equal(codec.double().tokens(image).flatten(), expected)
 
 
-def test_the_way_back_is_exact(folder, run, convert):
+def test_the_way_back_is_exact(folder, theirs, run, convert):
     back = convert(run, "back")
     first, second = all_weights(folder), all_weights(back)
     assert first.keys() == second.keys()
     assert all(same_weights(first[place], second[place]) for place in first)
     for place in ("transformer/config.json", "vqvae/config.json", "scheduler/scheduler_config.json"):
-        theirs, ours = (json.loads((root / place).read_text()) for root in (folder, back))
+        before, after = (json.loads((root / place).read_text()) for root in (folder, back))
         own = {"sample_size", "vq_embed_dim"} if place.startswith("vqvae") else set()
-        assert {key for key, value in ours.items() if theirs.get(key) != value} == own
+        assert {key for key, value in after.items() if before.get(key) != value} == own
     pictures = [
-        pipeline_of(root)(PROMPTS[0], generator=torch.manual_seed(3), output_type="pt").images
-        for root in (folder, back)
+        pipeline(PROMPTS[0], num_inference_steps=3, generator=torch.manual_seed(3), output_type="pt").images
+        for pipeline in (theirs, pipeline_of(back))
     ]
     assert torch.equal(*pictures)
     assert "AmusedPipeline.from_pretrained" in (back / "README.md").read_text()
@@ -221,3 +228,23 @@ def test_what_cannot_go_out_is_one_sentence(folder, run, tmp_path):
     parts.codec.config["backbone"]["unit_range"] = False
     with pytest.raises(UserError, match=r"backbone.unit_range is False; allowed: true in an AmusedPipeline"):
         amused_files(parts)
+
+
+@pytest.mark.slow
+def test_training_goes_on_and_goes_out(run, compose_run, train, tmp_path, convert):
+    values = checkpoint.load(run_folder.weights_file(run)).config["transformer"]
+    sizes = [f"transformer.{key}={value}" for key, value in values.items() if key != "name"]
+    composed = compose_run(
+        *("stage=masked", f"init_from={run}", "transformer=uvit", *sizes, "text=clip_with_projection"),
+        *(f"text.model={run / 'text_encoder'}", "resolution='32'", f"resolution.size_px={SIDE * 4}"),
+        *("trainer.num_images=8", "trainer.batch_size=4", "trainer.accelerator=cpu", "ema=none"),
+        *("optimizer.muon_scale=null", "optimizer.warmup_images=0", f"runs_dir={tmp_path}"),
+    )
+    trained = train(composed).folder
+    before, after = (all_weights(folder)["model.safetensors"] for folder in (run, trained))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all(name.startswith("model.transformer.") for name in changed)
+    pipeline = pipeline_of(convert(trained, "out"))
+    name = "mlm_layer.conv2.weight"
+    assert torch.equal(pipeline.transformer.state_dict()[name].float(), after[f"model.transformer.{name}"])
