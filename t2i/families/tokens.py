@@ -58,15 +58,17 @@ def codes_of(batch: Batch, codec: TokenCodec) -> Tensor:
 
 
 def codebook_hash(codec: TokenCodec) -> str:
-    """Of what decides which codes a picture has."""
-    return weights_hash(codec.token_weights().items(), type(codec).__name__, codec.num_codes)
+    """Of what decides which codes a picture has, in whatever precision a run holds it."""
+    weights = ((name, value.float()) for name, value in codec.token_weights().items())
+    return weights_hash(weights, type(codec).__name__, codec.num_codes)
 
 
 def coding_hash(codec: ImageCodec) -> str:
     """The same, or for a codec without a codebook of what decides which latents a picture has."""
     if isinstance(codec, TokenCodec):
         return codebook_hash(codec)
-    return weights_hash(codec.encoding_weights().items(), type(codec).__name__)
+    weights = ((name, value.float()) for name, value in codec.encoding_weights().items())
+    return weights_hash(weights, type(codec).__name__)
 
 
 def check_codebook(codec: TokenCodec, place: str, learned: str | None, start: str) -> None:

@@ -117,6 +117,8 @@ def test_another_codebook_has_another_hash(codec_config):
     with torch.no_grad():
         next(one.decoder.parameters()).add_(1)
     assert codebook_hash(one) == before  # another decoder makes no other codes
+    assert codebook_hash(one.double()) == before  # as a run with trainer.precision=64-true holds it
+    one.float()
     one.codebook.codes.add_(1)
     assert codebook_hash(one) != before
 
