@@ -16,7 +16,7 @@ from t2i_cli.train_help import groups
         ("t2i ", set(VERBS)),
         ("t2i tr", {"train"}),
         ("t2i train stage=", {f"stage={stage}" for stage in groups()["stage"]}),
-        ("t2i train stage=ldm text=c", {"text=clip"}),
+        ("t2i train stage=ldm text=c", {"text=clip", "text=clip_with_projection"}),
         ("t2i train stage=ldm experiment=sd-v1/2", {"experiment=sd-v1/256"}),
         ("t2i plan cluster=a100x2", {"cluster=a100x256", "cluster=a100x256-40gb"}),
         ("t2i profile stage=l", {"stage=ldm"}),
