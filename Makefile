@@ -46,7 +46,7 @@ tokens-demo: setup ## train a codec of codes, then an autoregressive and a maske
 	$(BIN)/t2i report --checkpoint runs/ar/latest --checkpoint runs/masked/latest
 
 test: setup-dev check ## every check and every test but the slow ones
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## the tests that take minutes
 	$(BIN)/pytest -m slow

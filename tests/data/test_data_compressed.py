@@ -17,7 +17,17 @@ import pytest
 import webdataset
 from data_configs import data_config
 from data_samples import good_members
-from fuzz_shards import PER_SHARD, TOTAL, WHOLE, count_bad, delivered, epoch, fuzzing, lay_out, overwrite
+from fuzz_shards import (
+    PER_SHARD,
+    TOTAL,
+    WHOLE,
+    count_bad,
+    delivered,
+    epoch_or_refusal,
+    fuzzing,
+    lay_out,
+    overwrite,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from open_shards import everything, opened, take
@@ -180,7 +190,7 @@ def test_whatever_the_bytes_every_loss_is_counted(folder, ending, at, by, cut):
     content = PACKERS[ending](WHOLE[1])
     at %= len(content)
     (folder / "00001.tar").write_bytes(content[:at] if cut else overwrite(content, at, by))
-    batches = epoch(data)
+    batches = epoch_or_refusal(data)
     lost = set(range(TOTAL)) - delivered(batches)
     assert lost <= set(range(PER_SHARD, 2 * PER_SHARD))
     keys = {batch.key[0] for batch in batches}

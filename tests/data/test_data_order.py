@@ -179,7 +179,7 @@ def test_buckets_are_of_one_kind_and_lose_nothing(shard_sizes, seed, data):
     assert {int(buckets[s]) for _, s in order.substitutes(position)} == {int(buckets[own[0]])}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(sizes, min_size=2, max_size=3),
     st.data(),

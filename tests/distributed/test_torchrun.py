@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = ["experiment=autoencoder/tiny_kl", "trainer.accelerator=cpu", "logger.tensorboard=false", "name=run"]
 RUN += ["trainer.batch_size=4", "trainer.log_every_steps=1"]
 
@@ -36,6 +38,11 @@ def test_what_is_wrong_is_said_once(tmp_path, shapes_overrides):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("t2i train")]
     assert said == [f"t2i train: {tmp_path} holds no checkpoint to resume from (checkpoints/step_*)."]
+    assert list(tmp_path.rglob("config.yaml")) == []
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_said_once(tmp_path, shapes_overrides):
     done = torchrun(tmp_path, *shapes_overrides, "trainer.num_images=32", "trainer.devices=4")
     said = [line for line in done.stderr.splitlines() if line.startswith("t2i train: ")]
     assert said == ["t2i train: trainer.devices is 4; allowed: 2, as many processes were started."]

@@ -92,9 +92,15 @@ def start_picture(size: str) -> Tensor:
     return torch.nn.functional.interpolate(coarse, SIZES[size], mode="bilinear") * 2 - 1
 
 
-@pytest.mark.parametrize("start", ["txt2img", "img2img"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("guidance", GUIDANCE)
+# Of each sampler; the others take minutes.
+QUICK = {("guided", "wide", "txt2img"), ("plain", "square", "img2img")}
+COMBINATIONS = [
+    pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+    for each in itertools.product(GUIDANCE, SIZES, ("txt2img", "img2img"))
+]
+
+
+@pytest.mark.parametrize(("guidance", "size", "start"), COMBINATIONS)
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_pictures_are_those_of_diffusers(both, sampler, guidance, size, start):
     theirs, ours = both
