@@ -116,7 +116,7 @@ class Config(ModelConfig):
 
     vertical_flip: half of the training pictures are turned upside down: of few pictures an encoder learns more so
     trained: "all", or the "decoder" alone of the codec in init_from, whose codes or latents stay what they are (Muse:
-        2301.00704, "decoder finetuning"); what was trained on these can be drawn with it
+        2301.00704, section 2.5); what was trained on these can be drawn with it
     """
 
     codec: CodecConfig

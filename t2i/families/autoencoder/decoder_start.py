@@ -1,4 +1,4 @@
-"""What a codec begins with whose decoder is trained alone (Muse: Chang et al., 2301.00704, "decoder finetuning")."""
+"""What a codec begins with whose decoder is trained alone (Muse: Chang et al., 2301.00704, section 2.5)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class EncoderDecoderConfig:
     dropout: probability, in the residual blocks
     unit_range: within the networks pictures are in [0, 1], as aMUSEd's are, and not in [-1, 1]
     decoder_base_channels, decoder_res_blocks: as base_channels and num_res_blocks, of a decoder that is wider or deeper
-        than the encoder (Muse: 2301.00704, "decoder finetuning"); null: as the encoder's
+        than the encoder; null: as the encoder's. Muse's has 256 and 4 beside 128 and 2 (2301.00704, appendix)
     """
 
     base_channels: int

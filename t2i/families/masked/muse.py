@@ -1,4 +1,4 @@
-"""Muse's transformer (Chang et al. 2301.00704, sections 2.3 and 2.6) over picture codes."""
+"""Muse's transformer (Chang et al. 2301.00704, sections 2.3 and 2.4) over picture codes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The stages of masked modelling (2202.04200): tell the hidden codes of a picture from the others and the caption, and
-in super-resolution from the codes at a lower resolution too (2301.00704, section 2.6)."""
+in super-resolution from the codes at a lower resolution too (2301.00704, section 2.4)."""
 
 from __future__ import annotations
 
