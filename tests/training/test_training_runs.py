@@ -245,7 +245,7 @@ def test_wandb_has_one_run_and_each_step_once_however_often_it_is_started(
 def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
     compose_run, train, shapes_overrides, tmp_path
 ):
-    arguments = [KL, "ema=short", "trainer.num_images=2400", "logger.tensorboard=false", "name=run"]
+    arguments = [KL, "ema=short", "trainer.num_images=800", "logger.tensorboard=false", "name=run"]
     stopped_dir = tmp_path / "stopped"
     folder = stopped_dir / "autoencoder" / "run"
     command = [sys.executable, "-m", "t2i_cli.main", "train"]
@@ -265,7 +265,7 @@ def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
     assert "resume=latest" in printed.splitlines()[-1]
     summary = run_folder.read_summary(folder)
     assert summary["complete"] is False
-    assert 160 <= summary["images_seen"] < 2400
+    assert 160 <= summary["images_seen"] < 800
     assert not (folder / run_folder.FINAL_WEIGHTS).exists()
     loaded = checkpoint.load(run_folder.weights_file(folder))  # a stopped run can be used as it is
     assert "codec.latent_scale" in loaded.weights
@@ -274,7 +274,7 @@ def test_ctrl_c_saves_and_resuming_ends_where_the_whole_run_would(
     whole = train(compose_run(*arguments, f"runs_dir={tmp_path / 'whole'}"))
     assert resumed.folder == folder
     assert resumed.complete
-    assert run_folder.read_summary(folder)["images_seen"] == 2400
+    assert run_folder.read_summary(folder)["images_seen"] == 800
     ends = [load_file(run.folder / run_folder.FINAL_WEIGHTS) for run in (resumed, whole)]
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(whole.folder)]
