@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.codes.config import CodeSampling
 from t2i.data.encoded import weights_hash
+from t2i.data_config import DataConfig
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
 from t2i.interfaces import Batch, Feature, ImageCodec, PlannedNetwork, TokenCodec
 from t2i.planned import PlannedCalls
 from t2i.schema import check
+from t2i.training.randomness import Randomness
 
 
 def has_tokens(values: Mapping[str, Any]) -> bool:
@@ -48,6 +52,28 @@ def codes_feature(codec: TokenCodec, made_by: str) -> Mapping[str, Feature]:
         made_by=made_by,
     )
     return {"codes": feature}
+
+
+def check_shift(shift_px: int, data: DataConfig) -> None:
+    """Raises ConfigError for a `shift_px` that cannot be: below 0, or where codes are read instead of pictures."""
+    check(shift_px >= 0, "shift_px", shift_px, "0 or more")
+    ok = shift_px == 0 or data.encoded is None
+    check(ok, "shift_px", shift_px, "0 with data.encoded, whose codes are of the pictures as they are")
+
+
+def moved(batch: Batch, random: Randomness, shift_px: int) -> Batch:
+    """Its pictures, each moved by up to `shift_px` whole pixels along x and along y, drawn uniformly; the pixels at the
+    edge repeat where it left."""
+    if shift_px == 0:
+        return batch
+    height, width = batch.image.shape[2:]
+    first = (random.uniform("shift", 2) * (2 * shift_px + 1)).long()
+    rows = first[:, 0, None] + torch.arange(height, device=first.device)
+    columns = first[:, 1, None] + torch.arange(width, device=first.device)
+    padded = F.pad(batch.image, (shift_px,) * 4, mode="replicate").movedim(1, -1)
+    picture = torch.arange(len(batch), device=first.device)[:, None, None]
+    image = padded[picture, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+    return replace(batch, image=image)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Config(ModelConfig):
     builds_on: null where codes are the colours of a palette
     palette: of so many colours, made from the data when training begins; null with a codec
     low: of stage ar_sr; null for the others
+    shift_px: training pictures are moved by up to so many pixels, so that one gives many codes
     """
 
     builds_on: CodesBuildsOn | None
@@ -39,6 +40,7 @@ class Config(ModelConfig):
     sampling: CodeSampling
     palette: int | None = None
     low: LowConfig | None = None
+    shift_px: int = 0
 
     def __post_init__(self) -> None:
         ok = self.palette is None or (self.palette >= 2 and self.builds_on is None)

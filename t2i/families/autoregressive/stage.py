@@ -17,7 +17,7 @@ from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.builds_on import CodesBuildsOn
 from t2i.families.codec_run import codec_config, codec_run, load_runs, low_run
 from t2i.families.low_codes import low_codes_of, low_feature
-from t2i.families.tokens import codebook_hash, codes_feature, codes_of
+from t2i.families.tokens import check_shift, codebook_hash, codes_feature, codes_of, moved
 from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
 from t2i.text.features import text_feature, text_of
@@ -34,6 +34,7 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
+        check_shift(model.shift_px, config.data)
         step = config.data.bucket_step_px
         check(
             step is None, "data.bucket_step_px", step, "null with this model, whose grid of codes is square"
@@ -53,6 +54,7 @@ class Stage(BaseStage):
         load_runs(self.model, start, found, place, low)
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
+        batch = moved(batch, random, self.model_config.shift_px)
         codes = codes_of(batch, self.model.codec)
         low = low_codes_of(batch, self.model.low)
         return self.model.losses(codes, text_of(batch, self.model.text), low)

@@ -126,6 +126,7 @@ class Config(ModelConfig):
 
     label_smoothing: share of the target that all codes have alike
     low: of stage masked_sr; null for masked
+    shift_px: training pictures are moved by up to so many pixels, so that one gives many codes
     """
 
     builds_on: CodesBuildsOn
@@ -134,6 +135,7 @@ class Config(ModelConfig):
     sampling: SamplingConfig
     label_smoothing: float
     low: MaskedLowConfig | None = None
+    shift_px: int = 0
 
     def __post_init__(self) -> None:
         check(

@@ -16,7 +16,7 @@ from t2i.families.codec_run import codec_config, codec_run, load_runs, low_run
 from t2i.families.low_codes import low_codes_of, low_feature
 from t2i.families.masked.config import Config
 from t2i.families.masked.model import MaskedModel, model_of
-from t2i.families.tokens import codebook_hash, codes_feature, codes_of
+from t2i.families.tokens import check_shift, codebook_hash, codes_feature, codes_of, moved
 from t2i.interfaces import Batch, Feature, SampleRequest
 from t2i.nn.blocks import blocks_of
 from t2i.text.features import text_feature, text_of
@@ -35,6 +35,7 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
+        check_shift(model.shift_px, config.data)
         codec, place = codec_run(config, model.builds_on.codec, start)
         low, low_place = None, model.builds_on.low
         self.extra: dict[str, Any] = {"codec": codec_config(codec)}
@@ -47,6 +48,7 @@ class Stage(BaseStage):
         load_runs(self.model, start, codec, place, low)
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
+        batch = moved(batch, random, self.model_config.shift_px)
         codes = codes_of(batch, self.model.codec)
         order = random.uniform("order", codes.shape[1] * codes.shape[2])
         hidden = random_mask(random.uniform("time"), order).view_as(codes)
