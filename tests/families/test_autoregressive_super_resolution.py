@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from t2i import families
 from t2i.codes.config import CodeSampling
-from t2i.config import TextConfig, parse_run
+from t2i.config import TextConfig, parse_run, run_to_dict
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.autoregressive.config import Config, NetworkConfig
 from t2i.families.autoregressive.drawing import draw_codes
@@ -20,8 +21,10 @@ from t2i.families.autoregressive.model import Autoregressive
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.builds_on import CodesBuildsOn, LowConfig
 from t2i.families.codec_run import low_run
-from t2i.interfaces import SampleRequest, TextFeatures
-from t2i.training import checkpoint, run_folder
+from t2i.interfaces import Batch, SampleRequest, TextFeatures
+from t2i.training import checkpoint
+from t2i.training.checkpoint import save_final
+from t2i.training.randomness import Randomness
 
 NETWORK = NetworkConfig(
     width=16, depth=2, heads=2, positions="rotary", norm="layer", bias=True, qk_norm=True, dropout=0.0
@@ -200,32 +203,57 @@ def test_codes_that_are_those_of_the_lower_resolution_are_learned(float64):
     assert loss.item() < 0.3  # without them no less than log(5) / 4 = 0.4: no first code of four can be known
 
 
-def test_both_stages_train_and_draw_from_one_file(compose_run, train, tmp_path):
-    """The pictures are those of the run's folder alone, without the runs that it builds on."""
-    common = ("trainer.num_images=8", f"runs_dir={tmp_path}")
-    tiny_sr = ("experiment=autoregressive/tiny_ar", "stage=ar_sr", "low.num_codes=64", "low.side=4", *common)
-    train(compose_run("experiment=autoencoder/tiny_vq", *common))
+def saved(stage, path) -> str:
+    header = {"config": run_to_dict(stage.config), "extra": stage.checkpoint_extra()}
+    save_final(stage.inference_weights(), header, path)
+    return str(path)
+
+
+def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
+    """The pictures are those of the run's file alone, without the runs that it builds on."""
+    build = families.get("autoregressive").load_stage
+    tiny = compose_run("experiment=autoencoder/tiny_vq")
+    codec = saved(families.get("autoencoder").load_stage("autoencoder")(tiny), tmp_path / "codec")
+    common = (f"builds_on.codec={codec}", f"runs_dir={tmp_path}")
+    ar_sr = ("experiment=autoregressive/tiny_ar", "stage=ar_sr", "low.num_codes=64", "low.side=4", *common)
     with pytest.raises(CheckpointError, match=r"builds on a run of stage ar or parti at a lower resolution"):
-        train(compose_run(*tiny_sr))
-    small = ("transformer.depth=1", "resolution.size_px=16")
-    low = train(compose_run("experiment=autoregressive/tiny_parti", *common, *small, "name=low")).folder
-    result = train(compose_run(*tiny_sr))
-    weights = load_file(result.folder / run_folder.FINAL_WEIGHTS)
-    for name, value in load_file(low / run_folder.FINAL_WEIGHTS).items():
+        build("ar_sr")(compose_run(*ar_sr))
+    at_16_px = compose_run("experiment=autoregressive/tiny_parti", "resolution.size_px=16", *common)
+    low = saved(build("parti")(at_16_px), tmp_path / "low")
+    stage = build("ar_sr")(compose_run(*ar_sr, f"builds_on.low={low}"))
+
+    image, names = torch.rand(2, 3, 32, 32) * 2 - 1, ["a", "b"]
+    zeros = torch.zeros(2, 2, dtype=torch.int64)
+    batch = Batch(image, PROMPTS, names, zeros, zeros, [{}] * 2, torch.arange(2))
+    features = stage.features()
+    made = {
+        key: value for each in ("codes", "low_codes") for key, value in features[each].make(image).items()
+    }
+    assert made["low_codes"].shape == (2, 4, 4)
+    assert made["low_codes"].dtype == torch.uint8
+    randomness = Randomness(0, batch.position, torch.float32)
+    loss = stage.losses("transformer", batch, randomness)["loss"]
+    ahead = stage.losses("transformer", dataclasses.replace(batch, features=made), randomness)["loss"]
+    assert torch.equal(loss, ahead)
+    loss.backward()
+    learns = {name for name, p in stage.named_parameters() if p.grad is not None}
+    assert "model.transformer.head.weight" in learns
+    assert not [name for name in learns if ".low." in name or ".codec." in name]
+
+    place = saved(stage, tmp_path / "high")
+    weights = load_file(place)
+    for name, value in load_file(low).items():
         assert torch.equal(weights[name.replace("model.", "model.low.", 1)], value)
-    assert run_folder.read_config(result.folder)["builds_on"]["low"] == str(low)
-    low.rename(tmp_path / "elsewhere")
-    loaded = checkpoint.load(run_folder.weights_file(result.folder))
+    for gone in (codec, low):
+        Path(gone).unlink()
+    loaded = checkpoint.load(Path(place))
     generator = families.get("autoregressive").load_generator()(loaded, "cpu")
     images = generator.generate(SampleRequest.of_size(PROMPTS, 32))
     assert images.shape == (2, 3, 32, 32)
     assert images.isfinite().all()
     config = parse_run(loaded.config, Config)
     with pytest.raises(ConfigError, match=r"of stage ar_sr'; allowed: a run of stage ar or parti"):
-        low_run(config, str(result.folder), None, ["ar", "parti"])
-    resumed = dataclasses.replace(config.model, builds_on=CodesBuildsOn("latest", "latest"))
-    stage = families.get("autoregressive").load_stage("ar_sr")
-    features = stage(dataclasses.replace(config, model=resumed), loaded).features()
-    made = features["low_codes"].make(torch.rand(2, 3, 32, 32) * 2 - 1)["low_codes"]
-    assert made.shape == (2, 4, 4)
-    assert made.dtype == torch.uint8
+        low_run(config, place, None, ["ar", "parti"])
+    onwards = dataclasses.replace(config.model, builds_on=CodesBuildsOn("latest", "latest"))
+    again = build("ar_sr")(dataclasses.replace(config, model=onwards), loaded)
+    assert again.config.model.builds_on == CodesBuildsOn(codec, low)
