@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from t2i.families.autoencoder.codec_config import KLConfig
 from t2i.families.autoencoder.config import AdversarialConfig, PatchBackboneConfig, PerceptualConfig
 from t2i.families.autoencoder.config import Config as CodecConfig
 from t2i.families.builds_on import BuildsOn
+from t2i.families.latent_diffusion import model
 from t2i.families.latent_diffusion.config import (
     Config,
     ObjectiveConfig,
     UNetDenoiserConfig,
 )
 from t2i.families.latent_diffusion.model import LatentDiffusion
+from t2i.families.latent_diffusion.unet import TransformerBlock
 from t2i.interfaces import SampleRequest
 from t2i.nn.dit_config import DiTConfig
 
@@ -178,6 +181,19 @@ def test_a_picture_is_the_same_in_every_batch(objective, denoiser, sampler):
         alone = draw(model, CAPTIONS[i : i + 1], [seed], sampler=sampler)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-9)
     assert (together[0] - together[1]).abs().max() > 0.1  # not all saturated
+
+
+def test_the_text_is_read_once_for_all_steps(monkeypatch):
+    """Three steps give the bits that they give where each reads it anew."""
+    model_of, reads = build("eps", UNET), []
+    cross = [module.attn2 for module in model_of.denoiser.modules() if isinstance(module, TransformerBlock)]
+    for attention in cross:
+        attention.to_k.register_forward_hook(lambda *_: reads.append(1))
+    once = draw(model_of, CAPTIONS, [5, 6, 5])
+    assert len(reads) == len(cross) > 0
+    monkeypatch.setattr(model, "text_read_once", nullcontext)
+    assert torch.equal(draw(model_of, CAPTIONS, [5, 6, 5]), once)
+    assert len(reads) == (1 + 3) * len(cross)
 
 
 def test_prompt_and_seed_and_guidance_and_negative_prompt_matter():
