@@ -208,3 +208,14 @@ def test_a_run_of_its_own_resumes_and_is_built_on(compose_run, train, tmp_path):
     found = with_codec(load(run_folder.weights_file(model)), str(whole.folder))
     generator = families.get("masked").load_generator()(found, "cpu")
     assert generator.generate(SampleRequest.of_size(["a red circle"], 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("codec", ["vq", "kl"])
+def test_the_same_weights_for_another_range_of_pixels_are_another_encoding(codec, compose_run):
+    one, other = (
+        Stage(compose_run(*TINY, *CODECS[codec], f"backbone.unit_range={value}")).codec
+        for value in ("false", "true")
+    )
+    other.load_state_dict(one.state_dict())
+    assert coding_hash(one) != coding_hash(other)
+    assert not torch.equal(one.moments(images()), other.moments(images()))

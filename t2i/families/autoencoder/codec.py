@@ -123,9 +123,12 @@ class Codec(ImageCodec):
 
     def encoding_weights(self) -> dict[str, Tensor]:
         parts = (("encoder", self.encoder), ("quant_conv", self.quant_conv))
-        return {
+        found = {
             f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()
         }
+        if getattr(self.encoder, "unit_range", False):  # the same weights give other moments
+            found["unit_range"] = self.latent_scale.new_ones(())
+        return found
 
     def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
         """What `reconstruct` of a training batch of such pictures draws with, (B, ...); None where it draws nothing."""
