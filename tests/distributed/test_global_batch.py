@@ -37,6 +37,7 @@ WAYS = {
 OVER_ALL = {
     "autoencoder/tiny_kl": "the adaptive weight is that of a micro-batch over all processes",
     "autoencoder/tiny_vq": "a codebook learns in each forward pass, from its micro-batch over all processes",
+    "autoencoder/tiny_fsq": "the perplexity that is logged is that of a micro-batch's codes over all processes",
 }
 OF_A_PROCESS = {
     "gan_int_cls/tiny_published": "wrong captions and batch norm's statistics are those of a process's micro-batch",
