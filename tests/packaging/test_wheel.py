@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -96,3 +100,54 @@ def test_releases_of_lightning_that_were_malicious_are_excluded():
     assert "2.6.6" in lightning.specifier
     for malicious in ("2.6.2", "2.6.3"):
         assert malicious not in lightning.specifier
+
+
+def installed_with(requirements: list[str]) -> set[str]:
+    """The distributions that pip installs for these, with what they need themselves."""
+    found: set[str] = set()
+    waiting = [Requirement(each) for each in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = [{"extra": extra} for extra in (*requirement.extras, "")]
+        if name in found or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        needs = [Requirement(each) for each in importlib.metadata.requires(name) or ()]
+        for need in needs:
+            if need.marker is None or any(need.marker.evaluate(each) for each in wanted):
+                need.marker = None
+                waiting.append(need)
+    return found
+
+
+def imported_at_once(node: ast.AST) -> Iterator[str]:
+    """Top-level names that a module imports as soon as it is imported itself."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield (child.module or "").partition(".")[0] if not child.level else "t2i"
+        elif not (
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+        ):
+            yield from imported_at_once(child)
+
+
+def test_what_modules_import_is_installed_without_extras():
+    """But for the page of `t2i serve`, which has an extra, and the plug-in, which runs within GIMP."""
+    project, packages = PYPROJECT["project"], importlib.metadata.packages_distributions()
+    always = installed_with(project["dependencies"])
+    assert {"torch", "tokenizers"} <= always
+    assert "gradio" not in always
+    with_page = always | installed_with(project["optional-dependencies"]["serve"])
+    for folder in FOLDERS.values():
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            if "gimp" in path.parts:
+                continue
+            there = with_page if "serving" in path.parts else always
+            for name in (
+                {*imported_at_once(ast.parse(path.read_text()))} - sys.stdlib_module_names - {*FOLDERS}
+            ):
+                assert there.intersection(map(canonicalize_name, packages[name])), (path, name)
