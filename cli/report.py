@@ -132,11 +132,12 @@ def origins(places: Iterable[str | Path]) -> list[Origin]:
 
 
 def is_trained(name: str) -> bool:
-    """Whether a weight in a run's file is a parameter that the run trained: neither of what it builds on nor
-    what batch norm counts."""
+    """Whether a weight in a run's file is a parameter that the run trained: neither of what it builds on, a copy of the
+    codebook's vectors included, nor what batch norm counts."""
     *modules, last = name.split(".")
     counted = last in ("running_mean", "running_var", "num_batches_tracked")
-    return {"codec", "low"}.isdisjoint(modules) and not counted
+    copied = modules[-1:] == ["of_vectors"] and last == "vectors"
+    return {"codec", "low"}.isdisjoint(modules) and not counted and not copied
 
 
 def next_commands(origin: Origin, prompt: str, asked: list[Origin], runs_dir: str) -> list[str]:

@@ -149,6 +149,7 @@ def test_what_a_run_builds_on_is_not_what_it_trained():
     assert is_trained("model.transformer.low_embedding.weight")
     assert not is_trained("model.codec.decoder.conv_in.weight")
     assert not is_trained("model.low.transformer.head.weight")
+    assert not is_trained("model.transformer.embedding.of_vectors.vectors")  # a copy of the codebook
 
 
 def test_a_larger_size_is_suggested_where_the_stages_recipe_goes_on_at_one(compose_run):

@@ -28,6 +28,7 @@ CAME_LATER = {
     "AdversarialConfig.adaptive",
     *("DiTConfig.refiner_depth", "DiTConfig.refiner_patch_size"),
     *("ObjectiveConfig.max_snr", "ObjectiveConfig.edge_weight"),
+    "MuseConfig.code_vectors",
 }
 
 
