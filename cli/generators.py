@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from t2i.interfaces import Generator
 
 
-CODEC = "builds_on.codec="
+CODEC = re.compile(r"\+*builds_on(\.codec)?=")
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,18 @@ def load(
 
     found = checkpoints.load(path)
     found.config = with_overrides(found.config, list(overrides))
-    if any(each.startswith(CODEC) for each in overrides):
-        found = with_codec(found, str(found.config["builds_on"]["codec"]))
     if precision is not None:
         found.config = {**found.config, "trainer": {**found.config["trainer"], "precision": precision}}
     family = found.config.get("family")
     record = families.get(family)
     text = parse_run(found.config, record.load_config()).model.text_encoder()
+    if any(CODEC.match(each) for each in overrides):
+        found = with_codec(found, str(found.config["builds_on"]["codec"]))
     if text is not None and text.allow_download:
         hub.allow()
     check_draws(path, found.config)
     generator = record.load_generator()(found, device)
-    changes = [each for each in overrides if not each.startswith(("sampling.", CODEC))]
+    changes = [each for each in overrides if not (each.startswith("sampling.") or CODEC.match(each))]
     digest = weights_digest(found.weights, changes)
     sizes = {name: value.numel() for name, value in found.weights.items()}
     return Loaded(path, generator, digest, text, found.config, sizes)

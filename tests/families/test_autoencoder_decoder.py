@@ -158,13 +158,23 @@ def test_a_model_draws_with_the_decoder_of_another_run(compose_run, tmp_path):
     request, codes = SampleRequest.of_size(["a red circle"], 32), []
     loaded = [
         load_to_draw(tmp_path / "masked", torch.device("cpu"), typed)
-        for typed in ([], [f"builds_on.codec={places['finer']}"])
+        for typed in (
+            [],
+            [f"builds_on.codec={places['finer']}"],
+            [f"++builds_on.codec={places['finer']}"],
+            [f"builds_on={{codec:{places['finer']}}}"],
+        )
     ]
-    assert loaded[0].weights != loaded[1].weights  # as a picture's recipe has them
-    for generator in (each.generator for each in loaded):
+    digests = [each.weights for each in loaded]  # as a picture's recipe has them
+    assert digests[0] != digests[1]
+    assert digests[1:] == 3 * [digests[1]]  # however it was typed
+    for typed, words in {"": "is ''; allowed: latest, a run or a file", "null": "is None; allowed"}.items():
+        with pytest.raises(ConfigError, match=f"builds_on.codec {words}"):
+            load_to_draw(tmp_path / "masked", torch.device("cpu"), [f"builds_on.codec={typed}"])
+    for generator in (each.generator for each in loaded[:2]):
         own = generator.model.drawn_codes
         generator.model.drawn_codes = lambda *given, own=own: (codes.append(own(*given)), codes[-1])[1]
-    pictures = [each.generator.generate(request) for each in loaded]
+    pictures = [each.generator.generate(request) for each in loaded[:2]]
     assert torch.equal(codes[0][0], codes[1][0])
     expected = stage.codec.eval().decode_tokens(codes[0][0]).clamp(-1, 1)
     torch.testing.assert_close(pictures[1], expected)
