@@ -75,12 +75,15 @@ def load(
     from t2i.training import checkpoint as checkpoints
 
     found = checkpoints.load(path)
+    low = _low_run(found.config)
     found.config = with_overrides(found.config, list(overrides))
     if precision is not None:
         found.config = {**found.config, "trainer": {**found.config["trainer"], "precision": precision}}
     family = found.config.get("family")
     record = families.get(family)
     text = parse_run(found.config, record.load_config()).model.text_encoder()
+    asked = _low_run(found.config)
+    check(asked == low, "builds_on.low", asked, f"{low}, the run whose weights {path} holds")
     if any(CODEC.match(each) for each in overrides):
         found = with_codec(found, str(found.config["builds_on"]["codec"]))
     if text is not None and text.allow_download:
@@ -91,6 +94,11 @@ def load(
     digest = weights_digest(found.weights, changes)
     sizes = {name: value.numel() for name, value in found.weights.items()}
     return Loaded(path, generator, digest, text, found.config, sizes)
+
+
+def _low_run(config: Mapping[str, Any]) -> Any:
+    builds_on = config.get("builds_on")
+    return builds_on.get("low") if isinstance(builds_on, Mapping) else None
 
 
 def check_draws(place: str | Path, config: Mapping[str, Any]) -> None:

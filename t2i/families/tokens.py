@@ -54,9 +54,12 @@ def codes_feature(codec: TokenCodec, made_by: str) -> Mapping[str, Feature]:
     return {"codes": feature}
 
 
-def check_shift(shift_px: int, data: DataConfig) -> None:
-    """Raises ConfigError for a `shift_px` that cannot be: below 0, or where codes are read instead of pictures."""
-    check(shift_px >= 0, "shift_px", shift_px, "0 or more")
+def check_shift(shift_px: int, size_px: int, data: DataConfig) -> None:
+    """Raises ConfigError for a `shift_px` that cannot be: below 0, as far as a picture of `size_px` is wide, or
+    where codes are read instead of pictures."""
+    check(
+        0 <= shift_px < size_px, "shift_px", shift_px, f"0 to {size_px - 1} with resolution.size_px={size_px}"
+    )
     ok = shift_px == 0 or data.encoded is None
     check(ok, "shift_px", shift_px, "0 with data.encoded, whose codes are of the pictures as they are")
 

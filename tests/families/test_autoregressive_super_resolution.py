@@ -25,6 +25,7 @@ from t2i.interfaces import Batch, SampleRequest, TextFeatures
 from t2i.training import checkpoint
 from t2i.training.checkpoint import save_final
 from t2i.training.randomness import Randomness
+from t2i_cli.generators import load as load_to_draw
 
 NETWORK = NetworkConfig(
     width=16, depth=2, heads=2, positions="rotary", norm="layer", bias=True, qk_norm=True, dropout=0.0
@@ -251,6 +252,12 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
     images = generator.generate(SampleRequest.of_size(PROMPTS, 32))
     assert images.shape == (2, 3, 32, 32)
     assert images.isfinite().all()
+    for typed in (
+        "builds_on.low=elsewhere",
+        "++builds_on.low=null",
+    ):  # t2i sample would draw with the same weights
+        with pytest.raises(ConfigError, match=r"builds_on.low is .*; allowed: .*low, the run whose weights"):
+            load_to_draw(Path(place), torch.device("cpu"), [typed])
     config = parse_run(loaded.config, Config)
     with pytest.raises(ConfigError, match=r"of stage ar_sr'; allowed: a run of stage ar or parti"):
         low_run(config, place, None, ["ar", "parti"])

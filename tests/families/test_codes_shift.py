@@ -47,10 +47,13 @@ def test_what_is_refused():
     data = DataConfig(
         source=None, shards="a.tar", caption_keys=["txt"], filter_by_size=False, num_workers=0, cache_mib=0
     )
-    check_shift(1, data)
-    with pytest.raises(ConfigError, match="shift_px is -1; allowed: 0 or more"):
-        check_shift(-1, data)
+    check_shift(31, 32, data)
+    for value in (-1, 32, 100_000):
+        with pytest.raises(
+            ConfigError, match=f"shift_px is {value}; allowed: 0 to 31 with resolution.size_px=32"
+        ):
+            check_shift(value, 32, data)
     ahead = dataclasses.replace(data, encoded="codes")
-    check_shift(0, ahead)
+    check_shift(0, 32, ahead)
     with pytest.raises(ConfigError, match=r"shift_px is 1; allowed: 0 with data\.encoded"):
-        check_shift(1, ahead)
+        check_shift(1, 32, ahead)

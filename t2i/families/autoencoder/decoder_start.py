@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from t2i.config import check, parse_run
 from t2i.families.autoencoder.codec import Codec
+from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.model import AttentionBlock, ResnetBlock
 from t2i.nn.residual import zero_init
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 
 DECODES = ("decoder.", "post_quant_conv.")
+# By which the same weights give other codes or latents.
+ENCODING = (("codec", "normalize"), ("codec", "levels"), ("backbone", "unit_range"), ("backbone", "encoder"))
 
 
 def load_for_decoder(codec: Codec, start: LoadedCheckpoint) -> None:
@@ -30,3 +34,12 @@ def load_for_decoder(codec: Codec, start: LoadedCheckpoint) -> None:
         if not name.startswith(DECODES) or (name in own and own[name].shape == value.shape)
     }
     load_into(codec, {**own, **fitting}, start.path)
+
+
+def check_encodes_alike(config: Config, start: LoadedCheckpoint) -> None:
+    """Raises ConfigError where pictures would become other codes or latents than those of `start`, whose
+    weights fit."""
+    theirs = parse_run(start.config, Config).model
+    for entry, key in ENCODING:
+        own, wanted = (getattr(getattr(each, entry), key, None) for each in (config, theirs))
+        check(own == wanted, f"{entry}.{key}", own, f"{wanted} with trained=decoder, as {start.path} has it")

@@ -12,7 +12,7 @@ from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
-from t2i.families.autoencoder.decoder_start import load_for_decoder
+from t2i.families.autoencoder.decoder_start import check_encodes_alike, load_for_decoder
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
 from t2i.interfaces import Batch
@@ -44,6 +44,7 @@ class Stage(BaseStage):
             check(start is not None, "trained", "decoder", "all without init_from=RUN, a run of a codec")
             assert start is not None
             load_for_decoder(self.codec, start)
+            check_encodes_alike(model, start)
             self.codec.freeze_bottleneck()
         elif start is not None:
             load_into(self.codec, start.weights, start.path, prefix="codec.")

@@ -34,7 +34,7 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
-        check_shift(model.shift_px, config.data)
+        check_shift(model.shift_px, config.resolution.size_px, config.data)
         step = config.data.bucket_step_px
         check(
             step is None, "data.bucket_step_px", step, "null with this model, whose grid of codes is square"

@@ -35,7 +35,7 @@ class Stage(BaseStage):
         super().__init__(config)
         model = config.model
         assert isinstance(model, Config)
-        check_shift(model.shift_px, config.data)
+        check_shift(model.shift_px, config.resolution.size_px, config.data)
         codec, place = codec_run(config, model.builds_on.codec, start)
         low, low_place = None, model.builds_on.low
         self.extra: dict[str, Any] = {"codec": codec_config(codec)}
