@@ -254,7 +254,7 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
     assert images.isfinite().all()
     for typed in (
         "builds_on.low=elsewhere",
-        "++builds_on.low=null",
+        "++builds_on.low=latest",
     ):  # t2i sample would draw with the same weights
         with pytest.raises(ConfigError, match=r"builds_on.low is .*; allowed: .*low, the run whose weights"):
             load_to_draw(Path(place), torch.device("cpu"), [typed])
