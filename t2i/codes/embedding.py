@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.nn.once import once
+
 
 class FromVectors(nn.Module):
     """A vector of `width` for each code, by one hidden layer from its own in the codebook.
@@ -46,8 +48,12 @@ class CodeEmbedding(nn.Embedding):
         self.of_vectors = FromVectors(num_codes, code_dim, width, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, once(self.table))
+
+    def table(self) -> Tensor:
+        """-> (rows, width)"""
         given = self.of_vectors()
-        return F.embedding(codes, self.weight + F.pad(given, (0, 0, 0, len(self.weight) - len(given))))
+        return self.weight + F.pad(given, (0, 0, 0, len(self.weight) - len(given)))
 
 
 class CodeHead(nn.Linear):
@@ -58,7 +64,11 @@ class CodeHead(nn.Linear):
         self.of_vectors = FromVectors(num_codes, code_dim, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight + self.of_vectors(), self.bias)
+        return F.linear(x, once(self.table), self.bias)
+
+    def table(self) -> Tensor:
+        """-> (num_codes, width)"""
+        return self.weight + self.of_vectors()
 
 
 def code_embedding(rows: int, num_codes: int, code_dim: int | None, width: int) -> nn.Embedding:

@@ -13,6 +13,7 @@ from torch import Tensor
 from t2i.codes.config import CodeSampling
 from t2i.codes.sampling import drawn
 from t2i.interfaces import Progress
+from t2i.nn.once import weights_unchanged
 from t2i.nn.precision import widened
 
 Predict = Callable[[Tensor, Tensor, float], Tensor]
@@ -57,6 +58,7 @@ def still_unknown(total: Tensor, unknown: Tensor, ratio: float) -> Tensor:
     return torch.minimum(wanted, unknown - 1).clamp_min(1).minimum(unknown)
 
 
+@weights_unchanged()
 def decode(
     predict: Predict,
     codes: Tensor,

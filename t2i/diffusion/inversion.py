@@ -14,8 +14,10 @@ from t2i.diffusion.objectives import target, to_x0_eps
 from t2i.diffusion.sampler import Denoise
 from t2i.diffusion.samplers import SAMPLERS, noise_levels
 from t2i.diffusion.schedules import Schedule
+from t2i.nn.once import weights_unchanged
 
 
+@weights_unchanged()
 def invert(
     denoise: Denoise,
     x0: Tensor,

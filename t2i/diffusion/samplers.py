@@ -30,6 +30,7 @@ from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.sampler import Constrain, Denoise, Sampler
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 from t2i.diffusion.variance import log_variance, posterior
+from t2i.nn.once import weights_unchanged
 
 
 class DDIM(Sampler):
@@ -210,6 +211,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
+@weights_unchanged()
 def sample(
     denoise: Denoise,
     noise: Tensor,

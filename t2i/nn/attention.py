@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.nn.norm import RMSNorm
+from t2i.nn.once import once
 
 
 class Attention(nn.Module):
@@ -47,7 +43,7 @@ class Attention(nn.Module):
         """x: (B, N, dim); context: (B, L, context_dim), x itself where None; mask: (B, L) bool, True where
         the key may be attended to -> (B, N, dim). Where all keys are masked, attention contributes zero."""
         q = self.norm_q(self._split_heads(self.to_q(x)))
-        k, v = self._keys_values(x) if context is None else self._read(context)
+        k, v = self._keys_values(x) if context is None else once(self._keys_values, context)
         if mask is None:
             h = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -61,29 +57,5 @@ class Attention(nn.Module):
         keys = self.norm_k(self._split_heads(self.to_k(context)))
         return keys, self._split_heads(self.to_v(context))
 
-    def _read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        last = None if torch.compiler.is_compiling() else _last_read.get()
-        if last is None:
-            return self._keys_values(context)
-        if self not in last or last[self][0] is not context:
-            last[self] = context, self._keys_values(context)
-        return last[self][1]
-
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-_last_read: ContextVar[dict[Attention, tuple[Tensor, tuple[Tensor, Tensor]]] | None]
-_last_read = ContextVar("_last_read", default=None)
-
-
-@contextmanager
-def text_read_once() -> Iterator[None]:
-    """Within this context, in which no weight may change, each cross-attention keeps the keys and values of its last
-    context, and takes them where it is given the very same tensor: the text, at each step of a walk. Compiled blocks
-    read it each time, as they would be compiled for each text."""
-    token = _last_read.set({})
-    try:
-        yield
-    finally:
-        _last_read.reset(token)

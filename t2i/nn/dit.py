@@ -17,6 +17,7 @@ from t2i.nn.denoiser import Denoiser
 from t2i.nn.dit_config import DiTConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import group_norm
+from t2i.nn.once import once
 from t2i.nn.residual import zero_init
 
 POSITION_SPAN = 16.0  # positions run from 0 to this along the longer side, whatever the resolution
@@ -167,7 +168,7 @@ class DiT(Denoiser):
         tokens = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + position.to(x)
         time = timestep_embedding(t, self.embed.out_features).to(x.dtype)
         condition = nn.functional.silu(self.time(time) + self.pooled(pooled))
-        text = self.context(context)
+        text = once(self.context, context)
         for block in self.blocks:
             tokens = block(tokens, condition, text, context_mask)
         shift, scale = self.modulation(condition).chunk(2, dim=1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.nn.norm import LayerNorm, RMSNorm
+from t2i.nn.once import once
 from t2i.nn.transformer_config import TransformerConfig
 
 Rotation = tuple[Tensor, Tensor]  # angles of the queries and of the keys, (N, head_dim / 2) each
@@ -163,7 +164,7 @@ class TokenBlock(nn.Module):
             kept = None if cache is None else cache.context
             if kept is None:
                 assert context is not None
-                kept = (*self.cross_attention.keys_and_values(context), context_mask)
+                kept = (*once(self.cross_attention.keys_and_values, context), context_mask)
             if cache is not None:
                 cache.context = kept
             x = x + self.dropout(self.cross_attention.to_context(self.norm_cross(x), *kept))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from t2i.codes.embedding import CodeEmbedding, CodeHead, FromVectors, code_embedding, code_head, take_vectors
+from t2i.nn.once import weights_unchanged
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -63,6 +64,19 @@ def test_what_is_learned_of_a_code_is_learned_of_one_that_looks_like_it(with_vec
         parameter.data -= 0.1 * parameter.grad
     moved = not torch.equal(embedding(torch.tensor(1)), before[0])
     assert (moved, head(x)[0, 1].item() > before[1]) == (with_vectors, with_vectors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [CodeEmbedding, CodeHead])
+def test_in_a_walk_the_vectors_are_read_once(kind):
+    module, reads = made(kind), []
+    module.of_vectors.register_forward_hook(lambda *_: reads.append(1))
+    x = torch.tensor([3, 5]) if kind is CodeEmbedding else torch.randn(2, WIDTH)
+    before = module(x)
+    with weights_unchanged():
+        assert torch.equal(module(x), before)
+        assert torch.equal(module(x), before)
+    assert len(reads) == 2
 
 
 def test_numbers_without_variance_stay_finite():

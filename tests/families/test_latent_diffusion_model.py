@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from t2i.families.autoencoder.codec_config import KLConfig
 from t2i.families.autoencoder.config import AdversarialConfig, PatchBackboneConfig, PerceptualConfig
 from t2i.families.autoencoder.config import Config as CodecConfig
 from t2i.families.builds_on import BuildsOn
-from t2i.families.latent_diffusion import model
 from t2i.families.latent_diffusion.config import (
     Config,
     ObjectiveConfig,
@@ -27,6 +26,8 @@ from t2i.families.latent_diffusion.config import (
 from t2i.families.latent_diffusion.model import LatentDiffusion
 from t2i.families.latent_diffusion.unet import TransformerBlock
 from t2i.interfaces import SampleRequest
+from t2i.nn import once
+from t2i.nn.dit import DiTBlock
 from t2i.nn.dit_config import DiTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -183,16 +184,22 @@ def test_a_picture_is_the_same_in_every_batch(objective, denoiser, sampler):
     assert (together[0] - together[1]).abs().max() > 0.1  # not all saturated
 
 
-def test_the_text_is_read_once_for_all_steps(monkeypatch):
+@pytest.mark.parametrize("denoiser", [UNET, DIT], ids=["unet", "dit"])
+def test_the_text_is_read_once_for_all_steps(denoiser, monkeypatch):
     """Three steps give the bits that they give where each reads it anew."""
-    model_of, reads = build("eps", UNET), []
-    cross = [module.attn2 for module in model_of.denoiser.modules() if isinstance(module, TransformerBlock)]
+    model, reads = build("eps", denoiser), []
+    cross = [
+        each.attn2 if isinstance(each, TransformerBlock) else each.cross_attention
+        for each in model.denoiser.modules()
+        if isinstance(each, TransformerBlock | DiTBlock)
+    ]
     for attention in cross:
         attention.to_k.register_forward_hook(lambda *_: reads.append(1))
-    once = draw(model_of, CAPTIONS, [5, 6, 5])
+    read_once = draw(model, CAPTIONS, [5, 6, 5])
     assert len(reads) == len(cross) > 0
-    monkeypatch.setattr(model, "text_read_once", nullcontext)
-    assert torch.equal(draw(model_of, CAPTIONS, [5, 6, 5]), once)
+    unset = SimpleNamespace(get=lambda: None, set=lambda _: None, reset=lambda _: None)
+    monkeypatch.setattr(once, "_last", unset)
+    assert torch.equal(draw(model, CAPTIONS, [5, 6, 5]), read_once)
     assert len(reads) == (1 + 3) * len(cross)
 
 

@@ -69,8 +69,11 @@ def test_codes_at_the_lower_resolution_are_seen_and_drawn_first(float64):
     seen = []
     predict = model.logits
     model.logits = lambda *given: (seen.append(given[3]), predict(*given))[1]
+    reads = []
+    model.transformer.low_blocks[0].register_forward_hook(lambda *_: reads.append(1))
     images = model.generate(asked(), SAMPLING)
     assert images.shape == (2, 3, 64, 64)
+    assert len(reads) == 1  # for all steps
     assert all(torch.equal(each, torch.cat([drawn[0][0]] * 2)) for each in seen)  # with guidance
     alone = model.generate(asked().rows([1]), SAMPLING)
     assert torch.equal(alone[0], images[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i.nn.attention import Attention, text_read_once
+from t2i.nn.attention import Attention
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -106,29 +106,3 @@ def test_bfloat16_is_close_as_autocast_and_as_weights(qk_norm: bool) -> None:
     half = attention.bfloat16()(x.bfloat16(), context.bfloat16(), mask)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.02)
-
-
-def test_text_is_read_once_and_gives_the_same_bits():
-    torch.manual_seed(0)
-    attention = Attention(24, 20, heads=3, head_dim=10, qk_norm=True)
-    reads = []
-    attention.to_k.register_forward_hook(lambda *_: reads.append(1))
-    texts = [torch.randn(2, 5, 20) for _ in range(2)]
-    steps = [(torch.randn(2, 7, 24), texts[i]) for i in (0, 0, 1, 0)]
-    plain = [attention(*step) for step in steps]
-    assert len(reads) == 4
-    with text_read_once():
-        kept = [attention(*step) for step in steps]
-    assert len(reads) == 4 + 3  # another text, and the first one again, are read anew
-    assert all(torch.equal(*pair) for pair in zip(plain, kept, strict=True))
-    torch.nn.init.normal_(attention.to_k.weight)
-    assert not torch.equal(attention(*steps[0]), plain[0])  # nothing is kept for after
-
-
-def test_self_attention_reads_what_it_is_given():
-    torch.manual_seed(0)
-    attention, x = Attention(24, heads=3, head_dim=8), torch.randn(2, 7, 24)
-    with text_read_once():
-        first = attention(x)
-        x += 1
-        assert not torch.equal(attention(x), first)

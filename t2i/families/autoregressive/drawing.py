@@ -12,6 +12,7 @@ from t2i.codes.sampling import drawn
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import Progress, TextFeatures
 from t2i.nn.guidance import both_texts, guided
+from t2i.nn.once import weights_unchanged
 from t2i.nn.transformer import Cache
 
 
@@ -21,6 +22,7 @@ def window_starts(size: int, window: int) -> list[int]:
     return [min(max(i - window // 2, 0), max(size - window, 0)) for i in range(size)]
 
 
+@weights_unchanged()
 def draw_codes(
     transformer: CodeTransformer,
     text: TextFeatures,

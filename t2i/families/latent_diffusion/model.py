@@ -28,7 +28,6 @@ from t2i.families.latent_diffusion.masks import known_part
 from t2i.families.latent_diffusion.pixart import PixArt
 from t2i.families.latent_diffusion.unet import UNet
 from t2i.interfaces import ImageCodec, Progress, SampleRequest, TextFeatures, TextToImage
-from t2i.nn.attention import text_read_once
 from t2i.nn.between import asked_noise, asked_text
 from t2i.nn.denoiser import Denoiser
 from t2i.nn.dit import DiT
@@ -122,21 +121,20 @@ class LatentDiffusion(TextToImage):
             constrain = kept(init, noise, coarse_mask(request.mask.to(init), self.codec.downsampling))
         model = self.predictor(request, sampling, known)
         with tiled(request.tile, self.denoiser, self.codec):
-            with text_read_once():
-                latent = sample(
-                    model,
-                    noise,
-                    self.schedule,
-                    sampling.sampler,
-                    sampling.steps,
-                    progress,
-                    grid=sampling,
-                    eta=sampling.eta,
-                    generators=generators,
-                    init=init,
-                    strength=request.strength,
-                    constrain=constrain,
-                )
+            latent = sample(
+                model,
+                noise,
+                self.schedule,
+                sampling.sampler,
+                sampling.steps,
+                progress,
+                grid=sampling,
+                eta=sampling.eta,
+                generators=generators,
+                init=init,
+                strength=request.strength,
+                constrain=constrain,
+            )
             drawn = decoded(self.codec, latent)
         drawn = torch.where(drawn.isfinite(), drawn.clamp(-1, 1), torch.nan)
         if request.mask is None or request.image is None:
@@ -164,8 +162,7 @@ class LatentDiffusion(TextToImage):
         known = self.known(request) if self.inpaints else None
         model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0), known)
         latent = self.codec.encode(request.image.to(self.device))
-        with text_read_once():
-            return invert(model, latent, self.schedule, sampling.steps, progress, sampling)
+        return invert(model, latent, self.schedule, sampling.steps, progress, sampling)
 
     def predictor(self, request: SampleRequest, sampling: DiffusionSampling, known: Tensor | None) -> Denoise:
         """(x_t, t) -> what the guided model predicts for the request."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from t2i.families.masked.config import MaskGITConfig
 from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.norm import LayerNorm
+from t2i.nn.once import once
 
 EPS = 1e-12  # of BERT's layer norms
 
@@ -93,7 +94,7 @@ class MaskGIT(MaskedTransformer):
         low: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> Tensor:
-        logits = self.bert(tokens.flatten(1), self.text(context), context_mask)
+        logits = self.bert(tokens.flatten(1), once(self.text, context), context_mask)
         return logits[..., : self.num_codes]
 
 

@@ -123,9 +123,11 @@ class MaskedModel(CodesModel):
         def twice(x: Tensor) -> Tensor:
             return torch.cat([x, x]) if guides else x
 
+        seen_low = None if low is None else twice(low)
+
         def predict(codes: Tensor, unknown: Tensor, share: float) -> Tensor:
             codes, unknown = (twice(x.unflatten(1, shape)) for x in (codes, unknown))
-            logits = self.logits(codes, unknown, text, None if low is None else twice(low))
+            logits = self.logits(codes, unknown, text, seen_low)
             if guides:
                 without, with_prompt = logits.chunk(2)
                 grown = share if sampling.guidance_schedule == "linear" else 1.0

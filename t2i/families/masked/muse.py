@@ -10,6 +10,7 @@ from t2i.codes.embedding import code_embedding, code_head
 from t2i.families.masked.config import MaskedLowConfig, MuseConfig
 from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.embeddings import sincos_2d
+from t2i.nn.once import once
 from t2i.nn.transformer import Rotation, TokenBlock, initialise, norm_of, rotary_2d
 
 
@@ -81,14 +82,18 @@ class Muse(MaskedTransformer):
         pooled: Tensor | None = None,
     ) -> Tensor:
         x, rotation = self.places(tokens)
-        x, context = self.dropout(x), self.text(context)
-        if self.low_places is not None:
-            assert low is not None
-            seen, low_rotation = self.low_places(low)
-            for block in self.low_blocks:
-                seen = block(seen, rotation=low_rotation)
-            context = torch.cat([context, self.low_norm(seen)], dim=1)
-            context_mask = F.pad(context_mask, (0, seen.shape[1]), value=True)
+        x, context = self.dropout(x), once(self.text, context)
+        if low is not None:
+            context = once(self.with_low, context, low)
+            context_mask = F.pad(context_mask, (0, context.shape[1] - context_mask.shape[1]), value=True)
         for block in self.blocks:
             x = block(x, context, context_mask, rotation=rotation)
         return self.to_logits(self.norm(x))
+
+    def with_low(self, text: Tensor, low: Tensor) -> Tensor:
+        """(B, L, width) and (B, side, side) -> (B, L + side^2, width), what the blocks attend to."""
+        assert self.low_places is not None
+        seen, rotation = self.low_places(low)
+        for block in self.low_blocks:
+            seen = block(seen, rotation=rotation)
+        return torch.cat([text, self.low_norm(seen)], dim=1)

@@ -12,6 +12,7 @@ from t2i.families.masked.network import MaskedTransformer
 from t2i.nn.attention import Attention
 from t2i.nn.embeddings import timestep_embedding
 from t2i.nn.norm import RMSNorm
+from t2i.nn.once import once
 
 EPS = 1e-6
 CONDITION_DIM = 256  # of each number that is told beside the text
@@ -58,7 +59,7 @@ class UVit(MaskedTransformer):
         pooled: Tensor | None = None,
     ) -> Tensor:
         assert pooled is not None
-        context = self.encoder_proj_layer_norm(self.encoder_proj(context))
+        context = once(self.states, context)
         condition = self.condition(pooled, tokens.shape[1], tokens.shape[2])
         x = self.down_block(self.embed(tokens), condition, context)
         rows = x.shape[1]
@@ -68,6 +69,10 @@ class UVit(MaskedTransformer):
         h = self.project_from_hidden(self.project_from_hidden_norm(h))
         x = self.up_block(h.unflatten(1, (rows, -1)), condition, context)
         return self.mlm_layer(x).flatten(1, 2)
+
+    def states(self, context: Tensor) -> Tensor:
+        """(B, L, context_dim) -> (B, L, width), as all layers attend to them."""
+        return self.encoder_proj_layer_norm(self.encoder_proj(context))
 
     def condition(self, pooled: Tensor, rows: int, columns: int) -> Tensor:
         """(B, width), through SiLU, as all layers take it."""
@@ -193,7 +198,7 @@ class ToCaption(nn.Module):
         self.attn1, self.attn2 = (CodeAttention(channels, config.conv_heads, channels) for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        context = self.kv_mapper(context)
+        context = once(self.kv_mapper, context)
         x = x + self.attn1(self.norm1(x), context)
         return x + self.attn2(self.norm2(x), context)
 

@@ -25,6 +25,7 @@ from t2i.interfaces import Progress, SampleRequest, TextFeatures, TextToImage
 from t2i.nn.between import asked_noise, asked_text
 from t2i.nn.dit import DiT
 from t2i.nn.dit_config import DiTConfig
+from t2i.nn.once import once
 from t2i.nn.precision import widened
 from t2i.nn.tiling import check_tile, tiled
 from t2i.text import text_encoder_for_training
@@ -222,7 +223,7 @@ class TextUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor) -> Tensor:
         """x: (B, 3, H, W), t: (B,) in [0, 1000); context: (B, L, token_dim); pooled: (B, pooled_dim);
         context_mask: (B, L) bool, True where attended -> (B, 3 or 6, H, W)."""
-        states = None if self.tokens is None else self.tokens(context)
+        states = None if self.tokens is None else once(self.tokens, context)
         return self.unet(x, t, self.pooled(pooled), states, context_mask)
 
 

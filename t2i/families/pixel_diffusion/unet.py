@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import GroupNorm, RMSNorm
+from t2i.nn.once import once
 from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
 from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
@@ -95,7 +96,9 @@ class AttentionBlock(MapAttention):
         q, k, v = (self._split_heads(each) for each in self.qkv(tokens).chunk(3, dim=-1))
         mask = None
         if self.encoder_kv is not None and context is not None:
-            context_k, context_v = (self._split_heads(e) for e in self.encoder_kv(context).chunk(2, dim=-1))
+            context_k, context_v = (
+                self._split_heads(e) for e in once(self.encoder_kv, context).chunk(2, dim=-1)
+            )
             k, v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
             if context_mask is not None:
                 mask = F.pad(context_mask, (0, tokens.shape[1]), value=True)[:, None, None]
