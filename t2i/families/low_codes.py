@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.config import TextConfig, check
+from t2i.config import RunConfig, TextConfig, check, parse_run
 from t2i.families.builds_on import CodesBuildsOn, LowConfig
 from t2i.families.tokens import codes_feature, grid_of, smallest_integer
 from t2i.interfaces import Batch, Feature, TextEncoder, TextToImage, TokenCodec
 from t2i.text import text_encoder_for_training
+
+M = TypeVar("M", bound="CodesModel")
 
 
 class CodesModel(TextToImage):
@@ -52,6 +54,22 @@ class CodesModel(TextToImage):
         if self.low is not None:
             self.low.eval()
         return self
+
+
+def with_low(
+    run: RunConfig, extra: Mapping[str, Any], made: Callable[[RunConfig, Mapping[str, Any], M | None], M]
+) -> M:
+    """The model of a run, randomly initialised, and within it the one at a lower resolution. Raises ConfigError.
+
+    extra: what the run's checkpoints have beside the configuration: "codec", the top-level mapping of the codec's run,
+        and with super-resolution "low", "config" and "extra" of the run at the lower resolution
+    made: the model of a run, given that at the lower resolution
+    """
+    config: Any = run.model
+    low = None
+    if config.low is not None:
+        low = with_low(parse_run(extra["low"]["config"], type(config)), extra["low"]["extra"], made)
+    return made(run, extra, low)
 
 
 def check_low(config: LowConfig, builds_on: CodesBuildsOn, high: CodesModel, low: CodesModel) -> None:

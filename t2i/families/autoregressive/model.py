@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from t2i.codes.config import CodeSampling
-from t2i.config import RunConfig, check, parse_run
+from t2i.config import RunConfig, check
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.autoregressive.words import TEXT_WEIGHT, WordNumbers, check_vocabulary
 from t2i.families.codec import decoded_tokens, token_codec
-from t2i.families.low_codes import CodesModel
+from t2i.families.low_codes import CodesModel, with_low
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
@@ -113,15 +113,13 @@ class Autoregressive(CodesModel):
 
 
 def model_of(run: RunConfig, extra: Mapping[str, Any]) -> Autoregressive:
-    """The model of a run, randomly initialised, and within it the one at a lower resolution. Raises ConfigError.
+    """See `t2i.families.low_codes.with_low`."""
+    return with_low(run, extra, made)
 
-    extra: what the run's checkpoints have beside the configuration: "codec", the top-level mapping of the codec's run,
-        and with super-resolution "low", "config" and "extra" of the run at the lower resolution
-    """
-    config, low = run.model, None
+
+def made(run: RunConfig, extra: Mapping[str, Any], low: Autoregressive | None) -> Autoregressive:
+    config = run.model
     assert isinstance(config, Config)
-    if config.low is not None:
-        low = model_of(parse_run(extra["low"]["config"], Config), extra["low"]["extra"])
     codec = build_codec(config, extra["codec"])
     return Autoregressive(config, codec, run.resolution.size_px, low)
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.codes.masked import Predict, decode, halton_order, masked_loss
-from t2i.config import RunConfig, check, parse_run
+from t2i.config import RunConfig, check
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
-from t2i.families.low_codes import CodesModel, smaller
+from t2i.families.low_codes import CodesModel, smaller, with_low
 from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
@@ -212,14 +212,12 @@ def build_transformer(
 
 
 def model_of(run: RunConfig, extra: Mapping[str, Any]) -> MaskedModel:
-    """The model of a run, randomly initialised, and within it the one at a lower resolution. Raises ConfigError.
+    """See `t2i.families.low_codes.with_low`."""
+    return with_low(run, extra, made)
 
-    extra: what the run's checkpoints have beside the configuration: "codec", the top-level mapping of the codec's run,
-        and with super-resolution "low", "config" and "extra" of the run at the lower resolution
-    """
-    config, low = run.model, None
+
+def made(run: RunConfig, extra: Mapping[str, Any], low: MaskedModel | None) -> MaskedModel:
+    config = run.model
     assert isinstance(config, Config)
-    if config.low is not None:
-        low = model_of(parse_run(extra["low"]["config"], Config), extra["low"]["extra"])
     codec = token_codec(extra["codec"], config.builds_on.codec)
     return MaskedModel(config, codec, run.resolution.size_px, low)
