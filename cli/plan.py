@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
 
 MAX_NODES = 1_000_000
-# What a run builds on, by the part that it needs.
+# What a run builds on, by the part that it needs; up to SMALL_PX the recipe of small machines.
 AUTOENCODERS = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/vqgan_f16_1024"}
+SMALL = {"token_codec": "autoencoder/small_codes"}
+SMALL_PX = 64
 
 
 def run(arguments: list[str]) -> None:
@@ -35,7 +37,7 @@ def run(arguments: list[str]) -> None:
     )
     nodes = sweep_nodes(options.sweep)
     config, cluster = planned_run(overrides, options.config_dir)
-    builds_on = built_on(config, options.autoencoder, options.config_dir)
+    builds_on = built_on(config, options.autoencoder, options.config_dir, options.low)
     # Heavy imports only now: a wrong key is reported at once.
     from t2i.planning.model import build_model
     from t2i.planning.plan import make_plan, sweep
@@ -51,6 +53,11 @@ def run(arguments: list[str]) -> None:
     )
 
     model = build_model(config, builds_on)
+    if "low" in builds_on and options.low is None:
+        stage = builds_on["low"]["config"]["stage"]
+        console.print(
+            f"The run at a lower resolution is planned as stage={stage}; --low names an experiment."
+        )
     if nodes is None:
         plan = make_plan(config, model, cluster, assumed)
         drawing = drawing_table(plan)
@@ -99,7 +106,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--autoencoder",
         metavar="EXPERIMENT",
-        help=f"of the autoencoder that the run builds on, where it does; default: {' or '.join(AUTOENCODERS.values())}",
+        help="of the autoencoder that the run builds on, where it does; default: "
+        f"{' or '.join(AUTOENCODERS.values())}, up to {SMALL_PX} px {SMALL['token_codec']}",
+    )
+    made.add_argument(
+        "--low",
+        metavar="EXPERIMENT",
+        help="of the run at a lower resolution that the run builds on, where it does; default: its stage's recipe",
     )
     made.add_argument("--sweep", metavar="nodes=1,8,32", help="the same run on several numbers of nodes")
     made.add_argument("--out", default="plan.png", metavar="FILE", help="picture of the sweep")
@@ -133,16 +146,27 @@ def sweep_nodes(given: str | None) -> list[int] | None:
 
 def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, ClusterConfig]:
     """The typed configuration of a run and of the cluster that it is planned on. Raises ConfigError."""
-    values = composed_run(overrides, config_dir, needed="cluster")
-    if values["data"]["shards"] == MISSING:
-        values["data"]["shards"] = "unread.tar"  # a plan reads no pictures
+    values = _unread(composed_run(overrides, config_dir, needed="cluster"))
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
     return parse_run(values, families.get(values["family"]).load_config()), cluster
 
 
-def built_on(config: RunConfig, experiment: str | None, config_dir: str | None) -> dict[str, dict[str, Any]]:
-    """What the run builds on, by key of its entry `builds_on`: the composed mapping of an experiment, None for the
-    default. Raises ConfigError for one that is not what the run's family needs."""
+def _unread(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan reads no pictures."""
+    if values["data"]["shards"] == MISSING:
+        values["data"]["shards"] = "unread.tar"
+    return values
+
+
+def built_on(
+    config: RunConfig, experiment: str | None, config_dir: str | None, low: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the run builds on, as `t2i.families.family.Family.plan` takes it: composed mappings of experiments. Raises
+    ConfigError for one that is not what the run's family needs.
+
+    experiment: of the autoencoder, None for the default
+    low: of the run at a lower resolution, None for its stage's recipe; its codec is the run's own
+    """
     needs = families.get(config.family).builds_on
     check(
         experiment is None or len(needs) > 0,
@@ -152,8 +176,30 @@ def built_on(config: RunConfig, experiment: str | None, config_dir: str | None) 
     )
     found = {}
     for key, part in needs.items():
-        found[key] = composed_run([f"experiment={experiment or AUTOENCODERS[part]}"], config_dir)
+        usual = AUTOENCODERS | (SMALL if config.resolution.size_px <= SMALL_PX else {})
+        found[key] = composed_run([f"experiment={experiment or usual[part]}"], config_dir)
         stages = families.stages_with(part)
         allowed = f"an experiment of stage {' or '.join(stages)}"
         check(found[key]["stage"] in stages, "--autoencoder", experiment, allowed)
+    has_low = getattr(config.model, "low", None) is not None
+    check(low is None or has_low, "--low", low, "nothing, as this run builds on none at a lower resolution")
+    if has_low:
+        found["low"] = {"config": _low_run(config, found["codec"], low, config_dir), "extra": dict(found)}
     return found
+
+
+def _low_run(
+    config: RunConfig, codec: dict[str, Any], experiment: str | None, config_dir: str | None
+) -> dict[str, Any]:
+    """The composed mapping of a run at the resolution at which `codec` gives the codes that `config` is given."""
+    import torch
+
+    from t2i.families.codec import image_codec
+
+    stages = families.get(config.family).low
+    asked = f"stage={stages[0]}" if experiment is None else f"experiment={experiment}"
+    with torch.device("meta"):
+        size = config.model.low.side * image_codec(codec).downsampling  # type: ignore[attr-defined]
+    values = _unread(composed_run([asked, f"resolution.size_px={size}"], config_dir))
+    check(values["stage"] in stages, "--low", experiment, f"an experiment of stage {' or '.join(stages)}")
+    return values

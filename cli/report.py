@@ -109,16 +109,23 @@ def origins(places: Iterable[str | Path]) -> list[Origin]:
     def origin(folder: Path, config: dict[str, Any]) -> Origin:
         record = families.get(config.get("family"))
         config = record.load_config().upgraded(config)
-        began_with, continues = config.get("init_from"), None
-        if began_with and (earlier := once(run_folder.run_of(began_with))):
-            earlier_config = run_folder.read_config(earlier)
-            if earlier_config.get("stage") in stages and earlier_config["data"].get("heldout_shards"):
-                continues = origin(earlier, earlier_config)
         built_on = config.get("builds_on") or {}
-        codecs = [built_on[key] for key in record.builds_on if key == "codec" and key in built_on]
-        codec = once(run_folder.run_of(codecs[0])) if codecs else None
-        named = [(began_with, continues), *((place, codec) for place in codecs)]
-        return Origin(folder, continues, codec, tuple(place for place, found in named if place and not found))
+        place, low_place = (built_on.get(key) for key in ("codec", "low"))
+        codec = once(run_folder.run_of(place)) if place else None
+        began_with = config.get("init_from")
+        continues, low = before(began_with), before(low_place)
+        named = ((began_with, continues), (place, codec), (low_place, low))
+        left_out = tuple(place for place, found in named if place and not found)
+        return Origin(folder, continues, codec, left_out, low)
+
+    def before(place: str | None) -> Origin | None:
+        """A run that another continues or builds on; None for one that draws nothing, or has no held-out pictures."""
+        folder = once(run_folder.run_of(place)) if place else None
+        if folder is None:
+            return None
+        config = run_folder.read_config(folder)
+        shown = config.get("stage") in stages and config["data"].get("heldout_shards")
+        return origin(folder, config) if shown else None
 
     found: dict[Path, Origin] = {}
     for place in places:
@@ -140,6 +147,11 @@ def is_trained(name: str) -> bool:
     return {"codec", "low"}.isdisjoint(modules) and not counted and not copied
 
 
+def draws(name: str) -> bool:
+    """The same, where what the run at a lower resolution trained counts too: no picture is drawn without it."""
+    return is_trained(name.replace("model.low.", "model.", 1))
+
+
 def next_commands(origin: Origin, prompt: str, asked: list[Origin], runs_dir: str) -> list[str]:
     """What to type after a report on this run."""
     from t2i import families
@@ -159,7 +171,8 @@ def next_commands(origin: Origin, prompt: str, asked: list[Origin], runs_dir: st
     if (size := larger_size(config)) is not None:
         init_from, source = shlex.quote(f"init_from={origin.folder}"), config["data"]["source"]
         lines.append(f"t2i train stage={stage} resolution={size} {init_from} data={source}")
-    before = [] if origin.codec is None else [run_folder.read_config(origin.codec)["stage"]]
+    earlier = (origin.codec, origin.low.folder if origin.low else None)
+    before = [run_folder.read_config(folder)["stage"] for folder in earlier if folder is not None]
     own = "data=shards data.shards='path/to/{00000..00004}.tar'"
     return lines + [f"t2i train stage={each} {own}" for each in (*before, stage)]
 

@@ -203,15 +203,17 @@ def out_of_memory(config: RunConfig) -> str:
 
 
 def built_on(config: RunConfig) -> dict[str, Any]:
-    """The configurations of the runs that this one builds on, by key of its entry `builds_on`. Raises CheckpointError
-    for one that is not there."""
+    """What this run builds on, as `t2i.families.family.Family.plan` takes it. Raises CheckpointError for a run that is
+    not there."""
     from t2i import families
     from t2i.config import run_to_dict
-    from t2i.families.codec_run import newest_codec
+    from t2i.families.codec_run import low_run, newest_codec
     from t2i.training import checkpoint, run_folder
 
-    found = {}
+    found: dict[str, Any] = {}
     places = run_to_dict(config).get("builds_on") or {}
+    if (low := places.get("low")) is not None:
+        _, _, found["low"] = low_run(config, low, None)
     for key, part in families.get(config.family).builds_on.items():
         if (place := places.get(key)) is None:
             continue

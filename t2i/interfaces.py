@@ -374,6 +374,7 @@ class PlannedNetwork:
     averaged: of a trained network, whether the EMA and model.safetensors have it
     cached_as: of a frozen network, which of the stage's `features` stands in for it; such a network is drawn with
     saved: of a frozen network, whether the run's files have it
+    copied: of one that is saved, whether a copy in 16 bits works in its place where frozen networks are in bfloat16
     num_parameters: where the module holds more than this network
     by_block: of a trained network, whether FSDP gathers it block by block (`BaseStage.blocks_to_gather`)
     turn: of a trained network, the step's turn that trains it
@@ -388,6 +389,7 @@ class PlannedNetwork:
     averaged: bool = True
     cached_as: str | None = None
     saved: bool = False
+    copied: bool = False
     num_parameters: int | None = None
     by_block: bool = True
     turn: str = "train"

@@ -15,12 +15,18 @@ class PlannedCalls:
     count: how many
     first, last: run these, on the current default device, for one picture (and its unconditional half, under guidance)
     cached: how many numbers of keys and values, kept from earlier calls and added by this one, the first and the last
-        attend to
-    weights: of the network's, that a call reads; None: all
+        attend to, beside what `t2i.nn.once` keeps
+    after: the call before them in the same walk: what `t2i.nn.once` keeps of it is there; None: nothing is
     """
 
     count: int
     first: Callable[[], Tensor]
     last: Callable[[], Tensor]
     cached: tuple[int, int] = (0, 0)
-    weights: int | None = None
+    after: Callable[[], Tensor] | None = None
+
+
+def alike(count: int, run: Callable[[], Tensor]) -> list[PlannedCalls]:
+    """So many calls of one walk, all of the very same tensors: those after the first find what `t2i.nn.once` keeps."""
+    following = [PlannedCalls(count - 1, run, run, after=run)] if count > 1 else []
+    return [PlannedCalls(1, run, run), *following]

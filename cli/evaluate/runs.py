@@ -138,7 +138,7 @@ def measure_generator(
 
     from ..console import console
     from ..generators import load
-    from ..report import is_trained
+    from ..report import draws
     from .options import device_of
 
     device = device_of(options)
@@ -170,7 +170,7 @@ def measure_generator(
             scores = clip_scores(extractor.clip, features, [prompt.text for prompt in prompts], device)
             made.append(mean_figure("CLIP score", scores, extractor.title))
     made += attributes.figures() if attributes else []
-    trained = sum(size for name, size in loaded.sizes.items() if is_trained(name))
+    trained = sum(size for name, size in loaded.sizes.items() if draws(name))
     folder = run_folder.run_of(place)
     about = {
         "run": str(place),

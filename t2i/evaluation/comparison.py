@@ -8,7 +8,7 @@ from typing import Any
 NOT_THE_SAME = "These runs were not judged by the same held-out prompts: their shares do not compare."
 FIGURES = {
     "parameters": "parameters of the trained networks",
-    "parameters_in_all": "parameters with the codec's",
+    "parameters_in_all": "parameters with those of the runs that it builds on",
     "seconds": "seconds of training",
     "seconds_in_all": "seconds with the runs that it continues and builds on",
 }

@@ -37,7 +37,7 @@ class Families:
 
     draw: (run, N prompts) -> (N, 3, H, W) in [-1, 1] at the run's own resolution
     reconstruct: (run of a codec, pictures (N, 3, H, W) in [-1, 1]) -> the same through the codec
-    num_parameters: (run) -> of the networks that it trained, without those of the codec that it builds on
+    num_parameters: (run) -> of the networks that it trained, without those of the runs that it builds on
     commands: (run that was asked for, one of its held-out prompts) -> what to type next
     """
 
@@ -70,7 +70,7 @@ def write_report(folder: Path, asked: Sequence[Origin], families: Families) -> P
     for origin, run in zip(origins, runs, strict=True):
         shown = show_run(page, run, families)
         of_runs[run.label] = facts(run, parameters[run.folder]) | {
-            "parameters_in_all": sum(parameters[path] for path in (run.folder, origin.codec) if path),
+            "parameters_in_all": sum(parameters[path] for path in origin.draws_with()),
             "seconds_in_all": seconds_in_all(origin, known),
             **shown,
         }

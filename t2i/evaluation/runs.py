@@ -26,16 +26,24 @@ class Origin:
     continues: the run whose weights it began with
     codec: the run folder of the codec that it builds on
     left_out: what of these its configuration names and a report cannot show
+    low: the run at a lower resolution whose codes it is given
     """
 
     folder: Path
     continues: Origin | None = None
     codec: Path | None = None
     left_out: tuple[str, ...] = ()
+    low: Origin | None = None
 
     def ladder(self) -> list[Origin]:
-        """The runs that it continues, the first one first, and itself."""
-        return [*(self.continues.ladder() if self.continues else []), self]
+        """The runs that it continues, the first one first, those that it is given codes by, and itself."""
+        before = [one for each in (self.continues, self.low) if each for one in each.ladder()]
+        return list({one.folder: one for one in (*before, self)}.values())
+
+    def draws_with(self) -> list[Path]:
+        """The runs whose weights it draws with, each once."""
+        own = [path for path in (self.folder, self.codec) if path is not None]
+        return list(dict.fromkeys([*own, *(self.low.draws_with() if self.low else [])]))
 
     def folders(self) -> list[Path]:
         """All runs that it took, each once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +77,16 @@ def _with_weights_of(codec: ImageCodec, weights: Mapping[str, Tensor]) -> dict[s
 
 
 def low_run(
-    config: RunConfig, place: str, start: LoadedCheckpoint | None, stages: Sequence[str]
+    config: RunConfig, place: str, start: LoadedCheckpoint | None
 ) -> tuple[LoadedCheckpoint, str, dict[str, Any]]:
     """The checkpoint that builds_on.low of `config` means, its place, and what a checkpoint has to say of it: "config"
     and "extra" of its own. Raises CheckpointError or ConfigError.
 
     place: what builds_on.low says; start: what the run continues, whose low run "latest" then means
-    stages: that the run can be of
     """
     if place == "latest" and start is not None and "low" in start.extra:
         return start, start.config["builds_on"]["low"], start.extra["low"]
+    stages = families.get(config.family).low
     said = " or ".join(stages)
     if place == "latest":
         newest, _ = run_folder.newest_finished(config.runs_dir, stages)

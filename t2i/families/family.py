@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,13 @@ class Family:
         randomly initialised. Its weights begin with "codec." in the run's files
     token_codec: the same, where its runs can have a `t2i.interfaces.TokenCodec`
     plan: (the run's configuration, builds_on) -> its networks on the meta device, as `t2i plan` counts them. The second
-        argument has by key of `builds_on` the top-level mapping of the configuration of the run that is meant there.
-        Raises ConfigError for a size that the model does not take
+        argument has by key of `builds_on` the top-level mapping of the configuration of the run that is meant there,
+        and where the run builds on one at a lower resolution "low": {"config": that one's, "extra": what it builds on,
+        by key}. Raises ConfigError for a size that the model does not take
     builds_on: by key of the entry `builds_on` in its configuration, which part another family's run has to have there:
         {"codec": "codec"} or {"codec": "token_codec"}
+    low: the stages of this family that its entry `builds_on.low` may name a run of, at a lower resolution; () where its
+        configuration has no such entry
     formats: a `t2i.families.formats.Formats`: what `t2i convert` needs to know, where its models have foreign forms
     """
 
@@ -47,6 +50,7 @@ class Family:
     token_codec: str | None = None
     plan: str | None = None
     builds_on: Mapping[str, str] = field(default_factory=dict)
+    low: Sequence[str] = ()
     formats: str | None = None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from t2i.data_config import DataConfig
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
 from t2i.interfaces import Batch, Feature, ImageCodec, PlannedNetwork, TokenCodec
-from t2i.planned import PlannedCalls
+from t2i.planned import alike
 from t2i.schema import check
 from t2i.training.randomness import Randomness
 
@@ -152,11 +152,6 @@ def planned_codec(codec: TokenCodec, size_px: int) -> list[PlannedNetwork]:
             drawing=alike(1, lambda: decoding(torch.zeros(1, *grid, dtype=torch.int64))),
         ),
     ]
-
-
-def alike(count: int, run: Callable[[], Tensor]) -> list[PlannedCalls]:
-    """So many calls of which each takes the same."""
-    return [PlannedCalls(count, run, run)]
 
 
 def rows_drawn(sampling: CodeSampling) -> int:

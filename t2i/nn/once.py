@@ -12,17 +12,20 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_last: ContextVar[dict[Callable[..., Any], tuple[tuple[Tensor, ...], Any]] | None] = ContextVar(
-    "_last", default=None
-)
+Kept = dict[Callable[..., Any], tuple[tuple[Tensor, ...], Any]]
+"""By what computed it: what it was given last, and what it made of that."""
+
+_last: ContextVar[Kept | None] = ContextVar("_last", default=None)
 
 
 @contextmanager
-def weights_unchanged() -> Iterator[None]:
-    """A walk, also as a decorator: within it no weight may change, nor a tensor in place that `once` was given."""
-    token = _last.set({})
+def weights_unchanged() -> Iterator[Kept]:
+    """A walk, also as a decorator: within it no weight may change, nor a tensor in place that `once` was given. Gives
+    what is kept."""
+    kept: Kept = {}
+    token = _last.set(kept)
     try:
-        yield
+        yield kept
     finally:
         _last.reset(token)
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t2i.interfaces import PlannedNetwork
+from t2i.nn.once import weights_unchanged
 from t2i.planned import PlannedCalls
 from t2i.planning.config import ClusterConfig
 from t2i.planning.count import flops
 
 NUMBER = 2  # bytes of a weight, a key or a value: bfloat16
+LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
 
 
 @dataclass(frozen=True)
 class Calls:
     """Of one network, counted.
 
-    flops: of the first and of the last; cached, count: as `t2i.planned.PlannedCalls` has them
+    count: as `t2i.planned.PlannedCalls` has it
     weights: how many numbers each call reads
+    flops: of the first and of the last; cached: how many numbers of keys and values these attend to that are kept
     """
 
     name: str
@@ -58,7 +66,58 @@ def counted_calls(network: PlannedNetwork) -> list[Calls]:
 
 
 def _counted(network: PlannedNetwork, calls: PlannedCalls) -> Calls:
-    with torch.device("meta"):
-        first, last = (flops(run, with_backward=False).forward for run in (calls.first, calls.last))
-    weights = network.parameters if calls.weights is None else calls.weights
-    return Calls(network.name, calls.count, weights, (first, last), calls.cached)
+    first = _call(network, calls, calls.first)
+    last = first if calls.last is calls.first else _call(network, calls, calls.last)
+    cached = calls.cached[0] + first.kept, calls.cached[1] + last.kept
+    return Calls(network.name, calls.count, first.weights, (first.flops, last.flops), cached)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """weights: numbers read of the network's and of tables made of them; kept: of what was made before of the text, or
+    of other codes"""
+
+    flops: int
+    weights: int
+    kept: int
+
+
+@torch.no_grad()
+def _call(network: PlannedNetwork, calls: PlannedCalls, run: Callable[[], Tensor]) -> _Call:
+    with torch.device("meta"), weights_unchanged() as kept:
+        if calls.after is not None:
+            calls.after()
+        tables = [made for given, made in kept.values() if not given]
+        states = tree_leaves([made for given, made in kept.values() if given])
+        read = [_Read([*network.module.parameters(), *tables]), _Read(states)]
+        with read[0], read[1]:
+            count = flops(run, with_backward=False).forward
+    return _Call(count, *(each.count for each in read))
+
+
+class _Read(TorchDispatchMode):
+    """count: how many numbers of these tensors are computed with, each once; of a table that rows are looked up in, as
+    many as these have"""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tensors = list(tensors)
+        self.sizes = {_storage(tensor): tensor.numel() for tensor in self.tensors}
+        self.read = dict[int, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) in self.sizes:
+                size = self.sizes[storage]
+                number = min(out.numel(), size) if func in LOOKUPS else size
+                self.read[storage] = max(number, self.read.get(storage, 0))
+        return out
+
+    @property
+    def count(self) -> int:
+        return sum(self.read.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -36,7 +36,7 @@ class Part:
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
     gathered, in_blocks, largest_block, rows: of a trained network, as `t2i.planning.memory.Trained` has them
-    turn, cached_as, saved: as `t2i.interfaces.PlannedNetwork` has them
+    turn, cached_as, saved, copied: as `t2i.interfaces.PlannedNetwork` has them
     drawing: what drawing one picture calls of it
     """
 
@@ -56,6 +56,7 @@ class Part:
     turn: str = "train"
     cached_as: str | None = None
     saved: bool = False
+    copied: bool = False
     drawing: Sequence[Calls] = ()
 
 
@@ -94,10 +95,14 @@ class Model:
         )
 
     def _frozen_bytes(self, cached: Collection[str]) -> int:
-        """What is saved with the run is there in float32; where that is not what it computes with, in a copy too."""
+        """What is saved with the run is there in float32; where a copy of it computes, that too."""
         saved = FP32 * sum(part.parameters for part in self.parts if part.saved)
-        copied = self.frozen_weight_bytes < FP32
-        working = [part for part in self.needed(cached) if not part.trained and (copied or not part.saved)]
+        copies = self.frozen_weight_bytes < FP32
+        working = [
+            part
+            for part in self.needed(cached)
+            if not part.trained and (not part.saved or (copies and part.copied))
+        ]
         return saved + self.frozen_weight_bytes * sum(part.parameters for part in working)
 
     @property
@@ -219,5 +224,6 @@ def counted(network: PlannedNetwork, config: RunConfig, device: str) -> Part:
         turn=network.turn,
         cached_as=network.cached_as,
         saved=network.saved,
+        copied=network.copied,
         drawing=counted_calls(network),
     )

@@ -139,11 +139,11 @@ def checkpoints(model: Model) -> Checkpoints:
     trained = model.trained()
     drawn_with = sum(part.parameters for part in model.parts if part.trained and part.inference)
     codec = sum(part.parameters for part in model.parts if part.saved)
-    encoders = sum(part.parameters for part in model.parts if part.cached_as is not None)
+    frozen = sum(part.parameters for part in model.parts if part.saved or part.cached_as is not None)
     return Checkpoints(
         training=FP32 * (trained.parameters + trained.moments + trained.averaged + codec),
         weights=FP32 * (drawn_with + codec),
-        export=FP32 * (drawn_with + encoders),
+        export=FP32 * (drawn_with + frozen),
     )
 
 

@@ -37,6 +37,18 @@ CASES = {
         ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--autoencoder", "autoencoder/kl_f8"),
         ("--autoencoder", "'autoencoder/kl_f8'", "nothing"),
     ),
+    "a low run for one that has none": (
+        (*PLANNED, "--low", "masked/tiny_masked"),
+        ("--low", "'masked/tiny_masked'", "nothing"),
+    ),
+    "a low run of another family": (
+        ("plan", "stage=masked_sr", "cluster=a100x8", "--low", "autoregressive/tiny_ar"),
+        ("--low", "'autoregressive/tiny_ar'", "stage masked"),
+    ),
+    "an unknown low run": (
+        ("plan", "stage=masked_sr", "cluster=a100x8", "--low", "masked/huge"),
+        ("experiment", "'masked/huge'", "masked/tiny_masked"),
+    ),
     "what an autoencoder cannot read": (
         ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--cached", "latents"),
         ("--cached", "'latents'", "none"),
@@ -93,6 +105,16 @@ def test_a_whole_plan(t2i):
 def test_shards_need_not_be_named(t2i):
     result = t2i("plan", "stage=ldm", "text=learned", "data=shards", "cluster=a100x8", "data.num_workers=64")
     assert (result.code, result.err) == (0, "")
+
+
+def test_the_run_at_a_lower_resolution_is_planned_too(t2i):
+    result = t2i("plan", "stage=masked_sr", "text=learned", "cluster=h100x64")
+    assert (result.code, result.err) == (0, "")
+    assert "planned as stage=masked; --low names" in result.out
+    drawn = result.out[result.out.index("Drawing") :]
+    for name in ("low transformer", "low text encoder"):
+        assert name in drawn
+    assert "codes and low_codes" in result.out
 
 
 def test_a_sweep_draws_its_curve(t2i):

@@ -14,7 +14,7 @@ import pytest
 from t2i import families
 from t2i.config import parse_run
 from t2i.training import run_folder
-from t2i_cli.report import is_trained, larger_size
+from t2i_cli.report import draws, is_trained, larger_size, next_commands, origins
 
 EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
 # Those that build on two runs are drawn with in tests/families/test_*_super_resolution.py.
@@ -150,6 +150,38 @@ def test_what_a_run_builds_on_is_not_what_it_trained():
     assert not is_trained("model.codec.decoder.conv_in.weight")
     assert not is_trained("model.low.transformer.head.weight")
     assert not is_trained("model.transformer.embedding.of_vectors.vectors")  # a copy of the codebook
+
+
+def test_what_the_run_at_a_lower_resolution_trained_draws_with_the_one_that_builds_on_it():
+    for name in ("low_embedding.weight", "head.weight"):
+        assert draws(f"model.transformer.{name}")
+        assert draws(f"model.low.transformer.{name}")
+    for name in ("codec.decoder.conv_in.weight", "transformer.embedding.of_vectors.vectors"):
+        assert not draws(f"model.low.{name}")
+
+
+def test_a_run_comes_with_the_one_at_a_lower_resolution(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heldout = {"heldout_shards": ["a.tar"], "source": None}
+
+    def written(place: str, stage: str, family: str, builds_on: dict[str, str]) -> None:
+        config = {"stage": stage, "family": family, "builds_on": builds_on, "data": heldout}
+        Path(place).mkdir(parents=True)
+        run_folder.write_config(Path(place), config | {"resolution": {"size_px": 32}})
+
+    written("codec", "autoencoder", "autoencoder", {})
+    written("low", "masked", "masked", {"codec": "codec"})
+    written("high", "masked_sr", "masked", {"codec": "codec", "low": "low"})
+    (origin,) = origins(["high"])
+    assert (origin.codec, origin.low.folder, origin.low.codec) == (Path("codec"), Path("low"), Path("codec"))
+    assert [one.folder.name for one in origin.ladder()] == ["low", "high"]
+    assert origin.folders() == [Path("codec"), Path("low"), Path("high")]
+    assert origin.left_out == ()
+    stages = [line.split()[2] for line in next_commands(origin, "a", [origin], "runs") if "shards" in line]
+    assert stages == ["stage=autoencoder", "stage=masked", "stage=masked_sr"]
+    shutil.rmtree("low")
+    (origin,) = origins(["high"])
+    assert (origin.low, origin.left_out) == (None, ("low",))
 
 
 def test_a_larger_size_is_suggested_where_the_stages_recipe_goes_on_at_one(compose_run):

@@ -8,7 +8,7 @@ from pathlib import Path
 from t2i import families
 from t2i.config import RunConfig
 from t2i.interfaces import PlannedNetwork
-from t2i_cli.composition import composed_run
+from t2i_cli.plan import built_on
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
 BUILT_ON = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/tiny_vq"}
@@ -17,10 +17,8 @@ BUILT_ON = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/tiny_vq"}
 def networks(config: RunConfig) -> list[PlannedNetwork]:
     """Those of the experiment, without memory."""
     family = families.get(config.family)
-    builds_on = {
-        key: composed_run([f"experiment={BUILT_ON[part]}"]) for key, part in family.builds_on.items()
-    }
-    return family.load_plan()(config, builds_on)
+    codec = next((BUILT_ON[part] for part in family.builds_on.values()), None)
+    return family.load_plan()(config, built_on(config, codec, None))
 
 
 def trained_networks(

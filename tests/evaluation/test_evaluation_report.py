@@ -241,6 +241,26 @@ def test_stages_stand_side_by_side(shapes_shards, tmp_path):
     assert f"with {latents.folder}" in text
 
 
+def test_the_run_at_a_lower_resolution_counts_with_the_one_that_it_gives_codes_to(shapes_shards, tmp_path):
+    """It is shown too, once, also where the run goes on from one that it gives codes to."""
+    fakes = Fakes({"unseen": 8, "unseen_two_objects": 4})
+    codecs = [
+        made_up_run(tmp_path / "autoencoder" / name, "autoencoder", 32, shapes_shards, 1.0) for name in "ab"
+    ]
+    low = Origin(made_up_run(tmp_path / "masked" / "c", "masked", 32, shapes_shards, 2.0), codec=codecs[0])
+    folders = [
+        made_up_run(tmp_path / "masked_sr" / name, "masked_sr", size, shapes_shards, 4.0)
+        for name, size in (("d", 48), ("e", 64))
+    ]
+    first = Origin(folders[0], codec=codecs[1], low=low)
+    _, figures = written(tmp_path / "demo", [Origin(folders[1], first, codecs[1], low=low)], fakes)
+    runs = figures["runs"]
+    assert list(runs) == ["masked-32", "masked_sr-48", "masked_sr-64"]
+    assert [run["parameters"] for run in runs.values()] == [300_000] * 3
+    assert [run["parameters_in_all"] for run in runs.values()] == [301_000, 602_000, 602_000]
+    assert [run["seconds_in_all"] for run in runs.values()] == [3.0, 8.0, 12.0]
+
+
 def test_a_family_without_a_codec_has_no_section_of_one(shapes_shards, tmp_path):
     pixels = Origin(made_up_run(tmp_path / "pixels" / "c", "pixels", 32, shapes_shards, 4.0))
     read, figures = written(tmp_path / "demo", [pixels], Fakes({"unseen": 0, "unseen_two_objects": 0}))

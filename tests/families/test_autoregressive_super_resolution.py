@@ -260,7 +260,7 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
             load_to_draw(Path(place), torch.device("cpu"), [typed])
     config = parse_run(loaded.config, Config)
     with pytest.raises(ConfigError, match=r"of stage ar_sr'; allowed: a run of stage ar or parti"):
-        low_run(config, place, None, ["ar", "parti"])
+        low_run(config, place, None)
     onwards = dataclasses.replace(config.model, builds_on=CodesBuildsOn("latest", "latest"))
     again = build("ar_sr")(dataclasses.replace(config, model=onwards), loaded)
     assert again.config.model.builds_on == CodesBuildsOn(codec, low)

@@ -158,7 +158,7 @@ def test_both_stages_train_and_draw_from_one_file(compose_run, train, tmp_path):
     assert images.isfinite().all()
     config = parse_run(loaded.config, Config)
     with pytest.raises(ConfigError, match=r"of stage masked_sr'; allowed: a run of stage masked"):
-        low_run(config, str(result.folder), None, ["masked"])
+        low_run(config, str(result.folder), None)
     resumed = dataclasses.replace(config.model, builds_on=CodesBuildsOn("latest", "latest"))
     stage = families.get("masked").load_stage("masked_sr")
     features = stage(dataclasses.replace(config, model=resumed), loaded).features()

@@ -97,8 +97,12 @@ def test_frozen_networks_run_one_after_another(config):
     ],
 )
 def test_frozen_weights_take_what_they_work_in(config, precision, device, online, read):
-    networks = (planned(cached_as="latents", saved=True), planned(trained=True), planned())
+    networks = (planned(cached_as="latents", saved=True, copied=True), planned(trained=True), planned())
     parts = tuple(counted(network, config, "cpu") for network in networks)
     model = Model(parts, frozen_weight_bytes(precision, device))
     assert model.trained().frozen_bytes == online * PARAMETERS
     assert model.trained({"latents"}).frozen_bytes == read * PARAMETERS
+    alone = Model(
+        (counted(planned(saved=True), config, "cpu"), parts[1]), frozen_weight_bytes(precision, device)
+    )
+    assert alone.trained().frozen_bytes == 4 * PARAMETERS  # what is saved works itself

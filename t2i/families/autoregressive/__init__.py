@@ -9,4 +9,5 @@ FAMILY = Family(
     generator="generator:Generator",
     plan="plan:planned_networks",
     builds_on={"codec": "token_codec"},
+    low=("ar", "parti"),
 )

@@ -13,8 +13,10 @@ from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import build_codec
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.plan_drawing import planned_drawing, planned_low
-from t2i.families.tokens import alike, grid_of, planned_codec, rows_drawn
+from t2i.families.low_plan import low_networks
+from t2i.families.tokens import grid_of, planned_codec, rows_drawn
 from t2i.interfaces import PlannedNetwork
+from t2i.planned import alike
 from t2i.text.architecture import build_architecture
 
 
@@ -23,7 +25,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     model, size = config.model, config.resolution.size_px
     assert isinstance(model, Config)
     with torch.device("meta"):
-        codec = build_codec(model, builds_on["codec"])
+        codec = build_codec(model, builds_on.get("codec", {}))
         words = model.transformer.conditioning == "words"
         text = None if words else build_architecture(model.text)
         text_dim = 1 if text is None else text.token_dim
@@ -69,4 +71,6 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
                 drawing=alike(1, lambda: network(**text_inputs(rows))),
             )
         )
-    return networks
+    return networks + low_networks(
+        planned_networks, Config, builds_on.get("low"), None if words else model.text
+    )

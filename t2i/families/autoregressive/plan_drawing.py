@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.builds_on import LowConfig
-from t2i.nn.transformer import Cache, TokenBlock
+from t2i.nn.transformer import Cache
 from t2i.planned import PlannedCalls
 
 
@@ -15,7 +15,7 @@ def planned_drawing(
     transformer: CodeTransformer, tokens: int, text_dim: int, rows: int
 ) -> list[PlannedCalls]:
     """One call for the text and the first code, then one for each further code, which finds the keys and values of all
-    before in the caches (`drawing.draw_codes`).
+    before in the caches (`drawing.draw_codes`), and the tables of the codes.
 
     tokens, text_dim: number and width of the text's states; rows: of the batch
     """
@@ -45,26 +45,13 @@ def planned_drawing(
         length = transformer.slots_before + 1 + codes + cross * tokens
         return 2 * config.depth * rows * length * config.width
 
-    blocks = [block for block in transformer.blocks if isinstance(block, TokenBlock)]
-    of_text: list[nn.Module] = [] if transformer.text is None else [transformer.text]
-    for block in blocks:
-        if block.cross_attention is not None:
-            of_text += [block.cross_attention.to_k, block.cross_attention.to_v]
-    # Of a table only the rows of the tokens are read.
-    position = 0 if transformer.position is None else transformer.position.numel()
-    read = count(transformer) - count(transformer.embedding) - position
-    calls = [PlannedCalls(1, first, first, (numbers(0), numbers(0)), read)]
+    calls = [PlannedCalls(1, first, first, (numbers(0), numbers(0)))]
     if steps > 1:
         ends = numbers(1), numbers(steps - 1)
-        read -= sum(map(count, of_text))
-        calls.append(PlannedCalls(steps - 1, lambda: following(1), lambda: following(steps - 1), ends, read))
+        calls.append(PlannedCalls(steps - 1, lambda: following(1), lambda: following(steps - 1), ends, first))
     return calls
 
 
 def planned_low(batch: int, low: LowConfig | None) -> dict[str, Tensor]:
     """The codes at the lower resolution, as `CodeTransformer.forward` takes them."""
     return {} if low is None else {"low": torch.zeros(batch, low.side, low.side, dtype=torch.int64)}
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

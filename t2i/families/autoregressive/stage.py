@@ -46,7 +46,7 @@ class Stage(BaseStage):
             self.extra["codec"] = codec_config(found)
             low_place = model.builds_on.low
             if low_place is not None:
-                low, low_place, self.extra["low"] = low_run(config, low_place, start, ["ar", "parti"])
+                low, low_place, self.extra["low"] = low_run(config, low_place, start)
             model = dataclasses.replace(model, builds_on=CodesBuildsOn(place, low_place))
             self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model

@@ -55,6 +55,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             calls_per_image=1 + inpaints,
             cached_as=None if inpaints else "latents",
             saved=True,
+            copied=True,
             num_parameters=encoder,
         ),
         PlannedNetwork(
@@ -65,6 +66,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             calls_per_image=0,
             cached_as=None if inpaints else "latents",
             saved=True,
+            copied=True,
             num_parameters=decoder,
         ),
         PlannedNetwork(

@@ -9,5 +9,6 @@ FAMILY = Family(
     generator="generator:Generator",
     plan="plan:planned_networks",
     builds_on={"codec": "token_codec"},
+    low=("masked",),
     formats="formats:FORMATS",
 )

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from t2i.config import RunConfig
 from t2i.families.codec import token_codec
+from t2i.families.low_plan import low_networks
 from t2i.families.masked.config import Config
 from t2i.families.masked.model import build_transformer
-from t2i.families.tokens import alike, grid_of, planned_codec, rows_drawn
+from t2i.families.tokens import grid_of, planned_codec, rows_drawn
 from t2i.interfaces import PlannedNetwork
+from t2i.planned import alike
 from t2i.text.architecture import build_architecture
 
 
@@ -42,6 +44,8 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         }
 
     rows = rows_drawn(model.sampling)
+    with torch.device("meta"):
+        seen = asked(rows)  # by all steps
 
     def text_inputs(batch: int) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(batch, length, dtype=torch.int64)}
@@ -53,7 +57,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             asked,
             trained=True,
             hidden=transformer.hidden_matrices(),
-            drawing=alike(model.sampling.steps, lambda: transformer(**asked(rows))),
+            drawing=alike(model.sampling.steps, lambda: transformer(**seen)),
         ),
         *planned_codec(codec, size),
         PlannedNetwork(
@@ -65,4 +69,5 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             by_block=False,
             drawing=alike(1, lambda: text.network(**text_inputs(rows))),
         ),
+        *low_networks(planned_networks, Config, builds_on.get("low"), model.text),
     ]

@@ -40,7 +40,7 @@ class Stage(BaseStage):
         low, low_place = None, model.builds_on.low
         self.extra: dict[str, Any] = {"codec": codec_config(codec)}
         if low_place is not None:
-            low, low_place, self.extra["low"] = low_run(config, low_place, start, ["masked"])
+            low, low_place, self.extra["low"] = low_run(config, low_place, start)
         model = dataclasses.replace(model, builds_on=CodesBuildsOn(place, low_place))
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
