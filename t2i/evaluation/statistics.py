@@ -45,7 +45,8 @@ def collect(
     progress: Callable[[int], None],
     look: Callable[[list[Item]], None] = lambda items: None,
 ) -> list[Tensor]:
-    """The features (N, D) of all pictures by each of the extractors, read or drawn once.
+    """The features (N, D) of all pictures by each of the extractors, read or drawn once. Raises DataError for features
+    that are not finite, of which there is no distance.
 
     look: sees each batch, too; progress: is told how many pictures each brought
     """
@@ -55,7 +56,14 @@ def collect(
         for part, extractor in zip(parts, extractors, strict=True):
             part.append(extractor(stacked(items)))
         progress(len(items))
-    return [torch.cat(part) for part in parts]
+    found = [torch.cat(part) for part in parts]
+    for extractor, features in zip(extractors, found, strict=True):
+        if bad := int((~features.isfinite().all(1)).sum()):
+            raise DataError(
+                f"{extractor.title} gives numbers that are not finite for {bad:,} of {len(features):,} pictures of "
+                f"{pictures.name}: its weights are no whole copy; allowed: --features with others."
+            )
+    return found
 
 
 def reference_statistics(
@@ -110,6 +118,8 @@ def read(path: Path) -> Statistics:
         raise DataError(f"{path} cannot be read as statistics of a reference: {error}.") from error
     if not isinstance(about, dict):
         raise DataError(f"{path} was not written by `t2i evaluate`: it does not say what it is of.")
+    if not all(tensor.isfinite().all() for tensor in (features, mean, covariance)):
+        raise DataError(f"{path} holds statistics that are not finite; remove it, so that it is made again.")
     return Statistics(features, Gaussian(mean, covariance, len(features)), about)
 
 

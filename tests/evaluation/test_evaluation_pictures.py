@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -165,6 +166,31 @@ def test_statistics_are_kept_under_what_decides_them(tmp_path, monkeypatch):
     Image.new("RGB", (20, 24)).save(folder / "000.png")  # other data
     of()
     assert kept() == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_a_sentence(tmp_path, bad):
+    """Not an error of LAPACK, nor a distance that is NaN."""
+    pictures = reference(str(folder_of(tmp_path / "real", 8)), (24, 20), data_config(shards="-"))
+
+    def compute(seen: torch.Tensor) -> torch.Tensor:
+        features = extractor()(seen)
+        features[-1, 2] = bad
+        return features
+
+    broken = dataclasses.replace(extractor(), _compute=compute)
+    with pytest.raises(
+        DataError, match=r"plain gives numbers that are not finite for 2 of 8 pictures of .*real"
+    ):
+        collect(pictures, [broken], 5, progress)
+    with pytest.raises(DataError, match="not finite"):
+        reference_statistics(pictures, [broken], 5, progress, tmp_path / "kept.safetensors")
+    assert not (tmp_path / "kept.safetensors").exists()
+    (whole,) = reference_statistics(pictures, [extractor()], 5, progress, tmp_path / "kept.safetensors")
+    whole.gaussian.covariance[1, 1] = bad
+    statistics.write(whole, tmp_path / "kept.safetensors")
+    with pytest.raises(DataError, match=r"kept.safetensors holds statistics that are not finite; remove it"):
+        reference_statistics(pictures, [extractor()], 5, progress, tmp_path / "kept.safetensors")
 
 
 def test_a_named_file_of_statistics_has_to_be_of_the_same(tmp_path):
