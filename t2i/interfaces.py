@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from t2i.planned import PlannedCalls
 from t2i.schema import check
 
 
@@ -359,44 +358,3 @@ class Generator(Protocol):
         steps as `sampling` says, up to the error of these steps: what `SampleRequest.noise` takes, on the CPU.
         Raises ConfigError where this model cannot tell."""
         ...
-
-
-@dataclass(frozen=True)
-class PlannedNetwork:
-    """One network of a run as its family's `plan` gives it: what parameters, FLOPs and memory are counted from.
-
-    module: on the meta device; its forward gives one tensor
-    inputs: batch size -> keyword arguments of module.forward, made on the current default device. Where one of them
-        requires a gradient, the backward pass goes through this network
-    trained: its own parameters learn
-    calls_per_image: forward passes, each with its backward pass, per training picture; 0 where training does not run it
-    hidden: of its parameters, those that Muon may step
-    averaged: of a trained network, whether the EMA and model.safetensors have it
-    cached_as: of a frozen network, which of the stage's `features` stands in for it; such a network is drawn with
-    saved: of a frozen network, whether the run's files have it
-    copied: of one that is saved, whether a copy in 16 bits works in its place where frozen networks are in bfloat16
-    num_parameters: where the module holds more than this network
-    by_block: of a trained network, whether FSDP gathers it block by block (`BaseStage.blocks_to_gather`)
-    turn: of a trained network, the step's turn that trains it
-    """
-
-    name: str
-    module: nn.Module
-    inputs: Callable[[int], dict[str, Tensor]]
-    trained: bool
-    calls_per_image: float = 1.0
-    hidden: Sequence[nn.Parameter] = ()
-    averaged: bool = True
-    cached_as: str | None = None
-    saved: bool = False
-    copied: bool = False
-    num_parameters: int | None = None
-    by_block: bool = True
-    turn: str = "train"
-    drawing: Sequence[PlannedCalls] = ()  # what drawing one picture calls of it, where the family says
-
-    @property
-    def parameters(self) -> int:
-        """How many there are."""
-        counted = sum(p.numel() for p in self.module.parameters())
-        return counted if self.num_parameters is None else self.num_parameters

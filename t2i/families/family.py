@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from t2i.config import ModelConfig, RunConfig
     from t2i.families.formats import Formats
-    from t2i.interfaces import Generator, ImageCodec, PlannedNetwork
+    from t2i.interfaces import Generator, ImageCodec
+    from t2i.planned import PlannedNetwork
     from t2i.training.checkpoint import LoadedCheckpoint
     from t2i.training.stage import BaseStage
 

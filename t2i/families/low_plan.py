@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from t2i.config import ModelConfig, RunConfig, TextConfig, parse_run
-from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedNetwork
 
 Plan = Callable[[RunConfig, Mapping[str, Mapping[str, Any]]], list[PlannedNetwork]]
 

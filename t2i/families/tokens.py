@@ -15,8 +15,8 @@ from t2i.data.encoded import weights_hash
 from t2i.data_config import DataConfig
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.codec import image_codec
-from t2i.interfaces import Batch, Feature, ImageCodec, PlannedNetwork, TokenCodec
-from t2i.planned import alike
+from t2i.interfaces import Batch, Feature, ImageCodec, TokenCodec
+from t2i.planned import PlannedNetwork, alike
 from t2i.schema import check
 from t2i.training.randomness import Randomness
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from t2i.interfaces import PlannedNetwork
 from t2i.nn.once import weights_unchanged
-from t2i.planned import PlannedCalls
+from t2i.planned import PlannedCalls, PlannedNetwork
 from t2i.planning.config import ClusterConfig
 from t2i.planning.count import flops
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from t2i import families
 from t2i.config import RunConfig, check
-from t2i.interfaces import PlannedNetwork
 from t2i.nn.blocks import blocks_of
+from t2i.planned import PlannedNetwork
 from t2i.planning.count import (
     Activations,
     Flops,
@@ -36,7 +36,7 @@ class Part:
     muon, averaged: of its parameters, those that Muon steps and those with a moving average
     inference: whether the weights that are drawn with have it
     gathered, in_blocks, largest_block, rows: of a trained network, as `t2i.planning.memory.Trained` has them
-    turn, cached_as, saved, copied: as `t2i.interfaces.PlannedNetwork` has them
+    turn, cached_as, saved, copied: as `t2i.planned.PlannedNetwork` has them
     drawing: what drawing one picture calls of it
     """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i import families
 from t2i.config import RunConfig
-from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedNetwork
 from t2i_cli.plan import built_on
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"

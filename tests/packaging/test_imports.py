@@ -43,7 +43,6 @@ LAYERS = (
 SIDEWAYS = {
     ("schema", "errors"),
     ("interfaces", "schema"),
-    ("interfaces", "planned"),
     ("weight_file", "errors"),
     ("data_config", "schema"),
     ("config", "schema"),

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from t2i.config import EMAConfig, OptimizerConfig, TrainerConfig
 from t2i.families.latent_diffusion.config import UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser
-from t2i.interfaces import PlannedNetwork
 from t2i.nn.blocks import blocks_of
 from t2i.nn.dit_config import DiTConfig
+from t2i.planned import PlannedNetwork
 from t2i.planning.count import Activations, activations, num_parameters, peak_bytes_per_image
 from t2i.planning.memory import STRATEGIES, Memory, Trained, memory
 from t2i.planning.model import sharded

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedNetwork
 from t2i.planning.count import Flops
 from t2i.planning.model import NONE, Model, counted, frozen_weight_bytes
 

@@ -13,8 +13,8 @@ from t2i.config import RunConfig
 from t2i.families.autoencoder.codec import DiscreteCodec, build_codec
 from t2i.families.autoencoder.config import AdversarialConfig, Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
-from t2i.interfaces import PlannedNetwork
 from t2i.nn.perceptual import build_architecture
+from t2i.planned import PlannedNetwork
 
 
 def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any]]) -> list[PlannedNetwork]:

@@ -15,8 +15,7 @@ from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.plan_drawing import planned_drawing, planned_low
 from t2i.families.low_plan import low_networks
 from t2i.families.tokens import grid_of, planned_codec, rows_drawn
-from t2i.interfaces import PlannedNetwork
-from t2i.planned import alike
+from t2i.planned import PlannedNetwork, alike
 from t2i.text.architecture import build_architecture
 
 

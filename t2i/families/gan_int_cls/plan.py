@@ -10,7 +10,7 @@ import torch
 from t2i.config import RunConfig
 from t2i.families.gan_int_cls.config import Config
 from t2i.families.gan_int_cls.model import build_networks
-from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedNetwork
 from t2i.text.architecture import build_architecture
 
 

@@ -13,7 +13,8 @@ from t2i.config import RunConfig
 from t2i.families.codec import image_codec
 from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser, check_side
-from t2i.interfaces import ImageCodec, PlannedNetwork
+from t2i.interfaces import ImageCodec
+from t2i.planned import PlannedNetwork
 from t2i.text.architecture import build_architecture
 
 

@@ -14,8 +14,7 @@ from t2i.families.low_plan import low_networks
 from t2i.families.masked.config import Config
 from t2i.families.masked.model import build_transformer
 from t2i.families.tokens import grid_of, planned_codec, rows_drawn
-from t2i.interfaces import PlannedNetwork
-from t2i.planned import alike
+from t2i.planned import PlannedNetwork, alike
 from t2i.text.architecture import build_architecture
 
 

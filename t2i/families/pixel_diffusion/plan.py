@@ -11,7 +11,7 @@ from torch import Tensor
 from t2i.config import RunConfig
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import CHANNELS, build_classifier, build_denoiser, check_side
-from t2i.interfaces import PlannedNetwork
+from t2i.planned import PlannedNetwork
 from t2i.text.architecture import build_architecture
 
 
