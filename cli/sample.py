@@ -165,51 +165,61 @@ def grouped(
     loaded: Loaded,
     recipe: dict[str, Any],
 ) -> list[Drawing]:
-    """The pictures of all lines; those that share what can be shared are drawn together. A line of a file with options
-    that there are not is put among the broken ones."""
-    from t2i.generation.names import file_name
+    """The pictures of all lines; those that share what can be shared are drawn together. A line of a file with what
+    there is not is put among the broken ones."""
     from t2i.generation.recipes import of_files
-    from t2i.generation.text_to_image import Drawing
-    from t2i.schema import to_dict
 
     files = of_files(image=options.image, mask=options.mask)
     groups: dict[str, list[Line]] = {}
-    chosen: dict[str, Any] = {}
     for line in prompts.lines:
         own = json.dumps(line.sampling, sort_keys=True)
         key = json.dumps([line.height, line.width, line.negative_prompt, own, sorted(line.between)])
+        groups.setdefault(key, []).append(line)
+    drawings = []
+    chosen: dict[str, Any] = {}
+    for lines in groups.values():
+        own = json.dumps(lines[0].sampling, sort_keys=True)
         try:
             if own not in chosen:
-                chosen[own] = loaded.sampling(line.sampling)
+                chosen[own] = loaded.sampling(lines[0].sampling)
+            drawings.append(together(lines, chosen[own], options, loaded.generator, {**recipe, **files}))
         except ConfigError as error:
             if not options.prompts_file:
                 raise
-            prompts.broken[line.number] = str(error).removesuffix(".")
-            continue
-        groups.setdefault(key, []).append(line)
-    drawings = []
-    for lines in groups.values():
-        pictures = [(line, i) for line in lines for i in range(line.num_images or 1)]
-        sampling = chosen[json.dumps(lines[0].sampling, sort_keys=True)]
-        names = [file_name(options.layout, line, (line.seed or 0) + i, i) for line, i in pictures]
-        numbers = [line.number for line, _ in pictures] if options.prompts_file else []
-        request = request_of(
-            [line.prompt for line, _ in pictures],
-            [(line.seed or 0) + i for line, i in pictures],
-            lines[0],
-            options,
-            loaded.generator,
-            sampling,
-        )
-        if lines[0].between:
-            request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
-        made_by = {**recipe, "sampling": to_dict(sampling)}
-        made_by |= files
-        for name in ("extend", "invert"):
-            if (value := getattr(options, name)) is not None:
-                made_by[name] = value
-        drawings.append(Drawing(request, sampling, made_by, names, options.layout is not None, numbers))
+            prompts.broken.update((line.number, str(error).removesuffix(".")) for line in lines)
     return drawings
+
+
+def together(
+    lines: Sequence[Line],
+    sampling: Any,
+    options: argparse.Namespace,
+    generator: Generator,
+    recipe: dict[str, Any],
+) -> Drawing:
+    """The pictures of lines that share all but prompt, seed and number. Raises ConfigError."""
+    from t2i.generation.names import file_name
+    from t2i.generation.text_to_image import Drawing
+    from t2i.schema import to_dict
+
+    pictures = [(line, i) for line in lines for i in range(line.num_images or 1)]
+    names = [file_name(options.layout, line, (line.seed or 0) + i, i) for line, i in pictures]
+    numbers = [line.number for line, _ in pictures] if options.prompts_file else []
+    request = request_of(
+        [line.prompt for line, _ in pictures],
+        [(line.seed or 0) + i for line, i in pictures],
+        lines[0],
+        options,
+        generator,
+        sampling,
+    )
+    if lines[0].between:
+        request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
+    made_by = {**recipe, "sampling": to_dict(sampling)}
+    for name in ("extend", "invert"):
+        if (value := getattr(options, name)) is not None:
+            made_by[name] = value
+    return Drawing(request, sampling, made_by, names, options.layout is not None, numbers)
 
 
 def request_of(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2i.config import TextConfig
 from t2i.errors import UserError
-from t2i.few import first_few
+from t2i.few import first_few, shortened
 from t2i.files import written_whole
 from t2i.generation import grid
 from t2i.generation.manifest import NAME
@@ -84,7 +84,7 @@ def say_what_is_cut(text: TextConfig | None, prompts: Prompts, options: argparse
             given.setdefault(line.negative_prompt, "--negative-prompt")
     said = [
         f"{where} has {counter.count(words)} tokens, of which the text encoder takes {counter.max_tokens}: "
-        f"{cut!r} is left out."
+        f"{shortened(repr(cut))} is left out."
         for words, where in given.items()
         if (cut := counter.cut(words))
     ]

@@ -12,7 +12,8 @@ from typing import Any, get_args
 from t2i.config import Precision, check
 from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
-from t2i.generation.prompts import MAX_NUMBER, MAX_PX, MAX_SEED, Line, check_number, is_unicode
+from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, is_unicode
+from t2i.schema import MAX_NUMBER, check_number
 
 from . import sample_edit, sample_video
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from t2i.errors import ConfigError
+from t2i.few import shortened
 
 T = TypeVar("T")
+MAX_NUMBER = 1_000_000  # of steps, and of pictures per prompt
 MISSING = "???"  # how a configuration file marks a value that has to be given
 
 
@@ -27,7 +29,13 @@ class Upgraded:
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raises ConfigError unless `condition`: "data.batch_size is 0; allowed: 1 or more."."""
     if not condition:
-        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}.")
+        raise ConfigError(f"{key} is {shortened(repr(value))}; allowed: {allowed}.")
+
+
+def check_number(key: str, value: int | None, most: int = MAX_NUMBER) -> None:
+    """Raises ConfigError for one that is not from 1 to `most`."""
+    allowed = f"1 to {most:,}" if value and value > most else "1 or more"
+    check(value is None or 1 <= value <= most, key, value, allowed)
 
 
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -72,7 +80,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         check(bool(fitting), key, value, " or ".join(map(_described, rest)))
         return _convert(fitting[0], value, key)
     if origin is Literal:
-        check(value in args, key, value, ", ".join(str(a) for a in args))
+        check(value in args, key, value, ", ".join(str(a) or "''" for a in args))
         return value
     if origin in (list, tuple):
         check(isinstance(value, list | tuple), key, value, "a list")
@@ -87,7 +95,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         check(isinstance(value, Mapping), key, value, "a mapping")
         return parse(typing.cast(type, hint), value, key + ".")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            check(False, key, value, "a number up to 1e308")
     if hint is Any:
         return value
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from t2i.config import check
-from t2i.schema import Upgraded
+from t2i.schema import Upgraded, check_number
 
 BetaName = Literal["linear", "scaled_linear", "cosine"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -130,7 +130,7 @@ class DiffusionSampling(GridConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        check_number("sampling.steps", self.steps)
         ok = 0 <= self.guidance_scale < math.inf
         check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")
         for key in ("guidance_rescale", "eta"):

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import ConfigError, UserError
-from t2i.schema import check
+from t2i.schema import MAX_NUMBER, check, check_number
 
 MAX_PX = 16_384
-MAX_NUMBER = 1_000_000  # of pictures per prompt, and of steps
 MAX_SEED = 2**64 - 1  # of torch.Generator
 KEYS = {
     "prompt": str,
@@ -57,12 +56,6 @@ class Line:
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
             check(is_unicode(value or ""), name, value, "text that UTF-8 can hold")
-
-
-def check_number(name: str, value: int | None, limit: int) -> None:
-    """Raises ConfigError for one that is not from 1 to `limit`."""
-    allowed = f"1 to {limit:,}" if value and value > limit else "1 or more"
-    check(value is None or 1 <= value <= limit, name, value, allowed)
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,8 @@ def read_prompts(path: Path, other_keys: bool = False) -> Prompts:
             blank += not (header and number == 1)
             continue
         try:
+            if b"\0" in row:
+                raise ConfigError("it holds zero bytes, as text in UTF-16 does; allowed: UTF-8")
             # The first cell of a table may be empty: its tab counts.
             lines.append(parse(row.decode().strip("\r" if header else None), number))
         except UnicodeDecodeError:

@@ -97,6 +97,7 @@ def found_in(path: Path) -> Recipe | None:
             return None
         with Image.open(path, formats=["PNG"]) as picture:
             found = json.loads(picture.info.get(RECIPE_KEY, "null"))
+        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()  # as all that we write
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

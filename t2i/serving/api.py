@@ -31,7 +31,8 @@ def build(service: Service) -> FastAPI:
     async def refuse(_: Request, error: UserError) -> Response:
         if isinstance(error, QueueFull):
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_S)})
-        return JSONResponse({"error": str(error)}, 422)
+        said = str(error).encode(errors="backslashreplace").decode()  # JSON can spell what UTF-8 cannot
+        return JSONResponse({"error": said}, 422)
 
     @app.exception_handler(404)
     async def unknown(request: Request, _: Exception) -> Response:
@@ -64,7 +65,7 @@ def build(service: Service) -> FastAPI:
     @app.get("/api/gallery")
     def gallery(text: str = "", like: str = "", limit: str = "100") -> Response:
         check(
-            limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_LISTED,
+            limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED,
             "limit",
             limit,
             f"1 to {MAX_LISTED}",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from t2i.data.decode import open_image
 from t2i.errors import UserError
+from t2i.few import shortened
 from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.names import file_name
@@ -83,7 +84,9 @@ class Service:
         for key in ("prompt", "negative_prompt"):
             if self.tokens is not None and (cut := self.tokens.cut(getattr(wanted, key))):
                 count, most = self.tokens.count(getattr(wanted, key)), self.tokens.max_tokens
-                said.append(f"{key} has {count} tokens, of which {most} are taken: {cut!r} is left out.")
+                said.append(
+                    f"{key} has {count} tokens, of which {most} are taken: {shortened(repr(cut))} is left out."
+                )
         return " ".join(said)
 
     def _draw(self, job: Job) -> None:

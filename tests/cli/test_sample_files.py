@@ -55,19 +55,38 @@ BROKEN = {
     "option": ({"prompt": "a", "sampling": {"stps": 2}}, "sampling.stps is not a known key"),
     "value": ({"prompt": "a", "sampling": {"steps": 0}}, "sampling.steps is 0"),
     "size": ({"prompt": "a", "height": 33}, "height is 33; allowed: multiples of 8"),
+    "overflow": ({"prompt": "a", "sampling": {"steps": 10**400}}, "sampling.steps is 1000"),
+    "long": ({"prompt": "a", "seed": "x" * 10**6}, "xxx ... xxx"),
 }
 
 
-def test_broken_lines_are_named_and_the_rest_runs(t2i, ldm_file):
+def test_broken_lines_are_named_and_the_rest_runs(t2i, ldm_file, monkeypatch):
+    monkeypatch.setattr("t2i.few.FEW", len(BROKEN))
     lines = [line if isinstance(line, str) else json.dumps(line) for line, _ in BROKEN.values()]
     Path("p.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "good"})]))
     result = t2i("sample", "--prompts-file", "p.jsonl", "--checkpoint", ldm_file, *FEW)
     assert [*pngs()] == ["good_0.png"]
     assert f"{len(BROKEN)} lines of p.jsonl are not drawn (line " in result.sentence
     said = result.out + result.err
+    assert len(said) < 10_000
     for number, (_, words) in enumerate(BROKEN.values(), 1):
-        if number <= 10:
-            assert re.search(rf"line {number}: .*{re.escape(words)}", said), (number, words, said)
+        assert re.search(rf"line {number}: .*{re.escape(words)}", said), (number, words, said)
+
+
+def test_a_file_in_utf_16(t2i):
+    """As Windows has it: a line beyond the first is UTF-8 with zero bytes."""
+    Path("p.txt").write_bytes("a red circle\na blue square\n".encode("utf-16"))
+    sentence = t2i("sample", "--prompts-file", "p.txt").sentence
+    assert "No line of p.txt can be used (line 1: it holds zero bytes, as text in UTF-16 does" in sentence
+
+
+def test_a_line_that_does_not_go_with_a_flag_breaks_alone(t2i, ldm_file):
+    Image.new("RGB", (32, 32)).save("a.png")
+    lines = ({"prompt": "a"}, {"prompt": "b", "height": 40, "width": 40}, {"prompt": "c", "height": 56})
+    flags = ("--prompts-file", jsonl("p.jsonl", *lines), "--image", "a.png", "--checkpoint", ldm_file, *FEW)
+    result = t2i("sample", *flags, "--extend", "top=40")
+    assert "1 lines of p.jsonl are not drawn (line 2: --extend is 'top=40'; allowed: less" in result.sentence
+    assert sorted(pngs()) == ["a_0.png", "c_0.png", "grid.png"]
 
 
 def test_no_line_can_be_used(t2i):

@@ -111,6 +111,7 @@ def test_nested_and_named():
         ({"width": None}, ("width is None", "a whole number")),
         ({"scale": "1"}, ("scale is '1'", "a number")),
         ({"scale": True}, ("scale is True", "a number")),
+        ({"scale": 10**400}, ("scale is 1000", "a number up to 1e308")),
         ({"title": 5}, ("title is 5", "text")),
         ({"title": None}, ("title is None", "text")),
         ({"visible": 1}, ("visible is 1", "true or false")),

@@ -156,7 +156,7 @@ def test_fifty_at_once_are_answered_or_told_to_wait(ask):
         (b'{"prompt": "red", "steps": 3}', "application/json", "steps is not a known key"),
         (b'{"prompt": 3}', "application/json", "prompt is 3; allowed: text."),
         (b"{}", "application/json", "prompt is missing"),
-        (b'{"prompt": "red", "tile": "z"}', "application/json", "tile is 'z'; allowed: , x, y, xy."),
+        (b'{"prompt": "red", "tile": "z"}', "application/json", "tile is 'z'; allowed: '', x, y, xy."),
         (b'{"prompt": "red", "mask": "x"}', "application/json", "mask is 'given'; allowed: only with image."),
         (b'{"prompt": "red", "image": "x"}', "application/json", "image is not a picture file in base64"),
         (
@@ -170,6 +170,7 @@ def test_fifty_at_once_are_answered_or_told_to_wait(ask):
         (b'\xff{"prompt": "red"}', "application/json", "The body is not JSON"),
         (b'{"prompt": "red"}', "text/plain", "Content-Type is 'text/plain'; allowed: application/json."),
         (b'{"prompt": "\\ud800"}', "application/json", "prompt is"),
+        (b'{"\\ud800": 1}', "application/json", "\\ud800 is not a known key"),
     ],
 )
 def test_a_body_that_is_not_allowed_is_one_sentence(ask, content, kind, sentence):
@@ -191,6 +192,7 @@ def test_a_body_that_is_not_allowed_is_one_sentence(ask, content, kind, sentence
         ("/docs", 404),
         ("/openapi.json", 404),
         ("/api/gallery?limit=²", 422),
+        (f"/api/gallery?limit={'9' * 5000}", 422),  # more digits than Python reads
     ],
 )
 def test_an_address_that_is_not_there(ask, address, status):

@@ -43,6 +43,12 @@ def test_words_come_first_and_then_what_means_the_same(features, folder):
     assert names(Gallery(folder, features).search("red", 1)) == ["red"]
 
 
+@pytest.mark.parametrize("text", ['{"prompt": "\\ud800"}', '{"prompt": "red", "strength": NaN}'])
+def test_a_recipe_that_no_answer_can_hold_is_no_picture_of_ours(folder, text):
+    save_png(torch.zeros(3, 8, 8), folder / "stranger.png", **{RECIPE_KEY: text})
+    assert set(names(Gallery(folder, None).search("", 10))) == set(COLOURS)
+
+
 def test_without_networks_words_alone_are_looked_for(folder):
     gallery = Gallery(folder, None)
     assert names(gallery.search("RED", 10)) == ["red"]

@@ -10,6 +10,7 @@ from t2i.codes.config import CodeSampling
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.families.builds_on import CodesBuildsOn, LowConfig, check_low_is_there
 from t2i.nn.transformer_config import TransformerConfig
+from t2i.schema import check_number
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class SamplingConfig(CodeSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.steps >= 1, "sampling.steps", self.steps, "1 or more")
+        check_number("sampling.steps", self.steps)
         ok = 0 <= self.choice_temperature < math.inf
         check(ok, "sampling.choice_temperature", self.choice_temperature, "0 or more")
 
