@@ -16,10 +16,10 @@ from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
 from . import sample_edit, sample_video
-from .arguments import parse_with_overrides
-from .data import LAUNCH
+from .arguments import launch_words, parse_with_overrides
 from .generators import Loaded, device_named, load, weights_path
 from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
+from .submit import submit_shared
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +37,11 @@ def run(arguments: list[str]) -> None:
     if not prompts.lines:
         number, why = next(iter(prompts.broken.items()))
         raise UserError(f"No line of {options.prompts_file} can be used (line {number}: {why}).")
-    if launched := [each for each in overrides if each.startswith(LAUNCH)]:
-        own = {*launched, "--dry-run"}
-        submitted([each for each in arguments if each not in own], launched, options)
+    if launched := launch_words(options, overrides):
+        if options.checkpoint is None:  # all processes draw with the weights that are the newest now
+            arguments = [*arguments, "--checkpoint", str(weights_path(None, options.runs_dir))]
+        submit_shared(["sample"], arguments, launched, options)
         return
-    check(not options.dry_run, "--dry-run", True, "only with launch=slurm")
-    check(options.config_dir is None, "--config-dir", options.config_dir, "only with launch=slurm")
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.generation.batch_size import BatchSize
     from t2i.generation.names import check_folder
@@ -125,19 +124,6 @@ def reranked(generator: Generator, options: argparse.Namespace, device: torch.de
             return clip_scores(clip, clip.features_of_drawn(images, device).cpu(), prompts, device)
 
     return Reranked(generator, options.rerank, score)
-
-
-def submitted(arguments: list[str], launched: list[str], options: argparse.Namespace) -> None:
-    """The same command as a job of SLURM, all of whose processes draw with the weights that are the newest now."""
-    from .submit import submit_sample
-
-    if options.checkpoint is None:
-        arguments = [*arguments, "--checkpoint", str(weights_path(None, options.runs_dir))]
-    if options.config_dir is not None:
-        flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        flags.add_argument("--config-dir", "-cd")
-        arguments = flags.parse_known_args(arguments)[1]
-    submit_sample(arguments, launched, options.config_dir, options.dry_run)
 
 
 def asked(options: argparse.Namespace, overrides: Sequence[str]) -> Prompts:

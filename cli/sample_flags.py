@@ -16,6 +16,7 @@ from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, is_unicode
 from t2i.schema import MAX_NUMBER, check_number
 
 from . import sample_edit, sample_video
+from .arguments import add_launch
 
 NUM_IMAGES = 4
 LAYOUTS = ("geneval", "parti")
@@ -190,10 +191,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--layout", choices=LAYOUTS, help="name files as the scorers of GenEval and PartiPrompts want"
     )
-    made.add_argument(
-        "--dry-run", action="store_true", help="with cluster=NAME launch=slurm: print the job's script alone"
-    )
-    made.add_argument("--config-dir", "-cd", metavar="DIR", help="with launch=slurm: clusters of your own")
+    add_launch(made)
     made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
     made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     return made

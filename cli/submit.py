@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,24 +131,34 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
     console.print(f"Script: {path}")
 
 
-def submit_sample(arguments: list[str], launched: list[str], config_dir: str | None, dry_run: bool) -> None:
-    """`t2i sample ... cluster=NAME launch=slurm`: an array with a part for each node, in which a process for each GPU
-    draws its share. launched: of the command line, launch= and cluster=. Raises UserError."""
+def submit_shared(
+    command: Sequence[str], arguments: Sequence[str], launched: Sequence[str], options: argparse.Namespace
+) -> None:
+    """`t2i sample ... cluster=NAME launch=slurm`, and sweeps: an array with a part for each node, in which a process
+    for each GPU takes its share.
+
+    command: such as sample; arguments: that came after it; launched: of these launch= and cluster=; options: with
+        config_dir and dry_run
+    Raises UserError.
+    """
     from t2i.launch import slurm
 
     from .composition import cluster_of_overrides
     from .console import console
 
-    cluster, options = _with_slurm(cluster_of_overrides(launched, config_dir))
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config-dir", "-cd")
+    flags.add_argument("--dry-run", action="store_true")
+    words = flags.parse_known_args([each for each in arguments if each not in launched])[1]
+    cluster, own = _with_slurm(cluster_of_overrides(list(launched), options.config_dir))
     parts, processes = cluster.nodes, cluster.gpus_per_node
     cores = max(1, cluster.cpu_cores_per_node // processes)
     machines = slurm.Machines(1, processes, cores, cluster.has_gpus)
-    place = Path("runs").absolute() / "slurm" / f"sample-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    name = command[-1]
+    place = Path("runs").absolute() / "slurm" / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
-    text = slurm.shared_script(
-        "t2i-sample", parts, ["sample", *arguments], machines, options, Path.cwd(), log
-    )
-    if dry_run:
+    text = slurm.shared_script(f"t2i-{name}", parts, [*command, *words], machines, own, Path.cwd(), log)
+    if options.dry_run:
         print(text, end="")
         return
     path, number = _submitted(text, place)

@@ -7,6 +7,8 @@ import importlib
 
 from t2i.errors import ConfigError
 
+from ..arguments import LAUNCH
+
 JOBS = {
     "make": "an embedded source: t2i data make emoji|shapes",
     "pack": "pictures of your own to shards: t2i data pack FOLDER|TABLE OUT",
@@ -18,7 +20,6 @@ JOBS = {
     "inspect": "what is in shards, as a table and a contact sheet: t2i data inspect SHARDS",
     "index": "where each sample lies, for an instant start: t2i data index SHARDS",
 }
-LAUNCH = ("launch=", "cluster=", "cluster.", "--dry-run")  # what makes a job of SLURM of it
 
 
 def run(arguments: list[str]) -> None:
@@ -33,13 +34,14 @@ def run(arguments: list[str]) -> None:
         return
     if arguments[0] not in JOBS:
         raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
-    if launched := [each for each in arguments if each.startswith(LAUNCH)]:
+    job_words = (*LAUNCH, "--dry-run")
+    if launched := [each for each in arguments if each.startswith(job_words)]:
         from ..submit import submit_data
 
         flags = argparse.ArgumentParser(prog="t2i data", add_help=False, allow_abbrev=False)
         flags.add_argument("--config-dir", "-cd")
         own, others = flags.parse_known_args(arguments[1:])
-        words = [each for each in others if not each.startswith(LAUNCH)]
+        words = [each for each in others if not each.startswith(job_words)]
         submit_data(arguments[0], words, launched, own.config_dir)
         return
     importlib.import_module(f"t2i_cli.data.{arguments[0]}").run(arguments[1:])

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .options import bar
+from .options import bar, statistics_of
 from .runs import Measured, judge_of, reference_of
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
     from t2i import families
     from t2i.evaluation.attributes import Attributes
     from t2i.evaluation.distances import Manifolds
-    from t2i.evaluation.measure import Figure, check_enough, figures, mean_figure
+    from t2i.evaluation.measure import Figure, figures, mean_figure
     from t2i.evaluation.pictures import Item, Pictures, batches, stacked
     from t2i.evaluation.reconstruction import codebook_use, psnr, ssim
-    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.evaluation.statistics import collect
     from t2i.interfaces import TokenCodec
     from t2i.nn.perceptual import build_perceptual
     from t2i.training import checkpoint, run_folder
@@ -44,8 +44,7 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
     if lpips is not None:
         lpips.to(device)
     real = reference_of(options.reference, config, options.reference_count)
-    for extractor in extractors:
-        check_enough(extractor, real.count, real.name, options.force)
+    known = statistics_of(real, extractors, options)
     values: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("PSNR in dB", "SSIM", *(["LPIPS"] if lpips is not None else []))
     }
@@ -69,8 +68,6 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
     judge = judge_of(config, first, config["resolution"]["size_px"])
     attributes = Attributes(judge) if judge else None
 
-    with bar("reference", len(extractors) * real.count) as progress:
-        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     pictures = Pictures(str(place), real.count, real.size_px, "", read)
     with bar(f"pictures through {place}", real.count) as progress, torch.inference_mode():
         look = attributes.look if attributes else (lambda items: None)

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from t2i.errors import UserError
 from t2i.schema import check
 
 from .options import add_measures, check_file, check_numbers, extractors_of, write_json
-from .runs import add_prompts, check_prompts, config_of, measure_generator
+from .runs import add_prompts, check_measured, check_prompts, config_of, measure_generator
 
 
 def run(arguments: list[str]) -> None:
@@ -32,7 +33,14 @@ def run(arguments: list[str]) -> None:
     configs = [config_of(place) for place in options.runs]
     for place, config in zip(options.runs, configs, strict=True):
         check_draws(place, config)  # of all, before the first draws for hours
-    measured = [measure_generator(place, options, extractors, (), configs[0]) for place in options.runs]
+    measured, failed = [], []
+    for place in options.runs:
+        try:
+            measured.append(measure_generator(place, options, extractors, (), configs[0]))
+        except UserError as error:
+            failed.append(f"{place}: {error}")
+    if not measured:
+        check_measured(failed, len(failed), "runs")
     runs = [(each.about, each.figures) for each in measured]
     rows, said = comparison_rows(runs, options.published), notes(runs)
     folder = Path(options.out)
@@ -43,6 +51,7 @@ def run(arguments: list[str]) -> None:
         console.print(line)
     values = [each.about | {"figures": [dataclasses.asdict(f) for f in each.figures]} for each in measured]
     write_json(folder / "compare.json", {"runs": values})
+    check_measured(failed, len(options.runs), "runs")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from .options import (
     check_numbers,
     extractors_of,
     plain_data,
+    statistics_of,
     write_json,
 )
 from .runs import HELDOUT, Measured, add_prompts, check_prompts, measure_generator
@@ -85,7 +86,7 @@ def measure_folder(place: str, options: argparse.Namespace, extractors: Sequence
     from t2i.evaluation.features import clip_scores
     from t2i.evaluation.measure import check_enough, figures, mean_figure
     from t2i.evaluation.pictures import generated_folder, reference
-    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.evaluation.statistics import collect
 
     from .options import device_of
 
@@ -93,10 +94,8 @@ def measure_folder(place: str, options: argparse.Namespace, extractors: Sequence
     real = reference(options.reference, pictures.size_px, plain_data(), options.reference_count)
     for extractor in extractors:
         check_enough(extractor, pictures.count, pictures.name, options.force)
-        check_enough(extractor, real.count, real.name, options.force)
+    known = statistics_of(real, extractors, options)
     captions: list[str] = []
-    with bar("reference", len(extractors) * real.count) as progress:
-        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     with bar("pictures", pictures.count) as progress:
         found = collect(
             pictures,

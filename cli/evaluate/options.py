@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from t2i.data_config import DataConfig
     from t2i.evaluation.features import Extractor
+    from t2i.evaluation.pictures import Pictures
+    from t2i.evaluation.statistics import Statistics
 
 
 def add_measures(made: argparse.ArgumentParser) -> None:
@@ -93,11 +95,28 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; what is given is called with the number of pictures that are done since."""
     from rich.progress import Progress
 
-    from ..console import console
+    from ..console import console, is_first_process
 
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not is_first_process) as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+def statistics_of(
+    real: Pictures, extractors: Sequence[Extractor], options: argparse.Namespace
+) -> list[Statistics]:
+    """Of real pictures, by each of the extractors. Raises ConfigError where they are too few, also where that is so
+    without those that cannot be read."""
+    from t2i.evaluation.measure import check_enough
+    from t2i.evaluation.statistics import reference_statistics
+
+    for extractor in extractors:
+        check_enough(extractor, real.count, real.name, options.force)
+    with bar("reference", len(extractors) * real.count) as progress:
+        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
+    for extractor, one in zip(extractors, known, strict=True):
+        check_enough(extractor, len(one.features), f"{real.name}, as far as it can be read,", options.force)
+    return known
 
 
 def write_json(path: Path | None, values: Any) -> None:

@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.errors import ConfigError
+from t2i.errors import ConfigError, UserError
+from t2i.few import first_few
 from t2i.schema import check
 
-from .options import bar, plain_data
+from .options import bar, plain_data, statistics_of
 
 if TYPE_CHECKING:
     from t2i.config import TextConfig
@@ -66,6 +67,12 @@ def check_prompts(options: argparse.Namespace) -> None:
     check(most is None or most >= 2, "--reference-count", most, "2 or more")
     known = options.prompts in (HELDOUT, SHAPES) or Path(options.prompts).is_file()
     check(known, "--prompts", options.prompts, f"{HELDOUT}, {SHAPES} or a file that exists")
+
+
+def check_measured(failed: Sequence[str], count: int, what: str) -> None:
+    """Raises UserError where of so many runs or points some could not be measured. failed: which, and why"""
+    if failed:
+        raise UserError(f"{len(failed)} of {count} {what} are not measured: {' '.join(first_few(failed))}")
 
 
 def prompts_of(options: argparse.Namespace, config: dict[str, Any]) -> list[Prompt]:
@@ -132,7 +139,7 @@ def measure_generator(
     from t2i.evaluation.features import clip_scores
     from t2i.evaluation.measure import check_enough, figures, mean_figure
     from t2i.evaluation.runs import prompts_hash
-    from t2i.evaluation.statistics import collect, reference_statistics
+    from t2i.evaluation.statistics import collect
     from t2i.schema import to_dict
     from t2i.training import run_folder
 
@@ -150,14 +157,12 @@ def measure_generator(
         console.print(
             f"--count is {options.count:,}; --prompts {options.prompts} has {len(prompts):,}: all are drawn."
         )
-    real = reference_of(options.reference, protocol, options.reference_count, generator.default_size_px)
     for extractor in extractors:
         check_enough(extractor, len(prompts), f"--prompts {options.prompts}", options.force)
-        check_enough(extractor, real.count, real.name, options.force)
+    real = reference_of(options.reference, protocol, options.reference_count, generator.default_size_px)
+    known = statistics_of(real, extractors, options)
     cost = Cost(device)
     pictures = drawn(generator, prompts, options, cost, str(place))
-    with bar("reference", len(extractors) * real.count) as progress:
-        known = reference_statistics(real, extractors, options.batch_size, progress, options.statistics)
     judge = judge_of(protocol, prompts[0].metadata, generator.default_size_px)
     attributes = Attributes(judge) if judge else None
     with bar(f"pictures of {place}", len(prompts)) as progress:

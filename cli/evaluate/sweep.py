@@ -7,16 +7,20 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i.errors import ConfigError, UserError
 from t2i.schema import check
 
+from ..arguments import add_launch, launch_words
+from ..submit import submit_shared
 from .options import add_measures, check_file, check_numbers, extractors_of
 from .runs import (
     HELDOUT,
     add_prompts,
+    check_measured,
     check_prompts,
     config_of,
     measure_generator,
@@ -27,36 +31,53 @@ from .runs import (
 if TYPE_CHECKING:
     from t2i.evaluation.features import Extractor
 
+PATIENCE_S = 600.0  # until it is this process's turn to draw the curves
+
 
 def run(arguments: list[str]) -> None:
-    """Measures this process's part of the points that are not there yet; draws the curves of all that are."""
-    options = parser().parse_args(arguments)
+    """Measures this process's part of the points that are not there yet; draws the curves of all that are. With
+    launch=slurm it is a job of SLURM that does so."""
+    options = parser().parse_intermixed_args(arguments)
     check_numbers(options)
     check_prompts(options)
-    places = [word for word in options.words if Path(word).exists() or "=" not in word]
+    launched = launch_words(options, options.words)
+    words = [word for word in options.words if word not in launched]
+    places = [word for word in words if Path(word).exists() or "=" not in word]
     check(bool(places), "RUN", None, "at least one run or checkpoint")
     for place in places:
         check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
-    choices = [parsed(word) for word in options.words if word not in places]
+    choices = [parsed(word) for word in words if word not in places]
+    if launched:
+        submit_shared(["evaluate", "sweep"], arguments, launched, options)
+        return
     # Heavy imports only now: a wrong flag is reported at once.
     import torch
 
+    from t2i import families
+    from t2i.config import parse_run
     from t2i.evaluation.curves import Point, write_curves
     from t2i.generation.names import check_folder
+    from t2i.launch.lock import locked
     from t2i.launch.ranks import rank_of
 
     from ..console import console, part_of
-    from ..generators import check_draws
+    from ..generators import check_draws, with_overrides
 
     check_folder(Path(options.out))
     check_file("--statistics", options.statistics)
-    rank = rank_of(os.environ)
+    rank, console.quiet = rank_of(os.environ), False
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.local % torch.cuda.device_count())
     extractors, folder = extractors_of(options), Path(options.out)
     configs = [config_of(place) for place in places]
-    for place, config in zip(places, configs, strict=True):
-        check_draws(place, config)  # of all, before the first draws for hours
+    for place, config in zip(places, configs, strict=True):  # of all, before the first draws for hours
+        check_draws(place, config)
+        for each in itertools.product(*choices):
+            changed = with_overrides(config, overrides_of(each))
+            try:
+                parse_run(changed, families.get(config["family"]).load_config())
+            except ConfigError as error:
+                raise ConfigError(f"{place} cannot be drawn with: {error}") from error
     protocol = configs[0]
     content = content_of(options, protocol)
     wanted = [
@@ -69,26 +90,35 @@ def run(arguments: list[str]) -> None:
         for chosen in itertools.product(*choices)
     ]
     mine = wanted[rank.rank :: rank.world]
+    failed = []
     for number, (place, chosen, file) in enumerate(mine, 1):
         said = " ".join([place, *(f"{key}={value}" for key, value in chosen.items())])
         if file.is_file():
             console.print(f"{number} of {len(mine)}{part_of(rank)}: {said} is there")
             continue
-        overrides = [f"sampling.{key}={value}" for key, value in chosen.items()]
-        measured = measure_generator(place, options, extractors, overrides, protocol)
+        try:
+            measured = measure_generator(place, options, extractors, overrides_of(chosen.items()), protocol)
+        except UserError as error:
+            failed.append(f"{said}: {error}")
+            continue
         point = Point(place, chosen, measured.about, measured.figures)
         point.write(file)
         console.print(
             f"{number} of {len(mine)}{part_of(rank)}: {said}: {point.distance.name} {point.distance.value:.4g}"
         )
-    found = [Point.read(file) for _, _, file in wanted if file.is_file()]
-    if found:
-        for path in write_curves(found, folder):  # of whoever is last, of all
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, PATIENCE_S):  # whoever is last finds all of them
+        found = [Point.read(file) for _, _, file in wanted if file.is_file()]
+        for path in write_curves(found, folder) if found else ():
             console.print(str(path))
-    if len(found) < len(wanted):
-        console.print(
-            f"{len(wanted) - len(found)} of {len(wanted)} points are still to come from other processes."
-        )
+    if missing := len(wanted) - len(found) - len(failed):
+        console.print(f"{missing} of {len(wanted)} points are still to come from other processes.")
+    check_measured(failed, len(mine), "points")
+
+
+def overrides_of(chosen: Iterable[tuple[str, str]]) -> list[str]:
+    """As `t2i sample` takes them."""
+    return [f"sampling.{key}={value}" for key, value in chosen]
 
 
 def parsed(word: str) -> list[tuple[str, str]]:
@@ -151,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         prog="t2i evaluate sweep",
         description="All combinations of runs or checkpoints and of options of sampling, on one plot: sweep.csv, "
         "sweep.png, and encoders.png where the runs' text encoders differ. What is there is not measured again; under "
-        "torchrun or srun each process takes its part.",
+        "torchrun or srun each process takes its part, and with cluster=NAME launch=slurm it is a job of SLURM.",
     )
     made.add_argument(
         "words",
@@ -162,4 +192,5 @@ def parser() -> argparse.ArgumentParser:
     add_prompts(made)
     made.add_argument("--out", default="sweep", metavar="DIR", help="folder of the points and of the curves")
     add_measures(made)
+    add_launch(made)
     return made

@@ -71,7 +71,9 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     """
     roots = torch.linalg.eigvalsh(first.around(second.covariance), UPLO="L").clamp_min(0).sqrt()
     traces = first.covariance.trace() + second.covariance.trace()
-    return float((first.mean - second.mean).square().sum() + traces - 2 * roots.sum())
+    return max(
+        0.0, float((first.mean - second.mean).square().sum() + traces - 2 * roots.sum())
+    )  # but for rounding
 
 
 def kid(

@@ -93,7 +93,7 @@ def script(
 
     cwd: where the processes run; log: file of what they say, with sbatch's %j or %A_%a
     """
-    lines = _head(name, len(tasks), machines, slurm, cwd, log)
+    lines = _head(name, len(tasks), machines, slurm, cwd, log, f"USR1@{slurm.signal_s}")
     lines.append('case "${SLURM_ARRAY_TASK_ID:-0}" in')
     for number, task in enumerate(tasks):
         lines.append(f"{number})")
@@ -116,16 +116,18 @@ def shared_script(
     log: str,
 ) -> str:
     """For sbatch: an array of so many parts of a command whose processes share among them what it makes. A part that is
-    started again leaves out what is there. One part is the whole job.
+    started again, as it is when its time is over, leaves out what is there. One part is the whole job.
 
     arguments: of `t2i`
     """
-    lines = _head(name, parts, machines, slurm, cwd, log)
+    lines = _head(name, parts, machines, slurm, cwd, log, f"B:USR1@{slurm.signal_s}")
     command = f"{_command(slurm)} {shlex.join(arguments)}"
     return "\n".join(lines) + SHARED.format(srun=_srun(machines, slurm), parts=parts, command=command)
 
 
-def _head(name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Path, log: str) -> list[str]:
+def _head(
+    name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Path, log: str, signal: str
+) -> list[str]:
     options: dict[str, object] = {
         "job-name": name,
         "nodes": machines.nodes,
@@ -133,7 +135,7 @@ def _head(name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Pa
         "cpus-per-task": machines.cores,
         "output": log,
         "open-mode": "append",
-        "signal": f"USR1@{slurm.signal_s}",
+        "signal": signal,
     }
     if machines.gpus:
         options["gpus-per-node"] = machines.processes
@@ -143,7 +145,7 @@ def _head(name: str, tasks: int, machines: Machines, slurm: SlurmConfig, cwd: Pa
     return [
         "#!/bin/bash",
         *(f"#SBATCH --{key}={_option(value)}" for key, value in options.items()),
-        *("#SBATCH --requeue", "", f"cd {shlex.quote(str(cwd))} || exit 1"),
+        *("#SBATCH --requeue", "", JOB, f"cd {shlex.quote(str(cwd))} || exit 1"),
         *slurm.setup,
     ]
 
@@ -157,14 +159,19 @@ def _command(slurm: SlurmConfig) -> str:
     return shlex.join([*shlex.split(slurm.run_in or ""), sys.executable, "-m", "t2i_cli.main"])
 
 
+# The last part of an array has the array's own number as its SLURM_JOB_ID, by which all parts would be meant.
+JOB = "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 SHARED = """
+# The time is nearly over, or the job is pre-empted: what is not there then is for the next start.
+trap 'echo "to be started again"; scontrol requeue "$job"' USR1
 # Each process is one of all in the array.
 {srun} bash -c '
     export WORLD_SIZE=$(({parts} * SLURM_NTASKS)) RANK=$((${{SLURM_ARRAY_TASK_ID:-0}} * SLURM_NTASKS + SLURM_PROCID))
     export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS
     trap "" USR1
     exec "$@"
-' _ {command}
+' _ {command} &
+wait $! || wait $!  # the first one ends with the signal, too
 """
 
 REST = """
@@ -185,7 +192,7 @@ if [ $status -eq 0 ] && ! grep -q '^stopped ' "${variable}" 2>/dev/null; then ex
 # Started again: what was stopped; what failed after it had come further; and once, what ended without saying why.
 if [ $status -eq 0 ] || [ "$(newest)" != "$before" ] || [ -z "$failed" -a "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ]; then
     echo "to be started again (${{failed:-exit state $status}})"
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    scontrol requeue "$job" && exit 0
 fi
 echo "${{failed:-exit state $status}}"
 exit 1

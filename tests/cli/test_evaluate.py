@@ -18,6 +18,7 @@ from t2i.evaluation import features
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.prompts import judge_for, score
 from t2i.evaluation.runs import Run
+from t2i.families.generator import ModelGenerator
 from t2i.training.checkpoint import save_final
 
 
@@ -80,6 +81,15 @@ def test_flags_are_checked_before_torch_is_imported(tmp_path):
         "try: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_what_is_left_of_a_reference_has_to_be_enough(t2i, tmp_path, plain_features):
+    """Six features."""
+    drawn, real = folder_of(tmp_path / "drawn", 6, 100), folder_of(tmp_path / "real", 6, 120)
+    (real / "000.png").write_bytes(b"no picture")
+    arguments = ("evaluate", str(drawn), "--reference", str(real), "--rounds", "0")
+    assert "real, as far as it can be read, has 5 pictures; allowed: 6 or more" in t2i(*arguments).sentence
+    assert "Left out of the reference, image: 1" in t2i(*arguments, "--force").out
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +234,51 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_is_shared(t2i, runs, plain_fea
     assert "draws nothing for prompts; allowed: a run of stage" in t2i("evaluate", "sweep", codec).sentence
 
 
-def test_what_a_sweep_refuses_is_one_sentence(t2i, runs, plain_features):
+@pytest.mark.parametrize("job", ["compare", "sweep"])
+def test_what_cannot_be_measured_is_said_and_the_others_are(t2i, runs, plain_features, monkeypatch, job):
+    """A run, or a choice of options, whose pictures are not finite."""
+    run, draw = str(runs["draws"]), ModelGenerator.generate
+    drawn = []
+
+    def broken(self, request, progress=None):
+        drawn.append(request)
+        return draw(self, request, progress).fill_(float("nan") if len(drawn) == 1 else 0.5)
+
+    monkeypatch.setattr(ModelGenerator, "generate", broken)
+    words = (run, run) if job == "compare" else (run, "noise_scale=1,2")
+    done = t2i("evaluate", job, *words, "--rounds", "0", "--count", "6", "--out", "table")
+    assert f"1 of 2 {'runs' if job == 'compare' else 'points'} are not measured: {run}" in done.sentence
+    assert "6 of 6 pictures came out with numbers that are not finite" in done.sentence
+    assert len(Path(f"table/{job}.csv").read_text().splitlines()) == 2
+    assert "still to come" not in done.out
+    if job == "sweep":  # it goes on with what failed alone
+        assert t2i("evaluate", job, *words, "--rounds", "0", "--count", "6", "--out", "table").code == 0
+        assert len(drawn) == 3
+        assert len(Path("table/sweep.csv").read_text().splitlines()) == 3
+
+
+def test_a_sweep_is_a_job_of_slurm(t2i):
+    Path("run").mkdir()
+    words = ("evaluate", "sweep", "run", "steps=1,2", "--count", "8", "cluster=a100x64", "launch=slurm")
+    outcome = t2i(*words, "--dry-run")
+    assert outcome.code == 0, outcome
+    assert "#SBATCH --job-name=t2i-sweep\n" in outcome.out
+    assert "#SBATCH --array=0-7\n" in outcome.out
+    assert "-m t2i_cli.main evaluate sweep run steps=1,2 --count 8 &\n" in outcome.out
+    assert "--dry-run is True; allowed: only with launch=slurm" in t2i(*words[:4], "--dry-run").sentence
+
+
+def test_what_a_sweep_refuses_is_one_sentence(t2i, runs, plain_features, monkeypatch):
     run = str(runs["draws"])
     assert "RUN is 'none'; allowed: a run or a checkpoint" in t2i("evaluate", "sweep", "none").sentence
     assert "sweep is 'steps='; allowed: key=value,value" in t2i("evaluate", "sweep", run, "steps=").sentence
     assert "sampling.wrong is not a known key" in t2i("evaluate", "sweep", run, "wrong=1").sentence
     assert "RUN is None; allowed: at least one run" in t2i("evaluate", "sweep", "steps=1").sentence
+    monkeypatch.setattr(
+        "t2i_cli.evaluate.sweep.measure_generator", None
+    )  # before the first one draws for hours
+    said = t2i("evaluate", "sweep", run, "noise_scale=1,often").sentence
+    assert f"{run} cannot be drawn with: sampling.noise_scale is 'often'; allowed: a number." in said
 
 
 def test_a_sweep_measures_again_what_was_edited_under_its_name(t2i, runs, plain_features, tmp_path):

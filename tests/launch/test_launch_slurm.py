@@ -11,7 +11,7 @@ import pytest
 
 from t2i.errors import ConfigError, UserError
 from t2i.launch import slurm
-from t2i.launch.slurm import Machines, SlurmConfig, Task, script
+from t2i.launch.slurm import Machines, SlurmConfig, Task, script, shared_script
 from t2i.schema import parse
 
 DEFAULT = {
@@ -117,7 +117,7 @@ def test_what_is_started_again(tmp_path, status, said, restarts, comes_further, 
     )
     for name, text in {
         "srun": f'{further}; [ -n "{said}" ] && echo "{said} " >> "$T2I_OUTCOME"; exit {status}',
-        "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/again; echo n1',
+        "scontrol": f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/again; echo n1',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
@@ -130,9 +130,26 @@ def test_what_is_started_again(tmp_path, status, said, restarts, comes_further, 
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     done = subprocess.run(["bash", tmp_path / "job.sh"], env=environment, capture_output=True, text=True)
     assert (tmp_path / "again").exists() is bool(again)
+    if again:
+        assert (tmp_path / "again").read_text() == "7\n"
     assert done.returncode == (1 if again is False else 0), done.stdout + done.stderr
     if again is False and said:
         assert said in done.stdout.splitlines()[-1]  # the last line of the log says why
+
+
+def test_a_part_of_an_array_is_put_back_alone_when_its_time_is_over(tmp_path):
+    """Its number is that of the array where it is the last one."""
+    for name, text in {"srun": "kill -USR1 $PPID; sleep 0.3; exit 3", "scontrol": "echo $@ >> told"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    text = shared_script("t2i-sample", 2, ["sample"], MACHINES, configured(), tmp_path, "/runs/%A_%a.log")
+    assert options(text)["signal"] == "B:USR1@120"  # to this script, not to the processes
+    (tmp_path / "job.sh").write_text(text)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    done = subprocess.run(["bash", tmp_path / "job.sh"], env=environment, capture_output=True, text=True)
+    assert (tmp_path / "told").read_text() == "requeue 7_1\n"
+    assert (done.returncode, done.stdout) == (3, "to be started again\n")  # srun was waited for
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ stop)
 start) ;;
 *) echo "lab.sh start|stop FOLDER" >&2; exit 2 ;;
 esac
-PORT=$((41000 + $$ % 8000))
+PORT=$((41000 + 3 * ($$ % 6000)))
 mkdir -p "$LAB"/{run,log,state,spool/n1,spool/n2}
 chmod 755 "$LAB" "$LAB"/run
 cat > "$LAB/slurm.conf" <<CONF
