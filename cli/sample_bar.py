@@ -11,8 +11,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t2i.config import TextConfig
-from t2i.errors import UserError
-from t2i.few import first_few, shortened
+from t2i.errors import UserError, shortened
+from t2i.few import first_few
 from t2i.files import written_whole
 from t2i.generation import grid
 from t2i.generation.manifest import NAME

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+LONG = 500  # characters of a value in a sentence
+
 
 class UserError(Exception):
     """Something outside the code is wrong. The message is a sentence that names the key or file, what was
@@ -28,6 +30,11 @@ class CheckpointError(UserError):
 
 class SaidByFirst(UserError):
     """What the first process of a run failed with: it says so, the others need not."""
+
+
+def shortened(text: str) -> str:
+    """At most about `LONG` characters of what a person gave: the beginning and the end."""
+    return text if len(text) <= LONG else f"{text[: LONG * 4 // 5]} ... {text[-LONG // 5 :]}"
 
 
 def system_sentence(error: OSError) -> str:

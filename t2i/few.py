@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 FEW = 10
-LONG = 500  # characters
 
 
 class FewOfEach:
@@ -29,11 +28,6 @@ class FewOfEach:
             self._log.log(level, "%s", message)
         elif count >= 10 * FEW and set(str(count)[1:]) == {"0"} and str(count)[0] == "1":
             self._log.log(level, "%s: %s by now, of which the first %d were named", kind, f"{count:,}", FEW)
-
-
-def shortened(text: str) -> str:
-    """At most about `LONG` characters of it: the beginning and the end."""
-    return text if len(text) <= LONG else f"{text[: LONG * 4 // 5]} ... {text[-LONG // 5 :]}"
 
 
 def first_few(lines: Sequence[str]) -> Iterator[str]:

@@ -9,8 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from t2i.errors import ConfigError
-from t2i.few import shortened
+from t2i.errors import ConfigError, shortened
 
 T = TypeVar("T")
 MAX_NUMBER = 1_000_000  # of steps, and of pictures per prompt

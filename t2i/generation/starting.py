@@ -13,6 +13,8 @@ from torch import Tensor
 from t2i.config import check
 from t2i.data.decode import BadSample, stored_size
 from t2i.errors import UserError
+from t2i.generation.extension import SIDES, around
+from t2i.generation.prompts import MAX_PX
 from t2i.generation.text_to_image import read_image
 
 
@@ -39,10 +41,14 @@ def read_start(
 
     extend: pixels by side: left, right, top, bottom
     size_px: (H, W) that the picture is resized and cut to, and the mask with it, before it is extended; None: as it is
-    Raises UserError for files that are no pictures, ConfigError for a mask of another size than the picture.
+    Raises UserError for files that are no pictures, ConfigError for a mask of another size than the picture, and where
+        a side of the whole would be longer than MAX_PX.
     """
     stored = size_of(image)
     size_px = size_px or stored
+    whole = [side + more for side, more in zip(size_px, around(extend or {}), strict=True)]
+    allowed = f"up to {MAX_PX:,} each (height x width)"
+    check(max(whole) <= MAX_PX, f"{image}, extended,", f"{whole[0]} x {whole[1]} px", allowed)
     pixels, marked = read_image(image, size_px), None
     if mask is not None:
         found = size_of(mask)
@@ -51,9 +57,9 @@ def read_start(
         marked = (read_image(mask, size_px).mean(0, keepdim=True) > 0).float()
         check(bool(marked.any()), f"--mask {mask}", "black all over", "white where the picture is drawn anew")
     if extend is not None:
-        around = tuple(extend.get(side, 0) for side in ("left", "right", "top", "bottom"))
-        marked = F.pad(torch.zeros(1, *size_px) if marked is None else marked, around, value=1.0)
-        pixels = F.pad(pixels[None], around, mode="replicate")[0]
+        sides = tuple(extend.get(side, 0) for side in SIDES)
+        marked = F.pad(torch.zeros(1, *size_px) if marked is None else marked, sides, value=1.0)
+        pixels = F.pad(pixels[None], sides, mode="replicate")[0]
     return Start(pixels, marked)
 
 

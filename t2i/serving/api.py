@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from t2i.errors import ConfigError, UserError
+from t2i.errors import ConfigError, UserError, system_sentence
 from t2i.schema import check, parse, to_dict
 from t2i.serving.gallery import Kept
 from t2i.serving.queue import Job, QueueFull
@@ -33,6 +33,12 @@ def build(service: Service) -> FastAPI:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_S)})
         said = str(error).encode(errors="backslashreplace").decode()  # JSON can spell what UTF-8 cannot
         return JSONResponse({"error": said}, 422)
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        """Its traceback goes to the server's log."""
+        said = system_sentence(error) if isinstance(error, OSError) else f"A fault of the server: {error!r}."
+        return JSONResponse({"error": said}, 500)
 
     @app.exception_handler(404)
     async def unknown(request: Request, _: Exception) -> Response:

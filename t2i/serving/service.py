@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i.data.decode import open_image
-from t2i.errors import UserError
-from t2i.few import shortened
+from t2i.errors import UserError, shortened
 from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.names import file_name

@@ -102,6 +102,9 @@ def test_what_the_extended_size_cannot_be_is_one_sentence(t2i, weights: str) -> 
     picture("a.png")
     done = t2i(*FLAGS, "--prompt", "x", "--image", "a.png", "--extend", "left=3", "--checkpoint", weights)
     assert "width is 35; allowed: multiples of" in done.sentence
+    far = ("--extend", "left=16384", "--checkpoint", weights)
+    done = t2i(*FLAGS, "--prompt", "x", "--image", "a.png", *far)
+    assert "a.png, extended, is '32 x 16416 px'; allowed: up to 16,384 each" in done.sentence
     whole = ("--width", "32", "--checkpoint", weights)
     done = t2i(*FLAGS, "--prompt", "x", "--image", "a.png", "--extend", "left=32", *whole)
     assert "--extend is 'left=32'; allowed: less than the whole, 32 x 32 px" in done.sentence

@@ -202,6 +202,19 @@ def test_an_address_that_is_not_there(ask, address, status):
     assert set(answer.json()) == {"error"}
 
 
+def test_a_full_disk_is_one_sentence(ask, monkeypatch):
+    service, _ = ask()
+    monkeypatch.setattr(
+        service, "_kept_input", lambda data: (_ for _ in ()).throw(OSError(28, "No space left", "x"))
+    )
+    client = TestClient(Guard(api.build(service), None, 2**20), HERE, raise_server_exceptions=False)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    body = {"prompt": "red", "image": base64.b64encode(file.getvalue()).decode()}
+    answer = client.post("/api/generate", json=body)
+    assert (answer.status_code, answer.json()) == (500, {"error": "x cannot be used: No space left."})
+
+
 def test_a_long_body_is_refused_whether_or_not_it_says_so(ask):
     _, client = ask(max_bytes=1000)
     long = json.dumps({"prompt": "x" * 2000}).encode()
