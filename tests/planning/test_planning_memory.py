@@ -6,12 +6,12 @@ The tracker (torch.distributed._tools.mem_tracker) watches every tensor that is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from t2i.config import EMAConfig, OptimizerConfig, TrainerConfig
@@ -27,7 +27,7 @@ from t2i.training.blocks import prepare
 from t2i.training.divided import own
 from t2i.training.ema import EMA
 from t2i.training.optimizer import build_optimizer
-from t2i.training.strategy import divide
+from t2i.training.strategy import divide, mesh_of
 
 CPU = torch.device("cpu")
 WIDTH = 64  # of tokens and of the pooled vector
@@ -257,20 +257,30 @@ def eight_processes():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    yield init_device_mesh("cpu", (8,))
+    yield
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("strategy", ["full_shard", "shard_grad_op"])
+def run_on_eight(batch, strategy, precision) -> TrainerConfig:
+    """On two machines of four."""
+    each = {"batch_size": batch, "num_images": batch, "num_nodes": 2, "devices": 4}
+    return TrainerConfig(**each, strategy=strategy, precision=precision)
+
+
 @pytest.mark.parametrize(
-    ("name", "precision"), [("tiny UNet", "32-true"), ("DiT", "32-true"), ("DiT", "bf16-mixed")]
+    ("name", "precision", "strategy"),
+    [
+        *itertools.product(["tiny UNet", "DiT"], ["32-true"], ["full_shard", "shard_grad_op"]),
+        ("DiT", "bf16-mixed", "full_shard"),
+        ("DiT", "32-true", "hybrid_shard"),
+    ],
 )
-def test_memory_of_sharded_training(eight_processes, name, strategy, precision):
+def test_memory_of_sharded_training(eight_processes, name, precision, strategy):
     """As a run divides a network, by torch's FSDP and its own tracker."""
     config, batch = MODELS[name], 8
     network = build_denoiser(config, 4, WIDTH, WIDTH)
-    trainer = TrainerConfig(batch_size=batch, num_images=batch, strategy=strategy, precision=precision)
-    divide(network, blocks_of(network), eight_processes, trainer)
+    trainer = run_on_eight(batch, strategy, precision)
+    divide(network, blocks_of(network), mesh_of(trainer, torch.device("cpu")), trainer)
     optimizer = torch.optim.AdamW(network.parameters(), foreach=False)
     tracker = FSDPMemTracker(network, optimizer)
     with tracker:
@@ -287,7 +297,7 @@ def test_memory_of_sharded_training(eight_processes, name, strategy, precision):
     planned = planned_for(config)
     kept = activations(planned.module, planned.inputs, precision, "cpu")
     trained = Trained(planned.parameters, 0, 0, 0, **sharded(planned, precision))
-    expected = memory(trained, kept, 0, batch, strategy, False, num_gpus=8, gpus_per_node=8)
+    expected = memory(trained, kept, 0, batch, strategy, False, num_gpus=8, gpus_per_node=4)
     assert expected.total == pytest.approx(real, rel=0.15)
 
 
@@ -298,18 +308,20 @@ def planned_for(config) -> PlannedNetwork:
         )
 
 
-@pytest.mark.parametrize("name", ["tiny UNet", "DiT"])
-def test_what_a_process_holds_and_gathers(eight_processes, name):
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("tiny UNet", "full_shard"), ("DiT", "full_shard"), ("DiT", "hybrid_shard")]
+)
+def test_what_a_process_holds_and_gathers(eight_processes, name, strategy):
     """Byte for byte what FSDP divides and what it gathers: tensors of rows that eight does not divide, vectors in
     float32 beside matrices in 16 bits, and what stands beside the blocks."""
     config = MODELS[name]
     network, planned = build_denoiser(config, 4, WIDTH, WIDTH), planned_for(config)
     network.register_parameter("scale", torch.nn.Parameter(torch.tensor(1.0)))
     planned.module.register_parameter("scale", torch.nn.Parameter(torch.empty((), device="meta")))
-    trainer = TrainerConfig(batch_size=8, num_images=8, strategy="full_shard", precision="bf16-mixed")
-    divide(network, blocks_of(network), eight_processes, trainer)
+    trainer = run_on_eight(8, strategy, "bf16-mixed")
+    divide(network, blocks_of(network), mesh_of(trainer, torch.device("cpu")), trainer)
     trained = Trained(planned.parameters, 0, 0, 0, **sharded(planned, "bf16-mixed"))
-    held = memory(trained, KEPT, 0, 1, "full_shard", False, num_gpus=8, gpus_per_node=8)
+    held = memory(trained, KEPT, 0, 1, strategy, False, num_gpus=8, gpus_per_node=4)
     divided = sum(own(p).nbytes for p in network.parameters())
     assert held.gradients == divided
     assert trained.share(1) == 1
