@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.codes.config import CodeSampling
-from t2i.codes.sampling import drawn
+from t2i.codes.sampling import drawn, raced
 from t2i.interfaces import Progress
 from t2i.nn.once import weights_unchanged
 from t2i.nn.precision import widened
@@ -69,6 +70,7 @@ def decode(
     choice_temperature: float,
     order: Tensor | None = None,
     strength: float = 1.0,
+    noise_per: Literal["position", "code"] = "position",
     progress: Progress | None = None,
 ) -> Tensor:
     """Draws the unknown codes, all of them in each step, and keeps those of which the model is most confident, more
@@ -85,6 +87,8 @@ def decode(
         `halton_order` gives it
     strength: below 1, a share of the unknown positions, drawn at random, begins with its codes, as if the first
         1 - strength of the steps had been done and had kept them (2301.00704, section 2.8)
+    noise_per: a random number for each position, or one for each of its codes too, drawn in single precision as
+        AmusedScheduler does: with one generator both draw the same
     """
     done = steps - max(1, round(strength * steps))
     total = unknown.sum(1)
@@ -92,14 +96,18 @@ def decode(
         chance = uniform(generators, codes.shape[1]).to(codes.device).masked_fill(~unknown, 2.0)
         unknown = lowest(chance, still_unknown(total, total + 1, done / steps))
     rank = None if order is None else order.argsort()
+    precision = torch.float32 if noise_per == "code" else torch.float64
     for step in range(done, steps):
         logits = predict(codes, unknown, step / max(steps - 1, 1))
-        chance = uniform(generators, codes.shape[1])
-        new = drawn(logits.flatten(0, 1), chance.flatten().to(codes.device), sampling).view_as(codes)
+        if noise_per == "code":
+            new = raced(logits, exponential(generators, logits.shape[1:]), sampling)
+        else:
+            chance = uniform(generators, codes.shape[1])
+            new = drawn(logits.flatten(0, 1), chance.flatten().to(codes.device), sampling).view_as(codes)
         codes = torch.where(unknown, new, codes)
         if step < steps - 1:
             ratio = (step + 1) / steps
-            noise = gumbel(uniform(generators, codes.shape[1]))
+            noise = gumbel(uniform(generators, codes.shape[1], precision))
             if rank is None:
                 log_p = widened(logits).log_softmax(-1).gather(-1, new[..., None])[..., 0]
                 confidence = log_p + choice_temperature * (1 - ratio) * noise.to(log_p)
@@ -117,9 +125,16 @@ def lowest(values: Tensor, count: Tensor) -> Tensor:
     return values.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
 
 
-def uniform(generators: Sequence[torch.Generator], count: int) -> Tensor:
-    """(B, count) in [0, 1), float64 on the CPU, row i from generators[i] alone."""
-    return torch.stack([torch.rand(count, generator=each, dtype=torch.float64) for each in generators])
+def uniform(generators: Sequence[torch.Generator], count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(B, count) in [0, 1), on the CPU, row i from generators[i] alone."""
+    return torch.stack([torch.rand(count, generator=each, dtype=dtype) for each in generators])
+
+
+def exponential(generators: Sequence[torch.Generator], shape: torch.Size) -> Tensor:
+    """(B, *shape) of mean 1, float32 on the CPU, picture i's from generators[i] alone."""
+    return torch.stack(
+        [torch.empty(shape, dtype=torch.float32).exponential_(generator=each) for each in generators]
+    )
 
 
 def gumbel(chance: Tensor) -> Tensor:

@@ -25,13 +25,25 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return logits
 
 
+def probabilities(logits: Tensor, sampling: CodeSampling) -> Tensor:
+    """(..., K) of each code, at a temperature above 0."""
+    return filtered(widened(logits) / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+
+
 def drawn(logits: Tensor, uniform: Tensor, sampling: CodeSampling) -> Tensor:
     """logits: (B, K) guided; uniform: (B,) in [0, 1) -> (B,) int64: in each row the code at which the cumulative
     distribution passes the row's own number."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = filtered(widened(logits) / sampling.temperature, sampling.top_k, sampling.top_p)
-    cumulative = logits.softmax(-1).cumsum(-1)
+    cumulative = probabilities(logits, sampling).cumsum(-1)
     whole = cumulative[:, -1:]
     passed = (cumulative <= uniform.to(cumulative)[:, None] * whole).sum(-1)
     return torch.minimum(passed, (cumulative < whole).sum(-1))  # however the product was rounded
+
+
+def raced(logits: Tensor, exponential: Tensor, sampling: CodeSampling) -> Tensor:
+    """logits: (..., K) guided; exponential: (..., K) float32, of mean 1 -> (...) int64: in each row the code with the
+    most probability over its own number, as torch.multinomial draws from the generator that gave these."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return (probabilities(logits, sampling).float() / exponential.to(logits.device)).argmax(-1)

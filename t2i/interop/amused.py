@@ -36,6 +36,7 @@ SAMPLING: dict[str, Any] = {
     "top_p": 1.0,
     "choice_temperature": 2 * STEPS / (STEPS - 1),
     "order": "confidence",
+    "noise_per": "code",
 }
 # Entries that have one value in our transformer; the first is diffusers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -95,7 +96,8 @@ def read_amused(root: Path, options: Options) -> Parts:
     parts.transformer = TransformerPart(config, found_weights, dict(SAMPLING), size_px)
     notes.append(
         f"It is drawn from as AmusedPipeline does unless told otherwise: {STEPS} steps, guidance "
-        f"{SAMPLING['guidance_scale']:g}. With sampling.steps=N, sampling.choice_temperature should be 2 N / (N - 1)."
+        f"{SAMPLING['guidance_scale']:g}. With sampling.steps=N, sampling.choice_temperature should be 2 N / (N - 1). "
+        "sampling.noise_per=position draws other pictures for a seed, with fewer random numbers."
     )
     return parts
 

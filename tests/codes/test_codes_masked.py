@@ -112,9 +112,11 @@ def test_each_step_of_decoding_is_that_of_the_paper(steps, temperature, choice):
     )
 
 
+@pytest.mark.parametrize("noise_per", ["position", "code"])
 @pytest.mark.parametrize("steps", [2, 3, 8, 12])
-def test_decoding_is_that_of_diffusers_scheduler(steps, monkeypatch):
-    """Given the same numbers, with its temperature from 2 to 0 put as ours."""
+def test_decoding_is_that_of_diffusers_scheduler(steps, noise_per, monkeypatch):
+    """Given the same numbers, or with those for each code the same generator, with its temperature from 2 to 0 put as
+    ours."""
     network = Network()
     unknown = torch.ones(1, PLACES, dtype=torch.bool)
     decode(
@@ -125,14 +127,20 @@ def test_decoding_is_that_of_diffusers_scheduler(steps, monkeypatch):
         generators(3),
         PLAIN,
         2 * steps / (steps - 1),
+        noise_per=noise_per,
     )
     numbers = generators(3)
-    monkeypatch.setattr(
-        torch,
-        "multinomial",
-        lambda p, *_, **__: drawn(p.double().log(), uniform(numbers, PLACES)[0], PLAIN)[:, None],
-    )
-    monkeypatch.setattr(scheduling_amused, "gumbel_noise", lambda *_, **__: gumbel(uniform(numbers, PLACES)))
+    if noise_per == "position":
+        monkeypatch.setattr(
+            torch,
+            "multinomial",
+            lambda p, *_, **__: drawn(p.double().log(), uniform(numbers, PLACES)[0], PLAIN)[:, None],
+        )
+        monkeypatch.setattr(
+            scheduling_amused, "gumbel_noise", lambda *_, **__: gumbel(uniform(numbers, PLACES))
+        )
+    single = scheduling_amused.gumbel_noise
+    monkeypatch.setattr(scheduling_amused, "gumbel_noise", lambda t, generator: single(t.float(), generator))
     torch.set_default_dtype(torch.float32)  # as its counts are computed
     scheduler = AmusedScheduler(mask_token_id=MASK)
     scheduler.set_timesteps(steps)
@@ -140,7 +148,7 @@ def test_decoding_is_that_of_diffusers_scheduler(steps, monkeypatch):
     for k, t in enumerate(scheduler.timesteps):
         codes, hidden, _ = network.seen[k]
         assert torch.equal(torch.where(hidden, MASK, codes), sample)
-        sample = scheduler.step(network(sample), t, sample).prev_sample
+        sample = scheduler.step(network(sample), t, sample, generator=numbers[0]).prev_sample
 
 
 def test_how_many_stay_hidden_is_what_diffusers_scheduler_says():

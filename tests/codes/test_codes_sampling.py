@@ -9,7 +9,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from t2i.codes.config import CodeSampling
-from t2i.codes.sampling import drawn, filtered
+from t2i.codes.masked import exponential
+from t2i.codes.sampling import drawn, filtered, raced
 from t2i.errors import ConfigError
 from t2i.nn.guidance import guided
 
@@ -39,6 +40,18 @@ def test_codes_come_as_often_as_the_softmax_says(float64):
     hot = drawn(logits.expand(number, 4), even, dataclasses.replace(PLAIN, temperature=2.0))
     share = torch.bincount(hot, minlength=4) / number
     torch.testing.assert_close(share, (logits / 2).softmax(0), atol=1 / number, rtol=0)
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(None, 1.0), (3, 0.7)])
+def test_a_number_for_each_code_draws_as_torch_does(top_k, temperature, float64):
+    torch.manual_seed(0)
+    logits, options = 2 * torch.randn(60, 9), dataclasses.replace(PLAIN, top_k=top_k, temperature=temperature)
+    (numbers,) = exponential([torch.Generator().manual_seed(4)], logits.shape)
+    left = filtered(logits / temperature, top_k, 1.0).softmax(-1).float()
+    expected = torch.multinomial(left, 1, generator=torch.Generator().manual_seed(4))[:, 0]
+    assert torch.equal(raced(logits, numbers, options), expected)
+    greedy = dataclasses.replace(options, temperature=0.0)
+    assert torch.equal(raced(logits, numbers, greedy), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

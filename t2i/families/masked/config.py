@@ -107,12 +107,15 @@ class SamplingConfig(CodeSampling):
     choice_temperature: of the noise on the confidence that decides which codes are kept, falling to 0 over the steps
     order: which codes are kept first: those of which the model is most "confident", or the places of "halton"'s
         sequence (2503.17076)
+    noise_per: random numbers for each position, or for each of its codes, as AmusedPipeline draws them: of one picture
+        it draws the same for the same seed
     """
 
     steps: int
     guidance_schedule: Literal["constant", "linear"]
     choice_temperature: float
     order: Literal["confidence", "halton"]
+    noise_per: Literal["position", "code"] = "position"
 
     def __post_init__(self) -> None:
         super().__post_init__()

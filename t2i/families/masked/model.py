@@ -102,6 +102,7 @@ class MaskedModel(CodesModel):
             sampling.choice_temperature,
             order=halton_order(*shape) if sampling.order == "halton" else None,
             strength=1.0 if request.image is None else request.strength,
+            noise_per=sampling.noise_per,
             progress=progress,
         )
         return drawn.unflatten(1, shape), finite
