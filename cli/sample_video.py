@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def check_flags(options: argparse.Namespace) -> None:
     if options.video is None:
         return
     check(Path(options.video).exists(), "--video", options.video, "a film or a folder of frames that exists")
-    ok = Path(options.out).resolve() != Path(options.video).resolve()
+    ok = os.path.realpath(options.out) != os.path.realpath(options.video)
     check(ok, "--out", options.out, "another folder than --video")
     for name in WITHOUT:
         value = getattr(options, name)

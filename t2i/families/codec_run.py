@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i import families
 from t2i.codes.embedding import take_vectors
-from t2i.config import RunConfig, check
+from t2i.config import RunConfig, check, to_dict
 from t2i.errors import CheckpointError
 from t2i.families.codec import image_codec
 from t2i.families.low_codes import CodesModel
@@ -112,7 +112,7 @@ def load_runs(
     low: LoadedCheckpoint | None,
 ) -> None:
     """Copies into `model` the weights of the run that it continues, of that of its codec and of that at the lower
-    resolution; its transformer takes the codec's vectors. Raises CheckpointError where they do not fit.
+    resolution; its transformer takes the codec's vectors. Raises CheckpointError or ConfigError where they do not fit.
 
     place: the codec's, to say
     """
@@ -120,6 +120,8 @@ def load_runs(
     if codec is not None and another:
         load_into(model.codec, codec.weights, codec.path, prefix="codec.")
     if start is not None:
+        said, own = (_has_code_vectors(each) for each in (start.config, to_dict(model.config)))
+        check(own == said, "transformer.code_vectors", own, f"{said} with init_from={start.path}")
         if another:
             check_codebook(model.codec, place, start.extra.get("codebook"), str(start.path))
         weights = _with_weights_of(model.codec, start.weights) if another else start.weights
@@ -128,6 +130,11 @@ def load_runs(
     if low is not None and low is not start:
         assert model.low is not None
         load_into(model.low, low.weights, low.path, prefix="model.")
+
+
+def _has_code_vectors(values: Mapping[str, Any]) -> bool:
+    """Of a run's configuration; those from before the key have none."""
+    return bool((values.get("transformer") or {}).get("code_vectors"))
 
 
 def codec_config(found: LoadedCheckpoint) -> dict[str, Any]:

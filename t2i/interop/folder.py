@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ def inside(folder: Path, name: str) -> Path:
     leads to would be copied into what is made of the folder. (In a hub's cache the files of a snapshot are links
     to the folder `blobs` beside `snapshots`: those may.)"""
     path = folder / name
-    root = folder.resolve()
-    target = path.resolve()
+    root, target = (Path(os.path.realpath(each)) for each in (folder, path))  # of a link to itself: itself
     homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     if not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path} is a link to a file outside {folder}; allowed: files in the folder.")

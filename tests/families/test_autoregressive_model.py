@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from t2i import families
+from t2i.config import run_to_dict
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.autoencoder.codec import from_checkpoint
 from t2i.families.autoregressive.model import Autoregressive
@@ -16,7 +17,7 @@ from t2i.families.autoregressive.stage import Stage
 from t2i.families.tokens import codebook_hash, codes_feature, smallest_integer
 from t2i.interfaces import Between, SampleRequest
 from t2i.training import run_folder
-from t2i.training.checkpoint import load
+from t2i.training.checkpoint import load, save_final
 
 PROMPTS = ("a red circle", "a large blue star in the top left")
 
@@ -145,6 +146,27 @@ def test_weights_that_have_learned_other_codes_are_refused(compose_run, runs):
         Stage(config, start)
     kept = Stage(compose_run("experiment=autoregressive/tiny_ar"), start)  # "latest" is then its own
     assert kept.config.model.builds_on.codec == str(runs["one"])
+
+
+def test_a_run_from_before_code_vectors_draws_and_is_gone_on_from_without_them(compose_run, runs, tmp_path):
+    typed = ("experiment=autoregressive/tiny_ar", f"builds_on.codec={runs['one']}")
+    earlier = Stage(compose_run(*typed, "transformer.code_vectors=false"))
+    config = run_to_dict(earlier.config)
+    del config["transformer"]["code_vectors"]
+    header = {"config": config, "extra": earlier.checkpoint_extra()}
+    save_final(earlier.inference_weights(), header, tmp_path / "earlier")
+    start = load(tmp_path / "earlier")
+    with pytest.raises(ConfigError, match=r"code_vectors is True; allowed: False with init_from=.*earlier"):
+        Stage(compose_run(*typed), start)
+    with pytest.raises(ConfigError, match=r"code_vectors is False; allowed: True with init_from="):
+        Stage(
+            compose_run(*typed, "transformer.code_vectors=false"), load(run_folder.weights_file(runs["ar"]))
+        )
+    onwards = Stage(compose_run(*typed, "transformer.code_vectors=false"), start)
+    for name, value in earlier.model.transformer.state_dict().items():
+        assert torch.equal(onwards.model.transformer.state_dict()[name], value)
+    generator = families.get("autoregressive").load_generator()(start, "cpu")
+    assert generator.generate(request()).isfinite().all()
 
 
 @pytest.mark.parametrize("experiment", ["autoregressive/tiny_ar", "masked/tiny_masked"])

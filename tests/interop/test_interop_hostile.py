@@ -264,6 +264,16 @@ def test_a_link_out_of_the_folder(sd1_folder, tmp_path, link):
     assert "is a link to a file outside" in refused(folder)
 
 
+@pytest.mark.parametrize("link", ["vae/config.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_link_to_itself(sd1_folder, tmp_path, link):
+    """Which exists for no one who asks, and has no end for one who follows it."""
+    folder = tmp_path / "sd1"
+    shutil.copytree(sd1_folder, folder)
+    (folder / link).unlink()
+    (folder / link).symlink_to(folder / link)
+    assert link.partition("/")[0] in refused(folder)
+
+
 def test_the_links_of_a_hubs_cache(sd1_folder, tmp_path):
     """snapshots/<revision>/... are links to blobs/..."""
     root = tmp_path / "models--someone--sd1"
