@@ -12,6 +12,7 @@ from t2i.diffusion.schedules import configured_betas
 from t2i.interop.clip import ClipText, to_open_clip
 from t2i.interop.compvis_in import BERT, CLIP, CODEC, LATENT_SCALE, OPEN_CLIP, UNET
 from t2i.interop.compvis_shapes import infer_unet
+from t2i.interop.gumbel import taming_weights
 from t2i.interop.names import compvis_codec
 from t2i.interop.parts import Parts
 from t2i.interop.scheduler import SCHEDULE
@@ -35,6 +36,8 @@ def write_compvis(parts: Parts, path: Path, dtype: torch.dtype, progress: Progre
 
 def compvis_weights(parts: Parts) -> Weights:
     """All weights, with CompVis' names."""
+    if parts.codec.config["codec"]["name"] == "gumbel":
+        return taming_weights(parts.codec.weights)
     names = compvis_codec(parts.codec.weights)
     codec = {names[ours]: weight for ours, weight in parts.codec.weights.items()}
     if parts.denoiser is None:

@@ -16,6 +16,7 @@ from t2i.errors import CheckpointError
 from t2i.interop.amused import SAMPLING, amused_files
 from t2i.interop.compvis_out import write_compvis
 from t2i.interop.diffusers_out import write_diffusers
+from t2i.interop.gumbel import check_writable as check_gumbel
 from t2i.interop.options import Format, Options
 from t2i.interop.parts import Parts, formats_of
 from t2i.interop.run_out import write_run
@@ -89,6 +90,7 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
 def _check_foreign(parts: Parts, to: Format) -> None:
     """Raises a UserError where parts have no such form; notes what it has no place for."""
     formats_of("codec").from_run(parts.codec.config)
+    check_gumbel(parts, to)
     if parts.transformer is not None:
         if to == "compvis":
             raise CheckpointError("aMUSEd has no form as a single file; allowed: --to diffusers, or t2i.")

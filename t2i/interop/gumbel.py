@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i.interop.parts import codec_shapes
-from t2i.interop.weights import Weight, Weights, fit
+from t2i.config import check
+from t2i.interop.parts import Parts, codec_shapes
+from t2i.interop.weights import Weight, Weights, fit, in_memory
 
 # To go on from, as no file says it: the weight that vqgan_gumbel_f8 was trained with, 1e-8 KL(q || uniform), as ours
 # is put (a code stands for 3 x 8 x 8 values of the picture); the temperature that DALL-E ends with (2102.12092,
@@ -53,4 +54,28 @@ def gumbel_weights(config: dict[str, Any], weights: Weights, path: Path) -> Weig
     return {ours: found[name] for ours, name in theirs.items()} | {
         "quant_conv.weight": Weight((num_codes, width, 1, 1), torch.float64, weight),
         "quant_conv.bias": Weight((num_codes,), torch.float64, bias),
+    }
+
+
+def check_writable(parts: Parts, to: str) -> None:
+    """Raises ConfigError where a codec is Gumbel's and what is written has no place for it."""
+    config = parts.codec.config
+    if config["codec"]["name"] != "gumbel":
+        return
+    alone = to == "compvis" and parts.is_codec
+    check(alone, "codec.name", "gumbel", "kl, vq (gumbel by itself goes into one .safetensors file)")
+    dim, latent = parts.codec.weights["codebook.codes"].shape[1], config["backbone"]["latent_channels"]
+    check(dim == latent, "codec.code_dim", dim, f"{latent} in a GumbelVQ, as backbone.latent_channels")
+
+
+def taming_weights(weights: Weights) -> Weights:
+    """Our weights as GumbelVQ has them: the first of its two convolutions changes nothing."""
+    logits = weights["quant_conv.weight"]
+    width = logits.shape[1]
+    return {name: weight for name, weight in weights.items() if name != "codebook.codes"} | {
+        "quant_conv.weight": in_memory(torch.eye(width)[:, :, None, None]),
+        "quant_conv.bias": in_memory(torch.zeros(width)),
+        "quantize.proj.weight": logits,
+        "quantize.proj.bias": weights["quant_conv.bias"],
+        "quantize.embed.weight": weights["codebook.codes"],
     }

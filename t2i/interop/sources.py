@@ -21,6 +21,7 @@ from t2i.interop.diffusers_in import (
     read_unet_alone,
 )
 from t2i.interop.folder import read_json
+from t2i.interop.gumbel import check_writable as check_gumbel
 from t2i.interop.options import Options
 from t2i.interop.parts import CodecPart, Parts, Text, formats_of
 from t2i.interop.reading import read_named
@@ -96,6 +97,7 @@ def _given_codec(source: Path, options: Options, notes: list[str]) -> CodecPart:
     """The autoencoder of a file or folder, which may hold more."""
     parts, is_ours = read(source, Options(ema=options.ema))
     formats_of("codec").from_run(parts.codec.config)
+    check_gumbel(parts, "a pipeline")
     if parts.denoiser is None and not is_ours and source.is_file() and not parts.codec.quantised:
         notes.append(
             f"{source} does not say how its latents are scaled: by {LATENT_SCALE}, as Stable Diffusion's."

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from interop_models import randomised, relative_error
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from t2i import families
 from t2i.errors import CheckpointError, ConfigError
@@ -173,6 +175,31 @@ def test_a_gumbel_checkpoint_equals_its_layers(tmp_path, convert):
     tokens = torch.randint(codec.num_codes, (2, 2, 3))
     expected = model.decoder(model.post_quant_conv(embed[tokens].movedim(-1, 1)))
     assert relative_error(codec.decode_tokens(tokens), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_a_gumbel_codec_goes_out_by_itself_as_taming_has_it(tmp_path, convert):
+    """And comes in again as it was; what has no place for its codebook is a sentence."""
+    torch.save(as_gumbel(small(**GUMBEL)), tmp_path / "last.ckpt")
+    run = convert(tmp_path / "last.ckpt", "run")
+    out = load_file(convert(run, "out.safetensors"))
+    own = load_file(run / "model.safetensors")
+    expected = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name: value.shape for name, value in out.items()} == {n: v.shape for n, v in expected.items()}
+    features = torch.randn(2, 16, 3, 4)
+    logits = conv2d(
+        conv2d(features, out["quant_conv.weight"], out["quant_conv.bias"]),
+        out["quantize.proj.weight"],
+        out["quantize.proj.bias"],
+    )
+    plain = conv2d(features, own["codec.quant_conv.weight"], own["codec.quant_conv.bias"])
+    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
+    back = load_file(convert(tmp_path / "out.safetensors", "back") / "model.safetensors")
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[name], value) for name, value in own.items())
+    for options in (Options(), Options(to="diffusers")):
+        with pytest.raises(ConfigError, match=r"codec.name is 'gumbel'; allowed: kl, vq \(gumbel by itself"):
+            prepare(run, tmp_path / "folder", options)
 
 
 def test_the_published_gumbel_vqgan_is_taken_whole():

@@ -45,7 +45,8 @@ def from_run(model: Mapping[str, Any]) -> Entries:
         value = model["backbone"].get(key)
         check(value is None, f"backbone.{key}", value, f"null {NO_FOREIGN_FORM}")
     codec = model["codec"]
-    check(codec["name"] in ("kl", "vq"), "codec.name", codec["name"], f"kl, vq {NO_FOREIGN_FORM}")
+    names = ("kl", "vq", "gumbel")
+    check(codec["name"] in names, "codec.name", codec["name"], f"{', '.join(names)} {NO_FOREIGN_FORM}")
     ok = not codec.get("normalize", False)
     check(ok, "codec.normalize", True, "false (no foreign form looks codes up by cosine)")
     return {"codec": model["codec"], "backbone": model["backbone"]}
