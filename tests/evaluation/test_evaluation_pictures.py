@@ -96,16 +96,6 @@ def test_what_a_reference_left_out_is_kept_with_its_statistics(tmp_path):
         assert found.left_out == {"image": 1}
 
 
-def test_features_that_are_not_finite_are_one_sentence(tmp_path):
-    real = reference(str(folder_of(tmp_path / "real", 3)), (24, 20), data_config(shards="-"))
-    broken = dataclasses.replace(
-        extractor(), _compute=lambda pictures: torch.full((len(pictures), 6), torch.nan)
-    )
-    with pytest.raises(DataError, match=r"2 of 2 pictures of .*real have features by .* that are not finite"):
-        reference_statistics(real, [broken], 2, progress, tmp_path / "kept.safetensors")
-    assert not (tmp_path / "kept.safetensors").exists()
-
-
 def test_a_reference_is_cut_to_the_others_size_and_counts_what_it_leaves_out(tmp_path):
     folder = folder_of(tmp_path / "real", 3, (60, 30))
     (folder / "bad.jpg").write_bytes(b"no picture")
