@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from t2i import families
+    from t2i.data.encoded import lacking_of_pictures
     from t2i.data.reader import as_pair
     from t2i.launch.ranks import rank_of
     from t2i.schema import check
@@ -36,6 +37,11 @@ def run(arguments: list[str]) -> None:
     wanted = list(features) if options.features is None else options.features.split(",")
     for name in wanted:
         check(name in features, "--features", name, f"{' and '.join(features)} for stage={config.stage}")
+    more = lacking_of_pictures(wanted, features)
+    allowed = (
+        f"{' and '.join(more)} too, as pictures are not read where one of what is made of them is encoded"
+    )
+    check(not more, "--features", options.features, allowed)
     features = {name: feature for name, feature in features.items() if name in wanted}
     device = torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
     parts = config.data.parts()

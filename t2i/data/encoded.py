@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -152,7 +152,7 @@ def feature_hash(feature: Feature) -> str:
 
 
 def check_same(folder: str, record: Record, features: Mapping[str, Feature]) -> None:
-    """Raises DataError unless a stage with these `features` would make those in `folder`."""
+    """Raises DataError unless a stage with these `features` would make those in `folder`, and can train on them."""
     for name, made in record.features.items():
         own = feature_hash(features[name]) if name in features else None
         if made.hash != own:
@@ -161,6 +161,18 @@ def check_same(folder: str, record: Record, features: Mapping[str, Feature]) -> 
                 f"data.encoded={folder} holds {name} made by {made.made_by} (hash {made.hash[:12]}), this run "
                 f"makes them {ours}: encode again, or take {made.made_by}."
             )
+    if lacking := lacking_of_pictures(record.features, features):
+        raise DataError(
+            f"data.encoded={folder} holds what is made of pictures without {' and '.join(lacking)}, and pictures are "
+            "not read beside it; encode all that this run makes of them."
+        )
+
+
+def lacking_of_pictures(kept: Collection[str], features: Mapping[str, Feature]) -> list[str]:
+    """Those that a stage makes of pictures and that are not kept, where some of them are."""
+    of_pictures = [name for name, feature in features.items() if feature.of == "image"]
+    lacking = [name for name in of_pictures if name not in kept]
+    return lacking if len(lacking) < len(of_pictures) else []
 
 
 def shard_name(url: str) -> str:

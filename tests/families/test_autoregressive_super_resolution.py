@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from t2i import families
 from t2i.codes.config import CodeSampling
 from t2i.config import TextConfig, parse_run, run_to_dict
-from t2i.errors import CheckpointError, ConfigError
+from t2i.data.encoded import Made, Record, check_same, feature_hash
+from t2i.errors import CheckpointError, ConfigError, DataError
 from t2i.families.autoregressive.config import Config, NetworkConfig
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.model import Autoregressive
@@ -204,6 +206,10 @@ def test_codes_that_are_those_of_the_lower_resolution_are_learned(float64):
     assert loss.item() < 0.3  # without them no less than log(5) / 4 = 0.4: no first code of four can be known
 
 
+def made_by(feature) -> Made:
+    return Made(feature.of, feature.tensors, feature_hash(feature), feature.made_by)
+
+
 def saved(stage, path) -> str:
     header = {"config": run_to_dict(stage.config), "extra": stage.checkpoint_extra()}
     save_final(stage.inference_weights(), header, path)
@@ -232,6 +238,20 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
     }
     assert made["low_codes"].shape == (2, 4, 4)
     assert made["low_codes"].dtype == torch.uint8
+    for kept, lacks in (
+        (["codes"], "low_codes"),
+        (["low_codes", "text"], "codes"),
+        (["codes", "low_codes"], ""),
+    ):
+        record = Record(
+            {}, {name: made_by(features[name]) for name in kept if name in features}, False, "float32"
+        )
+        with (
+            pytest.raises(DataError, match=f"made of pictures without {lacks}, and")
+            if lacks
+            else nullcontext()
+        ):
+            check_same("cache", record, features)
     randomness = Randomness(0, batch.position, torch.float32)
     loss = stage.losses("transformer", batch, randomness)["loss"]
     ahead = stage.losses("transformer", dataclasses.replace(batch, features=made), randomness)["loss"]
