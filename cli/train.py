@@ -159,6 +159,12 @@ def drawn_measure(config: RunConfig) -> Measure | None:
     check(bool(shards), key, every, "0 where data.heldout_shards is null")
     size = config.resolution.size_px
     heldout = read_all(data, shards, size, NUM_DRAWN, allow_pipes=True)
+    check(
+        len(heldout) >= 2,
+        key,
+        every,
+        "0 where data.heldout_shards hold one picture, of which there is no distance",
+    )
     return Measure(
         heldout, DrawnFigures(heldout, lambda: read_all(data, data.shards, size, allow_pipes=True))
     )

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from t2i.data.reader import read_all
+from t2i.errors import ConfigError
 from t2i.evaluation.drawn import DrawnFigures
+from t2i_cli.train import drawn_measure
 
 
 def test_pictures_drawn_while_training_are_measured(t2i, shapes_overrides):
@@ -43,3 +45,13 @@ def test_a_stage_that_draws_nothing_is_one_sentence(t2i, shapes_overrides):
         "train", "experiment=autoencoder/tiny_kl", *shapes_overrides, "trainer.evaluate_every_images=8"
     ).sentence
     assert "trainer.evaluate_every_images is 8; allowed: 0 for stage=autoencoder, which draws nothing" in said
+
+
+def test_one_picture_that_is_held_out_is_one_sentence(compose_run, monkeypatch):
+    """A distance to it would be that of a covariance which there is not."""
+    monkeypatch.setattr("t2i.data.reader.read_all", lambda *given, **more: read_all(*given[:3], limit=1))
+    config = compose_run("experiment=gan_int_cls/tiny_published", "trainer.evaluate_every_images=8")
+    with pytest.raises(
+        ConfigError, match=r"evaluate_every_images is 8; allowed: 0 where .* hold one picture"
+    ):
+        drawn_measure(config)
