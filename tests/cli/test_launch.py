@@ -239,10 +239,11 @@ slurm: {partition: big}
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
-def test_a_cluster_file_that_is_wrong_is_one_sentence(t2i, verb, wrong, sentence):
+def test_a_cluster_file_that_is_wrong_is_one_sentence(t2i, shapes_overrides, verb, wrong, sentence):
     Path("conf/cluster").mkdir(parents=True)
     Path("conf/cluster/ours.yaml").write_text(CLUSTER.replace(*wrong))
-    outcome = t2i(*verb, "--config-dir", "conf", "cluster=ours", "launch=slurm", "--dry-run")
+    data = shapes_overrides if verb[0] == "train" else ()  # else the emoji are made first
+    outcome = t2i(*verb, *data, "--config-dir", "conf", "cluster=ours", "launch=slurm", "--dry-run")
     assert sentence in outcome.sentence
 
 

@@ -19,7 +19,7 @@ from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion
 from t2i_cli.composition import composed_run
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LAUNCH = ("cluster=lab", "launch=slurm", "--config-dir", "conf")
 PROMPTS = 16
 DRAW = ("sample", "--prompts-file", "p.jsonl", "--num-images", "1", "--batch-size", "1", "--steps", "25")
