@@ -76,7 +76,11 @@ def by_skewed_signals(slurm: Slurm, job: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "interrupt",
-    [by_signal, by_requeue, by_preemption, by_a_dead_rank, by_a_stopped_rank, by_skewed_signals],
+    [
+        *(by_signal, by_requeue, by_preemption, by_a_dead_rank),
+        # tests/distributed holds them without SLURM
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (by_a_stopped_rank, by_skewed_signals)),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_an_interrupted_run_goes_on_exactly(slurm, reference, interrupt):
