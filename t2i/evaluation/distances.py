@@ -71,9 +71,8 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     """
     roots = torch.linalg.eigvalsh(first.around(second.covariance), UPLO="L").clamp_min(0).sqrt()
     traces = first.covariance.trace() + second.covariance.trace()
-    return max(
-        0.0, float((first.mean - second.mean).square().sum() + traces - 2 * roots.sum())
-    )  # but for rounding
+    squared = (first.mean - second.mean).square().sum() + traces - 2 * roots.sum()
+    return float(squared.clamp_min(0))  # rounding can bring it below
 
 
 def kid(
