@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from two_nodes import TWO_NODES
 
 RUN = ("experiment=autoencoder/tiny_kl", "trainer.precision=bf16-mixed")
 SLURM = (*RUN, "trainer.accelerator=gpu", "cluster=a100x64", "launch=slurm")
@@ -196,18 +197,7 @@ def test_what_is_about_all_shards_is_a_second_job(t2i, programs, words, complete
     assert Path("cancelled").read_text() == "73\n"
 
 
-CLUSTER = """
-gpu: none
-peak_bf16_tflops: 1.0
-memory_gib: 8.0
-gpus_per_node: 1
-nodes: 2
-node_bandwidth_gbps: 10.0
-usd_per_gpu_hour: 0.0
-cpu_cores_per_node: 3
-mfu: 0.5
-slurm: {partition: big}
-"""
+CLUSTER = f"{TWO_NODES}cpu_cores_per_node: 3\nslurm: {{partition: big}}\n"
 
 
 @pytest.mark.parametrize("verb", [("train", *RUN), ("data", "index", "x.tar")], ids=["train", "data"])

@@ -12,20 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from two_nodes import TWO_NODES
 
 LAB = Path(__file__).with_name("lab.sh")
-CLUSTER = """
-gpu: none
-peak_bf16_tflops: 1.0
-memory_gib: 8.0
-gpus_per_node: 1
-nodes: 2
-node_bandwidth_gbps: 10.0
-usd_per_gpu_hour: 0.0
-cpu_cores_per_node: 1
-mfu: 0.5
-slurm: {signal_s: 20}
-"""
+CLUSTER = f"{TWO_NODES}cpu_cores_per_node: 1\nslurm: {{signal_s: 20}}\n"
 PATIENCE_S = 180.0
 STEPS = 240
 RUN = ["experiment=autoencoder/tiny_kl", "trainer.accelerator=cpu", "logger.tensorboard=false", "cluster=lab"]
