@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from t2i.errors import ConfigError
 from t2i.schema import check
 
-LAUNCH = ("launch=", "cluster=", "cluster.")  # what makes a job of SLURM of a command
+LAUNCH = re.compile(r"launch=|cluster(\.\w+)*=")  # what makes a job of SLURM of a command
+
+
+@dataclass(frozen=True)
+class Launch:
+    """words: launch=, cluster= and cluster.KEY=; dry_run, config_dir: as `add_launch` has them"""
+
+    words: list[str]
+    dry_run: bool
+    config_dir: str | None
 
 
 def parse_with_overrides(
@@ -30,10 +41,44 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="with launch=slurm: clusters of your own")
 
 
-def launch_words(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """Of these key=value what makes a job of SLURM of the command. Raises ConfigError for flags of a job without it."""
-    launched = [each for each in words if each.startswith(LAUNCH)]
-    if not launched:
-        check(not options.dry_run, "--dry-run", True, "only with launch=slurm")
-        check(options.config_dir is None, "--config-dir", options.config_dir, "only with launch=slurm")
-    return launched
+def launch_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Launch | None, list[str]]:
+    """The job of SLURM that a command line asks for, None where it asks for none, and the command line without that.
+    Raises ConfigError for flags of a job without it.
+
+    parser: of the command, with `add_launch`
+    """
+    flags = argparse.ArgumentParser(add_help=False)
+    add_launch(flags)
+    asked, others = taken_out(parser, arguments, LAUNCH, ("dry_run", "config_dir"))
+    options, words = flags.parse_known_args(asked)
+    if words:
+        return Launch(words, options.dry_run, options.config_dir), others
+    check(not options.dry_run, "--dry-run", True, "only with launch=slurm")
+    check(options.config_dir is None, "--config-dir", options.config_dir, "only with launch=slurm")
+    return None, others
+
+
+def taken_out(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    pattern: re.Pattern[str],
+    flags: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """The words that `pattern` matches with these flags of `parser` (by dest) and their values, and all the others,
+    both in their order. The value of a flag is no word, and nothing after -- is one."""
+    taken, others, left = list[str](), list[str](), list(arguments)
+    while left and left[0] != "--":
+        flag = _flag(parser, left[0])
+        number = 2 if flag is not None and flag.nargs != 0 and "=" not in left[0] else 1
+        is_taken = bool(pattern.match(left[0])) if flag is None else flag.dest in flags
+        (taken if is_taken else others).extend(left[:number])
+        left = left[number:]
+    return taken, others + left
+
+
+def _flag(parser: argparse.ArgumentParser, argument: str) -> argparse.Action | None:
+    """The one that an argument names, by its beginning too where it has two dashes, as argparse takes it."""
+    known, name = parser._option_string_actions, argument.partition("=")[0]
+    if name in known or not name.startswith("--"):
+        return known.get(name)
+    return next((action for flag, action in known.items() if flag.startswith(name)), None)

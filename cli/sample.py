@@ -16,7 +16,7 @@ from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
 from . import sample_edit, sample_video
-from .arguments import launch_words, parse_with_overrides
+from .arguments import launch_of, parse_with_overrides
 from .generators import Loaded, device_named, load, weights_path
 from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
 from .submit import submit_shared
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 def run(arguments: list[str]) -> None:
     """Parses, loads, draws, writes PNGs and says where."""
+    launch, arguments = launch_of(parser(), arguments)
     options, overrides = parse_with_overrides(parser(), arguments)
     check_flags(options)
     prompts = asked(options, overrides)
     if not prompts.lines:
         number, why = next(iter(prompts.broken.items()))
         raise UserError(f"No line of {options.prompts_file} can be used (line {number}: {why}).")
-    if launched := launch_words(options, overrides):
+    if launch is not None:
         if options.checkpoint is None:  # all processes draw with the weights that are the newest now
             arguments = [*arguments, "--checkpoint", str(weights_path(None, options.runs_dir))]
-        submit_shared(["sample"], arguments, launched, options)
+        submit_shared(["sample"], arguments, launch)
         return
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.generation.batch_size import BatchSize

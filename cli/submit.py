@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from t2i.config import RunConfig
     from t2i.launch.slurm import SlurmConfig
     from t2i.planning.config import ClusterConfig
+
+    from .arguments import Launch
 
 # Jobs of `t2i data` whose processes share the shards among them: a process for each GPU, or for each node, where it
 # has processes of its own.
@@ -80,13 +81,12 @@ def submit(
     console.print(f"Script: {path}. `t2i jobs` shows how it goes on.")
 
 
-def submit_data(job: str, arguments: list[str], launched: list[str], config_dir: str | None = None) -> None:
+def submit_data(job: str, arguments: list[str], launch: Launch) -> None:
     """`t2i data JOB ... cluster=NAME launch=slurm`: a job whose processes share the shards among them is an array with
     a part for each node; any other is one process on one node. What has to be said of all shards together is a second
     job, which begins when all parts have ended well.
 
-    launched: of the command line, launch=, cluster= and --dry-run
-    config_dir: a folder with clusters of one's own
+    arguments: that came after it, without what `launch` has
     Raises UserError.
     """
     from t2i.launch import queue, slurm
@@ -94,15 +94,14 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
     from .composition import cluster_of_overrides
     from .console import console
 
-    given = [each for each in launched if each != "--dry-run"]
-    values = cluster_of_overrides(given, config_dir)
-    cluster, options = _with_slurm(values)
+    cluster, options = _with_slurm(cluster_of_overrides(launch.words, launch.config_dir))
     parts = cluster.nodes if job in PER_GPU | PER_NODE else 1
     processes = cluster.gpus_per_node if job in PER_GPU else 1
     cores = max(1, cluster.cpu_cores_per_node // processes)
     machines = slurm.Machines(1, processes, cores, gpus=job in PER_GPU and cluster.has_gpus)
     place = Path("runs").absolute() / "slurm" / f"data-{job}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if job == "inspect" and parts > 1 and "--parts" not in arguments:
+    has_parts = any(each.partition("=")[0] == "--parts" for each in arguments)
+    if job == "inspect" and parts > 1 and not has_parts:
         arguments = [*arguments, "--parts", str(place / "parts")]
 
     def text(parts: int) -> str:
@@ -112,7 +111,7 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
         )
 
     completed = parts > 1 and job in COMPLETED
-    if "--dry-run" in launched:
+    if launch.dry_run:
         print(text(parts), end="")
         if completed:
             print("\n# After all parts of it: sbatch --dependency=afterok:JOB")
@@ -131,14 +130,11 @@ def submit_data(job: str, arguments: list[str], launched: list[str], config_dir:
     console.print(f"Script: {path}")
 
 
-def submit_shared(
-    command: Sequence[str], arguments: Sequence[str], launched: Sequence[str], options: argparse.Namespace
-) -> None:
+def submit_shared(command: Sequence[str], arguments: Sequence[str], launch: Launch) -> None:
     """`t2i sample ... cluster=NAME launch=slurm`, and sweeps: an array with a part for each node, in which a process
     for each GPU takes its share.
 
-    command: such as sample; arguments: that came after it; launched: of these launch= and cluster=; options: with
-        config_dir and dry_run
+    command: such as sample; arguments: that came after it, without what `launch` has
     Raises UserError.
     """
     from t2i.launch import slurm
@@ -146,19 +142,15 @@ def submit_shared(
     from .composition import cluster_of_overrides
     from .console import console
 
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config-dir", "-cd")
-    flags.add_argument("--dry-run", action="store_true")
-    words = flags.parse_known_args([each for each in arguments if each not in launched])[1]
-    cluster, own = _with_slurm(cluster_of_overrides(list(launched), options.config_dir))
+    cluster, own = _with_slurm(cluster_of_overrides(launch.words, launch.config_dir))
     parts, processes = cluster.nodes, cluster.gpus_per_node
     cores = max(1, cluster.cpu_cores_per_node // processes)
     machines = slurm.Machines(1, processes, cores, cluster.has_gpus)
     name = command[-1]
     place = Path("runs").absolute() / "slurm" / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
-    text = slurm.shared_script(f"t2i-{name}", parts, [*command, *words], machines, own, Path.cwd(), log)
-    if options.dry_run:
+    text = slurm.shared_script(f"t2i-{name}", parts, [*command, *arguments], machines, own, Path.cwd(), log)
+    if launch.dry_run:
         print(text, end="")
         return
     path, number = _submitted(text, place)

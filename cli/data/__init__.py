@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 
 from t2i.errors import ConfigError
 
-from ..arguments import LAUNCH
+from ..arguments import add_launch, launch_of
 
 JOBS = {
     "make": "an embedded source: t2i data make emoji|shapes",
@@ -34,14 +33,13 @@ def run(arguments: list[str]) -> None:
         return
     if arguments[0] not in JOBS:
         raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
-    job_words = (*LAUNCH, "--dry-run")
-    if launched := [each for each in arguments if each.startswith(job_words)]:
-        from ..submit import submit_data
-
-        flags = argparse.ArgumentParser(prog="t2i data", add_help=False, allow_abbrev=False)
-        flags.add_argument("--config-dir", "-cd")
-        own, others = flags.parse_known_args(arguments[1:])
-        words = [each for each in others if not each.startswith(job_words)]
-        submit_data(arguments[0], words, launched, own.config_dir)
+    job = importlib.import_module(f"t2i_cli.data.{arguments[0]}")
+    parser = job.parser()
+    add_launch(parser)
+    launch, words = launch_of(parser, arguments[1:])
+    if launch is None:
+        job.run(words)
         return
-    importlib.import_module(f"t2i_cli.data.{arguments[0]}").run(arguments[1:])
+    from ..submit import submit_data
+
+    submit_data(arguments[0], words, launch)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.few import first_few
 
+from ..arguments import taken_out
 from ..console import console, part_of
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ TILE_PX = 192
 
 def run(arguments: list[str]) -> None:
     """Looks at every sample under a progress bar, prints, and writes what was asked for."""
-    settings = [argument for argument in arguments if argument.startswith("text.") and "=" in argument]
-    options = parser().parse_args([argument for argument in arguments if argument not in settings])
+    settings, others = taken_out(parser(), arguments, re.compile(r"text(\.\w+)+="))
+    options = parser().parse_args(others)
     from rich.progress import Progress
 
     from t2i.data.sources import expand

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from t2i.errors import ConfigError, UserError
 from t2i.schema import check
 
-from ..arguments import add_launch, launch_words
+from ..arguments import add_launch, launch_of
 from ..submit import submit_shared
 from .options import add_measures, check_file, check_numbers, extractors_of
 from .runs import (
@@ -37,18 +37,17 @@ PATIENCE_S = 600.0  # until it is this process's turn to draw the curves
 def run(arguments: list[str]) -> None:
     """Measures this process's part of the points that are not there yet; draws the curves of all that are. With
     launch=slurm it is a job of SLURM that does so."""
+    launch, arguments = launch_of(parser(), arguments)
     options = parser().parse_intermixed_args(arguments)
     check_numbers(options)
     check_prompts(options)
-    launched = launch_words(options, options.words)
-    words = [word for word in options.words if word not in launched]
-    places = [word for word in words if Path(word).exists() or "=" not in word]
+    places = [word for word in options.words if Path(word).exists() or "=" not in word]
     check(bool(places), "RUN", None, "at least one run or checkpoint")
     for place in places:
         check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
-    choices = [parsed(word) for word in words if word not in places]
-    if launched:
-        submit_shared(["evaluate", "sweep"], arguments, launched, options)
+    choices = [parsed(word) for word in options.words if word not in places]
+    if launch is not None:
+        submit_shared(["evaluate", "sweep"], arguments, launch)
         return
     # Heavy imports only now: a wrong flag is reported at once.
     import torch

@@ -153,7 +153,8 @@ class TokenBlock(nn.Module):
         rotation: Rotation | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """x: (B, N, width); context: (B, L, context_width); context_mask: (B, L) bool, True where it is seen; the others as `TokenAttention` takes them -> as x"""
+        """x: (B, N, width); context: (B, L, context_width); context_mask: (B, L) bool, True where it is seen; the
+        others as `TokenAttention` takes them -> as x"""
         h = self.attention(self.norm_1(x), mask, causal, rotation, cache)
         x = x + self.dropout(h)
         if self.cross_attention is not None:

@@ -146,6 +146,19 @@ def test_a_data_job_is_an_array_whose_processes_share_the_shards(t2i, programs):
     assert "needs cluster=NAME" in t2i("data", "index", "x.tar", "launch=slurm").sentence
 
 
+def test_a_value_that_reads_like_the_job_s_stays(t2i):
+    words = ("--prompt", "launch=slurm", "--checkpoint", "runs/ldm/a b", "cluster=a100x64", "launch=slurm")
+    said = t2i("sample", *words, "--dry-run").out
+    assert "sample --prompt launch=slurm --checkpoint 'runs/ldm/a b' &\n" in said
+    words = ("cluster.tar", "--json", "launch=x.json", "--parts=p", "cluster=a100x64", "launch=slurm")
+    said = t2i("data", "inspect", *words, "--dry-run").out
+    assert "data inspect cluster.tar --json launch=x.json --parts=p &\n" in said
+    assert (
+        "--dry-run is True; allowed: only with launch=slurm"
+        in t2i("data", "index", "x.tar", "--dry-run").sentence
+    )
+
+
 def test_drawing_is_an_array_whose_processes_share_the_pictures(t2i):
     words = ("sample", "--prompt", "a red circle", "--checkpoint", "runs/ldm/a", "sampling.steps=4")
     outcome = t2i(*words, "cluster=a100x64", "launch=slurm", "--dry-run", "cluster.slurm.partition=gpu")

@@ -22,11 +22,19 @@ CODES, GRID, TEXT = 11, (4, 4), 5
 POSITIONS = ("learned", "rotary")
 
 
-def network(positions: str = "learned") -> CodeTransformer:
+def network(positions: str = "learned", conditioning: str = "prefix") -> CodeTransformer:
     """With weights of its own everywhere, also where training starts at zero."""
     torch.manual_seed(0)
     config = NetworkConfig(
-        width=16, depth=2, heads=2, positions=positions, norm="layer", bias=True, qk_norm=True, dropout=0.0
+        width=16,
+        depth=2,
+        heads=2,
+        positions=positions,
+        norm="layer",
+        bias=True,
+        qk_norm=True,
+        dropout=0.0,
+        conditioning=conditioning,
     )  # type: ignore[arg-type]
     transformer = CodeTransformer(config, CODES, GRID, text_dim=6, max_tokens=TEXT)
     for parameter in transformer.parameters():
@@ -149,3 +157,14 @@ def test_a_picture_depends_on_its_own_seed_alone(float64):
         alone, _ = draw_codes(transformer, one, None, GRID, generators(8), sampling())
     assert torch.equal(together[1:], alone)
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("grid", [GRID, (GRID[0] + 1, GRID[1])], ids=["cache", "window"])
+def test_a_text_that_is_attended_to_is_read_once(grid, float64):
+    """Its keys and values in each block, for all codes, with a cache and in a sliding window."""
+    transformer, reads = network("rotary", conditioning="cross"), []
+    for block in transformer.blocks:
+        block.cross_attention.to_k.register_forward_hook(lambda *_: reads.append(1))
+    with torch.no_grad():
+        draw_codes(transformer, text(1), text(1), grid, [torch.Generator()], sampling(guidance_scale=3.0))
+    assert len(reads) == len(transformer.blocks)

@@ -15,8 +15,8 @@ def planned_drawing(
     transformer: CodeTransformer, tokens: int, text_dim: int, rows: int
 ) -> list[PlannedCalls]:
     """One call for the text and the first code, then one for each further code, which finds the keys and values of all
-    before in the caches (`drawing.draw_codes`), and, kept by `t2i.nn.once`, the tables of the codes and the keys and values
-    of a text that is attended to.
+    before in the caches (`drawing.draw_codes`), and, kept by `t2i.nn.once`, the tables of the codes and the keys and
+    values of a text that is attended to.
 
     tokens, text_dim: number and width of the text's states; rows: of the batch
     """
