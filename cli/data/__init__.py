@@ -33,12 +33,12 @@ def run(arguments: list[str]) -> None:
         return
     if arguments[0] not in JOBS:
         raise ConfigError(f"{arguments[0]!r} is not a job; allowed: {', '.join(JOBS)}.")
-    job = importlib.import_module(f"t2i_cli.data.{arguments[0]}")
-    parser = job.parser()
+    module = importlib.import_module(f"t2i_cli.data.{arguments[0]}")
+    parser = module.parser()
     add_launch(parser)
     launch, words = launch_of(parser, arguments[1:])
     if launch is None:
-        job.run(words)
+        module.run(words)
         return
     from ..submit import submit_data
 

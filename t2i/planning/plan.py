@@ -71,6 +71,12 @@ def make_plan(config: RunConfig, model: Model, cluster: ClusterConfig, assumed: 
     for features in sorted(assumed.cached - model.cacheable):
         allowed = ", ".join([*sorted(model.cacheable), "none"])
         check(False, "--cached", features, f"{allowed}: what no trained network makes")
+    of_pictures = model.cacheable - {"text"}
+    ok = of_pictures <= assumed.cached or of_pictures.isdisjoint(assumed.cached)
+    allowed = (
+        f"all of {', '.join(sorted(of_pictures))}, or none of them: pictures are read for what is not there"
+    )
+    check(ok, "--cached", ",".join(sorted(assumed.cached)), allowed)
     work = work_of(config, model, assumed)
     mfu = assumed.mfu or cluster.mfu
     if assumed.images_per_second_per_gpu is not None:

@@ -53,6 +53,10 @@ CASES = {
         ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--cached", "latents"),
         ("--cached", "'latents'", "none"),
     ),
+    "the codes of one resolution": (
+        ("plan", "stage=masked_sr", "cluster=a100x8", "--cached", "codes"),
+        ("--cached", "'codes'", "codes, low_codes, or none of them"),
+    ),
     "size of the model": (
         (*PLANNED, "resolution.size_px=40"),
         ("resolution.size_px", "40", "multiples of 16"),
