@@ -42,8 +42,9 @@ def parser() -> argparse.ArgumentParser:
         description="Convert a model. In: a diffusers directory (Stable Diffusion 1 and 2, LDM text-to-image, "
         "aMUSEd), a CompVis or Stability .ckpt or .safetensors, a VQGAN or GumbelVQ of taming-transformers, a "
         "ViT-VQGAN of enhancing-transformers, diffusers' AutoencoderKL or VQModel, DALL-E's discrete VAE (a folder "
-        "with encoder.pt and decoder.pt), or a t2i run. Out: a t2i run, a diffusers directory, or one .safetensors "
-        "with CompVis' names.",
+        "with encoder.pt and decoder.pt), or a t2i run. Out: a t2i run, a diffusers directory (of DALL-E's "
+        "discrete VAE one of transformers' FlavaImageCodebook and the decoder), or one .safetensors with CompVis' "
+        "names.",
     )
     made.add_argument("source", metavar="SOURCE", help="folder or file")
     made.add_argument("out", metavar="OUT", help="a name that is free: a folder, or a .safetensors file")

@@ -25,15 +25,23 @@ from diffusers import {kind}
 
 autoencoder = {kind}.from_pretrained("THIS_FOLDER")
 ```"""
+DVAE = """```python
+from safetensors.torch import load_file
+from transformers import FlavaImageCodebook
+
+encoder = FlavaImageCodebook.from_pretrained("THIS_FOLDER")
+decoder = load_file("THIS_FOLDER/decoder.safetensors")  # the weights of dall_e's Decoder, by its names
+```"""
 
 
 def model_card(parts: Parts) -> str:
-    """README.md of a diffusers folder. Names no path of the machine it was made on."""
+    """README.md of a folder that others load. Names no path of the machine it was made on."""
     pipeline = not parts.is_codec
-    head = ["library_name: diffusers", "license: unknown", "tags: [t2i]"]
+    is_dvae = parts.codec.config["backbone"]["name"] == "dvae"
+    head = [f"library_name: {'transformers' if is_dvae else 'diffusers'}", "license: unknown", "tags: [t2i]"]
     head += ["pipeline_tag: text-to-image"] if pipeline else []
     codec = "VQModel" if parts.codec.quantised else "AutoencoderKL"
-    title, code = "Image autoencoder", AUTOENCODER.format(kind=codec)
+    title, code = "Image autoencoder", DVAE if is_dvae else AUTOENCODER.format(kind=codec)
     if parts.denoiser is not None:
         title, code = "Text-to-image latent diffusion model", PIPELINE
     if parts.transformer is not None:
@@ -57,8 +65,7 @@ def model_card(parts: Parts) -> str:
 
 def _rows(parts: Parts) -> list[list[str]]:
     backbone = parts.codec.config["backbone"]
-    kind = "VQ" if parts.codec.quantised else "KL"
-    what = f"{kind} autoencoder, f{parts.codec.downsampling}, {backbone['latent_channels']} channels, latents times "
+    what = f"{parts.codec.kind}, f{parts.codec.downsampling}, {backbone['latent_channels']} channels, latents times "
     rows = [["autoencoder", _count(parts.codec.weights), f"{what}{parts.codec.latent_scale:g}"]]
     if parts.transformer is not None:
         uvit = f"U-ViT over codes at {parts.transformer.size_px} px"

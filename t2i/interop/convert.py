@@ -14,11 +14,11 @@ from t2i.config import check
 from t2i.diffusion.config import GridConfig
 from t2i.errors import CheckpointError
 from t2i.interop.amused import SAMPLING, amused_files
+from t2i.interop.codec_form import check_codec
 from t2i.interop.compvis_out import write_compvis
 from t2i.interop.diffusers_out import write_diffusers
-from t2i.interop.gumbel import check_writable as check_gumbel
 from t2i.interop.options import Format, Options
-from t2i.interop.parts import Parts, formats_of
+from t2i.interop.parts import Parts
 from t2i.interop.run_out import write_run
 from t2i.interop.sources import read
 from t2i.interop.writing import DTYPES, Progress, saved_bytes
@@ -89,8 +89,7 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
 
 def _check_foreign(parts: Parts, to: Format) -> None:
     """Raises a UserError where parts have no such form; notes what it has no place for."""
-    formats_of("codec").from_run(parts.codec.config)
-    check_gumbel(parts, to)
+    check_codec(parts, to)
     if parts.transformer is not None:
         if to == "compvis":
             raise CheckpointError("aMUSEd has no form as a single file; allowed: --to diffusers, or t2i.")

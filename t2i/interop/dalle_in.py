@@ -53,7 +53,7 @@ def read_dalle(folder: Path) -> Parts:
     wanted = codec_shapes(config)
     encoder_wanted, decoder_wanted = {}, {}
     for ours, shape in wanted.items():
-        if ours.startswith(("encoder.", "quant_conv.")):
+        if is_encoders(ours):
             encoder_wanted[published(ours)] = shape
         else:
             decoder_wanted[published(ours)] = (*reversed(shape), 1, 1) if ours == "codebook.codes" else shape
@@ -61,10 +61,15 @@ def read_dalle(folder: Path) -> Parts:
     found["decoder"] = fit(decoder, decoder_wanted, decoder_file, "decoder")
     weights = {}
     for ours in wanted:
-        part = "encoder" if ours.startswith(("encoder.", "quant_conv.")) else "decoder"
+        part = "encoder" if is_encoders(ours) else "decoder"
         weight = found[part][published(ours)]
         weights[ours] = _as_codes(weight) if ours == "codebook.codes" else weight
     return Parts("DALL-E's discrete VAE", CodecPart(config, weights, 1.0), notes=notes)
+
+
+def is_encoders(ours: str) -> bool:
+    """Whether the published encoder has a weight, or the published decoder."""
+    return ours.startswith(("encoder.", "quant_conv."))
 
 
 def published(ours: str) -> str:

@@ -12,6 +12,7 @@ from t2i.config import check
 from t2i.interop.amused import amused_files
 from t2i.interop.card import model_card
 from t2i.interop.clip import ClipText, with_max_tokens
+from t2i.interop.dalle_out import write_dalle
 from t2i.interop.diffusers_config import write_codec, write_unet
 from t2i.interop.diffusers_in import STEM
 from t2i.interop.names import codec_attention_matrix, diffusers_codec, diffusers_unet
@@ -25,12 +26,15 @@ HEADER = {"format": "pt"}  # what diffusers asks of a .safetensors file
 
 
 def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
-    """model_index.json and the parts' folders; of an autoencoder by itself its folder alone."""
+    """model_index.json and the parts' folders; of an autoencoder by itself its folder alone,
+    of DALL-E's discrete VAE transformers'."""
     folder.mkdir(parents=True)
     if parts.transformer is not None:
         _write_amused(parts, parts.transformer, folder, dtype, progress)
     elif parts.denoiser is not None:
         _write_stable_diffusion(parts, parts.denoiser, folder, dtype, progress)
+    elif parts.codec.config["backbone"]["name"] == "dvae":
+        write_dalle(parts.codec, folder, dtype, progress)
     else:
         _write_codec(parts.codec, folder, parts.size_px, dtype, progress)
     (folder / "README.md").write_text(model_card(parts))

@@ -57,11 +57,9 @@ def gumbel_weights(config: dict[str, Any], weights: Weights, path: Path) -> Weig
     }
 
 
-def check_writable(parts: Parts, to: str) -> None:
-    """Raises ConfigError where a codec is Gumbel's and what is written has no place for it."""
+def check_gumbel(parts: Parts, to: str) -> None:
+    """Raises ConfigError where a codec of Gumbel's has no form in what is written."""
     config = parts.codec.config
-    if config["codec"]["name"] != "gumbel":
-        return
     alone = to == "compvis" and parts.is_codec
     check(alone, "codec.name", "gumbel", "kl, vq (gumbel by itself goes into one .safetensors file)")
     dim, latent = parts.codec.weights["codebook.codes"].shape[1], config["backbone"]["latent_channels"]

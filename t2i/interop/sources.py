@@ -8,6 +8,7 @@ from pathlib import Path
 from t2i.config import check
 from t2i.errors import CheckpointError
 from t2i.interop.amused import is_amused, read_amused
+from t2i.interop.codec_form import check_codec
 from t2i.interop.compvis_in import LATENT_SCALE, UNET, is_text_encoder, read_single_file, read_text_weights
 from t2i.interop.dalle_in import is_dalle, read_dalle
 from t2i.interop.diffusers_config import UNET_CLASS
@@ -21,9 +22,8 @@ from t2i.interop.diffusers_in import (
     read_unet_alone,
 )
 from t2i.interop.folder import read_json
-from t2i.interop.gumbel import check_writable as check_gumbel
 from t2i.interop.options import Options
-from t2i.interop.parts import CodecPart, Parts, Text, formats_of
+from t2i.interop.parts import CodecPart, Parts, Text
 from t2i.interop.reading import read_named
 from t2i.interop.run_in import is_run, read_run
 
@@ -96,8 +96,7 @@ def _given(options: Options, notes: list[str]) -> tuple[CodecPart | None, Text |
 def _given_codec(source: Path, options: Options, notes: list[str]) -> CodecPart:
     """The autoencoder of a file or folder, which may hold more."""
     parts, is_ours = read(source, Options(ema=options.ema))
-    formats_of("codec").from_run(parts.codec.config)
-    check_gumbel(parts, "a pipeline")
+    check_codec(parts, "a pipeline")
     if parts.denoiser is None and not is_ours and source.is_file() and not parts.codec.quantised:
         notes.append(
             f"{source} does not say how its latents are scaled: by {LATENT_SCALE}, as Stable Diffusion's."

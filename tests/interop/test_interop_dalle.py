@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interop_models import randomised, relative_error
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i import families
@@ -163,6 +163,29 @@ def test_what_does_not_fit_is_named(tmp_path, flava):
     assert "is one half of DALL-E's discrete VAE; give the folder" in refused(folder / "encoder.pt")
 
 
-def test_it_has_no_other_foreign_form(tmp_path, flava):
+def test_it_goes_out_as_it_came_in(tmp_path, convert, flava):
+    """To the bit: transformers loads the encoder, and the decoder has dall_e's names."""
     save(tmp_path / "dalle", "state dicts", flava)
-    assert "backbone.name is 'dvae'; allowed: ldm" in refused(tmp_path / "dalle", to="diffusers")
+    run = convert(tmp_path / "dalle", "run")
+    out = convert(run, "out")
+    loaded, information = type(flava).from_pretrained(out, output_loading_info=True)
+    assert not any(information.values())
+    assert loaded.config.hidden_size == WIDTH
+    same(loaded.state_dict(), flava.state_dict())
+    same(load_file(out / "decoder.safetensors"), decoder_weights())
+    same(load_file(convert(out, "back") / "model.safetensors"), load_file(run / "model.safetensors"))
+    assert "library_name: transformers" in (out / "README.md").read_text()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_where_it_has_no_form(tmp_path, convert, flava, sd1_single):
+    save(tmp_path / "dalle", "state dicts", flava)
+    allowed = "backbone.name is 'dvae'; allowed: ldm (dvae by itself goes into a folder"
+    with pytest.raises(UserError) as raised:
+        convert(tmp_path / "dalle", "out.safetensors", to="compvis")
+    assert allowed in str(raised.value)
+    assert allowed in refused(sd1_single, vae=str(tmp_path / "dalle"))

@@ -40,7 +40,7 @@ def to_run(entries: Mapping[str, Any]) -> Entries:
 
 def from_run(model: Mapping[str, Any]) -> Entries:
     name = model["backbone"]["name"]
-    check(name == "ldm", "backbone.name", name, f"ldm {NO_FOREIGN_FORM}")
+    check(name in ("ldm", "dvae"), "backbone.name", name, f"ldm, dvae {NO_FOREIGN_FORM}")
     for key in ("decoder_base_channels", "decoder_res_blocks"):
         value = model["backbone"].get(key)
         check(value is None, f"backbone.{key}", value, f"null {NO_FOREIGN_FORM}")
