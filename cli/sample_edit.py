@@ -36,14 +36,20 @@ RECIPE: dict[str, type] = {
 
 def add_flags(made: argparse.ArgumentParser) -> None:
     """Adds them to the parser of `t2i sample`."""
-    made.add_argument("--image", metavar="FILE", help="start from this picture, resized and cut to fit")
+    made.add_argument(
+        "--image",
+        metavar="FILE",
+        help="start from this picture, resized and cut to fit, on white where transparent",
+    )
     made.add_argument(
         "--strength",
         type=float,
         help=f"how far from --image, above 0 to 1; default: {STRENGTH}, or 1 with --mask or --extend",
     )
     made.add_argument(
-        "--mask", metavar="FILE", help="of the size of --image: white where it is drawn anew, the rest stays"
+        "--mask",
+        metavar="FILE",
+        help="of the size of --image: white where it is drawn anew; the rest, black or transparent, stays",
     )
     made.add_argument(
         "--extend", metavar="SIDE=PX,...", help="draw around --image, as left=128,top=64; it keeps its size"

@@ -313,8 +313,8 @@ class TextToImage(nn.Module, ABC):
 
     text: TextEncoder
 
-    def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for what this model does not draw; see `Generator`."""
+    def check(self, request: SampleRequest, sampling: Any) -> None:
+        """Raises ConfigError for what this model does not draw; see `Generator`. sampling: as `generate` takes it"""
 
     @abstractmethod
     def generate(self, request: SampleRequest, sampling: Any, progress: Progress | None = None) -> Tensor:
@@ -342,9 +342,9 @@ class Generator(Protocol):
         """Has torch compile the networks, block by block, when they are first called."""
         ...
 
-    def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for what this model cannot do: a size, a negative prompt, a picture to start from. Draws
-        nothing, so that an answer is there at once."""
+    def check(self, request: SampleRequest, sampling: Any) -> None:
+        """Raises ConfigError for what this model cannot do with these options: a size, a negative prompt, a picture to
+        start from, a number of steps. Draws nothing, so that an answer is there at once."""
         ...
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:

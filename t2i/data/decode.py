@@ -67,13 +67,18 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def decode_image(
-    data: bytes, key: str, size_px: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    key: str,
+    size_px: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    ground: str = "white",
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An upright picture in sRGB (see `t2i.data.colour`), on white, and its (height, width) as stored, after EXIF
+    """An upright picture in sRGB (see `t2i.data.colour`), and its (height, width) as stored, after EXIF
     orientation.
 
     size_px: (H, W) that the picture will be resized to cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of
         its size, in the domain of its cosine transform, as long as the result still covers (H, W).
+    ground: the colour that shows where it is transparent
     Of an animation, the first frame. Raises BadSample: "bomb" for more than `max_pixels`, "aspect" for a strip, else
     "image" for whatever is wrong with the bytes.
     """
@@ -84,7 +89,7 @@ def decode_image(
             height, width = covering_size(original, size_px)
             image.draft(None, (height, width) if transposed else (width, height))
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image), original
+        return _to_rgb(image, ground), original
 
 
 def stored_size(data: bytes, key: str) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def reading(key: str) -> Iterator[None]:
         raise BadSample("image", key, f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
     """In sRGB, without a profile."""
     image.load()
     profile = image.info.get("icc_profile")
@@ -135,7 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         plain = rgba.getchannel("R") if image.mode in GREY_MODES else rgba.convert("RGB")
         opaque = to_srgb(plain, profile)
         opaque.putalpha(rgba.getchannel("A"))
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), opaque).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, ground), opaque).convert("RGB")
     found = to_srgb(image, profile)
     found.info.pop("icc_profile", None)  # else who saves it again would have its colours moved twice
     return found

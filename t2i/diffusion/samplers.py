@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from t2i.config import check
-from t2i.diffusion.config import GridConfig
+from t2i.diffusion.config import DiffusionSampling, GridConfig
 from t2i.diffusion.dpm_solver import DPMSolverPlusPlus2M, DPMSolverPlusPlus2MSDE, UniPC
 from t2i.diffusion.levels import (
     CLEAN,
@@ -30,6 +30,7 @@ from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.sampler import Constrain, Denoise, Sampler
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
 from t2i.diffusion.variance import log_variance, posterior
+from t2i.interfaces import SampleRequest
 from t2i.nn.once import weights_unchanged
 
 
@@ -241,25 +242,16 @@ def sample(
         walk then starts from noise, whatever `init` is
     Raises ConfigError for a sampler, spacing, strength or number of steps that is not to be had.
     """
-    check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
-    cls = SAMPLERS[sampler]
-    grid = grid or GridConfig()
-    spacing = grid.timestep_spacing or schedule.spacing or cls.spacing
-    levels = noise_levels(cls, schedule, steps, spacing, grid)
-    solver = cls(levels, generators)
-    if eta > 0:
-        check(cls is DDIM, "eta", eta, "0 but with ddim")
-        assert isinstance(solver, DDIM)
-        solver.eta = eta
+    from_noise = init is None or (constrain is not None and strength == 1)
+    share = 1.0 if from_noise else strength
+    solver, spacing, first = beginning(schedule, sampler, steps, grid, eta, share, generators)
+    levels = solver.levels
     if constrain is not None:
         solver.constrain = constrain
-    first = 0
-    if init is None or (constrain is not None and strength == 1):
+    if from_noise:
         x = solver.start(noise, spacing)
     else:
-        check(0 < strength <= 1, "strength", strength, "above 0, at most 1")
-        first = steps - int(steps * strength)
-        check(first < steps, "strength", strength, f"{1 / steps:.3g} or more with steps={steps}")
+        assert init is not None
         start = solver.grid_index(first)
         x = levels.alpha[start] * init + levels.sigma[start] * noise
     total = solver.num_steps()
@@ -270,6 +262,37 @@ def sample(
         if progress is not None:
             progress(i + 1 - first, total - first)
     return x
+
+
+def beginning(
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    grid: GridConfig | None,
+    eta: float,
+    strength: float,
+    generators: Sequence[torch.Generator] | None = None,
+) -> tuple[Sampler, Spacing, int]:
+    """What walks, how its grid is spaced, and the step that it begins with; see `sample`, which raises as this does."""
+    check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
+    cls = SAMPLERS[sampler]
+    grid = grid or GridConfig()
+    spacing = grid.timestep_spacing or schedule.spacing or cls.spacing
+    solver = cls(noise_levels(cls, schedule, steps, spacing, grid), generators)
+    if eta > 0:
+        check(cls is DDIM, "eta", eta, "0 but with ddim")
+        assert isinstance(solver, DDIM)
+        solver.eta = eta
+    check(0 < strength <= 1, "strength", strength, "above 0, at most 1")
+    first = steps - int(steps * strength)
+    check(first < steps, "strength", strength, f"{1 / steps:.3g} or more with steps={steps}")
+    return solver, spacing, first
+
+
+def check_walk(request: SampleRequest, sampling: DiffusionSampling, schedule: Schedule) -> None:
+    """Raises ConfigError where `sample` does for this request."""
+    strength = 1.0 if request.image is None else request.strength
+    beginning(schedule, sampling.sampler, sampling.steps, sampling, sampling.eta, strength)
 
 
 def noise_levels(

@@ -51,9 +51,9 @@ class ModelGenerator:
         """Has torch compile the model's blocks, each when it is first called."""
         prepare([block for network in self.model.children() for block in blocks_of(network)], False, True)
 
-    def check(self, request: SampleRequest) -> None:
+    def check(self, request: SampleRequest, sampling: Any) -> None:
         """See `t2i.interfaces.Generator`."""
-        self.model.check(request)
+        self.model.check(request, sampling)
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """See `t2i.interfaces.Generator`."""

@@ -39,16 +39,16 @@ class Reranked:
     def compile(self) -> None:
         self.generator.compile()
 
-    def check(self, request: SampleRequest) -> None:
+    def check(self, request: SampleRequest, sampling: Any) -> None:
         check(request.noise is None, "--rerank", self.count, "without --invert")
-        self.generator.check(request)
+        self.generator.check(request, sampling)
 
     def invert(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         return self.generator.invert(request, progress)
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
         """See `t2i.interfaces.Generator`."""
-        self.check(request)
+        self.check(request, self.sampling)
         return torch.cat([self._best(request, i, progress) for i in range(len(request.prompts))])
 
     def _best(self, request: SampleRequest, place: int, progress: Progress | None) -> Tensor:

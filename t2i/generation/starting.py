@@ -36,8 +36,8 @@ def read_start(
     mask: Path | None = None,
     extend: Mapping[str, int] | None = None,
 ) -> Start:
-    """A picture file with what is to be drawn anew of it: where the mask file is white (128 or more of 255), and what
-    it is extended by, where its outermost pixels stand until they are drawn over.
+    """A picture file with what is to be drawn anew of it: as `read_mask` has it, and what it is
+    extended by, where its outermost pixels stand until they are drawn over.
 
     extend: pixels by side: left, right, top, bottom
     size_px: (H, W) that the picture is resized and cut to, and the mask with it, before it is extended; None: as it is
@@ -54,13 +54,24 @@ def read_start(
         found = size_of(mask)
         words = [f"{height} x {width} pixels" for height, width in (found, stored)]
         check(found == stored, f"--mask {mask}", words[0], f"{words[1]}, as {image} has (height x width)")
-        marked = (read_image(mask, size_px).mean(0, keepdim=True) > 0).float()
-        check(bool(marked.any()), f"--mask {mask}", "black all over", "white where the picture is drawn anew")
+        marked = read_mask(mask, size_px)
+        check(
+            bool(marked.any()),
+            f"--mask {mask}",
+            "black or transparent all over",
+            "white where the picture is drawn anew",
+        )
     if extend is not None:
         sides = tuple(extend.get(side, 0) for side in SIDES)
         marked = F.pad(torch.zeros(1, *size_px) if marked is None else marked, sides, value=1.0)
         pixels = F.pad(pixels[None], sides, mode="replicate")[0]
     return Start(pixels, marked)
+
+
+def read_mask(path: Path, size_px: tuple[int, int]) -> Tensor:
+    """(1, H, W), 1 where a picture file is white: 128 or more of 255, on black where it is transparent; resized and cut
+    as a picture is. Raises UserError for a file that is no picture."""
+    return (read_image(path, size_px, ground="black").mean(0, keepdim=True) > 0).float()
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -270,11 +270,12 @@ def not_finite(bad: Sequence[str], pictures: int, sampling: Any) -> str:
     )
 
 
-def read_image(path: Path, size_px: tuple[int, int]) -> Tensor:
+def read_image(path: Path, size_px: tuple[int, int], ground: str = "white") -> Tensor:
     """(3, H, W) in [-1, 1]: a picture file, resized until it just covers `size_px` (H, W) and cut to its middle.
+    ground: the colour that shows where it is transparent
     Raises UserError for a file that is not there or is no picture."""
     try:
-        image, original = decode_image(path.read_bytes(), str(path), size_px)
+        image, original = decode_image(path.read_bytes(), str(path), size_px, ground=ground)
     except OSError as error:
         raise UserError(f"The picture {path} cannot be read: {error.strerror}.") from error
     except BadSample as error:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from t2i.errors import UserError
 from t2i.generation.extension import SIDES
+from t2i.generation.starting import read_mask, size_of
 from t2i.interfaces import Tile
 from t2i.schema import parse
 from t2i.serving.gallery import Kept
@@ -317,8 +318,7 @@ def painted_over(image: Path, mask: Path | None) -> dict[str, Any]:
     """What stands in the editor, of the files of a recipe."""
     layers = []
     if mask is not None:
-        with Image.open(mask) as file:
-            alpha = file.convert("L")
+        alpha = Image.fromarray(read_mask(mask, size_of(mask))[0].mul(255).byte().numpy())
         layers = [Image.merge("RGBA", (*[Image.new("L", alpha.size, 255)] * 3, alpha))]
     return {"background": offered(image), "layers": layers, "composite": None}
 

@@ -74,7 +74,7 @@ class Service:
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
         with self.reading:
             asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
-        self.generator.check(asked.request)
+        self.generator.check(asked.request, sampling)
         return self.queue.add(asked, sampling, self._cut(wanted))
 
     def _cut(self, wanted: Wanted) -> str:

@@ -48,9 +48,11 @@ class Wanted:
     height, width: in pixels; null takes what the model was trained at, with `extend` the picture's own size and what it
         is extended by
     sampling: those of the family's own options that are to differ from the model's configuration
-    image: a picture file (PNG, JPEG, WebP) in base64, to start from; resized and cut to fit
+    image: a picture file (PNG, JPEG, WebP) in base64, to start from; resized and cut to fit, on white
+        where it is transparent
     strength: how far from `image`, above 0, at most 1; null: 0.8, or 1 with `mask` or `extend`
-    mask: a picture file in base64, of the size of `image`: white where it is drawn anew, black where it is kept
+    mask: a picture file in base64, of the size of `image`: white where it is drawn anew, black or
+        transparent where it is kept
     extend: pixels by side (left, right, top, bottom) that are drawn around `image`
     tile: the axes along which the pictures continue on their other side: "x", "y", "xy" or "" for none
     """

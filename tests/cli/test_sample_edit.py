@@ -260,7 +260,7 @@ def test_one_sentence(t2i, arguments: tuple[str, ...], sentence: str) -> None:
     ("size", "value", "sentence"),
     [
         ((32, 40), 255, "--mask m.png is '32 x 40 pixels'; allowed: 32 x 32 pixels, as a.png has"),
-        ((32, 32), 0, "--mask m.png is 'black all over'; allowed: white where"),
+        ((32, 32), 0, "--mask m.png is 'black or transparent all over'; allowed: white where"),
     ],
 )
 def test_a_mask_that_does_not_do_is_one_sentence(t2i, weights, size, value, sentence) -> None:

@@ -28,11 +28,12 @@ from diffusion_walks import (
 )
 from schedule_configs import schedule_config
 
-from t2i.diffusion.config import GridConfig, SamplerName
+from t2i.diffusion.config import DiffusionSampling, GridConfig, SamplerName
 from t2i.diffusion.objectives import Prediction
-from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, sample
+from t2i.diffusion.samplers import SAMPLERS, NoiseLevels, check_walk, sample
 from t2i.diffusion.schedules import build_schedule
 from t2i.errors import ConfigError
+from t2i.interfaces import SampleRequest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -320,3 +321,35 @@ def test_calls_and_reports(sampler, name, objective):
     assert len(times) == {"heun": 7, "pndm": 5}.get(sampler, 4)
     steps = 5 if sampler == "pndm" else 4
     assert reports == [(i + 1, steps) for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "strength", "name"),
+    [
+        ({"steps": 1001}, None, "scaled_linear"),
+        ({"steps": 1000, "sampler": "dpmpp_2m", "timestep_spacing": "leading"}, None, "scaled_linear"),
+        ({"steps": 4}, 0.2, "scaled_linear"),
+        ({"steps_offset": 999, "timestep_spacing": "leading"}, None, "scaled_linear"),
+        ({"timestep_spacing": "leading"}, None, "flow"),
+        ({"use_karras_sigmas": True}, None, "flow"),
+    ],
+)
+def test_what_cannot_be_walked_is_known_before(changes, strength, name):
+    schedule = build_schedule(schedule_config(name))
+    options = DiffusionSampling(**{"sampler": "euler", "steps": 10, "guidance_scale": 1.0} | changes)
+    init = None if strength is None else torch.zeros(1, 3, 8, 8)
+    request = SampleRequest(["x"], [0], 8, 8, image=init, strength=strength or 1.0)
+    with pytest.raises(ConfigError) as known:
+        check_walk(request, options, schedule)
+    with pytest.raises(ConfigError) as found:
+        sample(
+            None,
+            torch.zeros(1, 3, 8, 8),
+            schedule,
+            options.sampler,
+            options.steps,
+            grid=options,
+            init=init,
+            strength=request.strength,
+        )
+    assert str(known.value) == str(found.value)

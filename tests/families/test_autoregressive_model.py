@@ -86,13 +86,13 @@ def test_guidance_of_one_is_as_if_there_were_none(model):
 )
 def test_what_it_does_not_draw(model, changes, said):
     with pytest.raises(ConfigError, match=said):
-        model.check(request(**changes))
+        model.check(request(**changes), model.config.sampling)
 
 
 def test_more_than_its_codes(model):
     sampling = dataclasses.replace(model.config.sampling, top_k=65)
     with pytest.raises(ConfigError, match=r"sampling.top_k is 65; allowed: at most 64"):
-        model.generate(request(), sampling)
+        model.check(request(), sampling)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def test_draws(model):
     images = model.eval().generate(request, dataclasses.replace(model.config.sampling, guidance_scale=2.0))
     assert images.shape == (3, 3, 32, 32)
     with pytest.raises(ConfigError, match="between is 'two prompts'; allowed: none with a model of words"):
-        model.check(dataclasses.replace(request, between=Between([0.5] * 3, prompts=CAPTIONS)))
+        model.check(
+            dataclasses.replace(request, between=Between([0.5] * 3, prompts=CAPTIONS)), model.config.sampling
+        )
 
 
 def test_too_few_words(compose_run, model):

@@ -179,7 +179,7 @@ def test_what_is_not_finite_is_told_apart_from_the_others(float64):
 def test_what_it_cannot_do_is_refused_in_a_sentence(request_changes, sampling_changes, sentence):
     sampling = dataclasses.replace(SAMPLING, **sampling_changes)
     with pytest.raises(ConfigError, match=sentence):
-        model_of().generate(asked(**request_changes), sampling)
+        model_of().check(asked(**request_changes), sampling)
 
 
 def test_learned_positions_draw_their_own_size_alone():

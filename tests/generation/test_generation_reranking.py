@@ -22,7 +22,7 @@ class Flat:
     def value(self, seed: int) -> float:
         return torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
 
-    def check(self, request):
+    def check(self, request, sampling):
         pass
 
     def generate(self, request, progress=None):

@@ -48,11 +48,12 @@ class Colours:
         self.gate.set()
         self.calls_before_the_gate = -1
 
-    def check(self, request: SampleRequest) -> None:
+    def check(self, request: SampleRequest, sampling: Sampling) -> None:
+        check(sampling.steps <= 500, "sampling.steps", sampling.steps, "at most 500 with this model")
         check(request.height_px % 4 == 0, "height", request.height_px, "multiples of 4")
 
     def generate(self, request: SampleRequest, progress: Progress | None = None) -> Tensor:
-        self.check(request)
+        self.check(request, self.sampling)
         if self.calls_before_the_gate == 0:
             self.gate.clear()
         self.calls_before_the_gate -= 1

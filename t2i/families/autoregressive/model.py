@@ -58,9 +58,10 @@ class Autoregressive(CodesModel):
         loss = TEXT_WEIGHT * parts["text"] + (1 - TEXT_WEIGHT) * parts["codes"]
         return {"loss": loss, "loss_text": parts["text"], "loss_codes": parts["codes"]}
 
-    def check(self, request: SampleRequest) -> None:
+    def check(self, request: SampleRequest, sampling: CodeSampling) -> None:
         """Raises ConfigError for all but pictures of whole codes, of super-resolution those of its own size, from a
-        prompt alone."""
+        prompt alone, and for more codes than there are."""
+        sampling.check_codes(self.codec.num_codes)
         sides = request.height_px, request.width_px
         grid_of(self.codec, *sides, ("height", "width"))
         for key, side in zip(("height", "width"), sides, strict=True):
@@ -96,8 +97,7 @@ class Autoregressive(CodesModel):
     ) -> tuple[Tensor, Tensor]:
         """As `draw_codes` gives them. With super-resolution the codes at the lower resolution are drawn first, as their
         run's own `sampling` says."""
-        self.check(request)
-        sampling.check_codes(self.codec.num_codes)
+        self.check(request, sampling)
         low, finite = None, torch.ones(len(request.prompts), dtype=torch.bool)
         if self.low is not None:
             size = self.low.size_px

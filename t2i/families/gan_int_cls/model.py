@@ -23,7 +23,7 @@ class GanIntCls(TextToImage):
         self.text = text_encoder_for_training(config.text)
         self.generator, self.discriminator = build_networks(config, self.text.pooled_dim, size_px)
 
-    def check(self, request: SampleRequest) -> None:
+    def check(self, request: SampleRequest, sampling: SamplingConfig) -> None:
         """Raises ConfigError for all but pictures of the trained size, from a prompt alone."""
         for key, value in (("height", request.height_px), ("width", request.width_px)):
             check(
@@ -39,7 +39,7 @@ class GanIntCls(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the numbers were not finite, on the model's device; see
         `t2i.interfaces.Generator`."""
-        self.check(request)
+        self.check(request, sampling)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         noise = asked_noise(request, generators, (self.generator.noise_dim,))
         pooled = asked_text(self.text, request).pooled

@@ -16,7 +16,7 @@ from t2i.diffusion.inpainting import coarse_mask, kept, pasted
 from t2i.diffusion.inversion import invert
 from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.sampler import Denoise
-from t2i.diffusion.samplers import sample
+from t2i.diffusion.samplers import check_walk, sample
 from t2i.diffusion.schedules import build_schedule
 from t2i.families.codec import decoded, image_codec
 from t2i.families.latent_diffusion.config import (
@@ -64,10 +64,12 @@ class LatentDiffusion(TextToImage):
         for key, value in zip(keys, (height_px, width_px), strict=True):
             check_side(self.config.denoiser, self.codec, value, key)
 
-    def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for sides that are no whole latents and tokens, and for seams that cannot be joined."""
+    def check(self, request: SampleRequest, sampling: DiffusionSampling) -> None:
+        """Raises ConfigError for sides that are no whole latents and tokens, seams that cannot be joined, and steps
+        that there are not."""
         self.check_size(request.height_px, request.width_px, ("height", "width"))
         check_tile(request, self.denoiser)
+        check_walk(request, sampling, self.schedule)
 
     @property
     def inpaints(self) -> bool:
@@ -104,7 +106,7 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
-        self.check(request)
+        self.check(request, sampling)
         # All randomness of picture i comes from its own generator: a start picture's latent, the first noise, the
         # latent of what a mask leaves, where the model takes that, and what the sampler adds, in this order.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
@@ -158,7 +160,7 @@ class LatentDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, C, h, w); see `t2i.interfaces.Generator`."""
         assert request.image is not None
-        self.check(request)
+        self.check(dataclasses.replace(request, strength=1.0), sampling)
         known = self.known(request) if self.inpaints else None
         model = self.predictor(request, dataclasses.replace(sampling, guidance_scale=1.0), known)
         latent = self.codec.encode(request.image.to(self.device))

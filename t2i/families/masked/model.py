@@ -79,7 +79,8 @@ class MaskedModel(CodesModel):
     ) -> tuple[Tensor, Tensor]:
         """-> (N, h, w) int64, and (N,) bool: whether all numbers on the way were finite. With super-resolution the
         codes at the lower resolution are drawn first, as their run's own `sampling` says."""
-        shape = self.asked_shape(request, sampling)
+        self.check(request, sampling)
+        shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         device = self.device
         low = None
         finite = torch.ones(len(request.prompts), dtype=torch.bool, device=device)
@@ -138,9 +139,10 @@ class MaskedModel(CodesModel):
 
         return predict
 
-    def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for sizes that the transformer does not take, and what only models with noise, or without
-        positions, can do."""
+    def check(self, request: SampleRequest, sampling: SamplingConfig) -> None:
+        """Raises ConfigError for sizes that the transformer does not take, what only models with noise, or without
+        positions, can do, and more steps or codes than there are."""
+        sampling.check_codes(self.codec.num_codes)
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         check_unit(self.transformer, shape, f, ("height", "width"))
@@ -152,15 +154,8 @@ class MaskedModel(CodesModel):
         between = request.between
         check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
         check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
-
-    def asked_shape(self, request: SampleRequest, sampling: SamplingConfig) -> tuple[int, int]:
-        """(h, w) of the request's codes. Raises ConfigError for what this model cannot do."""
-        self.check(request)
-        sampling.check_codes(self.codec.num_codes)
-        shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         steps, count = sampling.steps, shape[0] * shape[1]
         check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
-        return shape
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from t2i.diffusion.guidance import classifier_free, thresholded
 from t2i.diffusion.inpainting import kept
 from t2i.diffusion.inversion import invert
 from t2i.diffusion.objectives import Prediction, difference_error, loss_weight, target, to_x0_eps
-from t2i.diffusion.samplers import sample
+from t2i.diffusion.samplers import check_walk, sample
 from t2i.diffusion.schedules import DiscreteSchedule, build_schedule, per_sample
 from t2i.diffusion.variance import ReverseSteps
 from t2i.families.pixel_diffusion.classifier import NoisyMatcher, towards
@@ -124,11 +124,13 @@ class PixelDiffusion(TextToImage):
 
         return predict
 
-    def check(self, request: SampleRequest) -> None:
-        """Raises ConfigError for sides that the networks cannot halve, and seams that they cannot join."""
+    def check(self, request: SampleRequest, sampling: SamplingConfig) -> None:
+        """Raises ConfigError for sides that the networks cannot halve, seams that they cannot join, and steps that
+        there are not."""
         check_side(self.config, request.height_px, "height")
         check_side(self.config, request.width_px, "width")
         check_tile(request, self.denoiser)
+        check_walk(request, sampling, self.schedule)
 
     @torch.no_grad()
     def generate(
@@ -136,6 +138,7 @@ class PixelDiffusion(TextToImage):
     ) -> Tensor:
         """-> (N, 3, height_px, width_px) in [-1, 1], NaN where the model's numbers were not finite, on the model's
         device; see `t2i.interfaces.Generator`."""
+        self.check(request, sampling)
         model = self.asked_predictor(request, sampling)
         # All randomness of picture i comes from its own generator: the first noise, then what the sampler adds.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
@@ -172,14 +175,14 @@ class PixelDiffusion(TextToImage):
         plain = dataclasses.replace(
             sampling, guidance_scale=1.0, classifier_scale=0.0, clip_x0=False, threshold_percentile=None
         )
+        self.check(dataclasses.replace(request, strength=1.0), sampling)
         model = self.asked_predictor(request, plain)
         return invert(model, request.image.to(self.device), self.schedule, sampling.steps, progress, sampling)
 
     def asked_predictor(
         self, request: SampleRequest, sampling: SamplingConfig
     ) -> Callable[[Tensor, Tensor], Prediction]:
-        """`predictor` for the request. Raises ConfigError for what the model cannot do."""
-        self.check(request)
+        """`predictor` for the request."""
         negative = self.text([request.negative_prompt] * len(request.prompts))
         return self.predictor(asked_text(self.text, request), negative, sampling)
 

@@ -1,0 +1,70 @@
+"""Masks of pictures to start from: what is white, and opaque, is drawn anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i.errors import ConfigError
+from t2i.generation.starting import read_mask, read_start
+
+
+def painted(kind: str) -> Image.Image:
+    """White in the left half, transparent in the right, where the colour below is white too."""
+    alpha = np.zeros((8, 8), dtype=np.uint8)
+    alpha[:, :4] = 255
+    grey, shown = Image.new("L", (8, 8), 255), Image.fromarray(alpha)
+    if kind == "RGBA":
+        return Image.merge("RGBA", (grey, grey, grey, shown))
+    if kind == "LA":
+        return Image.merge("LA", (grey, shown))
+    palette = Image.fromarray(alpha // 255, "P")
+    palette.putpalette([255] * 6)
+    palette.info["transparency"] = 0
+    return palette
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_what_is_transparent_stays(tmp_path: Path, kind: str) -> None:
+    painted(kind).save(tmp_path / "m.png")
+    expected = torch.zeros(1, 8, 8)
+    expected[..., :4] = 1
+    assert torch.equal(read_mask(tmp_path / "m.png", (8, 8)), expected)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    start = read_start(tmp_path / "a.png", None, tmp_path / "m.png")
+    assert start.mask is not None
+    assert torch.equal(start.mask, expected)
+
+
+def test_a_mask_that_paints_nothing_white_is_one_sentence(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "m.png")
+    with pytest.raises(ConfigError, match=r"m\.png is 'black or transparent all over'; allowed: white where"):
+        read_start(tmp_path / "a.png", None, tmp_path / "m.png")
+
+
+def test_a_picture_is_on_white_where_it_is_transparent(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (read_start(tmp_path / "a.png", None).image == 1).all()
+
+
+def test_the_page_shows_of_a_mask_what_was_drawn_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio")
+    from t2i.serving.page import painted_over
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    grey = np.full((8, 8), 100, dtype=np.uint8)
+    grey[:, :4] = 200
+    for mask in (Image.fromarray(grey), painted("RGBA")):
+        mask.save(tmp_path / "m.png")
+        (layer,) = painted_over(tmp_path / "a.png", tmp_path / "m.png")["layers"]
+        shown = np.asarray(layer.getchannel("A"))
+        assert (shown[:, :4] == 255).all()
+        assert (shown[:, 4:] == 0).all()
