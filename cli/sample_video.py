@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from t2i.errors import UserError
 from t2i.generation.prompts import Line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from t2i.generation.text_to_image import Drawing, Report
     from t2i.interfaces import Generator
 
@@ -64,15 +66,16 @@ def check_flags(options: argparse.Namespace) -> None:
 class Film:
     """What is drawn of a film.
 
-    source: (N, 3, H, W) in [-1, 1]; keys: the frames that are drawn
+    source: its frames; keys: those that are drawn
     """
 
     def __init__(self, line: Line, options: argparse.Namespace, generator: Generator) -> None:
-        from t2i.generation.video import check_every, key_frames, read_frames
+        from t2i.generation.video import Film as Source
+        from t2i.generation.video import check_every, key_frames
 
         side = generator.default_size_px
         self.size = line.height or side, line.width or side
-        self.source, self.shown_ms = read_frames(Path(options.video), self.size)
+        self.source = Source(Path(options.video), self.size)
         self.every = options.key_every or 1
         check_every(self.every, len(self.source))
         self.keys = key_frames(len(self.source), self.every)
@@ -81,22 +84,36 @@ class Film:
 
     def drawings(self, line: Line, strength: float, sampling: Any, recipe: dict[str, Any]) -> list[Drawing]:
         """One for each key frame."""
+        from functools import partial
+
+        import torch
+
         from t2i.generation.recipes import of_files
         from t2i.generation.text_to_image import Drawing
         from t2i.interfaces import SampleRequest
 
         found, film = [], of_files(video=self.path)
+        read_later = torch.zeros(()).expand(1, 3, *self.size)  # a thousand frames are more than memory has
         for key in self.keys:
             request = SampleRequest(
                 [line.prompt],
                 [line.seed or 0],
                 *self.size,
                 line.negative_prompt or "",
-                self.source[key : key + 1],
+                read_later,
                 strength,
             )
             of_frame = {**recipe, **film, "frame": key}
-            found.append(Drawing(request, sampling, of_frame, [self.name(key)], is_fixed=True))
+            found.append(
+                Drawing(
+                    request,
+                    sampling,
+                    of_frame,
+                    [self.name(key)],
+                    is_fixed=True,
+                    start=partial(self._frame, key),
+                )
+            )
         self.recipe = {**found[0].recipe_of(0), "key_every": self.every}
         return found
 
@@ -106,31 +123,36 @@ class Film:
     def finish(self, report: Report) -> str | None:
         """Writes the frames between and video.webp, or video.mp4 of an MP4 or the like (under another name where
         something else has it), where all key frames are there, and says how they flicker."""
-        import torch
-        from PIL import Image
-
         from t2i.generation.movie import is_movie
-        from t2i.generation.names import save_new
         from t2i.generation.text_to_image import read_image
-        from t2i.generation.video import flicker, tweened, write_film
-        from t2i.training.pictures import to_pil
+        from t2i.generation.video import Frames, flicker, tweened, write_film
 
         if not report.whole or any("error" in each for each in report.lines.values()):
             return None
-        drawn = torch.stack([read_image(self.folder / self.name(key), self.size) for key in self.keys])
-        frames = tweened(self.source, self.keys, drawn)
-        between = sorted(set(range(len(frames))) - set(self.keys))
-        for frame in between:
-            recipe = {**self.recipe, "frame": frame}
-            save_new(to_pil(frames[frame]), self.folder / self.name(frame), recipe, is_fixed=True)
-        pictures: Sequence[Image.Image] = [to_pil(frame) for frame in frames]
+        frames = tweened(self.source, self.keys, lambda i: read_image(self.folder / self.name(i), self.size))
+        more = flicker(self._written(frames), self.source)
         name = "video.mp4" if is_movie(Path(self.path)) else "video.webp"
-        path = write_film(pictures, self.folder / name, self.shown_ms)
-        more = flicker(frames, self.source)
+        pictures = Frames([self.folder / self.name(i) for i in range(len(self.source))])
+        path = write_film([pictures], self.folder / name, self.source.shown_ms)
         return (
-            f"{path}: {len(frames)} frames, {len(self.keys)} of them drawn; neighbours differ by "
+            f"{path}: {len(self.source)} frames, {len(self.keys)} of them drawn; neighbours differ by "
             f"{more:+.2f} of 255 more than those of {self.path}."
         )
+
+    def _frame(self, place: int) -> Tensor:
+        return self.source.frame(place)[None]
+
+    def _written(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The frames; those that lie between are written as they pass."""
+        from t2i.generation.names import save_new
+        from t2i.training.pictures import to_pil
+
+        drawn = set(self.keys)
+        for i, frame in enumerate(frames):
+            if i not in drawn:
+                recipe = {**self.recipe, "frame": i}
+                save_new(to_pil(frame), self.folder / self.name(i), recipe, is_fixed=True)
+            yield frame
 
 
 def check_recipe(recipe: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,11 @@ def is_movie(path: Path) -> bool:
     return path.suffix.lower() in READERS
 
 
-def read_movie(path: Path, size_px: tuple[int, int], most: int) -> tuple[list[Tensor], float]:
+def read_movie(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tensor, float]]:
     """Its frames, (3, H, W) uint8 each, resized until they just cover `size_px` and cut to their middle, turned as the
-    film says; and how long one is shown, in milliseconds on average. No more than `most` + 1 of them are read. Raises
-    UserError where it cannot be read whole."""
+    film says; with each how long one is shown, in milliseconds on average. One at a time is in memory. Raises UserError
+    where it cannot be read whole."""
     av = _library(path)
-    frames: list[Tensor] = []
     try:
         with path.open("rb") as file, av.open(file, format=READERS[path.suffix.lower()]) as container:
             if not container.streams.video:
@@ -49,17 +48,15 @@ def read_movie(path: Path, size_px: tuple[int, int], most: int) -> tuple[list[Te
                     f"{path} has {stream.width} x {stream.height} pixels a frame; allowed: fewer."
                 )
             rate = stream.average_rate
+            shown_ms = float(1000 / rate) if rate else 100.0
             for frame in container.decode(stream):
                 picture = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                 image = Image.fromarray(np.ascontiguousarray(picture))
-                frames.append(resize_and_crop(image, (image.height, image.width), size_px)[0])
-                if len(frames) > most:
-                    break
+                yield resize_and_crop(image, (image.height, image.width), size_px)[0], shown_ms
     except av.FFmpegError as error:
         raise UserError(
             f"{path} is not a film that can be read: {error.strerror}; allowed: {', '.join(READERS)}, whole."
         ) from error
-    return frames, float(1000 / rate) if rate else 100.0
 
 
 def movie_bytes(frames: Iterable[Image.Image], path: Path, shown_ms: float) -> bytes:
@@ -73,13 +70,21 @@ def movie_bytes(frames: Iterable[Image.Image], path: Path, shown_ms: float) -> b
     with av.open(file, "w", format="mp4") as container:
         stream: Any = container.add_stream(CODEC, rate=rate, options={"crf": QUALITY})
         stream.pix_fmt = "yuv420p"
-        for i, picture in enumerate(frames):
+        for i, picture in enumerate(_each(frames)):
             even = picture.convert("RGB").crop((0, 0, picture.width // 2 * 2, picture.height // 2 * 2))
             if i == 0:
                 stream.width, stream.height = even.size
             container.mux(stream.encode(av.VideoFrame.from_image(even)))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def _each(pictures: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    """The pictures, each frame of what has several."""
+    for picture in pictures:
+        for place in range(getattr(picture, "n_frames", 1)):
+            picture.seek(place)
+            yield picture
 
 
 def _library(path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Drawing:
     names: of each its file within the folder, ending in .png
     is_fixed: whether it can have no other name where one is taken
     lines: of each its line in a file of prompts; empty where there is none
+    start: of the one picture what `request.image` stands for, read when it is drawn; None: that itself
     """
 
     request: SampleRequest
@@ -41,6 +42,7 @@ class Drawing:
     names: Sequence[str]
     is_fixed: bool = False
     lines: Sequence[int] = ()
+    start: Callable[[], Tensor] | None = None
 
     def recipe_of(self, place: int) -> Recipe:
         """Of one picture."""
@@ -211,6 +213,8 @@ def _draw_block(
     drawing = block.drawing
     generator.sampling = drawing.sampling
     request = drawing.request.rows([picture.place for picture in block.pictures])
+    if drawing.start is not None:
+        request = replace(request, image=drawing.start())
     for places, images in batch_size.parts(request, lambda part: generator.generate(part, listener.steps)):
         finite = finite_pictures(images).tolist()
         for i, image, good in zip(places, images, finite, strict=True):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image, ImageSequence
@@ -24,40 +25,76 @@ MAX_FRAMES = 1_000
 FRAME_MS = 100  # of a film that does not say
 
 
-def read_frames(path: Path, size_px: tuple[int, int]) -> tuple[Tensor, float]:
-    """(N, 3, H, W) in [-1, 1], each resized and cut to `size_px`, and how long one is shown in milliseconds: of a
-    folder its pictures in the order of their names, of an animated GIF, WebP or PNG, or of an MP4 or the like. Raises
-    UserError for anything else, and for fewer than 2 frames or more than `MAX_FRAMES`."""
-    if path.is_dir():
-        endings = tuple(f".{ending.removeprefix('.')}" for ending in PICTURE_ENDINGS)
-        files = sorted(each for each in path.iterdir() if each.suffix.lower() in endings)
-        _check_count(path, len(files))
-        return torch.stack([read_image(each, size_px) for each in files]), FRAME_MS
-    try:
-        if is_movie(path):
-            frames, shown_ms = read_movie(path, size_px, MAX_FRAMES)
-            _check_count(path, len(frames))
-            return torch.stack(frames).float() / 127.5 - 1, shown_ms
-        data = path.read_bytes()
+class Film:
+    """The frames of a film, (3, H, W) in [-1, 1] each, resized and cut to `size_px`: of a folder its pictures in the
+    order of their names, of an animated GIF, WebP or PNG, or of an MP4 or the like. However often they are walked
+    through, they are read anew, and one at a time is in memory.
+
+    shown_ms: how long one is shown, in milliseconds
+    Raises UserError for anything else, and for fewer than 2 frames or more than `MAX_FRAMES`.
+    """
+
+    def __init__(self, path: Path, size_px: tuple[int, int]) -> None:
+        self.path, self.size_px = path, size_px
+        self.count, self.shown_ms = 0, float(FRAME_MS)
+        self._next: tuple[int, Iterator[Tensor]] = 0, iter(())  # of `frame`
+        for _, shown_ms in self._read():
+            self.count, self.shown_ms = self.count + 1, shown_ms
+            if self.count > MAX_FRAMES:
+                break
+        _check_count(path, self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (frame for frame, _ in self._read())
+
+    def frame(self, place: int) -> Tensor:
+        """The frame there; of one after another the film is read once."""
+        number, frames = self._next
+        if number == 0 or place < number:
+            number, frames = 0, iter(self)
+        found = next(islice(frames, place - number, None))
+        self._next = place + 1, frames
+        return found
+
+    def _read(self) -> Iterator[tuple[Tensor, float]]:
+        if self.path.is_dir():
+            endings = tuple(f".{ending.removeprefix('.')}" for ending in PICTURE_ENDINGS)
+            files = sorted(each for each in self.path.iterdir() if each.suffix.lower() in endings)
+            _check_count(self.path, len(files))
+            yield from ((read_image(each, self.size_px), float(FRAME_MS)) for each in files)
+            return
+        try:
+            read = read_movie if is_movie(self.path) else _read_animation
+            for frame, shown_ms in read(self.path, self.size_px):
+                yield frame.float() / 127.5 - 1, shown_ms
+        except OSError as error:
+            raise UserError(f"The film {self.path} cannot be read: {error.strerror}.") from error
+        except BadSample as error:
+            raise UserError(
+                f"{self.path} is not a film that can be read: {error}; allowed: a folder of pictures, an animated "
+                f"GIF, WebP or PNG, or {', '.join(READERS)}."
+            ) from error
+
+
+def _read_animation(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tensor, float]]:
+    """As `read_movie`."""
+    data = path.read_bytes()
+    with reading(str(path)):
+        film = open_image(data)
+        count, size = getattr(film, "n_frames", 1), (film.height, film.width)
+        _check_count(path, count)
+        if size[0] * size[1] > MAX_PIXELS // 16:
+            raise Image.DecompressionBombError(f"{size[1]} x {size[0]} pixels a frame")
+        frames = ImageSequence.Iterator(film)
+    while True:
         with reading(str(path)):
-            film = open_image(data)
-            count, size = getattr(film, "n_frames", 1), (film.height, film.width)
-            _check_count(path, count)
-            if size[0] * size[1] > MAX_PIXELS // 16:
-                raise Image.DecompressionBombError(f"{size[1]} x {size[0]} pixels a frame")
-            frames = [
-                resize_and_crop(frame.convert("RGB"), size, size_px)[0]
-                for frame in ImageSequence.Iterator(film)
-            ]
-            shown_ms = film.info.get("duration") or FRAME_MS
-    except OSError as error:
-        raise UserError(f"The film {path} cannot be read: {error.strerror}.") from error
-    except BadSample as error:
-        raise UserError(
-            f"{path} is not a film that can be read: {error}; allowed: a folder of pictures, an animated GIF, WebP "
-            f"or PNG, or {', '.join(READERS)}."
-        ) from error
-    return torch.stack(frames).float() / 127.5 - 1, float(shown_ms)
+            if (shown := next(frames, None)) is None:
+                return
+            frame = resize_and_crop(shown.convert("RGB"), size, size_px)[0]
+        yield frame, float(film.info.get("duration") or FRAME_MS)
 
 
 def _check_count(path: Path, count: int) -> None:
@@ -70,27 +107,30 @@ def key_frames(count: int, every: int) -> list[int]:
     return sorted({*range(0, count, every), count - 1})
 
 
-def tweened(source: Tensor, keys: Sequence[int], drawn: Tensor) -> Tensor:
-    """All frames: at `keys` those that were drawn (K, 3, H, W); between two of them the frame of the source
-    (N, 3, H, W) with what drawing changed, from the one's change to the other's in proportion to the time, in
-    [-1, 1]."""
-    change = drawn - source[list(keys)]
-    frames = source.clone()
-    for i, (first, second) in enumerate(pairwise(keys)):
-        for frame in range(first, second):
-            share = (frame - first) / (second - first)
-            frames[frame] += torch.lerp(change[i], change[i + 1], share)
-    frames = frames.clamp(-1, 1)
-    frames[list(keys)] = drawn
-    return frames
+def tweened(
+    source: Iterable[Tensor], keys: Sequence[int], drawn: Callable[[int], Tensor]
+) -> Iterator[Tensor]:
+    """All frames, one at a time: at `keys`, which have both ends, those that were drawn; between two of them the frame
+    of the source with what drawing changed, from the one's change to the other's in proportion to the time. (3, H, W)
+    in [-1, 1] each. source: is walked through twice at once, the one ahead to the next key"""
+    wanted = set(keys)
+    changes = (drawn(i) - frame for i, frame in enumerate(source) if i in wanted)
+    frames = enumerate(source)
+    change = next(changes)
+    for first, second in pairwise(keys):
+        last, change = change, next(changes)
+        for i, frame in islice(frames, second - first):
+            share = (i - first) / (second - first)
+            yield drawn(i) if i == first else (frame + torch.lerp(last, change, share)).clamp(-1, 1)
+    yield drawn(keys[-1])
 
 
-def flicker(frames: Tensor, source: Tensor) -> float:
+def flicker(frames: Iterable[Tensor], source: Iterable[Tensor]) -> float:
     """How much more neighbouring frames differ than those of the source do: the mean absolute difference of pixels,
-    less the source's. Both (N, 3, H, W) in [-1, 1] -> in units of 255."""
+    less the source's. Both N of (3, H, W) in [-1, 1] -> in units of 255."""
 
-    def moved(film: Tensor) -> float:
-        return film.diff(dim=0).abs().mean().item() * 127.5
+    def moved(film: Iterable[Tensor]) -> float:
+        return fmean((after - before).abs().mean().item() for before, after in pairwise(film)) * 127.5
 
     return moved(frames) - moved(source)
 

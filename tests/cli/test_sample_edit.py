@@ -16,7 +16,7 @@ from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion
 from t2i.generation.recipes import RECIPE_KEY
 from t2i.generation.text_to_image import read_image
-from t2i.generation.video import flicker, read_frames, write_film
+from t2i.generation.video import Film, flicker, write_film
 from t2i.training.pictures import save_png, to_pil
 from t2i_cli.composition import composed_run
 
@@ -193,7 +193,7 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, 
     apart = sorted(pngs("apart"), key=lambda path: int(path.stem.partition("_")[2].partition("-")[0]))
     films = {
         "apart": torch.stack([read_image(path, (32, 32)) for path in apart]),
-        **{out: read_frames(Path(out) / "video.webp", (32, 32))[0] for out in ("all", "keys")},
+        **{out: torch.stack(list(Film(Path(out) / "video.webp", (32, 32)))) for out in ("all", "keys")},
     }
     shown = {name: flicker(frames, source) for name, frames in films.items()}
     assert max(shown["keys"], shown["all"]) < shown["apart"] / 10, shown

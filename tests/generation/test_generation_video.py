@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.generation.video import flicker, key_frames, read_frames, tweened, write_film
+from t2i.generation.video import Film, flicker, key_frames, tweened, write_film
 from t2i.training.pictures import save_png, to_pil
+
+
+def read_frames(path: Path, size_px: tuple[int, int]) -> tuple[Tensor, float]:
+    film = Film(path, size_px)
+    return torch.stack(list(film)), film.shown_ms
 
 
 def moving(frames: int = 5, side: int = 16) -> Tensor:
@@ -132,7 +139,7 @@ def test_key_frames_have_both_ends() -> None:
 def test_between_key_frames_the_source_moves_and_the_change_goes_over() -> None:
     source = moving() / 2
     drawn = torch.stack([source[0] + 0.2, source[4] - 0.2])
-    frames = tweened(source, [0, 4], drawn)
+    frames = torch.stack(list(tweened(source, [0, 4], {0: drawn[0], 4: drawn[1]}.__getitem__)))
     assert torch.equal(frames[[0, 4]], drawn)
     for i, change in enumerate((0.2, 0.1, 0.0, -0.1, -0.2)):
         torch.testing.assert_close(frames[i], source[i] + change)
@@ -153,3 +160,63 @@ def test_a_long_picture_in_an_animation_is_cut_to_fit(tmp_path: Path) -> None:
     found, _ = read_frames(tmp_path / "wide.gif", (8, 8))
     assert found.shape == (2, 3, 8, 8)
     assert found[1].min() > 0.99
+
+
+class Counted:
+    """Frames that are made when they are asked for; how many of them there are at once at most."""
+
+    def __init__(self, frames: int) -> None:
+        self.frames, self.alive, self.most = frames, 0, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.made(i / self.frames) for i in range(self.frames))
+
+    def made(self, value: float) -> Tensor:
+        frame = torch.full((3, 4, 4), value)
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(frame, self.gone)
+        return frame
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("every", [1, 7, 99])
+def test_as_many_frames_are_in_memory_of_a_long_film_as_of_a_short_one(every: int) -> None:
+    most = []
+    for count in (10, 200):
+        source = Counted(count)
+        keys = key_frames(count, min(every, count - 1))
+        frames = tweened(source, keys, lambda i, source=source: source.made(0.5))
+        flicker(frames, source)
+        most.append(source.most)
+    assert most[0] == most[1] < 10
+
+
+@pytest.mark.parametrize("kind", ["folder", "in.webp", "in.mp4"])
+def test_a_frame_is_read_without_those_after_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+        for i, each in enumerate(moving(6, 64)):
+            save_png(each, path / f"{i}.png")
+    else:
+        write_film([to_pil(each) for each in moving(6, 64)], path, 40)
+    film = Film(path, (64, 64))
+    assert len(film) == 6
+    expected = list(film)
+    read = []
+    one_by_one = Film._read
+
+    def told(self: Film) -> Iterator[tuple[Tensor, float]]:
+        for frame in one_by_one(self):
+            read.append(len(read))
+            yield frame
+
+    monkeypatch.setattr(Film, "_read", told)
+    for place, so_far in ((1, 2), (2, 3), (4, 5), (0, 6)):  # the last one from the beginning
+        assert torch.equal(film.frame(place), expected[place])
+        assert len(read) == so_far
