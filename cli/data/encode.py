@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from t2i.schema import check
+
 from ..arguments import parse_with_overrides
 from ..console import console, say_what_is_logged
 
@@ -13,6 +15,7 @@ from ..console import console, say_what_is_logged
 def run(arguments: list[str]) -> None:
     """Encodes each dataset of the run under a progress bar and says how to train on it."""
     options, overrides = parse_with_overrides(parser(), arguments)
+    check(options.batch_size >= 1, "--batch-size", options.batch_size, "1 or more")
     from ..composition import composed_run
     from ..train import typed_run
 
@@ -25,7 +28,6 @@ def run(arguments: list[str]) -> None:
     from t2i.data.encoded import lacking_of_pictures
     from t2i.data.reader import as_pair
     from t2i.launch.ranks import rank_of
-    from t2i.schema import check
     from t2i.training.fit import fresh_start
     from t2i_pipelines.encode import Encoder, encode
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.few import first_few
+from t2i.schema import check
 
 from ..arguments import taken_out
 from ..console import console, part_of
@@ -37,8 +38,8 @@ def run(arguments: list[str]) -> None:
     from t2i_pipelines.places import check_writable
     from t2i_pipelines.processes import cores
 
-    if not 1 <= options.samples <= 1000:
-        raise ConfigError(f"--samples is {options.samples}; allowed: 1 to 1000.")
+    check(1 <= options.samples <= 1000, "--samples", options.samples, "1 to 1000")
+    check(options.seed >= 0, "--seed", options.seed, "0 or more")
     urls, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
     if rank.world > 1 and not options.parts:
         raise ConfigError(

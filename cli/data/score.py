@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from t2i.few import first_few
+from t2i.schema import check
 
 from ..console import console, is_first_process, part_of
 
@@ -15,10 +16,7 @@ from ..console import console, is_first_process, part_of
 def run(arguments: list[str]) -> None:
     """Scores this process's part of the shards under a progress bar."""
     options = parser().parse_args(arguments)
-    if options.batch_size < 1:
-        from t2i.errors import ConfigError
-
-        raise ConfigError(f"--batch-size is {options.batch_size}; allowed: 1 and more.")
+    check(options.batch_size >= 1, "--batch-size", options.batch_size, "1 or more")
     import torch
     from rich.progress import Progress
 

@@ -53,6 +53,10 @@ CASES = {
         ("plan", "experiment=autoencoder/tiny_kl", "cluster=a100x8", "--cached", "latents"),
         ("--cached", "'latents'", "none"),
     ),
+    "more steps than codes": (
+        ("plan", "stage=masked", "cluster=a100x8", "resolution.size_px=32", "sampling.steps=65"),
+        ("sampling.steps", "65", "at most 64, the codes of a picture"),
+    ),
     "the codes of one resolution": (
         ("plan", "stage=masked_sr", "cluster=a100x8", "--cached", "codes"),
         ("--cached", "'codes'", "codes, low_codes, or none of them"),

@@ -40,9 +40,9 @@ TEXT = TextConfig("learned", max_tokens=8, width=16, depth=1, heads=2)
 PROMPTS = ["a red circle", "a blue star", "two green squares"]
 
 
-def model_of(transformer=MUSE, label_smoothing=0.0) -> MaskedModel:
+def model_of(transformer=MUSE, label_smoothing=0.0, sampling=SAMPLING) -> MaskedModel:
     torch.manual_seed(0)
-    config = Config(CodesBuildsOn("grey"), transformer, TEXT, SAMPLING, label_smoothing)
+    config = Config(CodesBuildsOn("grey"), transformer, TEXT, sampling, label_smoothing)
     return MaskedModel(config, GreyCodec(), 32).eval()
 
 
@@ -180,6 +180,9 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(request_changes, sampling_ch
     sampling = dataclasses.replace(SAMPLING, **sampling_changes)
     with pytest.raises(ConfigError, match=sentence):
         model_of().check(asked(**request_changes), sampling)
+    if sampling_changes:  # before anything is trained
+        with pytest.raises(ConfigError, match=sentence):
+            model_of(sampling=sampling)
 
 
 def test_learned_positions_draw_their_own_size_alone():

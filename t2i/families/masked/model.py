@@ -36,6 +36,7 @@ class MaskedModel(CodesModel):
         self, config: Config, codec: TokenCodec, size_px: int, low: MaskedModel | None = None
     ) -> None:
         super().__init__(config, codec, size_px, low)
+        self.check_sampling(config.sampling, self.shape)
         self.text = self.text_encoder(config.text)
         self.transformer = build_transformer(
             config, codec, self.shape, self.text.token_dim, self.text.pooled_dim
@@ -142,7 +143,6 @@ class MaskedModel(CodesModel):
     def check(self, request: SampleRequest, sampling: SamplingConfig) -> None:
         """Raises ConfigError for sizes that the transformer does not take, what only models with noise, or without
         positions, can do, and more steps or codes than there are."""
-        sampling.check_codes(self.codec.num_codes)
         f = self.codec.downsampling
         shape = grid_of(self.codec, request.height_px, request.width_px, ("height", "width"))
         check_unit(self.transformer, shape, f, ("height", "width"))
@@ -154,12 +154,22 @@ class MaskedModel(CodesModel):
         between = request.between
         check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
         check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
-        steps, count = sampling.steps, shape[0] * shape[1]
-        check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
+        self.check_sampling(sampling, shape)
+
+    def check_sampling(self, sampling: SamplingConfig, shape: tuple[int, int]) -> None:
+        """Raises ConfigError for options that do not fit the codebook or (h, w) codes."""
+        sampling.check_codes(self.codec.num_codes)
+        check_steps(sampling.steps, shape)
 
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+
+def check_steps(steps: int, shape: tuple[int, int]) -> None:
+    """Raises ConfigError for more than there are codes, (h, w)."""
+    count = shape[0] * shape[1]
+    check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
 
 
 def check_unit(
