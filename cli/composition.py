@@ -17,7 +17,7 @@ from yaml.reader import ReaderError
 
 from t2i.config import RECIPE
 from t2i.errors import ConfigError
-from t2i.schema import check
+from t2i.schema import check, nearest
 
 from .train_help import groups
 
@@ -277,7 +277,7 @@ def sentence(error: Exception) -> str:
     """Hydra's and OmegaConf's messages, which run over many lines, as one sentence."""
     text = str(error)
     if unknown := re.search(r"Could not override '([^']*)'", text):
-        return f"{unknown[1]} is not a known key; `t2i train stage=... --cfg job` prints them all."
+        return _unknown(unknown[1], error.__cause__)
     if missing := re.search(
         r"Could not find '([^']*)'\s*Available options in '([^']*)':\s*(.*?)\s*Config search path",
         text,
@@ -290,3 +290,14 @@ def sentence(error: Exception) -> str:
         return f"{key}: {text.splitlines()[0].strip()}."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _unknown(key: str, cause: Any) -> str:
+    """cause: OmegaConf's error, which knows where it looked"""
+    found, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
+    keys = [each for each in parent if each != "hydra"] if isinstance(parent, DictConfig) else []
+    if not (found and keys):
+        return f"{key} is not a known key; `t2i train stage=... --cfg job` prints them all."
+    path, _, last = found.rpartition(".")
+    where = "" if found == key else f": there is no {found}"
+    return f"{key} is not a known key{where}; {nearest(last, keys, f'{path}.' if path else '')}"

@@ -7,7 +7,6 @@ is read, with the key's name, what was given and what is allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
-from t2i.schema import Upgraded, check, parse, to_dict
+from t2i.schema import Upgraded, check, nearest, parse, to_dict
 
 MAX_NAME_BYTES = 240  # of the 255 that file systems take, so that "-2" can be added
 
@@ -344,10 +343,7 @@ def parse_run(values: Mapping[str, Any], model_class: type[ModelConfig]) -> RunC
         values["resolution"] = {key: value for key, value in resolution.items() if key not in RECIPE}
     for key in values:
         if key not in model_keys | shared:
-            near = difflib.get_close_matches(key, sorted(model_keys | shared), n=1)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(model_keys | shared))}."
-            )
+            hint = nearest(key, model_keys | shared)
             raise ConfigError(f"{key} is not a known key of stage {values.get('stage')}; {hint}")
     model = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
     return parse(RunConfig, {k: v for k, v in values.items() if k in shared} | {"model": model})

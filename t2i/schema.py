@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from t2i.errors import ConfigError, shortened
@@ -37,6 +37,13 @@ def check_number(key: str, value: int | None, most: int = MAX_NUMBER) -> None:
     check(value is None or 1 <= value <= most, key, value, allowed)
 
 
+def nearest(key: str, allowed: Iterable[str], path: str = "") -> str:
+    """The end of a sentence about a key that there is not: the one that was meant, or all that are allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {path}{near[0]}?" if near else f"allowed: {', '.join(names)}."
+
+
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """A dataclass from a plain mapping, strictly: unknown keys, missing keys and wrong types raise
     ConfigError with the full dotted key. What an older version wrote, the dataclass's own `upgraded` reads."""
@@ -46,9 +53,7 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"allowed: {', '.join(sorted(fields))}."
-            raise ConfigError(f"{path}{key} is not a known key; {hint}")
+            raise ConfigError(f"{path}{key} is not a known key; {nearest(str(key), fields, path)}")
     kwargs = {}
     for name, spec in fields.items():
         if name in values and values[name] != MISSING:

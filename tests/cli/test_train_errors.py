@@ -15,8 +15,16 @@ OWN_SHARDS = ("data=shards", "data.shards=absent.tar")
 CASES = {
     "no stage": ((), ("stage", "autoencoder", "ldm")),
     "unknown stage": (("stage=cascade",), ("stage/cascade", "autoencoder", "ldm")),
-    "unknown key": (("stage=ldm", "trainer.foo=1"), ("trainer.foo", "not a known key")),
-    "unknown key of the stage": (("stage=autoencoder", "denoiser.width=8"), ("denoiser", "not a known key")),
+    "unknown key": (
+        ("stage=ldm", "trainer.max_steps=1"),
+        ("trainer.max_steps", "not a known key", "batch_size", "num_images"),
+    ),
+    "nearly a key": (
+        ("stage=ldm", "trainer.num_imags=1"),
+        ("trainer.num_imags", "not a known key", "did you mean trainer.num_images?"),
+    ),
+    "key of a value": (("stage=ldm", "seed.x=1"), ("seed.x", "not a known key", "--cfg job")),
+    "unknown key of the stage": (("stage=autoencoder", "denoiser.width=8"), ("denoiser.width", "there is no denoiser;", "codec")),
     "added key": (("stage=ldm", "+trainer.batchsize=1"), ("trainer.batchsize", "trainer.batch_size?")),
     "added group": (("stage=autoencoder", "+text=learned"), ("text", "stage autoencoder")),
     "unknown resolution": (("stage=ldm", "resolution=100"), ("resolution/100", "32", "64", "512")),
