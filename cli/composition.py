@@ -295,7 +295,7 @@ def sentence(error: Exception) -> str:
 def _unknown(key: str, cause: Any) -> str:
     """cause: OmegaConf's error, which knows where it looked"""
     found, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
-    keys = [each for each in parent if each != "hydra"] if isinstance(parent, DictConfig) else []
+    keys = [str(each) for each in parent if each != "hydra"] if isinstance(parent, DictConfig) else []
     if not (found and keys):
         return f"{key} is not a known key; `t2i train stage=... --cfg job` prints them all."
     path, _, last = found.rpartition(".")

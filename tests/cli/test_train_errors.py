@@ -24,7 +24,10 @@ CASES = {
         ("trainer.num_imags", "not a known key", "did you mean trainer.num_images?"),
     ),
     "key of a value": (("stage=ldm", "seed.x=1"), ("seed.x", "not a known key", "--cfg job")),
-    "unknown key of the stage": (("stage=autoencoder", "denoiser.width=8"), ("denoiser.width", "there is no denoiser;", "codec")),
+    "unknown key of the stage": (
+        ("stage=autoencoder", "denoiser.width=8"),
+        ("denoiser.width", "there is no denoiser;", "codec"),
+    ),
     "added key": (("stage=ldm", "+trainer.batchsize=1"), ("trainer.batchsize", "trainer.batch_size?")),
     "added group": (("stage=autoencoder", "+text=learned"), ("text", "stage autoencoder")),
     "unknown resolution": (("stage=ldm", "resolution=100"), ("resolution/100", "32", "64", "512")),
