@@ -15,7 +15,8 @@ Rotation = tuple[Tensor, Tensor]  # angles of the queries and of the keys, (N, h
 
 
 class Cache:
-    """What a block keeps: keys and values of the tokens so far.
+    """What a block keeps: keys and values of the tokens so far, and of the context, which `once` would not keep in
+    compiled blocks.
 
     capacity: how many tokens there will be at most; memory for all of them is taken when the first come
     """
@@ -23,6 +24,9 @@ class Cache:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.context: tuple[Tensor, Tensor, Tensor | None] | None = (
+            None  # keys, values and which of them are seen
+        )
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, heads, N, head_dim) of N further tokens -> those of all tokens so far."""
@@ -153,15 +157,18 @@ class TokenBlock(nn.Module):
         rotation: Rotation | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """x: (B, N, width); context: (B, L, context_width); context_mask: (B, L) bool, True where it is seen; the
-        others as `TokenAttention` takes them -> as x"""
+        """x: (B, N, width); context: (B, L, context_width), which a cache that is not empty has; context_mask: (B, L)
+        bool, True where it is seen; the others as `TokenAttention` takes them -> as x"""
         h = self.attention(self.norm_1(x), mask, causal, rotation, cache)
         x = x + self.dropout(h)
         if self.cross_attention is not None:
-            assert context is not None
-            keys, values = once(self.cross_attention.keys_and_values, context)
-            h = self.cross_attention.to_context(self.norm_cross(x), keys, values, context_mask)
-            x = x + self.dropout(h)
+            kept = None if cache is None else cache.context
+            if kept is None:
+                assert context is not None
+                kept = (*once(self.cross_attention.keys_and_values, context), context_mask)
+            if cache is not None:
+                cache.context = kept
+            x = x + self.dropout(self.cross_attention.to_context(self.norm_cross(x), *kept))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 

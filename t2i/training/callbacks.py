@@ -235,7 +235,8 @@ class Forecast(Callback):
         seconds, encoding = (now - self.began) / steps, (encoded_s - self.encoded_s) / steps
         self.began, self.encoded_s = now, encoded_s
         if self.steps == 10 or (self.steps == 1 and seconds > 2):
-            left = (stage.config.trainer.num_images - stage.images_seen) / stage.images_per_step
+            images = max(0, stage.config.trainer.num_images - stage.images_seen)
+            left = images / stage.images_per_step
             still = 1.0  # share of the steps to come in which captions are encoded
             if encoding and text.keeps(samples := trainer.train_dataloader.num_samples):  # type: ignore[union-attr]
                 still = min(1.0, max(0.0, samples / len(batch) - self.steps) / max(1.0, left))

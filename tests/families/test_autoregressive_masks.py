@@ -86,9 +86,7 @@ def test_with_what_is_kept_masked_blocks_say_the_same(conditioning, float64):
         whole = network(codes, tokens, mask)
         caches = [Cache(5 + 12) for _ in network.blocks]
         parts = [network(codes[:, :0], tokens, mask, torch.tensor([0]), caches)]
-        parts += [
-            network.following(codes[:, i], torch.arange(i + 2), caches, tokens, mask) for i in range(11)
-        ]
+        parts += [network.following(codes[:, i], torch.arange(i + 2), caches) for i in range(11)]
         dense = CodeTransformer.forward(with_full_attention(network), codes, tokens, mask)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
     assert not torch.allclose(whole, dense)

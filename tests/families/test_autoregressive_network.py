@@ -89,8 +89,7 @@ def test_with_what_is_kept_the_logits_are_the_same(positions, float64):
         caches = [Cache(TEXT + math.prod(GRID)) for _ in transformer.blocks]
         parts = [transformer(target[:, :0], given.tokens, given.mask, torch.tensor([0]), caches)]
         for i in range(math.prod(GRID) - 1):
-            rest = torch.arange(i + 2), caches, given.tokens, given.mask
-            parts.append(transformer.following(target[:, i], *rest))
+            parts.append(transformer.following(target[:, i], torch.arange(i + 2), caches))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
 
 

@@ -53,8 +53,7 @@ def draw_codes(
         row, column = divmod(i, columns)
         before, places = seen(codes, row, column, tops[row], lefts[column], transformer.grid)
         if caches is not None and i > 0:
-            newest = twice(before[:, -1], both)
-            logits = transformer.following(newest, places, caches, both.tokens, both.mask)[:, -1]
+            logits = transformer.following(twice(before[:, -1], both), places, caches)[:, -1]
         else:
             seen_low = None if low is None else twice(low, both)
             given = twice(before, both), both.tokens, both.mask

@@ -140,13 +140,11 @@ class CodeTransformer(nn.Module):
             parts.insert(0, self.text(tokens, mask))
         return torch.cat(parts, 1)
 
-    def following(
-        self, code: Tensor, places: Tensor, caches: Sequence[Cache], tokens: Tensor, mask: Tensor
-    ) -> Tensor:
-        """code: (B,) the newest of each picture, code n - 1; places, tokens, mask: as in `forward`; caches: of all
-        before it -> (B, 1, num_codes) logits of code n."""
+    def following(self, code: Tensor, places: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """code: (B,) the newest of each picture, code n - 1; places: (n + 1,) as in `forward`; caches: of all before it
+        -> (B, 1, num_codes) logits of code n."""
         x = self.placed(self.embedding(code)[:, None], places[-1:])
-        states = self.states(x, places, self.slots_before + len(places) - 1, caches, tokens, mask)
+        states = self.states(x, places, self.slots_before + len(places) - 1, caches)
         return self.head(self.norm(states))
 
     @property
@@ -164,8 +162,8 @@ class CodeTransformer(nn.Module):
         places: Tensor,
         first: int,
         caches: Sequence[Cache] | None,
-        context: Tensor,
-        context_mask: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         """x: (B, N, width), slots first to first + N - 1 of all before, the start and the codes that lie at places[:-1]
         -> as x, after the blocks. context, context_mask: the text, which is attended to where it has no slots"""

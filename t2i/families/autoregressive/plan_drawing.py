@@ -15,17 +15,15 @@ def planned_drawing(
     transformer: CodeTransformer, tokens: int, text_dim: int, rows: int
 ) -> list[PlannedCalls]:
     """One call for the text and the first code, then one for each further code, which finds the keys and values of all
-    before in the caches (`drawing.draw_codes`), and, kept by `t2i.nn.once`, the tables of the codes and the keys and
-    values of a text that is attended to.
+    before in the caches (`drawing.draw_codes`), and the tables of the codes.
 
     tokens, text_dim: number and width of the text's states; rows: of the batch
     """
     config = transformer.config
-    steps = transformer.grid[0] * transformer.grid[1]
-    with torch.device("meta"):
-        text, seen = torch.empty(rows, tokens, text_dim), torch.ones(rows, tokens, dtype=torch.bool)
+    steps, cross = transformer.grid[0] * transformer.grid[1], config.conditioning == "cross"
 
     def first() -> Tensor:
+        text, seen = torch.empty(rows, tokens, text_dim), torch.ones(rows, tokens, dtype=torch.bool)
         none, places = torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         return transformer(none, text, seen, places, **planned_low(rows, transformer.low))
 
@@ -37,12 +35,15 @@ def planned_drawing(
         caches = [Cache(transformer.slots_before + number + 1) for _ in transformer.blocks]
         for cache in caches:
             cache.extended(*(states(transformer.slots_before + number) for _ in range(2)))
+            if cross:
+                cache.context = states(tokens), states(tokens), torch.ones(rows, tokens, dtype=torch.bool)
         code, places = torch.zeros(rows, dtype=torch.int64), torch.zeros(number + 1, dtype=torch.int64)
-        return transformer.following(code, places, caches, text, seen)
+        return transformer.following(code, places, caches)
 
     def numbers(codes: int) -> int:
-        """Of the slots' keys and values, once so many codes are there."""
-        return 2 * config.depth * rows * (transformer.slots_before + 1 + codes) * config.width
+        """Of keys and values, once so many codes are there: of text, start and codes."""
+        length = transformer.slots_before + 1 + codes + cross * tokens
+        return 2 * config.depth * rows * length * config.width
 
     calls = [PlannedCalls(1, first, first, (numbers(0), numbers(0)))]
     if steps > 1:
