@@ -55,7 +55,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     most = {"steps": MAX_NUMBER, "rerank": MAX_NUMBER, "num_images": MAX_NUMBER, "batch_size": MAX_NUMBER}
     for name, limit in (most | {"height": MAX_PX, "width": MAX_PX}).items():
         check_number("--" + name.replace("_", "-"), getattr(options, name), limit)
-    last = MAX_SEED - (options.num_images or NUM_IMAGES) + 1
+    last = MAX_SEED - (options.num_images or _images(options)) + 1
     ok = options.seed is None or 0 <= options.seed <= last
     check(ok, "--seed", options.seed, f"0 to {last}")
     scale = options.guidance_scale
@@ -71,10 +71,16 @@ def sampling_flags(options: argparse.Namespace) -> list[str]:
 def filled(line: Line, options: argparse.Namespace) -> Line:
     """The line with what the flags say where it says nothing."""
     given = {name: getattr(options, name) for name in ("seed", "num_images", "height", "width")}
-    given = {"seed": 0, "num_images": NUM_IMAGES} | {k: v for k, v in given.items() if v is not None}
+    given = {"seed": 0, "num_images": _images(options)} | {k: v for k, v in given.items() if v is not None}
     given["negative_prompt"] = options.negative_prompt or ""
     own = {name: getattr(line, name) for name in given}
     return dataclasses.replace(line, **given | {k: v for k, v in own.items() if v is not None})
+
+
+def _images(options: argparse.Namespace) -> int:
+    """Of each prompt where nothing says how many: one to vary, and one of each prompt to go between."""
+    between_prompts = options.interpolate is not None and len(options.prompt or ()) > 1
+    return 1 if between_prompts or options.variations is not None else NUM_IMAGES
 
 
 def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[Line]:
@@ -167,7 +173,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seed", type=int, help="of each prompt's first picture, the next ones count up; default: 0"
     )
-    made.add_argument("--num-images", type=int, help=f"per prompt; default: {NUM_IMAGES}")
+    made.add_argument(
+        "--num-images",
+        type=int,
+        help=f"per prompt; default: {NUM_IMAGES}, or 1 with --variations and between prompts with --interpolate",
+    )
     made.add_argument(
         "--rerank",
         type=int,

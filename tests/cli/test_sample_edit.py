@@ -134,8 +134,8 @@ def test_tiles(t2i, weights: str) -> None:
 
 
 def test_variations_are_near_and_made_again_by_their_recipes(t2i, weights: str) -> None:
-    base = ("--prompt", "a star", "--checkpoint", weights, "--num-images", "1", "--seed", "5")
-    assert t2i(*FLAGS, *base, "--out", "own").code == 0
+    base = ("--prompt", "a star", "--checkpoint", weights, "--seed", "5")
+    assert t2i(*FLAGS, *base, "--num-images", "1", "--out", "own").code == 0
     assert t2i(*FLAGS, *base, "--variations", "2", "--variation-strength", "0.1", "--out", "near").code == 0
     assert t2i(*FLAGS, *base, "--variations", "2", "--variation-strength", "0.9", "--out", "far").code == 0
     (own,) = pngs("own")
@@ -152,7 +152,7 @@ def test_variations_are_near_and_made_again_by_their_recipes(t2i, weights: str) 
 
 def test_interpolates_as_strip_and_film(t2i, weights: str) -> None:
     prompts = ("--prompt", "a star", "--prompt", "a blue circle")
-    steps = ("--interpolate", "3", "--num-images", "1", "--checkpoint", weights)
+    steps = ("--interpolate", "3", "--checkpoint", weights)
     assert t2i(*FLAGS, *prompts, *steps).code == 0
     assert len(pngs()) == 4
     strip, film = Image.open("samples/strip.png"), Image.open("samples/strip.webp")

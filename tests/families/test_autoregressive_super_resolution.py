@@ -176,7 +176,7 @@ def test_a_run_that_does_not_fit_is_refused_in_a_sentence(size_px, changes, sent
 
 def test_what_it_does_not_draw():
     with pytest.raises(ConfigError, match="width is 40; allowed: 32 with this model of super-resolution"):
-        high_model().check(asked(width_px=40))
+        high_model().check(asked(width_px=40), SAMPLING)
 
 
 def test_what_each_stage_needs_is_said(compose_run):
