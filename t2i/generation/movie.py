@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ READERS = {
     ".avi": "avi",
 }
 CODEC, QUALITY = "libx264", "17"  # of H.264: looks like the frames do
+DIGEST = "comment"  # the entry of a film's metadata that has that of its frames
 
 
 def is_movie(path: Path) -> bool:
@@ -59,15 +61,20 @@ def read_movie(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tensor, f
         ) from error
 
 
-def movie_bytes(frames: Iterable[Image.Image], path: Path, shown_ms: float) -> bytes:
+def movie_bytes(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> bytes:
     """H.264 in MP4, in half the colour resolution that players expect; an odd last row or column is left out.
 
+    frames: walked through twice: their digest goes in first, as the encoder's bytes are not always the same
     path: where it will be, for an error
     """
     av = _library(path)
     rate = Fraction(1000 / shown_ms).limit_denominator(1001)
+    digest = hashlib.sha256(f"{rate} {QUALITY}".encode())
+    for picture in _each(frames):
+        digest.update(f"{picture.size}".encode() + picture.convert("RGB").tobytes())
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
+        container.metadata[DIGEST] = digest.hexdigest()
         stream: Any = container.add_stream(CODEC, rate=rate, options={"crf": QUALITY})
         stream.pix_fmt = "yuv420p"
         for i, picture in enumerate(_each(frames)):
@@ -77,6 +84,17 @@ def movie_bytes(frames: Iterable[Image.Image], path: Path, shown_ms: float) -> b
             container.mux(stream.encode(av.VideoFrame.from_image(even)))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def frames_in(data: bytes) -> str:
+    """The digest of the frames that `movie_bytes` made these bytes of; empty where it did not make them."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), format="mov") as container:
+            return container.metadata.get(DIGEST, "")
+    except av.FFmpegError:
+        return ""
 
 
 def _each(pictures: Iterable[Image.Image]) -> Iterator[Image.Image]:

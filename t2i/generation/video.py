@@ -18,7 +18,7 @@ from t2i.data.decode import MAX_PIXELS, BadSample, open_image, reading, resize_a
 from t2i.data.members import PICTURE_ENDINGS
 from t2i.errors import UserError
 from t2i.files import written_whole
-from t2i.generation.movie import READERS, is_movie, movie_bytes, read_movie
+from t2i.generation.movie import READERS, frames_in, is_movie, movie_bytes, read_movie
 from t2i.generation.text_to_image import read_image
 
 MAX_FRAMES = 1_000
@@ -157,14 +157,17 @@ def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> Pa
     or where another film is there, a name with a digest in it, so that nothing is written over, the film that these
     frames were drawn from least of all."""
     data = (movie_bytes if is_movie(path) else _webp)(frames, path, shown_ms)
-    digest = hashlib.sha256(data).hexdigest()
-    for place in (path, *(path.with_stem(f"{path.stem}-{digest[:n]}") for n in (8, 64))):
+    known_by = frames_in(data) if is_movie(path) else hashlib.sha256(data).hexdigest()
+    for place in (path, *(path.with_stem(f"{path.stem}-{known_by[:n]}") for n in (8, 64))):
         try:
             with written_whole(place, is_new=True) as unfinished:
                 unfinished.write_bytes(data)
             return place
         except FileExistsError:
-            if place.is_file() and place.read_bytes() == data:
+            if not place.is_file():
+                continue
+            there = place.read_bytes()
+            if frames_in(there) == known_by if is_movie(path) else there == data:
                 return place
     raise UserError(f"{path} is there and is another film; allowed: another --out.")
 
