@@ -16,6 +16,7 @@ from t2i.codes.sampling import drawn, raced
 from t2i.interfaces import Progress
 from t2i.nn.once import weights_unchanged
 from t2i.nn.precision import widened
+from t2i.nn.transfer import placed
 
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 """(codes, unknown, share) -> logits: codes (B, N) int64 mean nothing where unknown (B, N) is True; share: of the walk
@@ -93,26 +94,26 @@ def decode(
     done = steps - max(1, round(strength * steps))
     total = unknown.sum(1)
     if done:
-        chance = uniform(generators, codes.shape[1]).to(codes.device).masked_fill(~unknown, 2.0)
+        chance = placed(uniform(generators, codes.shape[1]), codes.device).masked_fill(~unknown, 2.0)
         unknown = lowest(chance, still_unknown(total, total + 1, done / steps))
-    rank = None if order is None else order.argsort()
+    rank = None if order is None else placed(order.argsort().float(), codes.device)
     precision = torch.float32 if noise_per == "code" else torch.float64
     for step in range(done, steps):
         logits = predict(codes, unknown, step / max(steps - 1, 1))
         if noise_per == "code":
             new = raced(logits, exponential(generators, logits.shape[1:]), sampling)
         else:
-            chance = uniform(generators, codes.shape[1])
-            new = drawn(logits.flatten(0, 1), chance.flatten().to(codes.device), sampling).view_as(codes)
+            chance = placed(uniform(generators, codes.shape[1]), codes.device)
+            new = drawn(logits.flatten(0, 1), chance.flatten(), sampling).view_as(codes)
         codes = torch.where(unknown, new, codes)
         if step < steps - 1:
             ratio = (step + 1) / steps
-            noise = gumbel(uniform(generators, codes.shape[1], precision))
+            noise = placed(gumbel(uniform(generators, codes.shape[1], precision)), codes.device)
             if rank is None:
                 log_p = widened(logits).log_softmax(-1).gather(-1, new[..., None])[..., 0]
                 confidence = log_p + choice_temperature * (1 - ratio) * noise.to(log_p)
             else:
-                confidence = -rank.to(codes.device, torch.float32).expand(codes.shape)
+                confidence = -rank.expand(codes.shape)
             confidence = confidence.masked_fill(~unknown, math.inf)
             unknown = lowest(confidence, still_unknown(total, unknown.sum(1), ratio))
         if progress is not None:

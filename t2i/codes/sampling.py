@@ -7,6 +7,7 @@ from torch import Tensor
 
 from t2i.codes.config import CodeSampling
 from t2i.nn.precision import widened
+from t2i.nn.transfer import placed
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
@@ -46,4 +47,4 @@ def raced(logits: Tensor, exponential: Tensor, sampling: CodeSampling) -> Tensor
     most probability over its own number, as torch.multinomial draws from the generator that gave these."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    return (probabilities(logits, sampling).float() / exponential.to(logits.device)).argmax(-1)
+    return (probabilities(logits, sampling).float() / placed(exponential, logits.device)).argmax(-1)

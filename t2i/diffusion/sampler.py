@@ -13,6 +13,7 @@ from t2i.diffusion.config import GridConfig
 from t2i.diffusion.levels import CLEAN, Level, NoiseLevels, as_tensors
 from t2i.diffusion.objectives import Prediction, target, to_x0_eps
 from t2i.diffusion.schedules import DiscreteSchedule, Schedule, Spacing
+from t2i.nn.transfer import placed
 
 # denoise(x_t, t) with x_t: (B, ...) and t: (B,) floating point, in the schedule's own time.
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -90,4 +91,4 @@ class Sampler(ABC):
         draws = [
             torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
         ]
-        return torch.stack(draws).to(x.device)
+        return placed(torch.stack(draws), x.device)

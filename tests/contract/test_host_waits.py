@@ -1,13 +1,15 @@
-"""Between two logs the host waits for nothing: the tensors of a step stay on their device, which here is "meta": it
-holds no numbers, so that asking for one is an error, and a copy to it is seen by a dispatch mode."""
+"""Between two logs, and from one step of drawing to the next, the host waits for nothing: the tensors of a step stay on
+their device, which here is "meta": it holds no numbers, so that asking for one is an error, and a copy to it is seen
+by a dispatch mode."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from t2i import families
 from t2i.config import RunConfig
-from t2i.interfaces import Batch
+from t2i.diffusion.config import SamplerName
+from t2i.interfaces import Batch, SampleRequest
 from t2i.nn.transfer import placed
 from t2i.text.cache import _HostRows
 from t2i.training.callbacks import Metrics, StopAtEnd, StopOnSignal
@@ -58,20 +61,21 @@ class NoWaiting(TorchDispatchMode):
 
     placing = False
 
+    def may_copy(self) -> bool:
+        return self.placing or not MAY_COPY.isdisjoint(callers())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = tree_leaves((args, kwargs))
         asks = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         assert not (asks and on_device(args[0])), f"{func} of a tensor on the device"
-        allowed = self.placing or not MAY_COPY.isdisjoint(callers())
         if func is torch.ops.aten.copy_.default and on_device(args[1]) and not on_device(args[0]):
-            assert allowed, "a copy from the device"
+            assert self.may_copy(), "a copy from the device"
             return args[0]  # which meta cannot do
         out = func(*args, **kwargs)
         touches_device = any(map(on_device, [*given, *tree_leaves(out)]))
-        assert allowed or not (touches_device and any(map(on_host, given))), (
-            f"{func} takes a tensor of the host"
-        )
+        mixed = touches_device and any(map(on_host, given))
+        assert not mixed or self.may_copy(), f"{func} takes a tensor of the host"
         return out
 
 
@@ -163,3 +167,39 @@ def test_a_step_between_logs_waits_for_nothing(asked, compose_run, codec, on_met
             step()
     assert stage.steps_done == 2
     assert not trainer.should_stop
+
+
+DRAWN = [each for each in SMALL if not each.startswith(("autoencoder/", "gan_int_cls/"))]  # in steps
+ALL_SAMPLERS = "pixel_diffusion/tiny_flow_dit"
+STEPS = 5
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_step_of_drawing_waits_for_nothing(name, compose_run, codec, on_meta):
+    """With guidance, from noise; what is placed once for all steps is placed in the first one."""
+    arguments = [f"experiment={name}"]
+    if "codec" in families.get(compose_run(*arguments).family).builds_on:
+        arguments.append(f"builds_on.codec={codec}")
+    config = compose_run(*arguments)
+    model = stage_of(config).model.eval().to("meta")
+    model.text.to("meta")
+    size = config.resolution.size_px
+    request = SampleRequest(["a star", "a red circle"], [1, 2], size, size, "a hat")
+    sampling = dataclasses.replace(config.model.sampling, guidance_scale=2.0)
+    if hasattr(sampling, "steps"):
+        sampling = dataclasses.replace(sampling, steps=STEPS)
+    mode = NoWaiting()
+
+    def progress(done: int, total: int) -> None:
+        mode.placing = False
+        if done == STEPS:
+            raise Ended
+
+    for more in [{"sampler": each} for each in get_args(SamplerName)] if name == ALL_SAMPLERS else [{}]:
+        mode.placing = True
+        with mode, NoHostData(), pytest.raises(Ended):
+            model.generate(request, dataclasses.replace(sampling, **more), progress)
