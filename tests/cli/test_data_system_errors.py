@@ -37,6 +37,7 @@ JOBS = {
         700,
     ),
 }
+LONG = ("inspect", "inspect to a sheet", "download")  # they start processes three times
 WHOLE = {"selection.arrow"}  # what may be there when the disk is full, as it is complete
 
 
@@ -91,7 +92,9 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job", [pytest.param(each, marks=pytest.mark.slow if each in LONG else ()) for each in JOBS]
+)
 def test_a_full_disk(job, sources, tmp_path, monkeypatch, capsys):
     with disk_of(JOBS[job][1]):
         assert call(job, sources, tmp_path / "out", monkeypatch) == 2
