@@ -116,3 +116,35 @@ def train() -> Callable[[RunConfig], FitResult]:
         return fit(config, families.get(config.family).load_stage(config.stage), Console(quiet=True))
 
     return train
+
+
+@pytest.fixture(scope="session")
+def tiny_kl(compose_run, train, tmp_path_factory) -> Path:
+    """A run of a codec of latents to build on, hardly trained."""
+    return _tiny_codec("tiny_kl", compose_run, train, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_vq(compose_run, train, tmp_path_factory) -> Path:
+    """The same of codes."""
+    return _tiny_codec("tiny_vq", compose_run, train, tmp_path_factory)
+
+
+def _tiny_codec(name: str, compose_run, train, tmp_path_factory) -> Path:
+    runs_dir = tmp_path_factory.mktemp(name)
+    return train(
+        compose_run(f"experiment=autoencoder/{name}", "trainer.num_images=16", f"runs_dir={runs_dir}")
+    ).folder
+
+
+@pytest.fixture(scope="session")
+def compose_small(compose_run, tiny_vq) -> Callable[..., RunConfig]:
+    """A small experiment with more arguments, on `tiny_vq` where it builds on a codec."""
+    from t2i import families
+
+    def compose_small(name: str, *more: str) -> RunConfig:
+        arguments = [f"experiment={name}", *more]
+        builds_on = families.get(compose_run(*arguments).family).builds_on
+        return compose_run(*arguments, *(f"builds_on.{key}={tiny_vq}" for key in builds_on))
+
+    return compose_small

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from t2i.errors import DataError
-from t2i.schema import check
+from t2i.schema import check_number
 
 from ..console import console, part_of
 from .filter import repack_with_bar, selection_path
@@ -16,7 +16,7 @@ from .filter import repack_with_bar, selection_path
 def run(arguments: list[str]) -> None:
     """Hashes and groups under progress bars, writes the selection and the report, and says what was found."""
     options = parser().parse_args(arguments)
-    check(options.workers is None or options.workers >= 1, "--workers", options.workers, "1 or more")
+    check_number("--workers", options.workers)
     from rich.progress import Progress
 
     from t2i.data.sources import expand

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from t2i.schema import check
+from t2i.schema import check, check_number
 
 from ..arguments import parse_with_overrides
 from ..console import console, say_what_is_logged
@@ -15,7 +15,7 @@ from ..console import console, say_what_is_logged
 def run(arguments: list[str]) -> None:
     """Encodes each dataset of the run under a progress bar and says how to train on it."""
     options, overrides = parse_with_overrides(parser(), arguments)
-    check(options.batch_size >= 1, "--batch-size", options.batch_size, "1 or more")
+    check_number("--batch-size", options.batch_size)
     from ..composition import composed_run
     from ..train import typed_run
 

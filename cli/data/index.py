@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from t2i.few import first_few
-from t2i.schema import check
+from t2i.schema import check_number
 
 from ..console import console, part_of
 
@@ -15,8 +15,7 @@ from ..console import console, part_of
 def run(arguments: list[str]) -> None:
     """Indexes under a progress bar and reports what the tar files lost."""
     options = parser().parse_args(arguments)
-    ok = options.processes is None or options.processes >= 1
-    check(ok, "--processes", options.processes, "1 or more")
+    check_number("--processes", options.processes)
     from rich.progress import Progress
 
     from t2i.data.sources import expand

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from t2i.few import first_few
-from t2i.schema import check
+from t2i.schema import check_number
 
 from ..console import console, is_first_process, part_of
 
@@ -16,7 +16,7 @@ from ..console import console, is_first_process, part_of
 def run(arguments: list[str]) -> None:
     """Scores this process's part of the shards under a progress bar."""
     options = parser().parse_args(arguments)
-    check(options.batch_size >= 1, "--batch-size", options.batch_size, "1 or more")
+    check_number("--batch-size", options.batch_size)
     import torch
     from rich.progress import Progress
 

@@ -36,8 +36,8 @@ def read_start(
     mask: Path | None = None,
     extend: Mapping[str, int] | None = None,
 ) -> Start:
-    """A picture file with what is to be drawn anew of it: as `read_mask` has it, and what it is
-    extended by, where its outermost pixels stand until they are drawn over.
+    """A picture file with what is to be drawn anew of it: as `read_mask` has it, and what it is extended by, where its
+    outermost pixels stand until they are drawn over.
 
     extend: pixels by side: left, right, top, bottom
     size_px: (H, W) that the picture is resized and cut to, and the mask with it, before it is extended; None: as it is

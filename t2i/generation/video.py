@@ -156,20 +156,22 @@ def write_film(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> Pa
     """An animated WebP without loss, over and over, or an MP4; there is all of it or none. Returns where it is: `path`,
     or where another film is there, a name with a digest in it, so that nothing is written over, the film that these
     frames were drawn from least of all."""
-    data = (movie_bytes if is_movie(path) else _webp)(frames, path, shown_ms)
-    known_by = frames_in(data) if is_movie(path) else hashlib.sha256(data).hexdigest()
+    encoded, digest = (movie_bytes, frames_in) if is_movie(path) else (_webp, _sha256)
+    data = encoded(frames, path, shown_ms)
+    known_by = digest(data)
     for place in (path, *(path.with_stem(f"{path.stem}-{known_by[:n]}") for n in (8, 64))):
         try:
             with written_whole(place, is_new=True) as unfinished:
                 unfinished.write_bytes(data)
             return place
         except FileExistsError:
-            if not place.is_file():
-                continue
-            there = place.read_bytes()
-            if frames_in(there) == known_by if is_movie(path) else there == data:
+            if place.is_file() and digest(place.read_bytes()) == known_by:
                 return place
     raise UserError(f"{path} is there and is another film; allowed: another --out.")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _webp(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> bytes:

@@ -37,7 +37,7 @@ decoder = load_file("THIS_FOLDER/decoder.safetensors")  # the weights of dall_e'
 def model_card(parts: Parts) -> str:
     """README.md of a folder that others load. Names no path of the machine it was made on."""
     pipeline = not parts.is_codec
-    is_dvae = parts.codec.config["backbone"]["name"] == "dvae"
+    is_dvae = parts.codec.is_dvae
     head = [f"library_name: {'transformers' if is_dvae else 'diffusers'}", "license: unknown", "tags: [t2i]"]
     head += ["pipeline_tag: text-to-image"] if pipeline else []
     codec = "VQModel" if parts.codec.quantised else "AutoencoderKL"

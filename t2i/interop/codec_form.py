@@ -12,9 +12,8 @@ def check_codec(parts: Parts, to: str) -> None:
 
     to: "diffusers", "compvis", or "a pipeline" that it becomes part of
     """
-    config = parts.codec.config
-    formats_of("codec").from_run(config)
-    if config["backbone"]["name"] == "dvae":
+    formats_of("codec").from_run(parts.codec.config)
+    if parts.codec.is_dvae:
         check_dalle(parts, to)
-    elif config["codec"]["name"] == "gumbel":
+    elif parts.codec.config["codec"]["name"] == "gumbel":
         check_gumbel(parts, to)

@@ -26,14 +26,14 @@ HEADER = {"format": "pt"}  # what diffusers asks of a .safetensors file
 
 
 def write_diffusers(parts: Parts, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
-    """model_index.json and the parts' folders; of an autoencoder by itself its folder alone,
-    of DALL-E's discrete VAE transformers'."""
+    """model_index.json and the parts' folders; of an autoencoder by itself its folder alone, of
+    DALL-E's discrete VAE transformers'."""
     folder.mkdir(parents=True)
     if parts.transformer is not None:
         _write_amused(parts, parts.transformer, folder, dtype, progress)
     elif parts.denoiser is not None:
         _write_stable_diffusion(parts, parts.denoiser, folder, dtype, progress)
-    elif parts.codec.config["backbone"]["name"] == "dvae":
+    elif parts.codec.is_dvae:
         write_dalle(parts.codec, folder, dtype, progress)
     else:
         _write_codec(parts.codec, folder, parts.size_px, dtype, progress)

@@ -40,16 +40,19 @@ class CodecPart:
         return self.config["codec"]["name"] == "vq"
 
     @property
+    def is_dvae(self) -> bool:
+        return self.config["backbone"]["name"] == "dvae"
+
+    @property
     def kind(self) -> str:
         """For a person to read."""
-        is_dvae = self.config["backbone"]["name"] == "dvae"
-        return (
-            "discrete VAE (DALL-E)" if is_dvae else "VQ autoencoder" if self.quantised else "KL autoencoder"
-        )
+        if self.is_dvae:
+            return "discrete VAE (DALL-E)"
+        return "VQ autoencoder" if self.quantised else "KL autoencoder"
 
     @property
     def downsampling(self) -> int:
-        if self.config["backbone"]["name"] == "dvae":
+        if self.is_dvae:
             return 8
         return 2 ** (len(self.config["backbone"]["channel_mult"]) - 1)
 

@@ -93,14 +93,6 @@ class NoHostData(TorchFunctionMode):
         return out
 
 
-@pytest.fixture(scope="module")
-def codec(compose_run, train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    return train(
-        compose_run("experiment=autoencoder/tiny_vq", "trainer.num_images=16", f"runs_dir={folder}")
-    ).folder
-
-
 def stage_of(config: RunConfig) -> BaseStage:
     torch.manual_seed(config.seed)
     return families.get(config.family).load_stage(config.stage)(config)
@@ -128,13 +120,10 @@ QUANTISERS = [
 
 
 @pytest.mark.parametrize("asked", [*SMALL, *QUANTISERS])
-def test_a_step_between_logs_waits_for_nothing(asked, compose_run, codec, on_meta, tmp_path):
+def test_a_step_between_logs_waits_for_nothing(asked, compose_small, on_meta, tmp_path):
     """The first step places tables and makes the optimizer's state, the second is looked at."""
     name, *others = asked.split()
-    arguments = [f"experiment={name}", *others, "trainer.log_every_steps=100", "trainer.num_images=800"]
-    if "codec" in families.get(compose_run(*arguments).family).builds_on:
-        arguments.append(f"builds_on.codec={codec}")
-    config = compose_run(*arguments)
+    config = compose_small(name, *others, "trainer.log_every_steps=100", "trainer.num_images=800")
     stage = stage_of(config)
     stage.images_seen = 160  # a discriminator that waits has begun
     stage.to("meta")
@@ -179,12 +168,9 @@ class Ended(Exception):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_a_step_of_drawing_waits_for_nothing(name, compose_run, codec, on_meta):
+def test_a_step_of_drawing_waits_for_nothing(name, compose_small, on_meta):
     """With guidance, from noise; what is placed once for all steps is placed in the first one."""
-    arguments = [f"experiment={name}"]
-    if "codec" in families.get(compose_run(*arguments).family).builds_on:
-        arguments.append(f"builds_on.codec={codec}")
-    config = compose_run(*arguments)
+    config = compose_small(name)
     model = stage_of(config).model.eval().to("meta")
     model.text.to("meta")
     size = config.resolution.size_px

@@ -73,28 +73,20 @@ def worker(
         Path(folder, "losses.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def codec(compose_run, train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("codec")
-    return train(
-        compose_run("experiment=autoencoder/tiny_vq", "trainer.num_images=16", f"runs_dir={folder}")
-    ).folder
-
-
-def arguments_of(name: str, compose_run, codec: Path) -> list[str]:
+def arguments_of(name: str, compose_run, tiny_vq: Path) -> list[str]:
     builds_on = families.get(compose_run(f"experiment={name}").family).builds_on
-    return [f"experiment={name}", *(f"builds_on.{key}={codec}" for key in builds_on)]
+    return [f"experiment={name}", *(f"builds_on.{key}={tiny_vq}" for key in builds_on)]
 
 
 @pytest.fixture(scope="module")
 def of_two(
-    compose_run, codec, shapes_overrides, tmp_path_factory
+    compose_run, tiny_vq, shapes_overrides, tmp_path_factory
 ) -> Callable[[str], dict[str, list[dict[str, float]]]]:
     @cache
     def of_two(name: str) -> dict[str, list[dict[str, float]]]:
         """By way."""
         folder = tmp_path_factory.mktemp("two")
-        asked = {way: [*arguments_of(name, compose_run, codec), *WAYS[way]] for way in WAYS}
+        asked = {way: [*arguments_of(name, compose_run, tiny_vq), *WAYS[way]] for way in WAYS}
         ports = as_torchrun.free_ports(len(asked))
         as_torchrun.together(worker, (ports, asked, shapes_overrides, str(folder)))
         return json.loads((folder / "losses.json").read_text())
@@ -111,7 +103,9 @@ split = Batch.split
 
 
 @pytest.fixture(scope="module")
-def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int, bool], list[dict[str, float]]]:
+def of_one(
+    compose_run, train, tiny_vq, tmp_path_factory
+) -> Callable[[str, int, bool], list[dict[str, float]]]:
     @cache
     def of_one(name: str, batch_size: int, dealt: bool) -> list[dict[str, float]]:
         """batch_size: of a micro-batch; dealt: as to two processes"""
@@ -119,7 +113,7 @@ def of_one(compose_run, train, codec, tmp_path_factory) -> Callable[[str, int, b
         with pytest.MonkeyPatch.context() as patch:
             if dealt:
                 patch.setattr(Batch, "split", as_dealt)
-            return losses(train(compose_run(*arguments_of(name, compose_run, codec), *typed)).folder)
+            return losses(train(compose_run(*arguments_of(name, compose_run, tiny_vq), *typed)).folder)
 
     return of_one
 

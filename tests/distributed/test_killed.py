@@ -80,23 +80,15 @@ def killed(processes: list[BaseProcess], run: Path, chance: random.Random, savin
     return within
 
 
-@pytest.fixture(scope="module")
-def codec(compose_run, train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("codec")
-    return train(
-        compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}")
-    ).folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "full_shard")], ids=["alone", "ddp", "full_shard"]
 )
 @pytest.mark.parametrize("stage", STAGES)
-def test_kills_leave_no_trace(stage, processes, strategy, shapes_overrides, codec, tmp_path):
+def test_kills_leave_no_trace(stage, processes, strategy, shapes_overrides, tiny_kl, tmp_path):
     typed = [*shapes_overrides, f"experiment={STAGES[stage]}", *ARGUMENTS, f"trainer.strategy={strategy}"]
     if stage == "ldm":
-        typed.append(f"builds_on.codec={codec}")
+        typed.append(f"builds_on.codec={tiny_kl}")
     ends, within = [], 0
     for name, kills in (("whole", 0), ("killed", KILLS)):
         run = tmp_path / name / stage / "run"

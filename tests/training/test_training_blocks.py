@@ -25,20 +25,10 @@ SMALL = sorted(
 )
 
 
-@pytest.fixture(scope="module")
-def codec(compose_run, train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    return train(
-        compose_run("experiment=autoencoder/tiny_vq", "trainer.num_images=16", f"runs_dir={folder}")
-    ).folder
-
-
 @pytest.fixture
-def config_of(compose_run, codec):
+def config_of(compose_small):
     def config_of(name: str, *more: str) -> RunConfig:
-        arguments = [f"experiment={name}", "trainer.precision=64-true", "optimizer.gradient_clip=0.0", *more]
-        builds_on = families.get(compose_run(*arguments).family).builds_on
-        return compose_run(*arguments, *(f"builds_on.{key}={codec}" for key in builds_on))
+        return compose_small(name, "trainer.precision=64-true", "optimizer.gradient_clip=0.0", *more)
 
     return config_of
 

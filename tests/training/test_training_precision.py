@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ from t2i.training import fit, run_folder, state_folder
 from t2i.training.stage import BaseStage
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def codec(compose_run, train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    return train(
-        compose_run("experiment=autoencoder/tiny_kl", "trainer.num_images=16", f"runs_dir={folder}")
-    ).folder
 
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
@@ -59,7 +50,7 @@ def test_what_auto_means_is_said_and_saved(compose_run, train, tmp_path, monkeyp
 
 
 def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
-    compose_run, train, codec, tmp_path, monkeypatch
+    compose_run, train, tiny_kl, tmp_path, monkeypatch
 ):
     seen = set()
     losses = Stage.losses
@@ -79,7 +70,7 @@ def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
 
     monkeypatch.setattr(Stage, "losses", spied)
     monkeypatch.setattr(BaseStage, "frozen_dtype", torch.bfloat16)
-    arguments = ["experiment=latent_diffusion/tiny_dit_flow", "text=minilm", f"builds_on.codec={codec}"]
+    arguments = ["experiment=latent_diffusion/tiny_dit_flow", "text=minilm", f"builds_on.codec={tiny_kl}"]
     short = [
         "trainer.num_images=16",
         "trainer.precision=bf16-mixed",
@@ -88,7 +79,7 @@ def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
     ]
     folder = train(compose_run(*arguments, *short, f"runs_dir={tmp_path}")).folder
     assert seen == {torch.bfloat16}
-    saved, own = (load_file(each / run_folder.FINAL_WEIGHTS) for each in (folder, codec))
+    saved, own = (load_file(each / run_folder.FINAL_WEIGHTS) for each in (folder, tiny_kl))
     for name, value in own.items():
         assert torch.equal(saved[f"model.{name}"], value), name
     checkpoint = state_folder.read(run_folder.checkpoints(folder)[-1])
@@ -97,9 +88,9 @@ def test_frozen_networks_work_in_bf16_and_are_saved_as_they_were(
 
 
 @pytest.mark.parametrize("encoded", [None, "of/all"])
-def test_the_codec_is_copied_only_where_it_encodes(compose_run, codec, encoded, monkeypatch):
+def test_the_codec_is_copied_only_where_it_encodes(compose_run, tiny_kl, encoded, monkeypatch):
     monkeypatch.setattr(BaseStage, "frozen_dtype", torch.bfloat16)
-    config = compose_run("experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={codec}")
+    config = compose_run("experiment=latent_diffusion/tiny_dit_flow", f"builds_on.codec={tiny_kl}")
     data = dataclasses.replace(config.data, encoded=encoded)
     stage = Stage(dataclasses.replace(config, data=data))
     stage.on_fit_start()
