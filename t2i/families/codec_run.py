@@ -51,8 +51,9 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
 
 
 def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:
-    """The same model with the codec of the run or file `place`, which decodes otherwise. Raises CheckpointError where
-    that makes other codes or latents of a picture, ConfigError where the model builds on no codec."""
+    """The same model with the codec of the run or file `place`, which decodes otherwise, perhaps to larger pictures.
+    Raises CheckpointError where that makes other codes or latents of a picture, ConfigError where the model builds on
+    no codec."""
     values = found.extra.get("codec")
     check(bool(values), "builds_on.codec", place, "a codec for a model that builds on one alone")
     assert values is not None
@@ -64,10 +65,17 @@ def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:
     if hashes[0] != hashes[1]:
         raise CheckpointError(
             f"builds_on.codec={place} makes other codes or latents (hash {hashes[0]}) than those that {found.path} has "
-            f"learned ({hashes[1]}); allowed: its own codec, or one trained on from it with trained=decoder."
+            f"learned ({hashes[1]}); allowed: its own codec, or one trained on from it with trained=decoder or "
+            "trained=upsampler."
         )
-    extra = {**found.extra, "codec": codec_config(run)}
-    return dataclasses.replace(found, weights=_with_weights_of(other, found.weights), extra=extra)
+    size = found.config["resolution"]
+    larger = {**size, "size_px": size["size_px"] * other.downsampling // own.downsampling}
+    return dataclasses.replace(
+        found,
+        weights=_with_weights_of(other, found.weights),
+        config={**found.config, "resolution": larger},
+        extra={**found.extra, "codec": codec_config(run)},
+    )
 
 
 def _with_weights_of(codec: ImageCodec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, TextConfig, check, parse_run
 from t2i.families.builds_on import CodesBuildsOn, LowConfig
 from t2i.families.tokens import codes_feature, grid_of, smallest_integer
 from t2i.interfaces import Batch, Feature, TextEncoder, TextToImage, TokenCodec
+from t2i.nn.resize import smaller
 from t2i.text import text_encoder_for_training
 
 M = TypeVar("M", bound="CodesModel")
@@ -83,11 +83,6 @@ def check_low(config: LowConfig, builds_on: CodesBuildsOn, high: CodesModel, low
     ok = own > side and own % side == 0 and high.size_px % low.size_px == 0
     allowed = f"sizes whose codes ({own} a side) are a multiple of {side} {place}"
     check(ok, "resolution.size_px", high.size_px, allowed)
-
-
-def smaller(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), as the read path resizes pictures."""
-    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -6,27 +6,20 @@ import dataclasses
 
 import pytest
 import torch
+from codec_parts import TINY, VQ, first_run, images, saved_codec, saved_masked_model, steps
 from safetensors.torch import load_file
 
 from t2i import families
-from t2i.config import run_to_dict
 from t2i.data.encoded import feature_hash
 from t2i.errors import CheckpointError, ConfigError
 from t2i.families.autoencoder.stage import Stage
 from t2i.families.codec_run import with_codec
-from t2i.families.masked.model import model_of
 from t2i.families.tokens import codebook_hash, codes_feature, coding_hash
-from t2i.interfaces import Batch, SampleRequest
+from t2i.interfaces import SampleRequest
 from t2i.training import run_folder
-from t2i.training.checkpoint import LoadedCheckpoint, load, save_final
-from t2i.training.randomness import Randomness
+from t2i.training.checkpoint import load
 from t2i_cli.generators import load as load_to_draw
 
-TINY = (
-    *("stage=autoencoder", "resolution='32'", "backbone=ldm_small", "backbone.resolution_px=32"),
-    *("backbone.base_channels=16", "perceptual=none", "adversarial=none"),
-)
-VQ = ("codec=vq", "codec.num_codes=64")
 DEEPER = "backbone.decoder_res_blocks=2"
 CODECS = {
     "vq": VQ,
@@ -35,49 +28,12 @@ CODECS = {
 }
 
 
-def images(count: int = 4) -> torch.Tensor:
-    """With edges, which a codec learns."""
-    noise = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return noise.repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-
-def batch() -> Batch:
-    image = images()
-    names = [""] * len(image)
-    zeros = torch.zeros(len(image), 2, dtype=torch.int64)
-    return Batch(image, names, names, zeros, zeros, [{}] * len(image), torch.arange(len(image)))
-
-
-def first_run(compose_run, *overrides: str) -> LoadedCheckpoint:
-    """A codec that has seen a few pictures."""
-    config = compose_run(*TINY, *overrides)
-    torch.manual_seed(0)
-    stage = Stage(config)
-    stage.codec.train().reconstruct(images())
-    stage.codec.latent_scale.fill_(0.7)
-    weights = {name: value.clone() for name, value in stage.state_dict().items()}
-    return LoadedCheckpoint("first", weights, run_to_dict(config), {})  # type: ignore[arg-type]
-
-
-def steps(stage: Stage, count: int) -> list[float]:
-    stage.train()
-    (turn,) = stage.turns()
-    optimizer = torch.optim.Adam([p for group in turn.groups for p in group], lr=3e-3)
-    found = []
-    for _ in range(count):
-        loss = stage.losses("codec", batch(), Randomness(0, batch().position, torch.float32))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return found
-
-
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_decoder_learns_and_nothing_that_encodes_moves(codec, compose_run):
     start = first_run(compose_run, *CODECS[codec])
     stage = Stage(compose_run(*TINY, *CODECS[codec], "trained=decoder", DEEPER), start)
     before = Stage(compose_run(*TINY, *CODECS[codec]), start).codec.eval()
+    assert not any(module.training for part in stage.codec.frozen() for module in part.modules())
     losses = steps(stage, 8)
     assert losses[-1] < 0.97 * losses[0], losses
     stage.after_training([images()])
@@ -146,20 +102,9 @@ def test_a_model_draws_with_the_decoder_of_another_run(compose_run, tmp_path):
     start = first_run(compose_run, *VQ)
     stage = Stage(compose_run(*TINY, *VQ, "trained=decoder", DEEPER), start)
     steps(stage, 3)
-    run = compose_run("experiment=masked/tiny_masked", "builds_on.codec=first")
-    extra = {"codec": start.config}
-    torch.manual_seed(0)
-    model = model_of(run, extra)
-    model.codec.load_state_dict({name.removeprefix("codec."): v for name, v in start.weights.items()})
-    weights = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
-    found = LoadedCheckpoint(tmp_path / "masked", weights, run_to_dict(run), extra)
-    places = {}
-    for name, source in (("finer", stage), ("other", Stage(compose_run(*TINY, *VQ)))):
-        places[name] = str(tmp_path / f"{name}.safetensors")
-        header = {"config": run_to_dict(source.config), "extra": {}}
-        save_final(source.inference_weights(), header, tmp_path / f"{name}.safetensors")
-
-    save_final(weights, {"config": found.config, "extra": extra}, tmp_path / "masked")
+    found = saved_masked_model(compose_run, start, tmp_path / "masked")
+    others = {"finer": stage, "other": Stage(compose_run(*TINY, *VQ))}
+    places = {name: saved_codec(each, tmp_path / f"{name}.safetensors") for name, each in others.items()}
     request, codes = SampleRequest.of_size(["a red circle"], 32), []
     loaded = [
         load_to_draw(tmp_path / "masked", torch.device("cpu"), typed)

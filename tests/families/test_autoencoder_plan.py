@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from codec_parts import LARGER, TINY, VQ, first_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -13,7 +14,7 @@ from t2i.interfaces import Batch
 from t2i.planning.model import Model, build_model
 from t2i.planning.plan import checkpoints
 
-BATCH, SIZE = 2, 32
+BATCH = 2
 
 
 class Counter(TorchDispatchMode):
@@ -30,15 +31,15 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def trained_for_real(config) -> float:
+def trained_for_real(config, start=None) -> float:
     """FLOPs per picture of a step's losses and gradients, once the discriminator learns."""
-    stage = families.get(config.family).load_stage(config.stage)(config)
-    stage.images_seen = 1_000_000
+    stage = families.get(config.family).load_stage(config.stage)(config, start)
+    stage.images_seen, size_px = 1_000_000, config.resolution.size_px
     batch = Batch(
-        image=torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        image=torch.rand(BATCH, 3, size_px, size_px, generator=torch.Generator().manual_seed(0)) * 2 - 1,
         caption=[""] * BATCH,
         key=["a", "b"],
-        original_size=torch.full((BATCH, 2), SIZE),
+        original_size=torch.full((BATCH, 2), size_px),
         crop=torch.zeros(BATCH, 2, dtype=torch.int64),
         metadata=[{}] * BATCH,
         position=torch.arange(BATCH),
@@ -77,6 +78,17 @@ def test_a_codebook_that_is_drawn_from_is_counted(compose_run):
     assert sum(part.parameters for part in model.parts) == sum(
         p.numel() for p in build_codec(config.model).parameters()
     )
+
+
+@pytest.mark.parametrize("part", [("trained=decoder",), LARGER])
+def test_a_part_that_is_trained_alone(part, compose_run):
+    config = compose_run(*TINY, *VQ, "adversarial.start_images=0", *part)
+    model = build_model(config, {})
+    assert total(model) == pytest.approx(trained_for_real(config, first_run(compose_run, *VQ)), rel=0.03)
+    learns = {part.name: part.trained for part in model.parts}
+    assert learns.pop(config.model.trained)
+    assert learns.pop("discriminator")
+    assert not any(learns[name] for name in learns if name != "decoder" or part == LARGER)
 
 
 @pytest.mark.parametrize("start_images", ["null", "0"])

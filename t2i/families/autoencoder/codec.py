@@ -24,7 +24,9 @@ from t2i.families.autoencoder.codec_config import DiscreteConfig, FSQConfig, Gum
 from t2i.families.autoencoder.config import BackboneConfig, Config, downsampling
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialise_from_pca
 from t2i.families.autoencoder.posterior import DiagonalGaussian
+from t2i.families.autoencoder.upsampler import Upsampler
 from t2i.interfaces import ImageCodec, TokenCodec
+from t2i.nn.resize import smaller
 from t2i.training.randomness import Randomness
 
 
@@ -45,6 +47,7 @@ class Codec(ImageCodec):
 
     encoder_channels, moment_channels, code_channels: see build_backbone
     logit_laplace: the decoder gives a distribution of the picture, as DALL-E's does
+    upsampler: enlarges what the decoder gives; pictures are made as much smaller before they are encoded
     latent_scale: buffer, 1 / (standard deviation of all latents), measured when training ends (LDM paper,
     appendix G); `encode` multiplies by it and `decode` divides, so that diffusion sees about unit variance.
     """
@@ -56,37 +59,43 @@ class Codec(ImageCodec):
     ) -> None:
         super().__init__()
         backbone = config.backbone
-        self.downsampling = downsampling(backbone)
+        self.downsampling = config.downsampling
         self.latent_channels = self.code_channels = code_channels
         parts = build_backbone(backbone, encoder_channels, moment_channels, code_channels)
         self.encoder, self.quant_conv, self.post_quant_conv, self.decoder = parts
         self.logit_laplace = isinstance(backbone, DVAEBackboneConfig)
         self.distance_config = config.distance
         self.register_buffer("latent_scale", torch.ones(()))
-        self.only_decodes = False  # what learns
+        self.upsampler = None if config.upsampler.factor == 1 else Upsampler(config.upsampler)
+        self.learning = config.trained
 
     def bottleneck(self) -> list[nn.Module]:
         """The modules from the picture to what the decoder is given."""
         return [self.encoder, self.quant_conv]
 
-    def freeze_bottleneck(self) -> None:
-        """From now on what decodes learns alone: what pictures are encoded to stays as it is, in training too."""
-        self.only_decodes = True
-        for module in self.bottleneck():
-            module.requires_grad_(False)
-        self.train(self.training)
+    def frozen(self) -> list[nn.Module]:
+        """The modules that stay as they are, in training too."""
+        if self.learning == "all":
+            return []
+        decoding = [self.post_quant_conv, self.decoder] if self.learning == "upsampler" else []
+        return [*self.bottleneck(), *decoding]
+
+    def freeze(self) -> None:
+        """Lightning trains a module in the mode that it finds it in."""
+        for module in self.frozen():
+            module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Codec:
         super().train(mode)
-        if self.only_decodes:
-            for module in self.bottleneck():
-                module.eval()
+        for module in self.frozen():
+            module.eval()
         return self
 
     @property
     def last_layer(self) -> Tensor:
-        """The decoder's last weight, where the adaptive GAN weight compares gradients."""
-        return self.decoder.last_layer  # type: ignore[return-value]
+        """The last weight, where the adaptive GAN weight compares gradients."""
+        last = self.decoder if self.upsampler is None else self.upsampler
+        return last.last_layer  # type: ignore[return-value]
 
     def initialise(self, image: Tensor) -> None:
         """Sets what starts from data, given pictures (B, 3, H, W) in [-1, 1]: the patch backbone's PCA."""
@@ -101,11 +110,15 @@ class Codec(ImageCodec):
         self.latent_scale.copy_(1.0 / latents.std().clamp_min(1e-6))
 
     def moments(self, image: Tensor) -> Tensor:
+        if self.upsampler is not None:
+            height, width = (side // self.upsampler.factor for side in image.shape[2:])
+            image = smaller(image, (height, width))
         return self.quant_conv(self.encoder(image))
 
     def output(self, code: Tensor) -> Tensor:
-        """(B, D, h, w) as the bottleneck gives it -> what the decoder makes of it, (B, 3 or 6, h*f, w*f)."""
-        return self.decoder(self.post_quant_conv(code))
+        """(B, D, h, w) as the bottleneck gives it -> what is decoded from it, (B, 3 or 6, h*f, w*f)."""
+        decoded = self.decoder(self.post_quant_conv(code))
+        return decoded if self.upsampler is None else self.upsampler(decoded)
 
     def picture(self, output: Tensor) -> Tensor:
         """The decoder's output -> (B, 3, h*f, w*f), about [-1, 1]."""
@@ -218,7 +231,7 @@ class DiscreteCodec(Codec, TokenCodec):
             super().measure_scale(images)
 
     def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:
-        if not self.codebook.needs_noise or self.only_decodes:
+        if not self.codebook.needs_noise or self.learning != "all":
             return None
         return random.uniform("codes", *self.latent_shape(height_px, width_px))
 

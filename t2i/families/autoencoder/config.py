@@ -111,12 +111,32 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True)
+class UpsamplerConfig:
+    """Convolutions that enlarge the decoder's pictures (Parti: 2206.10789, whose 12 blocks of 128 channels are the
+    default: 15M parameters from 256 to 512 px).
+
+    factor: of each side; 1: there is none
+    channels, blocks: of its residual blocks
+    """
+
+    factor: int = 1
+    channels: int = 128
+    blocks: int = 12
+
+    def __post_init__(self) -> None:
+        check(self.factor in (1, 2, 4), "upsampler.factor", self.factor, "1, 2 or 4")
+        for name in ("channels", "blocks"):
+            check(getattr(self, name) >= 1, f"upsampler.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
 class Config(ModelConfig):
     """What stage=autoencoder trains.
 
     vertical_flip: half of the training pictures are turned upside down: of few pictures an encoder learns more so
     trained: "all", or the "decoder" alone of the codec in init_from, whose codes or latents stay what they are (Muse:
-        2301.00704, section 2.5); what was trained on these can be drawn with it
+        2301.00704, section 2.5); what was trained on these can be drawn with it. Or the "upsampler" alone, of a codec
+        whose pictures have 1 / upsampler.factor of resolution.size_px
     """
 
     codec: CodecConfig
@@ -126,12 +146,18 @@ class Config(ModelConfig):
     # What a run had before there were these keys.
     distance: DistanceConfig = DistanceConfig("l1", edge_weight=0.0)
     vertical_flip: bool = False
-    trained: Literal["all", "decoder"] = "all"
+    trained: Literal["all", "decoder", "upsampler"] = "all"
+    upsampler: UpsamplerConfig = UpsamplerConfig()
 
     def __post_init__(self) -> None:
         laplace = isinstance(self.backbone, DVAEBackboneConfig)
         allowed = "l1 with backbone.name=dvae, which has its own in place of it"
         check(self.distance.name == "l1" or not laplace, "distance.name", self.distance.name, allowed)
+        factor, enlarges = self.upsampler.factor, self.trained == "upsampler"
+        allowed = "2 or 4 with trained=upsampler" if enlarges else f"1 with trained={self.trained}"
+        check(enlarges == (factor > 1), "upsampler.factor", factor, allowed)
+        allowed = "all or decoder with backbone.name=dvae, whose decoder gives no picture but a distribution"
+        check(not (laplace and enlarges), "trained", self.trained, allowed)
         most = self.backbone.latent_channels
         if isinstance(self.codec, VQConfig) and self.codec.code_dim is not None:
             dim = self.codec.code_dim
@@ -139,10 +165,13 @@ class Config(ModelConfig):
 
     def check_resolution(self, size_px: int) -> None:
         """Raises ConfigError where pictures of this side do not divide into latent positions."""
-        f = downsampling(self.backbone)
-        check(
-            size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the backbone's downsampling"
-        )
+        f = self.downsampling
+        check(size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the codec's downsampling")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along each side of the whole codec's pictures."""
+        return downsampling(self.backbone) * self.upsampler.factor
 
 
 def downsampling(backbone: BackboneConfig) -> int:

@@ -44,6 +44,8 @@ def from_run(model: Mapping[str, Any]) -> Entries:
     for key in ("decoder_base_channels", "decoder_res_blocks"):
         value = model["backbone"].get(key)
         check(value is None, f"backbone.{key}", value, f"null {NO_FOREIGN_FORM}")
+    factor = model.get("upsampler", {"factor": 1})["factor"]
+    check(factor == 1, "upsampler.factor", factor, f"1 {NO_FOREIGN_FORM}")
     codec = model["codec"]
     names = ("kl", "vq", "gumbel")
     check(codec["name"] in names, "codec.name", codec["name"], f"{', '.join(names)} {NO_FOREIGN_FORM}")

@@ -23,21 +23,22 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     model, size = config.model, config.resolution.size_px
     assert isinstance(model, Config)
     model.check_resolution(size)
-    adversarial, encodes = model.adversarial, model.trained == "all"  # or the decoder learns alone
+    adversarial, encodes, decodes = model.adversarial, model.trained == "all", model.trained != "upsampler"
+    small = size // model.upsampler.factor
     with torch.device("meta"):
         codec = build_codec(model)
         perceptual = build_architecture(model.perceptual.name)
         discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
     code_shape = (codec.code_channels, *codec.latent_shape(size, size)[1:])
 
-    def image(batch: int, learned: bool = False) -> Tensor:
-        return torch.empty(batch, 3, size, size, requires_grad=learned)
+    def image(batch: int, side: int = size, learned: bool = False) -> Tensor:
+        return torch.empty(batch, 3, side, side, requires_grad=learned)
 
     networks = [
         PlannedNetwork(
             "encoder",
             nn.Sequential(codec.encoder, codec.quant_conv),
-            lambda batch: {"input": image(batch)},
+            lambda batch: {"input": image(batch, small)},
             trained=encodes,
             saved=not encodes,
         ),
@@ -45,9 +46,16 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
             "decoder",
             nn.Sequential(codec.post_quant_conv, codec.decoder),
             lambda batch: {"input": torch.empty(batch, *code_shape, requires_grad=encodes)},
-            trained=True,
+            trained=decodes,
+            saved=not decodes,
         ),
     ]
+    if codec.upsampler is not None:
+        networks.append(
+            PlannedNetwork(
+                "upsampler", codec.upsampler, lambda batch: {"x": image(batch, small)}, trained=True
+            )
+        )
     if isinstance(codec, DiscreteCodec) and codec.codebook.needs_noise and encodes:
         positions = codec.latent_shape(size, size)
         networks.insert(

@@ -12,9 +12,9 @@ from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
-from t2i.families.autoencoder.decoder_start import check_encodes_alike, load_for_decoder
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
+from t2i.families.autoencoder.part_start import check_encodes_alike, load_for_part
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
 from t2i.nn.perceptual import build_perceptual
@@ -40,12 +40,12 @@ class Stage(BaseStage):
         )
         check(not (config.trainer.compile and twice), "trainer.compile", True, allowed)
         self.codec = build_codec(model)
-        if model.trained == "decoder":
-            check(start is not None, "trained", "decoder", "all without init_from=RUN, a run of a codec")
+        if model.trained != "all":
+            check(start is not None, "trained", model.trained, "all without init_from=RUN, a run of a codec")
             assert start is not None
-            load_for_decoder(self.codec, start)
+            load_for_part(self.codec, start)
             check_encodes_alike(model, start)
-            self.codec.freeze_bottleneck()
+            self.codec.freeze()
         elif start is not None:
             load_into(self.codec, start.weights, start.path, prefix="codec.")
         perceptual = build_perceptual(model.perceptual.name, model.perceptual.weights)
@@ -120,7 +120,10 @@ class Stage(BaseStage):
         return [Turn("codec", [codec, *discriminator], self.config.optimizer)]
 
     def codec_blocks(self) -> list[nn.Module]:
-        return blocks_of(self.codec.decoder if self.codec.only_decodes else self.codec)
+        parts = {"all": self.codec, "decoder": self.codec.decoder, "upsampler": self.codec.upsampler}
+        learning = parts[self.codec.learning]
+        assert learning is not None
+        return blocks_of(learning)
 
     def blocks(self) -> list[nn.Module]:
         discriminator = [] if self.discriminator is None else blocks_of(self.discriminator)
@@ -151,7 +154,7 @@ class Stage(BaseStage):
         self.codec.initialise(torch.cat(list(images)))
 
     def after_training(self, images: Iterable[Tensor]) -> None:
-        if not self.codec.only_decodes:
+        if self.codec.learning == "all":
             self.codec.eval().measure_scale(images)
 
     def on_fit_start(self) -> None:

@@ -1,4 +1,5 @@
-"""What a codec begins with whose decoder is trained alone (Muse: Chang et al., 2301.00704, section 2.5)."""
+"""What a codec begins with of which a part is trained alone: the decoder (Muse: Chang et al., 2301.00704, section 2.5)
+or the upsampler (Parti: Yu et al., 2206.10789)."""
 
 from __future__ import annotations
 
@@ -9,15 +10,17 @@ from t2i.families.autoencoder.model import AttentionBlock, ResnetBlock
 from t2i.nn.residual import zero_init
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 
-DECODES = ("decoder.", "post_quant_conv.")
+# The weights that learn.
+LEARNS = {"decoder": ("decoder.", "post_quant_conv."), "upsampler": ("upsampler.",)}
 # By which the same weights give other codes or latents.
 ENCODING = (("codec", "normalize"), ("codec", "levels"), ("backbone", "unit_range"), ("backbone", "encoder"))
 
 
-def load_for_decoder(codec: Codec, start: LoadedCheckpoint) -> None:
-    """Copies into `codec` what encodes and the codes, all of it, and of what decodes the weights that are there in its
-    shape. Blocks that a deeper decoder has beside add nothing at first; what is wider begins anew. Raises
-    CheckpointError where what encodes does not fit."""
+def load_for_part(codec: Codec, start: LoadedCheckpoint) -> None:
+    """Copies into `codec` all that stays as it is, and of what learns the weights that are there in its shape. Blocks
+    that a deeper decoder has beside add nothing at first; what is wider begins anew. Raises CheckpointError where what
+    stays does not fit."""
+    learns = LEARNS[codec.learning]
     given = {
         name.removeprefix("codec."): value
         for name, value in start.weights.items()
@@ -27,11 +30,11 @@ def load_for_decoder(codec: Codec, start: LoadedCheckpoint) -> None:
         last = {ResnetBlock: "conv2", AttentionBlock: "proj_out"}.get(type(module))
         if last is not None and f"{name}.{last}.weight" not in given:
             zero_init(getattr(module, last))
-    own = {name: value for name, value in codec.state_dict().items() if name.startswith(DECODES)}
+    own = {name: value for name, value in codec.state_dict().items() if name.startswith(learns)}
     fitting = {
         name: value
         for name, value in given.items()
-        if not name.startswith(DECODES) or (name in own and own[name].shape == value.shape)
+        if not name.startswith(learns) or (name in own and own[name].shape == value.shape)
     }
     load_into(codec, {**own, **fitting}, start.path)
 
@@ -42,4 +45,9 @@ def check_encodes_alike(config: Config, start: LoadedCheckpoint) -> None:
     theirs = parse_run(start.config, Config).model
     for entry, key in ENCODING:
         own, wanted = (getattr(getattr(each, entry), key, None) for each in (config, theirs))
-        check(own == wanted, f"{entry}.{key}", own, f"{wanted} with trained=decoder, as {start.path} has it")
+        check(
+            own == wanted,
+            f"{entry}.{key}",
+            own,
+            f"{wanted} with trained={config.trained}, as {start.path} has it",
+        )
