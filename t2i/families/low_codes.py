@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig, TextConfig, check, parse_run
+from t2i.errors import ConfigError
 from t2i.families.builds_on import CodesBuildsOn, LowConfig
 from t2i.families.tokens import codes_feature, grid_of, smallest_integer
-from t2i.interfaces import Batch, Feature, TextEncoder, TextToImage, TokenCodec
+from t2i.interfaces import Batch, Feature, SampleRequest, TextEncoder, TextToImage, TokenCodec
 from t2i.nn.resize import smaller
 from t2i.text import text_encoder_for_training
 
@@ -83,6 +84,18 @@ def check_low(config: LowConfig, builds_on: CodesBuildsOn, high: CodesModel, low
     ok = own > side and own % side == 0 and high.size_px % low.size_px == 0
     allowed = f"sizes whose codes ({own} a side) are a multiple of {side} {place}"
     check(ok, "resolution.size_px", high.size_px, allowed)
+
+
+def check_low_request(request: SampleRequest, low: Any, size_px: tuple[int, int]) -> None:
+    """Raises ConfigError where `low`, the model at the lower resolution, cannot draw what the request asks of it.
+
+    size_px: (H, W) that it is asked for
+    """
+    small = dataclasses.replace(request, height_px=size_px[0], width_px=size_px[1], image=None, mask=None)
+    try:
+        low.check(small, low.config.sampling)
+    except ConfigError as error:
+        raise ConfigError(f"The run at the lower resolution, which draws first: {error}") from None
 
 
 @torch.no_grad()

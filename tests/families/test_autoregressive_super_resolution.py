@@ -177,6 +177,12 @@ def test_a_run_that_does_not_fit_is_refused_in_a_sentence(size_px, changes, sent
 def test_what_it_does_not_draw():
     with pytest.raises(ConfigError, match="width is 40; allowed: 32 with this model of super-resolution"):
         high_model().check(asked(width_px=40), SAMPLING)
+    model = high_model()
+    model.low.config = dataclasses.replace(LOW, sampling=dataclasses.replace(SAMPLING, top_k=9))
+    with pytest.raises(
+        ConfigError, match=r"lower resolution, which draws first: sampling.top_k is 9; allowed"
+    ):
+        model.check(asked(), SAMPLING)
 
 
 def test_what_each_stage_needs_is_said(compose_run):

@@ -96,6 +96,13 @@ def test_a_picture_is_painted_in_at_both_resolutions(float64):
     assert torch.equal(drawn[kept], image.double()[kept])
 
 
+def test_what_the_lower_model_cannot_draw_is_said_before_it_draws():
+    with pytest.raises(
+        ConfigError, match="lower resolution, which draws first: height is 36; allowed: multiples of 8"
+    ):
+        high_model().check(asked(height_px=72), SAMPLING)
+
+
 @pytest.mark.parametrize(
     ("low", "size_px", "changes", "sentence"),
     [

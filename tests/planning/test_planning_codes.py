@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.families.autoregressive import model as autoregressive
-from t2i.families.low_codes import CodesModel, smaller
+from t2i.families.low_codes import CodesModel
 from t2i.families.masked import model as masked
 from t2i.interfaces import SampleRequest
+from t2i.nn.resize import smaller
 from t2i.planning.count import num_parameters
 from t2i.planning.drawing import counted_calls
 from t2i.planning.model import build_model, flops_per_image, networks

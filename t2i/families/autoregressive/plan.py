@@ -30,6 +30,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         text_dim = 1 if text is None else text.token_dim
         grid = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
         length = model.text.max_tokens
+        model.sampling.check_codes(codec.num_codes)
         code_dim, shape = codec.code_vectors().shape[1], model.transformer
         transformer = CodeTransformer(shape, codec.num_codes, grid, text_dim, length, model.low, code_dim)
 

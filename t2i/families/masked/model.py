@@ -14,7 +14,7 @@ from t2i.codes.masked import Predict, decode, halton_order, masked_loss
 from t2i.config import RunConfig, check
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
-from t2i.families.low_codes import CodesModel, smaller, with_low
+from t2i.families.low_codes import CodesModel, check_low_request, with_low
 from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
@@ -24,6 +24,7 @@ from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
 from t2i.nn.guidance import both_texts, guided
+from t2i.nn.resize import smaller
 
 
 class MaskedModel(CodesModel):
@@ -36,7 +37,7 @@ class MaskedModel(CodesModel):
         self, config: Config, codec: TokenCodec, size_px: int, low: MaskedModel | None = None
     ) -> None:
         super().__init__(config, codec, size_px, low)
-        self.check_sampling(config.sampling, self.shape)
+        check_sampling(config.sampling, codec.num_codes, self.shape)
         self.text = self.text_encoder(config.text)
         self.transformer = build_transformer(
             config, codec, self.shape, self.text.token_dim, self.text.pooled_dim
@@ -154,22 +155,20 @@ class MaskedModel(CodesModel):
         between = request.between
         check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
         check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
-        self.check_sampling(sampling, shape)
-
-    def check_sampling(self, sampling: SamplingConfig, shape: tuple[int, int]) -> None:
-        """Raises ConfigError for options that do not fit the codebook or (h, w) codes."""
-        sampling.check_codes(self.codec.num_codes)
-        check_steps(sampling.steps, shape)
+        check_sampling(sampling, self.codec.num_codes, shape)
+        if self.low is not None:
+            check_low_request(request, self.low, size_at(request, self.low.size_px / self.size_px))
 
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
 
-def check_steps(steps: int, shape: tuple[int, int]) -> None:
-    """Raises ConfigError for more than there are codes, (h, w)."""
+def check_sampling(sampling: SamplingConfig, num_codes: int, shape: tuple[int, int]) -> None:
+    """Raises ConfigError for options that do not fit the codebook, or (h, w) codes of a picture."""
+    sampling.check_codes(num_codes)
     count = shape[0] * shape[1]
-    check(steps <= count, "sampling.steps", steps, f"at most {count}, the codes of a picture")
+    check(sampling.steps <= count, "sampling.steps", sampling.steps, f"at most {count}, the codes of a picture")
 
 
 def check_unit(
@@ -186,9 +185,14 @@ def check_unit(
         )
 
 
+def size_at(request: SampleRequest, factor: float) -> tuple[int, int]:
+    """(H, W) of the request's pictures, so many times as large."""
+    return round(request.height_px * factor), round(request.width_px * factor)
+
+
 def resized(request: SampleRequest, factor: float) -> SampleRequest:
     """The same of pictures so many times as large; what a mask touches there it still touches."""
-    size = (round(request.height_px * factor), round(request.width_px * factor))
+    size = size_at(request, factor)
     image, mask = request.image, request.mask
     return dataclasses.replace(
         request,

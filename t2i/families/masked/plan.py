@@ -12,7 +12,7 @@ from t2i.config import RunConfig
 from t2i.families.codec import token_codec
 from t2i.families.low_plan import low_networks
 from t2i.families.masked.config import Config
-from t2i.families.masked.model import build_transformer, check_steps
+from t2i.families.masked.model import build_transformer, check_sampling
 from t2i.families.tokens import grid_of, planned_codec, rows_drawn
 from t2i.planned import PlannedNetwork, alike
 from t2i.text.architecture import build_architecture
@@ -26,7 +26,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
         codec = token_codec(builds_on["codec"], model.builds_on.codec)
         text = build_architecture(model.text)
         shape = grid_of(codec, size, size, ("resolution.size_px", "resolution.size_px"))
-        check_steps(model.sampling.steps, shape)
+        check_sampling(model.sampling, codec.num_codes, shape)
         transformer = build_transformer(model, codec, shape, text.token_dim, text.pooled_dim)
     length = model.text.max_tokens
 
