@@ -53,6 +53,10 @@ def run(arguments: list[str]) -> None:
     )
 
     model = build_model(config, builds_on)
+    part = families.get(config.family).builds_on.get("codec")
+    if part is not None and options.autoencoder is None and own_experiment(config) is None:
+        usual = usual_experiment(config, part)
+        console.print(f"The codec is planned as experiment={usual}; --autoencoder names another.")
     if "low" in builds_on and options.low is None:
         stage = builds_on["low"]["config"]["stage"]
         console.print(
@@ -106,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--autoencoder",
         metavar="EXPERIMENT",
-        help="of the autoencoder that the run builds on, where it does; default: "
+        help="of the autoencoder that the run builds on, where it does; default: builds_on.experiment, or "
         f"{' or '.join(AUTOENCODERS.values())}, up to {SMALL_PX} px {SMALL['token_codec']}",
     )
     made.add_argument(
@@ -176,8 +180,8 @@ def built_on(
     )
     found = {}
     for key, part in needs.items():
-        usual = AUTOENCODERS | (SMALL if config.resolution.size_px <= SMALL_PX else {})
-        found[key] = composed_run([f"experiment={experiment or usual[part]}"], config_dir)
+        chosen = experiment or own_experiment(config) or usual_experiment(config, part)
+        found[key] = composed_run([f"experiment={chosen}"], config_dir)
         stages = families.stages_with(part)
         allowed = f"an experiment of stage {' or '.join(stages)}"
         check(found[key]["stage"] in stages, "--autoencoder", experiment, allowed)
@@ -186,6 +190,16 @@ def built_on(
     if has_low:
         found["low"] = {"config": _low_run(config, found["codec"], low, config_dir), "extra": dict(found)}
     return found
+
+
+def own_experiment(config: RunConfig) -> str | None:
+    """That trains the codec, where the run's configuration names one."""
+    return getattr(getattr(config.model, "builds_on", None), "experiment", None)
+
+
+def usual_experiment(config: RunConfig, part: str) -> str:
+    """The one for a "codec" or a "token_codec" of such pictures."""
+    return (AUTOENCODERS | (SMALL if config.resolution.size_px <= SMALL_PX else {}))[part]
 
 
 def _low_run(

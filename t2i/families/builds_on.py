@@ -3,7 +3,7 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from t2i.config import check
 
@@ -11,9 +11,12 @@ from t2i.config import check
 @dataclass(frozen=True)
 class BuildsOn:
     """codec: "latest", a run folder or a file. A run that continues another keeps that one's codec unless a path is
-    given here"""
+        given here
+    experiment: that trains such a codec, for `t2i plan` and for whom it is missing; None: any of the kind
+    """
 
     codec: str
+    experiment: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         allowed = "latest, a run or a file (an empty variable of the shell?)"

@@ -41,9 +41,11 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
         if newest is None:
             folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
             kind, option = ("a codec of codes", " codec=vq") if part == "token_codec" else ("a codec", "")
+            named = config.model.builds_on.experiment  # type: ignore[attr-defined]
+            asked = f"stage={stages[0]}{option}" if named is None else f"experiment={named}"
             raise CheckpointError(
                 f"stage={config.stage} builds on {kind}, and there is none in {folders}: train one with "
-                f"`t2i train stage={stages[0]}{option}`, or give builds_on.codec=RUN or FILE."
+                f"`t2i train {asked}`, or give builds_on.codec=RUN or FILE."
             )
         place = str(newest)
     log.info("builds on the codec %s", place)

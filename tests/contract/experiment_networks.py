@@ -8,16 +8,17 @@ from pathlib import Path
 from t2i import families
 from t2i.config import RunConfig
 from t2i.planned import PlannedNetwork
-from t2i_cli.plan import built_on
+from t2i_cli.plan import built_on, own_experiment
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
+# Where an experiment names none.
 BUILT_ON = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/tiny_vq"}
 
 
 def networks(config: RunConfig) -> list[PlannedNetwork]:
     """Those of the experiment, without memory."""
     family = families.get(config.family)
-    codec = next((BUILT_ON[part] for part in family.builds_on.values()), None)
+    codec = own_experiment(config) or next((BUILT_ON[part] for part in family.builds_on.values()), None)
     return family.load_plan()(config, built_on(config, codec, None))
 
 

@@ -192,6 +192,9 @@ def test_the_newest_codec_of_codes_is_meant(compose_run, train, runs, tmp_path):
         CheckpointError, match=r"builds on a codec of codes, and there is none in .* codec=vq"
     ):
         Stage(compose_run("experiment=autoregressive/tiny_ar", f"runs_dir={tmp_path}"))
+    named = "builds_on.experiment=autoencoder/vit_vqgan"
+    with pytest.raises(CheckpointError, match=r"train one with `t2i train experiment=autoencoder/vit_vqgan`"):
+        Stage(compose_run("experiment=autoregressive/tiny_ar", f"runs_dir={tmp_path}", named))
 
 
 def test_a_codec_without_codes_is_refused(compose_run, train, tmp_path):

@@ -144,3 +144,31 @@ def test_an_experiment_stands_for_the_run_at_a_lower_resolution(stage, low, expe
     assert (values["resolution"]["size_px"], size) == (32, 64)
     assert found["low"]["extra"] == {"codec": found["codec"]}
     assert found["codec"]["codec"]["num_codes"] == config.model.low.num_codes
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "num_codes"),
+    [
+        ("parti/3b", "vq", 8192),
+        ("dalle/12b", "gumbel", 8192),
+        ("muse/512", "vq", 8192),
+        ("maskgit/256", "vq", 1024),
+    ],
+)
+def test_a_published_recipe_is_planned_with_its_codec(experiment, name, num_codes):
+    from t2i_cli.plan import built_on, planned_run
+
+    config, _ = planned_run([f"experiment={experiment}", "cluster=a100x8"], None)
+    codec = built_on(config, None, None)["codec"]
+    assert (codec["codec"]["name"], codec["codec"]["num_codes"]) == (name, num_codes)
+    other = built_on(config, "autoencoder/vqgan_f16_16384", None)["codec"]
+    assert other["codec"]["num_codes"] == 16_384
+
+
+def test_the_codec_that_is_counted_is_said(capsys):
+    from t2i_cli.plan import run
+
+    said = "The codec is planned as experiment=autoencoder/small_codes; --autoencoder names another."
+    for arguments, expected in (([], True), (["--autoencoder", "autoencoder/tiny_vq"], False)):
+        run([*arguments, "experiment=masked/tiny_masked", "cluster=a100x8"])
+        assert (said in " ".join(capsys.readouterr().out.split())) == expected

@@ -14,7 +14,6 @@ from t2i.config import RunConfig, check
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import Autoregressive, model_of
 from t2i.families.autoregressive.palette import PaletteCodec
-from t2i.families.builds_on import CodesBuildsOn
 from t2i.families.codec_run import codec_config, codec_run, load_runs, low_run
 from t2i.families.low_codes import low_codes_of, low_feature
 from t2i.families.tokens import check_shift, codebook_hash, codes_feature, codes_of, moved
@@ -47,7 +46,8 @@ class Stage(BaseStage):
             low_place = model.builds_on.low
             if low_place is not None:
                 low, low_place, self.extra["low"] = low_run(config, low_place, start)
-            model = dataclasses.replace(model, builds_on=CodesBuildsOn(place, low_place))
+            built_on = dataclasses.replace(model.builds_on, codec=place, low=low_place)
+            model = dataclasses.replace(model, builds_on=built_on)
             self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
         self.model: Autoregressive = model_of(self.config, self.extra)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig
 from t2i.diffusion.objectives import loss_by_time
-from t2i.families.builds_on import BuildsOn
 from t2i.families.codec_run import codec_config, codec_run
 from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
 from t2i.families.latent_diffusion.masks import known_part, random_masks
@@ -36,7 +35,7 @@ class Stage(BaseStage):
         model = config.model
         assert isinstance(model, Config)
         builds_on, place = codec_run(config, model.builds_on.codec, start)
-        model = dataclasses.replace(model, builds_on=BuildsOn(place))
+        model = dataclasses.replace(model, builds_on=dataclasses.replace(model.builds_on, codec=place))
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
         self.working_codec: tuple[ImageCodec, ...] = ()  # in a tuple, so that it is no module of the stage

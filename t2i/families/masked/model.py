@@ -168,7 +168,9 @@ def check_sampling(sampling: SamplingConfig, num_codes: int, shape: tuple[int, i
     """Raises ConfigError for options that do not fit the codebook, or (h, w) codes of a picture."""
     sampling.check_codes(num_codes)
     count = shape[0] * shape[1]
-    check(sampling.steps <= count, "sampling.steps", sampling.steps, f"at most {count}, the codes of a picture")
+    check(
+        sampling.steps <= count, "sampling.steps", sampling.steps, f"at most {count}, the codes of a picture"
+    )
 
 
 def check_unit(

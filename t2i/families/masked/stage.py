@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from t2i.codes.masked import random_mask
 from t2i.config import RunConfig
-from t2i.families.builds_on import CodesBuildsOn
 from t2i.families.codec_run import codec_config, codec_run, load_runs, low_run
 from t2i.families.low_codes import low_codes_of, low_feature
 from t2i.families.masked.config import Config
@@ -41,7 +40,8 @@ class Stage(BaseStage):
         self.extra: dict[str, Any] = {"codec": codec_config(codec)}
         if low_place is not None:
             low, low_place, self.extra["low"] = low_run(config, low_place, start)
-        model = dataclasses.replace(model, builds_on=CodesBuildsOn(place, low_place))
+        built_on = dataclasses.replace(model.builds_on, codec=place, low=low_place)
+        model = dataclasses.replace(model, builds_on=built_on)
         self.config = dataclasses.replace(config, model=model)  # what was found is what config.yaml says
         self.model_config = model
         self.model: MaskedModel = model_of(self.config, self.extra)
