@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_group
 
 from t2i.errors import ConfigError, SaidByFirst
 from t2i.launch.ranks import Rank, rank_of
@@ -43,7 +44,9 @@ def join(environment: MutableMapping[str, str], deadline_s: float) -> Rank:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=patience_s(deadline_s)))
-        dist.monitored_barrier(timeout=timedelta(seconds=deadline_s))  # says who did not come
+        # Says who did not come. dist.monitored_barrier takes no group that has NCCL beside gloo, before torch 2.15.
+        everyone: Any = _get_default_group()  # whose stubs do not know
+        everyone.monitored_barrier(timedelta(seconds=deadline_s), wait_all_ranks=False)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Process {rank.rank} of {rank.world} does not find the others at {environment.get('MASTER_ADDR')}:"

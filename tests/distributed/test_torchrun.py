@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from as_torchrun import free_ports, together
 
 RUN = ["experiment=autoencoder/tiny_kl", "trainer.accelerator=cpu", "logger.tensorboard=false", "name=run"]
 RUN += ["trainer.batch_size=4", "trainer.log_every_steps=1"]
@@ -47,3 +50,36 @@ def test_another_number_of_processes_is_said_once(tmp_path, shapes_overrides):
     said = [line for line in done.stderr.splitlines() if line.startswith("t2i train: ")]
     assert said == ["t2i train: trainer.devices is 4; allowed: 2, as many processes were started."]
     assert list(tmp_path.rglob("config.yaml")) == []
+
+
+def meet_with_gpus(rank: int, port: int) -> None:
+    """As where there are GPUs, whose tensors go by another backend than the host's. It is pretended, by gloo."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+    import torch.distributed as dist
+
+    from t2i.launch import processes
+
+    begin, placed = dist.init_process_group, list[int]()
+
+    def refused(*args: Any, **options: Any) -> None:  # as torch before 2.15 does
+        if dist.get_backend() != "gloo":
+            raise ValueError("monitored_barrier is only implemented for GLOO backend.")
+
+    dist.monitored_barrier = refused
+    dist.init_process_group = lambda backend, **how: begin(backend.replace("cuda:nccl", "cuda:gloo"), **how)
+    torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = (
+        lambda: True,
+        lambda: 2,
+        placed.append,
+    )
+    processes.join(os.environ, 60.0)
+    assert placed == [rank]
+    assert dist.get_backend() == "cpu:gloo,cuda:gloo"
+    assert processes.from_first(lambda: f"of {rank}") == "of 0"
+    processes.leave()
+
+
+def test_processes_with_gpus_meet():
+    together(meet_with_gpus, (*free_ports(1),))
