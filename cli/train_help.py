@@ -47,6 +47,7 @@ def help_text() -> str:
             110,
             initial_indent=f"  {group:{width}}  ",
             subsequent_indent=" " * (width + 4),
+            break_on_hyphens=False,
         )
         for group, choices in groups().items()
     ]

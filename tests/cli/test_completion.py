@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from t2i_cli.main import VERBS
-from t2i_cli.train_help import groups
+from t2i_cli.train_help import groups, help_text
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,8 @@ def test_the_script_completes_t2i(t2i, verb):
 def test_a_shell_that_is_not_known_is_one_sentence(t2i):
     assert "'tcsh'" in t2i("-sc", "install=tcsh").sentence
     assert "install" in t2i("-sc").sentence
+
+
+def test_each_choice_stands_whole_in_the_help():
+    words = {word.strip(",") for word in help_text().split()}
+    assert {choice for choices in groups().values() for choice in choices} <= words
