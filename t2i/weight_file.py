@@ -1,21 +1,26 @@
-"""What a file of weights is, told by its content and not by its name, and whether its numbers are numbers."""
+"""What a file of weights is, told by its content and not by its name, its weights, and whether its numbers are
+numbers."""
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import tempfile
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from t2i.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+ZIP = b"PK\x03\x04"
 # What people find under the name of a model, by its first bytes; text is looked at in lower case, without the
 # spaces before it.
 PAGES = {
@@ -43,13 +48,12 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
     """How the weights in a file are stored. Raises CheckpointError, which says what the file is, where it holds
     none. That they can be read is not yet said."""
     try:
-        size = path.stat().st_size
+        if not path.stat().st_size:  # before it is opened: a pipe would never answer
+            raise CheckpointError(f"{path} is empty; allowed: a file of weights.")
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if not size:
-        raise CheckpointError(f"{path} is empty; allowed: a file of weights.")
     if start[8:9] == b"{":
         return "safetensors"
     for first, what in NOT_WEIGHTS.items():
@@ -59,11 +63,11 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
             )
     if start[257:262] == b"ustar":
         raise CheckpointError(f"{path} is a tar archive; unpack it, and give what is inside.")
-    if start.startswith(b"PK\x03\x04") and not _saved_by_torch(path):
+    if start.startswith(ZIP) and not _saved_by_torch(path):
         raise CheckpointError(
             f"{path} is a zip archive without a checkpoint of torch in it; unpack it, and give what is inside."
         )
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if start.startswith((ZIP, b"\x80")):
         return "pickle"
     return "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
 
@@ -119,6 +123,47 @@ def named_by_content(path: Path) -> Iterator[Path]:
         yield link
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle that is one state dict, on the CPU. Raises CheckpointError
+    where there is no such file, it holds anything else, or weights that are not finite."""
+    if weights_format(path) == "safetensors":
+        try:
+            weights: Any = load_file(path)
+        except Exception as error:  # whatever the reader raises
+            raise CheckpointError(f"{path} cannot be read as weights: {reason_of(error)}.") from error
+    else:
+        weights = unpickled(path)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} is a {type(weights).__name__}; allowed: a state dict of tensors.")
+    check_finite(weights, path)
+    return weights
+
+
+def unpickled(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote into a file, on the CPU; no code that the file names is run. Raises CheckpointError.
+
+    mmap: leave the numbers on the disk until they are used, where `is_zip` holds
+    """
+    try:
+        with named_by_content(path) as named, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, for people who program
+            return torch.load(named, map_location="cpu", weights_only=True, mmap=mmap)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights without running code from it, or is damaged; refused."
+        ) from error
+    except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
+        raise CheckpointError(f"{path} cannot be read as weights: {reason_of(error)}.") from error
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file begins as torch.save's have since 2020, whole or not."""
+    with path.open("rb") as file:
+        return file.read(len(ZIP)) == ZIP
+
+
 def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
     """Raises CheckpointError that names the first of `weights` with a number that is NaN or infinite."""
     for name, value in weights.items():
@@ -150,4 +195,5 @@ def sha256(*files: Path) -> str:
 
 def reason_of(error: Exception) -> str:
     """The beginning of what a library says, which may be pages."""
-    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+    said = str(error).partition(" This is an internal miniz error")[0] or type(error).__name__
+    return textwrap.shorten(said, 200, placeholder=" ...").rstrip(".")

@@ -8,17 +8,15 @@ LAION-AI/LAION-5B-WatermarkDetection (inference.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
 from t2i.errors import CheckpointError
-from t2i.weight_file import check_finite, named_by_content, reason_of, weights_format
+from t2i.weight_file import read_weights
 
 for_watermark_detector = transforms.Compose(
     [
@@ -139,22 +137,3 @@ def load_watermark_detector(file: Path) -> nn.Module:
             )
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
-
-
-def read_weights(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickle that holds nothing else. Raises CheckpointError."""
-    found = weights_format(file)
-    try:
-        if found == "safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            with named_by_content(file) as named:
-                state = torch.load(named, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the readers raise
-        raise CheckpointError(f"{file} cannot be read as weights: {reason_of(error)}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file} is a {type(state).__name__}; allowed: a state dict of tensors.")
-    check_finite(state, file)
-    return state

@@ -16,7 +16,7 @@ from t2i.errors import CheckpointError
 from t2i.evaluation.clip import Clip, load_clip
 from t2i.evaluation.resizing import ResizeName, resized
 from t2i.schema import check
-from t2i.weight_file import reason_of, sha256
+from t2i.weight_file import read_weights, reason_of, sha256
 
 KINDS = ("inception", "dinov2", "clip", "efficientnet")
 GET = {
@@ -90,7 +90,6 @@ def check_published(path: Path) -> str:
 
 
 def _inception(place: str, resize: ResizeName, device: torch.device) -> Extractor:
-    from t2i.nn.efficientnet import read_weights
     from t2i.nn.inception import SIZE_PX, WIDTH, Inception
 
     path = Path(place)

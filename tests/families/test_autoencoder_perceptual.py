@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from t2i.errors import CheckpointError
-from t2i.nn.efficientnet import EfficientNetLite0, read_weights
+from t2i.nn.efficientnet import EfficientNetLite0
 from t2i.nn.perceptual import EfficientNetDistance, build_architecture, build_perceptual
 from t2i.nn.precision import rounded
+from t2i.weight_file import read_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -209,7 +210,7 @@ def test_blur_is_farther_than_a_shift_of_equal_mse(size, networks):
 
 def test_none_and_missing_files():
     assert build_perceptual("none") is None
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         build_perceptual("efficientnet_lite0", "nowhere.pth")
 
 

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from t2i.diffusion.config import ScheduleConfig
 from t2i.diffusion.schedules import configured_betas
-from t2i.errors import UserError
+from t2i.errors import CheckpointError, UserError
 from t2i.interop.compvis_in import nearby, read_schedule
 from t2i.interop.convert import Options, prepare, write
 from t2i.interop.weights import in_memory
 from t2i.schema import parse
-from t2i.training import run_folder
-from t2i.weight_file import weights_format
+from t2i.training import checkpoint, run_folder
+from t2i.weight_file import read_weights, weights_format
 
 STEM = "diffusion_pytorch_model"
+EVIL = b"\x80\x04cos\nsystem\n(S'exit'\ntR."
 
 
 def refused(source: Path, **options) -> str:
@@ -105,23 +106,36 @@ def test_a_page_in_place_of_a_configuration(sd1_folder, tmp_path, file):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_other_networks_are_looked_at_too(tmp_path, suffix):
-    """Those of the perceptual loss and of scores."""
-    from t2i.nn import efficientnet
-    from t2i_pipelines.scoring import heads
-
+    """Those of the perceptual loss, of features and of scores."""
     path, other = tmp_path / f"x{suffix}", {".pth": ".safetensors", ".safetensors": ".pth"}[suffix]
     weights = {"w": torch.zeros(3)}
     save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
-    renamed = path.rename(path.with_suffix(other))
-    for read in (efficientnet.read_weights, heads.read_weights):
-        assert torch.equal(read(renamed)["w"], torch.zeros(3))
+    assert torch.equal(read_weights(path.rename(path.with_suffix(other)))["w"], torch.zeros(3))
     torch.save({"w": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pth")
     (tmp_path / "page.pth").write_text("<html>")
-    for read in (efficientnet.read_weights, heads.read_weights):
-        with pytest.raises(UserError, match=r"w in .*nan\.pth has 1 numbers of 2 that are not finite"):
-            read(tmp_path / "nan.pth")
-        with pytest.raises(UserError, match=r"page\.pth is an HTML page"):
-            read(tmp_path / "page.pth")
+    with pytest.raises(UserError, match=r"w in .*nan\.pth has 1 numbers of 2 that are not finite"):
+        read_weights(tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"page\.pth is an HTML page"):
+        read_weights(tmp_path / "page.pth")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"not weights", b"PK\x03\x04aaaa", EVIL], ids=repr)
+def test_what_is_no_weights_is_one_sentence_in_all_readers(tmp_path, recwarn, content):
+    """As pickles, some of these texts lead the reader to a KeyError, and a protocol to a warning."""
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    for read in (read_weights, checkpoint.load):
+        with pytest.raises(
+            CheckpointError, match=r"x\.pth (cannot be read as weights|was not written by t2i)"
+        ):
+            read(path)
+    assert not recwarn.list
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth is empty"):
+        read_weights(tmp_path / "x.pth")
 
 
 def test_a_zip_of_something_else(tmp_path):
