@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
 from t2i.generation.extension import SIDES, STRENGTH, usual_strength, within
-from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, is_unicode
-from t2i.schema import check_number
+from t2i.generation.prompts import MAX_PX, MAX_SEED, Line
+from t2i.schema import check_number, is_unicode
 
 if TYPE_CHECKING:
     from torch import Tensor

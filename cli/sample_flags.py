@@ -12,8 +12,8 @@ from typing import Any, get_args
 from t2i.config import Precision, check
 from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
-from t2i.generation.prompts import MAX_PX, MAX_SEED, Line, is_unicode
-from t2i.schema import MAX_NUMBER, check_number
+from t2i.generation.prompts import MAX_PX, MAX_SEED, Line
+from t2i.schema import MAX_NUMBER, check_number, is_unicode
 
 from . import sample_edit, sample_video
 from .arguments import add_launch

@@ -124,3 +124,13 @@ def _convert_named(options: list[Any], value: Any, key: str) -> Any:
     by_name = {typing.get_args(typing.get_type_hints(o)["name"])[0]: o for o in options}
     check(value.get("name") in by_name, f"{key}.name", value.get("name"), ", ".join(by_name))
     return parse(by_name[value["name"]], value, key + ".")
+
+
+def is_unicode(text: str) -> bool:
+    """False for halves of pairs of surrogates, which no file can hold: what was typed in another encoding has them in
+    Python, and JSON can spell them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -19,7 +19,7 @@ from .options import (
     statistics_of,
     write_json,
 )
-from .runs import HELDOUT, Measured, add_prompts, check_prompts, measure_generator
+from .runs import HELDOUT, Measured, add_prompts, check_places, check_prompts, measure_generator
 
 if TYPE_CHECKING:
     from t2i.evaluation.features import Extractor
@@ -31,19 +31,13 @@ def run(arguments: list[str]) -> None:
     check_numbers(options)
     check_prompts(options)
     target = Path(options.target)
-    check(target.exists(), "FOLDER|RUN", options.target, "a folder of pictures, a run or a checkpoint of one")
+    check_places("FOLDER|RUN", [options.target], "a folder of pictures, a run or a checkpoint of one")
     is_run = not target.is_dir() or any(
         (target / name).exists() for name in ("config.yaml", "weights.safetensors")
     )
     given = options.reference is not None or is_run
     check(given, "--reference", options.reference, "a folder of pictures, or shards")
-    of_run = {
-        "--prompts": (options.prompts, HELDOUT),
-        "--count": (options.count, None),
-        "--seed": (options.seed, 0),
-    }
-    for flag, (value, default) in of_run.items():
-        check(is_run or value == default, flag, value, "only with a run")
+    check_draws_nothing(is_run, options, "only with a run")
     check(is_run or options.lpips is None, "--lpips", options.lpips, "only with a codec")
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.evaluation.measure import rows
@@ -67,6 +61,13 @@ def run(arguments: list[str]) -> None:
     write_json(options.out, measured.about | {"figures": [each.to_json() for each in measured.figures]})
 
 
+def check_draws_nothing(draws: bool, options: argparse.Namespace, allowed: str) -> None:
+    """Raises ConfigError for a flag that says what is drawn, where nothing is."""
+    for name, default in {"prompts": HELDOUT, "count": None, "seed": 0}.items():
+        value = getattr(options, name)
+        check(draws or value == default, f"--{name}", value, allowed)
+
+
 def measure_run(place: str, options: argparse.Namespace, extractors: Sequence[Extractor]) -> Measured:
     """A run that draws for prompts, or a codec."""
     from t2i import families
@@ -78,6 +79,7 @@ def measure_run(place: str, options: argparse.Namespace, extractors: Sequence[Ex
     is_codec = families.get(family).generator is None and families.get(family).codec is not None
     check(is_codec or options.lpips is None, "--lpips", options.lpips, "only with a codec")
     check(not is_codec or options.count is None, "--count", options.count, "--reference-count with a codec")
+    check_draws_nothing(not is_codec, options, "only with a run that draws")
     return (measure_codec if is_codec else measure_generator)(place, options, extractors)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHAPES = "shapes"
 HELDOUT = "heldout"
+LAST_SEED = 2**63 - 1  # of the first picture: torch.Generator takes twice as many
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ def check_prompts(options: argparse.Namespace) -> None:
     check(most is None or most >= 2, "--reference-count", most, "2 or more")
     known = options.prompts in (HELDOUT, SHAPES) or Path(options.prompts).is_file()
     check(known, "--prompts", options.prompts, f"{HELDOUT}, {SHAPES} or a file that exists")
+    check(options.reference != "", "--reference", "", "a folder of pictures, or shards")
+    check(0 <= options.seed <= LAST_SEED, "--seed", options.seed, f"0 to {LAST_SEED}")
+
+
+def check_places(key: str, places: Sequence[str], allowed: str) -> None:
+    """Raises ConfigError for what is not there. Imports no torch."""
+    for place in places:  # an empty one would be this folder
+        check(place != "" and Path(place).exists(), key, place, allowed)
 
 
 def check_measured(failed: Sequence[str], count: int, what: str) -> None:

@@ -21,6 +21,7 @@ from .runs import (
     HELDOUT,
     add_prompts,
     check_measured,
+    check_places,
     check_prompts,
     config_of,
     measure_generator,
@@ -43,9 +44,11 @@ def run(arguments: list[str]) -> None:
     check_prompts(options)
     places = [word for word in options.words if Path(word).exists() or "=" not in word]
     check(bool(places), "RUN", None, "at least one run or checkpoint")
-    for place in places:
-        check(Path(place).exists(), "RUN", place, "a run or a checkpoint of one")
+    check_places("RUN", places, "a run or a checkpoint of one")
     choices = [parsed(word) for word in options.words if word not in places]
+    keys = [choice[0][0] for choice in choices]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    check(twice is None, "sweep", f"{twice} twice", f"each key once, as {twice}=value,value")
     if launch is not None:
         submit_shared(["evaluate", "sweep"], arguments, launch)
         return

@@ -13,8 +13,10 @@ from torch import Tensor
 from t2i.errors import ConfigError
 from t2i.evaluation.distances import (
     KID_SUBSETS,
+    MOST_NEIGHBOURS,
     NEAREST,
     Gaussian,
+    Manifolds,
     cmmd,
     frechet,
     halves,
@@ -70,14 +72,16 @@ def figures(extractor: Extractor, features: Tensor, reference: Statistics, round
         for half in halves(len(features), rounds if len(features) >= 4 else 0)  # each of 2 or more
     ]
     described = f"{extractor.title}, resize {extractor.resize}"
-    count, of_reference = len(features), len(reference.features)
     made = []
     for name, value in of_all.items():
         spread = [each[name] for each in of_halves if name in each]
         interval = normal_interval(value, statistics.stdev(spread)) if len(spread) > 1 else None
         if interval is not None and name in SHARES:
             interval = max(0.0, interval[0]), min(1.0, interval[1])
-        made.append(Figure(name, value, interval, count, described, of_reference))
+        counts = [len(features), len(reference.features)]
+        if name in Manifolds.__annotations__:
+            counts = [min(each, MOST_NEIGHBOURS) for each in counts]
+        made.append(Figure(name, value, interval, counts[0], described, counts[1]))
     return made
 
 

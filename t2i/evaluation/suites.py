@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2i.errors import DataError
+from t2i.errors import DataError, shortened
+from t2i.schema import is_unicode
 
 # Of a scene's prompt in the compositional suite: what has to be right for its category.
 CATEGORIES = {
@@ -44,12 +44,17 @@ def read_suite(path: Path, count: int | None, seed: int = 0) -> list[Prompt]:
     if reader is None:
         raise DataError(f"--prompts {path} ends in {path.suffix}; allowed: .json, .jsonl, .tsv or .txt.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} cannot be read: {error}.") from error
     prompts = reader(text, path, random.Random(seed))
     if not prompts:
         raise DataError(f"--prompts {path} holds no prompt.")
+    for prompt in prompts:  # JSON can spell halves of characters
+        if not is_unicode(prompt.text):
+            raise DataError(
+                f"--prompts {path} has the prompt {prompt.text!r}; allowed: text that UTF-8 can hold."
+            )
     if count is None or count >= len(prompts):
         return prompts
     return random.Random(seed).sample(prompts, count)
@@ -78,18 +83,25 @@ def _objects(text: str, path: Path, rng: random.Random) -> list[Prompt]:
             prompts.append(Prompt(json.loads(line)["prompt"].strip()))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
-                f"--prompts {path}, line {number}, is no object with a prompt ({type(error).__name__}: {error}); "
-                'allowed: {"prompt": "a red circle"}.'
+                f"--prompts {path}, line {number}, is {shortened(repr(line))}; allowed: an object with a text, as "
+                '{"prompt": "a red circle"}.'
             ) from error
     return prompts
 
 
 def _table(text: str, path: Path, rng: random.Random) -> list[Prompt]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if "Prompt" not in (rows.fieldnames or []):
-        raise DataError(f"--prompts {path} has the columns {rows.fieldnames}; allowed: Prompt, and Category.")
-    return [Prompt(row["Prompt"].strip(), row.get("Category") or "") for row in rows if row["Prompt"]]
+    names, *rows = (row.removesuffix("\r").split("\t") for row in text.split("\n"))
+    if "Prompt" not in names:
+        raise DataError(f"--prompts {path} has the columns {names}; allowed: Prompt, and Category.")
+    prompts = []
+    for number, row in enumerate(rows, 2):
+        cells = dict(zip(names, row, strict=False))
+        if prompt := cells.get("Prompt", "").strip():
+            prompts.append(Prompt(prompt, cells.get("Category", "")))
+        elif any(row):
+            raise DataError(f"--prompts {path}, line {number}, has no text in the column Prompt.")
+    return prompts
 
 
 def _lines(text: str, path: Path, rng: random.Random) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+    return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]

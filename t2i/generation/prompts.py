@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import ConfigError, UserError
-from t2i.schema import MAX_NUMBER, check, check_number
+from t2i.schema import MAX_NUMBER, check, check_number, is_unicode
 
 MAX_PX = 16_384
 MAX_SEED = 2**64 - 1  # of torch.Generator
@@ -135,7 +133,7 @@ def _of_json(text: str, number: int, other_keys: bool) -> Line:
 
 def _cells(text: str) -> list[str]:
     """Of a row of a table between tabs, which has no quotation marks that mean anything."""
-    return next(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE), [])
+    return text.split("\t")
 
 
 def _of_table(text: str, number: int, header: list[str]) -> Line:
@@ -147,13 +145,3 @@ def _of_table(text: str, number: int, header: list[str]) -> Line:
     prompt = entry.get("Prompt", "").strip()
     check(bool(prompt), "its prompt", entry.get("Prompt"), "text")
     return Line(prompt, number, entry=entry)
-
-
-def is_unicode(text: str) -> bool:
-    """False for halves of pairs of surrogates, which no file can hold: what was typed in another encoding has them in
-    Python, and JSON can spell them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

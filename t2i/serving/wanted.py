@@ -13,11 +13,10 @@ from torch import Tensor
 from t2i.data.decode import BadSample, stored_size
 from t2i.errors import ConfigError, UserError
 from t2i.generation.extension import SIDES, around, usual_strength, within
-from t2i.generation.prompts import is_unicode
 from t2i.generation.recipes import Recipe, of_files
 from t2i.generation.starting import read_start
 from t2i.interfaces import SampleRequest, Tile
-from t2i.schema import check
+from t2i.schema import check, is_unicode
 
 MAX_SEED = 2**63  # what a person types, JSON and torch.Generator all take
 MAX_PROMPT = 10_000  # characters

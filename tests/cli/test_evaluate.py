@@ -64,6 +64,9 @@ def test_a_folder_beside_another(t2i, tmp_path):
         (["--reference", "nowhere.tar"], "reference.shards names nowhere.tar, which does not exist."),
         (["--reference", "."], ". holds no pictures; allowed: jpg"),
         (["--count", "5"], "--count is 5; allowed: only with a run."),
+        (["--seed", "-1"], "--seed is -1; allowed: 0 to"),
+        (["--seed", str(2**63)], "--seed is 9223372036854775808; allowed: 0 to 9223372036854775807."),
+        (["--reference", ""], "--reference is ''; allowed: a folder of pictures, or shards."),
         (["--resize", "legacy_pytorch"], "--resize is 'legacy_pytorch'; allowed: only with inception."),
         (["--out", "."], "--out is '.'; allowed: a file, no folder."),
         (["--statistics", f"{__file__}/s.st"], "test_evaluate.py is not a folder."),
@@ -73,6 +76,12 @@ def test_what_a_person_can_mend_is_one_sentence(t2i, tmp_path, flags, said):
     drawn = folder_of(tmp_path / "drawn", 2, 100)
     arguments = ["evaluate", str(drawn), "--reference", str(drawn), *flags]
     assert said in t2i(*arguments).sentence
+
+
+@pytest.mark.parametrize("job", [[], ["compare"], ["sweep"]])
+def test_an_empty_name_is_not_this_folder(t2i, job):
+    """As a shell makes of "$RUN" where there is no RUN."""
+    assert "is ''; allowed: " in t2i("evaluate", *job, "").sentence
 
 
 def test_flags_are_checked_before_torch_is_imported(tmp_path):
@@ -167,6 +176,11 @@ def test_a_codec_gives_pictures_back(t2i, runs, plain_features):
     assert names < found.keys()
     assert found["exact"]["count"] == found["category unseen"]["count"] + 4  # with two objects
     assert 1 <= found["codebook perplexity"]["value"] <= 64
+    for flags in (["--prompts", "shapes"], ["--seed", "3"]):
+        said = t2i("evaluate", str(runs["codec"]), *flags).sentence
+        assert said.endswith(
+            f"{flags[0]} is {flags[1]!r}; allowed: only with a run that draws.".replace("'3'", "3")
+        )
     said = t2i("evaluate", str(runs["codec"]), "--lpips", "none.pth").sentence
     assert "LPIPS needs torchvision's VGG16 weights, and none.pth does not exist" in said
 
@@ -274,6 +288,8 @@ def test_what_a_sweep_refuses_is_one_sentence(t2i, runs, plain_features, monkeyp
     assert "sweep is 'steps='; allowed: key=value,value" in t2i("evaluate", "sweep", run, "steps=").sentence
     assert "sampling.wrong is not a known key" in t2i("evaluate", "sweep", run, "wrong=1").sentence
     assert "RUN is None; allowed: at least one run" in t2i("evaluate", "sweep", "steps=1").sentence
+    said = t2i("evaluate", "sweep", run, "steps=1", "sampling.steps=2").sentence
+    assert said.endswith("sweep is 'steps twice'; allowed: each key once, as steps=value,value.")
     monkeypatch.setattr(
         "t2i_cli.evaluate.sweep.measure_generator", None
     )  # before the first one draws for hours

@@ -14,12 +14,12 @@ from data_configs import data_config
 from PIL import Image
 
 from t2i.errors import ConfigError, DataError
-from t2i.evaluation import statistics
+from t2i.evaluation import distances, measure, statistics
 from t2i.evaluation.distances import Gaussian
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.measure import check_enough, figures, mean_figure, share_figure
 from t2i.evaluation.pictures import generated_folder, reference
-from t2i.evaluation.statistics import collect, reference_statistics
+from t2i.evaluation.statistics import Statistics, collect, reference_statistics
 from t2i.training.pictures import save_png
 
 
@@ -223,6 +223,20 @@ def test_every_figure_has_its_counts_and_an_interval(tmp_path):
         assert low <= each.value <= high
     assert made[0].value == pytest.approx(3 * 10**2, rel=0.2)  # 10 levels apart in each of 3 channels
     assert all(each.interval_95 is None for each in figures(extractor(), features, known, rounds=0))
+
+
+def test_a_figure_counts_the_pictures_that_it_is_of(monkeypatch):
+    """Neighbours are looked for among the first ones only."""
+    for module in (distances, measure):
+        monkeypatch.setattr(module, "MOST_NEIGHBOURS", 10)
+    drawn, real = torch.randn(12, 3), torch.randn(11, 3)
+    known = Statistics(real, Gaussian.of(real), {})
+    counts = {
+        each.name: (each.count, each.reference) for each in figures(extractor(), drawn, known, rounds=0)
+    }
+    assert counts == {"FD": (12, 11), "KID x 1000": (12, 11)} | dict.fromkeys(
+        ("precision", "recall", "density", "coverage"), (10, 10)
+    )
 
 
 def test_the_interval_of_a_mean():

@@ -38,8 +38,17 @@ def test_a_table_has_categories(tmp_path):
 
 
 def test_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    (tmp_path / "a.txt").write_bytes(b"a cat\r\n\n  a dog \n")
     assert read_suite(tmp_path / "a.txt", None) == [Prompt("a cat"), Prompt("a dog")]
+
+
+def test_a_line_ends_where_the_file_says(tmp_path):
+    """And not at each character that Python takes for an end of one; a cell may be longer than its csv reads."""
+    prompt = "a\u2028cat\x85at " + "x" * 200_000 + "\rnight"
+    (tmp_path / "a.txt").write_text(f"{prompt}\n", newline="")
+    (tmp_path / "a.tsv").write_text(f"Prompt\tCategory\n{prompt}\tPets\n", newline="")
+    assert read_suite(tmp_path / "a.txt", None) == [Prompt(prompt)]
+    assert read_suite(tmp_path / "a.tsv", None) == [Prompt(prompt, "Pets")]
 
 
 def test_objects_and_a_mark_of_the_byte_order(tmp_path):
@@ -61,9 +70,16 @@ def test_objects_and_a_mark_of_the_byte_order(tmp_path):
         (
             "a.jsonl",
             '{"prompt": "a cat"}\n\n{"text": "a dog"}\n',
-            r"a.jsonl, line 3, is no object with a prompt",
+            r"a.jsonl, line 3, is .*; allowed: an object with a text",
         ),
-        ("a.jsonl", "a cat\n", r"line 1, is no object with a prompt"),
+        ("a.jsonl", "a cat\n", r"line 1, is 'a cat'; allowed: an object with a text"),
+        ("a.jsonl", '{"prompt": 1}\n', r"line 1, is .*; allowed: an object with a text"),
+        (
+            "a.jsonl",
+            '{"prompt": "\\ud800"}\n',
+            r"has the prompt '\\ud800'; allowed: text that UTF-8 can hold",
+        ),
+        ("a.tsv", "Prompt\tCategory\nx\ty\n\tz\n", "line 3, has no text in the column Prompt"),
         ("a.csv", "a cat\n", r"a.csv ends in .csv; allowed: .json, .jsonl, .tsv or .txt"),
     ],
 )
