@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 CODEC = re.compile(r"\+*builds_on(\.codec)?=")
+DOWNLOAD = re.compile(r"\+*text\.allow_download=")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def load(
     from t2i.training import checkpoint as checkpoints
 
     found = checkpoints.load(path)
+    check_draws(path, found.config)
     low = _low_run(found.config)
     found.config = with_overrides(found.config, list(overrides))
     if precision is not None:
@@ -86,11 +88,12 @@ def load(
     check(asked == low, "builds_on.low", asked, f"{low}, the run whose weights {path} holds")
     if any(CODEC.match(each) for each in overrides):
         found = with_codec(found, str(found.config["builds_on"]["codec"]))
-    if text is not None and text.allow_download:
+    # What the checkpoint itself says of downloads is the word of who trained it.
+    if text is not None and text.allow_download and any(DOWNLOAD.match(each) for each in overrides):
         hub.allow()
-    check_draws(path, found.config)
     generator = record.load_generator()(found, device)
-    changes = [each for each in overrides if not (each.startswith("sampling.") or CODEC.match(each))]
+    kept = ("sampling.", *(each for each in overrides if CODEC.match(each) or DOWNLOAD.match(each)))
+    changes = [each for each in overrides if not each.startswith(kept)]
     digest = weights_digest(found.weights, changes)
     sizes = {name: value.numel() for name, value in found.weights.items()}
     return Loaded(path, generator, digest, text, found.config, sizes)

@@ -27,6 +27,7 @@ SAMPLING = ("steps", "sampler", "guidance_scale")
 def check_flags(options: argparse.Namespace) -> None:
     """Raises ConfigError that names the first flag whose value is not to be had."""
     check(options.checkpoint != "", "--checkpoint", "", "a run folder or a file of weights")
+    check(options.out != "", "--out", "", "a folder")
     sources = [name for name in ("prompts_file", "recipe") if getattr(options, name) is not None]
     check(len(sources) < 2, "--recipe", options.recipe, "without --prompts-file")
     if options.prompts_file is not None:
@@ -138,8 +139,8 @@ def _entry(recipe: dict[str, Any], name: str, kind: type, path: Path) -> Any:
     value = recipe.get(name)
     number = kind is float and isinstance(value, int)
     ok = value is None or ((isinstance(value, kind) or number) and (kind is bool or value is not True))
-    words: dict[Any, str] = {str: "text", dict: "a mapping"}
-    check(ok, f"{name} in {path}", value, words.get(kind, f"a {kind.__name__}"))
+    words: dict[Any, str] = {str: "text", dict: "a mapping", int: "a whole number", bool: "true or false"}
+    check(ok, f"{name} in {path}", value, words.get(kind, "a number"))
     return value
 
 

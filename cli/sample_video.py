@@ -52,7 +52,8 @@ def check_flags(options: argparse.Namespace) -> None:
     check(every is None or options.video is not None, "--key-every", every, "only with --video")
     if options.video is None:
         return
-    check(Path(options.video).exists(), "--video", options.video, "a film or a folder of frames that exists")
+    ok = Path(options.video).is_file() or (options.video != "" and Path(options.video).is_dir())
+    check(ok, "--video", options.video, "a film or a folder of frames that exists")
     ok = os.path.realpath(options.out) != os.path.realpath(options.video)
     check(ok, "--out", options.out, "another folder than --video")
     for name in WITHOUT:

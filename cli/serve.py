@@ -32,6 +32,7 @@ def run(arguments: list[str]) -> None:
     """Loads, listens, and draws what is asked for until Ctrl-C."""
     options, overrides = parse_with_overrides(parser(), arguments)
     check(options.checkpoint != "", "--checkpoint", "", "a run folder or a file of weights")
+    check(options.out != "", "--out", "", "a folder")
     check(0 <= options.port <= 65_535, "--port", options.port, "0 to 65535; 0 takes any that is free")
     for flag, most in {
         "max_side": MAX_PX,

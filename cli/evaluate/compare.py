@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.schema import check
 
 from .options import add_measures, check_file, check_numbers, extractors_of, write_json
 from .runs import add_prompts, check_measured, check_places, check_prompts, config_of, measure_generator
@@ -17,6 +18,7 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     check_numbers(options)
     check_prompts(options)
+    check(options.out != "", "--out", "", "a folder")
     check_places("RUN", options.runs, "a run or a checkpoint of one")
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.evaluation.table import comparison_rows, notes, write_tables

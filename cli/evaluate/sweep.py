@@ -42,6 +42,7 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_intermixed_args(arguments)
     check_numbers(options)
     check_prompts(options)
+    check(options.out != "", "--out", "", "a folder")
     places = [word for word in options.words if Path(word).exists() or "=" not in word]
     check(bool(places), "RUN", None, "at least one run or checkpoint")
     check_places("RUN", places, "a run or a checkpoint of one")

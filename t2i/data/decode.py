@@ -33,12 +33,14 @@ class BadSample(Exception):
         "damaged", "duplicate", "link" or "sparse"; "missing" (not in the shard, or the shard is not there) or
         "unreadable" (the shard, or what it is read from)
     key: the sample's key
+    detail: what is wrong in words, without a full stop
     """
 
     def __init__(self, cause: str, key: str, detail: str = "") -> None:
         super().__init__(f"sample {key}: {cause}: {detail}" if detail else f"sample {key}: {cause}")
         self.cause = cause
         self.key = key
+        self.detail = (detail or cause).rstrip(".")
 
 
 def image_bytes(members: Mapping[str, bytes], key: str) -> bytes:

@@ -74,7 +74,7 @@ def generated_folder(folder: Path) -> Pictures:
         try:
             size_px = stored_size(data, str(path))
         except BadSample as error:
-            raise DataError(f"{path} cannot be read: {error}.") from error
+            raise DataError(f"{path} cannot be read: {error.detail}.") from error
         image = open_image(data)
         if getattr(image, "is_animated", False):
             skipped["animated"] += 1

@@ -93,7 +93,7 @@ def weights_digest(weights: Mapping[str, Tensor], changes: Iterable[str] = ()) -
 def found_in(path: Path) -> Recipe | None:
     """The recipe in a PNG of ours that is there whole; None for any other file and where there is none."""
     try:
-        if not _ends(path):
+        if not (path.is_file() and _ends(path)):  # a pipe would never answer
             return None
         with Image.open(path, formats=["PNG"]) as picture:
             found = json.loads(picture.info.get(RECIPE_KEY, "null"))

@@ -81,4 +81,4 @@ def size_of(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"The picture {path} cannot be read: {error.strerror}.") from error
     except BadSample as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}.") from error
+        raise UserError(f"{path} is not a picture that can be read: {error.detail}.") from error

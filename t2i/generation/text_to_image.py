@@ -283,5 +283,5 @@ def read_image(path: Path, size_px: tuple[int, int], ground: str = "white") -> T
     except OSError as error:
         raise UserError(f"The picture {path} cannot be read: {error.strerror}.") from error
     except BadSample as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}.") from error
+        raise UserError(f"{path} is not a picture that can be read: {error.detail}.") from error
     return resize_and_crop(image, original, size_px)[0].float() / 127.5 - 1

@@ -62,7 +62,9 @@ class Film:
     def _read(self) -> Iterator[tuple[Tensor, float]]:
         if self.path.is_dir():
             endings = tuple(f".{ending.removeprefix('.')}" for ending in PICTURE_ENDINGS)
-            files = sorted(each for each in self.path.iterdir() if each.suffix.lower() in endings)
+            files = sorted(
+                each for each in self.path.iterdir() if each.suffix.lower() in endings and each.is_file()
+            )
             _check_count(self.path, len(files))
             yield from ((read_image(each, self.size_px), float(FRAME_MS)) for each in files)
             return
@@ -74,8 +76,8 @@ class Film:
             raise UserError(f"The film {self.path} cannot be read: {error.strerror}.") from error
         except BadSample as error:
             raise UserError(
-                f"{self.path} is not a film that can be read: {error}; allowed: a folder of pictures, an animated "
-                f"GIF, WebP or PNG, or {', '.join(READERS)}."
+                f"{self.path} is not a film that can be read: {error.detail}; allowed: a folder of pictures, an "
+                f"animated GIF, WebP or PNG, or {', '.join(READERS)}."
             ) from error
 
 
@@ -85,10 +87,10 @@ def _read_animation(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tens
     with reading(str(path)):
         film = open_image(data)
         count, size = getattr(film, "n_frames", 1), (film.height, film.width)
-        _check_count(path, count)
         if size[0] * size[1] > MAX_PIXELS // 16:
             raise Image.DecompressionBombError(f"{size[1]} x {size[0]} pixels a frame")
         frames = ImageSequence.Iterator(film)
+    _check_count(path, count)
     while True:
         with reading(str(path)):
             if (shown := next(frames, None)) is None:

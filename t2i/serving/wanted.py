@@ -158,7 +158,9 @@ def file_of(text: str, key: str) -> bytes:
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
         height, width = stored_size(data, key)
-    except (ValueError, BadSample) as error:  # other letters than ASCII's are a plain ValueError
+    except BadSample as error:
+        raise ConfigError(f"{key} is not a picture file in base64: {error.detail}.") from error
+    except ValueError as error:  # other letters than ASCII's are a plain one
         raise ConfigError(f"{key} is not a picture file in base64: {error}.") from error
     check(height * width <= MAX_PIXELS, key, f"{width} x {height} px", f"at most {MAX_PIXELS:,} pixels")
     return data

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
+from weight_files import write
 
 from t2i_cli import hub
 from t2i_cli.composition import composed_run
+from t2i_cli.generators import load
 from t2i_cli.train import typed_run
 
 ARGUMENTS = ["stage=ldm", "data=shards", "data.shards=a.tar"]
@@ -41,6 +45,24 @@ def test_else_it_is_not_asked(arguments):
     hub.stay_offline()
     typed_run(composed_run([*ARGUMENTS, *arguments]))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize("overrides", [[], ["text.allow_download=true"], ["++text.allow_download=true"]])
+def test_a_checkpoint_cannot_allow_it(ldm_file, tmp_path, overrides):
+    """Who draws has to say so, whatever the run was trained with; it is the same model then."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    hub.stay_offline()
+    with safe_open(ldm_file, framework="pt") as file:
+        header = json.loads(file.metadata()["t2i"])
+    header["config"]["text"]["allow_download"] = True
+    path = tmp_path / "model.safetensors"
+    write(path, load_file(ldm_file), header["config"], header["extra"])
+    loaded = load(path, torch.device("cpu"), overrides)
+    assert (os.environ.get("HF_HUB_OFFLINE") is None) == bool(overrides)
+    assert loaded.weights == load(Path(ldm_file), torch.device("cpu"), []).weights
 
 
 def test_what_the_user_set_stays(monkeypatch):

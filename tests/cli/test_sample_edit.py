@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,18 @@ def test_one_sentence(t2i, arguments: tuple[str, ...], sentence: str) -> None:
     picture("a.png")
     mask("m.png")
     assert sentence in t2i("sample", "--prompt", "x", *arguments).sentence
+
+
+@pytest.mark.parametrize("flag", ["--video", "--image"])
+@pytest.mark.parametrize("place", ["pipe", "", "none"])
+def test_what_is_neither_file_nor_folder_is_not_waited_for(t2i, flag: str, place: str) -> None:
+    os.mkfifo("pipe")
+    assert f"{flag} is {place!r}; allowed: a " in t2i("sample", "--prompt", "x", flag, place).sentence
+
+
+def test_an_out_without_a_name_is_not_this_folder(t2i) -> None:
+    """As a shell makes of "$OUT" where there is no OUT."""
+    assert t2i("sample", "--prompt", "x", "--out", "").sentence.endswith("--out is ''; allowed: a folder.")
 
 
 @pytest.mark.parametrize(

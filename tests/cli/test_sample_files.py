@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from t2i.generation.prompts import read_prompts
+
 FEW = ("--num-images", "1", "--steps", "1")
 
 
@@ -87,6 +89,14 @@ def test_a_line_that_does_not_go_with_a_flag_breaks_alone(t2i, ldm_file):
     result = t2i("sample", *flags, "--extend", "top=40")
     assert "1 lines of p.jsonl are not drawn (line 2: --extend is 'top=40'; allowed: less" in result.sentence
     assert sorted(pngs()) == ["a_0.png", "c_0.png", "grid.png"]
+
+
+def test_a_row_of_a_table_may_hold_what_no_csv_does(tmp_path):
+    """A cell longer than Python's csv reads, and an end of line of old within one."""
+    prompt = "a\rcat " + "x" * 200_000
+    (tmp_path / "p.tsv").write_text(f"Prompt\tCategory\r\n{prompt}\tPets\r\n", newline="")
+    found = read_prompts(tmp_path / "p.tsv")
+    assert ([line.prompt for line in found.lines], found.broken) == ([prompt], {})
 
 
 def test_no_line_can_be_used(t2i):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i.errors import ConfigError
+from t2i.errors import ConfigError, UserError
+from t2i.generation.recipes import found_in
 from t2i.generation.starting import read_mask, read_start
 
 
@@ -38,6 +40,23 @@ def test_what_is_transparent_stays(tmp_path: Path, kind: str) -> None:
     start = read_start(tmp_path / "a.png", None, tmp_path / "m.png")
     assert start.mask is not None
     assert torch.equal(start.mask, expected)
+
+
+def test_what_is_no_picture_is_said_once(tmp_path: Path) -> None:
+    Image.new("RGB", (600, 1)).save(tmp_path / "strip.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, why in {
+        "strip.png": "600 x 1 pixels, allowed: 1 to 100",
+        "text.png": "not a picture in a known format",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            read_start(tmp_path / name, (8, 8))
+        assert str(raised.value) == f"{tmp_path / name} is not a picture that can be read: {why}."
+
+
+def test_a_pipe_holds_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    assert found_in(tmp_path / "a.png") is None
 
 
 def test_a_mask_that_paints_nothing_white_is_one_sentence(tmp_path: Path) -> None:
