@@ -6,12 +6,16 @@ import argparse
 import csv
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
+from t2i.few import first_few
 
 from .submit import JOB
+
+LONGEST_ROW = 2**16  # bytes, in metrics.csv
 
 
 def run(arguments: list[str]) -> None:
@@ -29,12 +33,22 @@ def run(arguments: list[str]) -> None:
     from .console import console
 
     if options.verb == "cancel":
-        for run in options.run:
-            job = _job(Path(run))
-            if job is None:
-                raise UserError(f"{run} has no job ({JOB}); allowed: run folders that launch=slurm made.")
-            queue.cancel(job["job"])
-            console.print(f"Job {job['job']} of {run} is cancelled.")
+        asked = {run: _job(Path(run)) for run in options.run}
+        if without := [run for run, job in asked.items() if job is None]:
+            raise UserError(
+                f"{', '.join(first_few(without))} has no job ({JOB}), so that none is cancelled; allowed: run folders "
+                "that launch=slurm made."
+            )
+        failed = list[str]()
+        for run, job in asked.items():
+            assert job is not None
+            try:
+                queue.cancel(job["job"])
+                console.print(f"Job {job['job']} of {run} is cancelled.")
+            except UserError as error:
+                failed.append(f"job {job['job']} of {run}: {error}")
+        if failed:
+            raise UserError("; ".join(first_few(failed)))
         return
     folders = sorted(
         path.parent for path in Path(options.runs_dir).glob(f"*/*/{JOB}") if not path.parent.is_symlink()
@@ -77,12 +91,17 @@ def _outcome(folder: Path) -> str:
 
 
 def _last_row(path: Path) -> dict[str, str]:
+    """Empty where there is none, or it cannot be read. A file of weeks has millions of rows, of which the first and the
+    last are read."""
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
+        with path.open("rb") as file:
+            head = file.readline()
+            file.seek(max(file.tell(), file.seek(0, 2) - LONGEST_ROW))
+            rows = [row for row in file.read().splitlines() if row]
+        text = [line.decode(errors="replace") for line in (head, *rows[-1:])]
+        return next(csv.DictReader(text), {})
+    except (OSError, csv.Error):
         return {}
-    return rows[-1] if rows else {}
 
 
 def _number(row: dict[str, str], name: str, form: str) -> str:
@@ -93,9 +112,12 @@ def _number(row: dict[str, str], name: str, form: str) -> str:
 
 
 def _last_checkpoint(folder: Path) -> str:
-    saved = list((folder / "checkpoints").glob("step_*"))
-    if not saved:
+    found = dict[float, Path]()
+    for path in (folder / "checkpoints").glob("step_*"):
+        with suppress(OSError):  # the run may remove it now
+            found[path.stat().st_mtime] = path
+    if not found:
         return "-"
-    newest = max(saved, key=lambda path: path.stat().st_mtime)
-    minutes = (time.time() - newest.stat().st_mtime) / 60
+    written_s, newest = max(found.items())
+    minutes = (time.time() - written_s) / 60
     return f"{newest.stem}, {minutes:.0f} min ago"

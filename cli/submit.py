@@ -45,39 +45,39 @@ def submit(
     for config, each, _ in runs:
         check(each == values, "cluster", "several in one sweep", "one")
         _check_fits(on_cluster(config, cluster), cluster)
-    name = first.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    tasks, folders = [], []
-    for number, (config, _, overrides) in enumerate(runs):
-        own = name if len(runs) == 1 else f"{name}-{number}"
-        folder, more = _folder(config, own, dry_run)
-        folders.append(folder)
-        given = [each for each in overrides if each.partition("=")[0] not in ("name", "resume")]
-        flags = ["--config-dir", str(Path(config_dir).absolute())] if config_dir else []
-        tasks.append(slurm.Task(folder, [*flags, *given, *more]))
-    place = Path(first.runs_dir).absolute() / "slurm" / name
-    numbered = "%A_%a" if len(tasks) > 1 else "%j"
+    began = time.strftime("%Y-%m-%d_%H-%M-%S")
+    given = [config.name for config, _, _ in runs]
+    place = Path(first.runs_dir).absolute() / "slurm" / (first.name or began)
+    log = slurm.log_in(place, len(runs))
     machines = slurm.Machines(
         cluster.nodes,
         cluster.gpus_per_node,
         max(1, cluster.cpu_cores_per_node // cluster.gpus_per_node),
-        first.trainer.accelerator != "cpu" and cluster.has_gpus,
+        cluster.has_gpus and any(config.trainer.accelerator != "cpu" for config, _, _ in runs),
     )
-    log = f"{place}/{numbered}.log"
-    text = slurm.script(f"t2i-{first.stage}", tasks, machines, options, Path.cwd(), log)
-    if dry_run:
-        print(text, end="")
-        return
+    flags = ["--config-dir", str(Path(config_dir).absolute())] if config_dir else []
+    tasks = list[slurm.Task]()
     try:
+        for number, (config, _, overrides) in enumerate(runs):
+            own = config.name or began
+            name = own if given.count(config.name) == 1 else f"{own}-{number}"
+            folder, more = _folder(config, name, dry_run)
+            words = [each for each in overrides if each.partition("=")[0] not in ("name", "resume")]
+            tasks.append(slurm.Task(folder, [*flags, *words, *more]))
+        text = slurm.script(f"t2i-{first.stage}", tasks, machines, options, Path.cwd(), log)
+        if dry_run:
+            print(text, end="")
+            return
         path, job = _submitted(text, place)
-    except UserError:
-        for folder in folders:
-            run_folder.remove_unused(folder)
+    except BaseException:  # Ctrl-C's too
+        for task in () if dry_run else tasks:
+            run_folder.remove_unused(task.folder)
         raise
-    for number, folder in enumerate(folders):
+    for number, task in enumerate(tasks):
         one = f"{job}_{number}" if len(tasks) > 1 else job
-        at = log.replace("%A_%a", one).replace("%j", job)
-        (folder / JOB).write_text(json.dumps({"job": one, "script": str(path), "log": at}) + "\n")
-        console.print(f"Job {one}: {folder}, log {at}")
+        at = str(place / f"{one}.log")
+        (task.folder / JOB).write_text(json.dumps({"job": one, "script": str(path), "log": at}) + "\n")
+        console.print(f"Job {one}: {task.folder}, log {at}")
     console.print(f"Script: {path}. `t2i jobs` shows how it goes on.")
 
 
@@ -105,7 +105,7 @@ def submit_data(job: str, arguments: list[str], launch: Launch) -> None:
         arguments = [*arguments, "--parts", str(place / "parts")]
 
     def text(parts: int) -> str:
-        log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
+        log = slurm.log_in(place, parts)
         return slurm.shared_script(
             f"t2i-{job}", parts, ["data", job, *arguments], machines, options, Path.cwd(), log
         )
@@ -148,7 +148,7 @@ def submit_shared(command: Sequence[str], arguments: Sequence[str], launch: Laun
     machines = slurm.Machines(1, processes, cores, cluster.has_gpus)
     name = command[-1]
     place = Path("runs").absolute() / "slurm" / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    log = f"{place}/{'%A_%a' if parts > 1 else '%j'}.log"
+    log = slurm.log_in(place, parts)
     text = slurm.shared_script(f"t2i-{name}", parts, [*command, *arguments], machines, own, Path.cwd(), log)
     if launch.dry_run:
         print(text, end="")
@@ -163,7 +163,8 @@ def _with_slurm(values: dict[str, Any]) -> tuple[ClusterConfig, SlurmConfig]:
     if not values:
         raise ConfigError("launch=slurm needs cluster=NAME, which says what machines there are.")
     cluster = cluster_of(values)
-    assert cluster.slurm is not None  # launch=slurm has its defaults
+    if cluster.slurm is None:  # set so: launch=slurm has its defaults
+        raise ConfigError("cluster.slurm is null; allowed: a mapping, or left out.")
     return cluster, cluster.slurm
 
 

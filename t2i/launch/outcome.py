@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 VARIABLE = "T2I_OUTCOME"  # a file, set by the job's script
 STOPPED, FAILED = "stopped", "failed"
@@ -14,7 +15,8 @@ def in_job() -> bool:
 
 
 def tell(word: str, said: str = "") -> None:
-    """Adds a line to the file, where this process belongs to a job."""
+    """Adds a line to the file, where this process belongs to a job. Where the system refuses that, as on a full disk,
+    the job ends without having said why: what this process prints counts more."""
     if place := os.environ.get(VARIABLE):
-        with open(place, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with suppress(OSError), open(place, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{word} {said}\n")

@@ -16,7 +16,7 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     wanted = set(jobs)
     found: dict[str, str] = {}
     for line in _asked("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%R").splitlines():
-        job, state, place = line.split("|", 2)
+        job, state, place = _fields("squeue", line, 3)
         if job in wanted:
             where = place if state == "PENDING" else f"on {place}" if place and state == "RUNNING" else ""
             found[job] = f"{state} {where}".strip()
@@ -43,12 +43,21 @@ def _ended(jobs: list[str]) -> dict[str, str]:
         )
     except UserError:
         return {}
-    return dict(line.partition("|")[::2] for line in said.splitlines() if line)
+    return dict(_fields("sacct", line, 2) for line in said.splitlines())
+
+
+def _fields(command: str, line: str, number: int) -> list[str]:
+    found = line.split("|", number - 1)
+    if len(found) < number:
+        raise UserError(f"{command} said {line!r}; allowed: lines with {number} fields between |.")
+    return found
 
 
 def _asked(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="backslashreplace", timeout=TIMEOUT_S
+        )
     except FileNotFoundError as error:
         raise UserError(
             f"{command[0]} is not on this machine; allowed: a login node of the cluster."
@@ -56,5 +65,6 @@ def _asked(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} did not answer within {TIMEOUT_S} s.") from error
     if done.returncode:
-        raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
+        said = " ".join(done.stderr.split()) or f"exit state {done.returncode}, without a word"
+        raise UserError(f"{command[0]} refused: {said}")
     return done.stdout

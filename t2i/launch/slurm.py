@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
@@ -25,7 +26,7 @@ OWN = {
     "open-mode",
     "output",
 }
-OWN |= {"requeue", "signal", *NAMED}
+OWN |= {"requeue", "no-requeue", "signal", "wait", *NAMED}
 SBATCH_TIMEOUT_S = 120
 
 
@@ -38,7 +39,7 @@ class SlurmConfig:
     setup: lines of the script before the run, such as "module load cuda"
     srun: further words for srun, such as "--container-image=IMAGE" (enroot and pyxis)
     run_in: words before the command of each process, such as "apptainer exec --nv IMAGE"
-    sbatch: further #SBATCH keys with their values, such as {qos: high}
+    sbatch: further #SBATCH keys with their values, such as {qos: high}; '' where there is none, as for exclusive
     """
 
     partition: str | None
@@ -52,20 +53,62 @@ class SlurmConfig:
     sbatch: dict[str, str | int]
 
     def __post_init__(self) -> None:
-        check(self.signal_s >= 1, "cluster.slurm.signal_s", self.signal_s, "1 or more")
+        check(
+            1 <= self.signal_s < 2**16, "cluster.slurm.signal_s", self.signal_s, "1 to 65535, as SLURM has it"
+        )
         for key, value in (self.named() | self.sbatch).items():
             check("\n" not in str(value), f"cluster.slurm.{key}", value, "one line")
+        for key, value in self.named().items():
+            check(str(value).strip() != "", f"cluster.slurm.{key}", value, "text, or null")
+        for key in ("srun", "run_in"):
+            check(_are_words(getattr(self, key)), f"cluster.slurm.{key}", getattr(self, key), "closed quotes")
+        if self.time is not None:
+            time_s, allowed = (
+                seconds_of(self.time),
+                f"more than the {self.signal_s} s of cluster.slurm.signal_s",
+            )
+            check(time_s > self.signal_s, "cluster.slurm.time", self.time, allowed)
         for key in self.sbatch:
             name = f"cluster.slurm.sbatch.{key}"
             check(
                 re.fullmatch(r"[a-z][a-z-]*", key) is not None, name, key, "an option of sbatch, without --"
             )
-            check(key not in OWN, name, key, "options that t2i does not set itself")
+            # sbatch takes the beginning of an option for the whole.
+            own = any(each.startswith(key) for each in OWN)
+            check(not own, name, key, "options that t2i does not set itself")
 
     def named(self) -> dict[str, str | int]:
         """Of the options that have a key of their own, those that are given."""
         given = {key: getattr(self, key) for key in NAMED}
         return {key: value for key, value in given.items() if value is not None}
+
+
+def seconds_of(time: str) -> float:
+    """Of a limit as sbatch has it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and what of these
+    follows. Raises ConfigError."""
+    if time.lower() in ("0", "infinite", "unlimited"):
+        return math.inf
+    allowed = "null, MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"
+    check(
+        re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", time) is not None,
+        "cluster.slurm.time",
+        time,
+        allowed,
+    )
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
+
+
+def _are_words(text: str | None) -> bool:
+    try:
+        shlex.split(text or "")
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -84,6 +127,13 @@ class Task:
 
     folder: Path
     arguments: Sequence[str]
+
+
+def log_in(folder: Path, tasks: int) -> str:
+    """What the processes of a job say, as sbatch has it: %j stands for its number, %A_%a for those of an array's tasks,
+    and %% for % in the folder's name. Raises ConfigError where that would end a line of the script."""
+    check("\n" not in str(folder), "the folder of the log", str(folder), "names without line breaks")
+    return f"{str(folder).replace('%', '%%')}/{'%A_%a' if tasks > 1 else '%j'}.log"
 
 
 def script(
@@ -144,7 +194,7 @@ def _head(
     options |= slurm.named() | slurm.sbatch
     return [
         "#!/bin/bash",
-        *(f"#SBATCH --{key}={_option(value)}" for key, value in options.items()),
+        *(f"#SBATCH --{key}{_option(value)}" for key, value in options.items()),
         *("#SBATCH --requeue", "", JOB, f"cd {shlex.quote(str(cwd))} || exit 1"),
         *slurm.setup,
     ]
@@ -208,6 +258,7 @@ def submit(script: Path, after: str | None = None) -> str:
             ["sbatch", "--parsable", *waits, str(script)],
             capture_output=True,
             text=True,
+            errors="backslashreplace",
             timeout=SBATCH_TIMEOUT_S,
         )
     except FileNotFoundError as error:
@@ -219,12 +270,20 @@ def submit(script: Path, after: str | None = None) -> str:
         raise UserError(f"sbatch did not answer within {SBATCH_TIMEOUT_S} s.") from error
     if done.returncode:
         said = re.sub(r"(?m)^sbatch: (error|fatal): ", "", done.stderr)
+        lines = list(filter(None, map(str.strip, said.splitlines())))
         raise UserError(
-            f"sbatch refused {script}: {'; '.join(filter(None, map(str.strip, said.splitlines())))}"
+            f"sbatch refused {script}: {'; '.join(lines) or f'exit state {done.returncode}, without a word'}"
         )
-    return done.stdout.strip().partition(";")[0]
+    answer = next(reversed(done.stdout.split()), "").partition(";")[0]  # the cluster's name may follow
+    if not answer.isdecimal():
+        raise UserError(
+            f"sbatch said {done.stdout.strip()!r} of {script}; allowed: the job's number, as with --parsable. Whether "
+            "it was submitted, squeue tells."
+        )
+    return answer
 
 
 def _option(value: object) -> str:
     text = str(value)
-    return shlex.quote(text) if re.search(r"[\s#'\"]", text) else text
+    quoted = shlex.quote(text) if re.search(r"[\s#'\"]", text) else text
+    return f"={quoted}" if text else ""

@@ -261,6 +261,10 @@ def _check_devices(config: RunConfig) -> None:
     accelerator, devices = config.trainer.accelerator, config.trainer.devices
     found = "auto or cpu, since torch finds no GPU here"
     check(accelerator != "gpu" or gpus > 0, "trainer.accelerator", accelerator, found)
+    allowed = "auto, 32-true, bf16-mixed or 64-true, on a CPU"  # Lightning would take bfloat16 in its place
+    on_gpu = gpus > 0 and accelerator != "cpu"
+    precision = config.trainer.precision
+    check(on_gpu or precision != "16-mixed", "trainer.precision", precision, allowed)
     fits = accelerator == "cpu" or not gpus or devices <= gpus
     check(fits, "trainer.devices", devices, f"1 to {gpus}, the GPUs of this machine")
 
@@ -286,18 +290,22 @@ def _resumed_run(config: RunConfig) -> Path | None:
 
 def _set_damaged_aside(folder: Path) -> None:
     """Renames checkpoints that cannot be read, from the newest on, so that the newest good one is gone on from. Raises
-    CheckpointError where there is none."""
-    saved = run_folder.checkpoints(folder)
-    for path in reversed(saved):
+    CheckpointError where there is none: all stay as they are then, and no later start takes the run for a new one."""
+    damaged = list[tuple[Path, CheckpointError]]()
+    for path in reversed(run_folder.written(folder)):
         try:
             check_whole(path) if path.is_dir() else load(path)
         except CheckpointError as error:
-            aside = path.with_name(f"damaged_{path.name}_{time.time_ns()}")
-            path.rename(aside)
-            log.warning("%s It is %s now, and does not count.", error, aside)
+            damaged.append((path, error))
             continue
+        for bad, reason in damaged:
+            aside = bad.with_name(f"damaged_{bad.name}_{time.time_ns()}")
+            bad.rename(aside)
+            log.warning("%s It is %s now, and does not count.", reason, aside)
         return
-    raise CheckpointError(f"{folder}: none of its {len(saved)} checkpoints can be read.")
+    raise CheckpointError(
+        f"{folder}: none of its {len(damaged)} checkpoints can be read; of the newest: {damaged[0][1]}"
+    )
 
 
 def _check_same_run(config: RunConfig, folder: Path) -> None:

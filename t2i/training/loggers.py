@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import shlex
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from t2i.errors import ConfigError
 from t2i.files import written_whole
 from t2i.launch.ranks import is_first
 
+log = logging.getLogger(__name__)
 MAX_TEXT = 500  # letters of a value
 MAX_WANDB_ID = 100  # of the 128 letters that wandb takes
 WANDB = "wandb.json"  # in a run folder
@@ -34,9 +37,13 @@ class MetricsCSV(Logger):
         self.rows: list[dict[str, Any]] = []
         self.reached = 0  # the last step of which there was a row before any was dropped
         if self.path.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-            rows = list(csv.DictReader(whole))
+            rows, damaged = _rows(self.path)
+            if damaged and is_first(os.environ):
+                aside = self.path.with_name(f"damaged_metrics_{time.time_ns()}.csv")
+                self.path.rename(aside)
+                log.warning(
+                    "%d rows of %s cannot be read and are left out; it is %s now.", damaged, self.path, aside
+                )
             self.reached = max((int(row["step"]) for row in rows), default=0)
             self.rows = [row for row in rows if int(row["step"]) <= from_step]
             if is_first(os.environ):  # the others see the same rows, and write none
@@ -70,6 +77,19 @@ class MetricsCSV(Logger):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Of metrics.csv, and how many more there are that cannot be read, as after a crash of the machine. A last line
+    that was cut does not count."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    try:
+        found = list(csv.DictReader(whole))
+    except csv.Error:  # not one of its fields has an end
+        return [], len(whole)
+    rows = [row for row in found if None not in [*row, *row.values()] and row.get("step", "").isdecimal()]
+    return rows, len(found) - len(rows)
 
 
 class Wandb(WandbLogger):

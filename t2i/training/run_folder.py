@@ -48,14 +48,19 @@ def resumed(runs_dir: str, stage: str, name: str | None, resume: str | None) -> 
         return None
     if resume == "auto":
         folder = named(runs_dir, stage, name)
-        return folder if checkpoints(folder) else None
+        if not written(folder) and (folder / FINAL_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder} holds final weights ({FINAL_WEIGHTS}) and no checkpoint to resume from; allowed: another "
+                f"name, with init_from={folder} to start from them."
+            )
+        return folder if written(folder) else None
     if resume == "latest":
         found = newest_run(runs_dir, stage)
         if found is None:
             raise CheckpointError(f"resume=latest found no run with a checkpoint in {runs_dir}/{stage}.")
         return found
     folder = Path(resume)
-    if not checkpoints(folder):
+    if not written(folder):
         raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*).")
     return folder
 
@@ -91,10 +96,12 @@ def create(runs_dir: str | Path, stage: str, name: str | None, reuse: bool = Fal
 def opened(
     runs_dir: str | Path, stage: str, name: str | None, resumed: Path | None, reuse: bool = False
 ) -> Iterator[Path]:
-    """The folder of a run while it goes on: `resumed`, or a new one (see `create`). A new one is removed again where an
-    error ends the block before anything was trained."""
+    """The folder of a run while it goes on: `resumed`, or a new one (see `create`). One that was not there before is
+    removed again where an error ends the block before anything was trained."""
     # Of the processes of a run one owns the folder: the first, also of those that Lightning starts.
     own = not os.environ.get(RUN_FOLDER_VARIABLE) and is_first(os.environ)
+    # It may be another process's, or hold what its job has to say.
+    is_new = resumed is None and not (reuse and named(runs_dir, stage, name).exists())
     link = Path(runs_dir) / stage / "latest"
     latest = link.readlink() if link.is_symlink() else None
     folder = from_first(lambda: enter(resumed) if resumed else create(runs_dir, stage, name, reuse))
@@ -104,7 +111,7 @@ def opened(
             from_first(lambda: _remove_left(folder) if own else None)  # before another one writes here
             yield folder
     except BaseException:
-        if resumed is None and own and not _holds_results(folder):
+        if is_new and own and not _holds_results(folder):
             shutil.rmtree(folder, ignore_errors=True)
             link.unlink(missing_ok=True)
             if latest is not None:
@@ -247,8 +254,13 @@ def newest_finished(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, in the order of their steps."""
+    return [path for path in written(folder) if path.suffix or state_folder.is_complete(path)]
+
+
+def written(folder: Path) -> list[Path]:
+    """The same with those that were damaged since."""
     found = (path for path in (folder / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name))
-    return sorted((p for p in found if p.suffix or state_folder.is_complete(p)), key=step_of)
+    return sorted((p for p in found if p.suffix or (p / state_folder.MARK).exists()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -67,6 +67,26 @@ def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs):
     assert [f"seed={i} name=s-{i} resume=auto" in text for i in range(3)] == [True] * 3
 
 
+def test_a_sweep_over_names_keeps_them(t2i, shapes_overrides, programs):
+    programs(sbatch="echo 7")
+    outcome = t2i("train", "-m", *SLURM, *shapes_overrides, "name=a,b%j")
+    said = [line for line in outcome.out.splitlines() if line.startswith("Job")]
+    here = Path.cwd()
+    assert said == [
+        f"Job 7_{i}: {here}/runs/autoencoder/{name}, log {here}/runs/slurm/a/7_{i}.log"
+        for i, name in enumerate(("a", "b%j"))
+    ]
+    both = t2i("train", "-m", *SLURM, *shapes_overrides, "name=c,d", "seed=0,1", "--dry-run").out
+    assert [f"name={name} resume=auto" in both for name in ("c-0", "c-1", "d-2", "d-3")] == [True] * 4
+
+
+@pytest.mark.parametrize("program", ["exit 0", "kill -INT $PPID; sleep 5"])
+def test_folders_of_what_was_not_submitted_are_removed(t2i, shapes_overrides, programs, program):
+    programs(sbatch=program)
+    assert t2i("train", "-m", *SLURM, *shapes_overrides, "name=s", "seed=0,1").code
+    assert list(Path("runs/autoencoder").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -75,6 +95,7 @@ def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs):
         ((*RUN, "launch=ray"), "launch/ray does not exist; allowed for launch: local, slurm."),
         ((*RUN, "cluster=a100x64"), "cluster is 'that of 8 nodes'; allowed: that of 1 node, launch=slurm"),
         ((*SLURM, "cluster.slurm.partitions=x"), "partitions is not a known key"),
+        ((*SLURM, "cluster.slurm=null"), "cluster.slurm is null; allowed: a mapping, or left out."),
         ((*SLURM, "cluster.gpus_per_node=0"), "cluster.gpus_per_node is 0; allowed: 1 or more."),
         ((*SLURM, "cluster.memory_gib=0.00001"), "does not fit into the 1e-05 GiB of cluster.memory_gib"),
         ((*SLURM, "trainer.batch_size=0"), "trainer.batch_size is 0"),
@@ -117,6 +138,41 @@ def test_jobs_are_listed_and_cancelled(t2i, programs):
     assert "runs/ldm/x has no job" in t2i("jobs", "cancel", "runs/ldm/x").sentence
     programs(squeue="echo no controller >&2; exit 1")
     assert t2i("jobs").sentence == "t2i jobs: squeue refused: no controller"
+
+
+def test_answers_and_files_that_cannot_be_read(t2i, programs):
+    for name in ("a", "b"):
+        (Path("runs/ldm") / name).mkdir(parents=True)
+        (Path("runs/ldm") / name / "slurm.json").write_text(f'{{"job": "7_{name}"}}')
+    Path("runs/ldm/a/metrics.csv").write_bytes(b"images,loss\n\xff,1\n" + b"12,0.5\n" * 20_000 + b"\0,0.25")
+    Path("runs/ldm/b/metrics.csv").write_bytes(b"images,loss\n1," + b"9" * 200_000 + b"\n")
+    Path("runs/ldm/c").mkdir()
+    Path("runs/ldm/c/slurm.json").write_bytes(b"\xff[")
+    programs(
+        squeue="printf '7_a|NODE_FAIL|\\xff|x\\n7_[2-5%%2]|PENDING|(Resources)\\n'",
+        sacct="echo '7_b|TIMEOUT'",
+    )
+    rows = [line.split() for line in t2i("jobs").out.splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["ldm/a", "7_a", "NODE_FAIL"], ["ldm/b", "7_b", "TIMEOUT"]]
+    assert rows[0][5] == "0.2500"
+    for program in ("squeue", "sacct"):
+        programs(squeue="exit 0", sacct="exit 0")
+        programs(**{program: "echo rubbish"})
+        assert f"{program} said 'rubbish'; allowed: lines with " in t2i("jobs").sentence
+    programs(squeue="exit 2")
+    assert t2i("jobs").sentence == "t2i jobs: squeue refused: exit state 2, without a word"
+
+
+def test_one_that_cannot_be_cancelled_keeps_no_other(t2i, programs):
+    for name in "ab":
+        (Path("runs/ldm") / name).mkdir(parents=True)
+        (Path("runs/ldm") / name / "slurm.json").write_text(f'{{"job": "{name}"}}')
+    programs(scancel='[ "$1" = a ] && { echo no such job >&2; exit 1; }; echo "$1" >> cancelled')
+    outcome = t2i("jobs", "cancel", "runs/ldm/a", "runs/ldm/b")
+    assert outcome.out == "Job b of runs/ldm/b is cancelled.\n"
+    assert outcome.sentence == "t2i jobs: job a of runs/ldm/a: scancel refused: no such job"
+    assert "runs/ldm/x has no job" in t2i("jobs", "cancel", "runs/ldm/b", "runs/ldm/x").sentence
+    assert Path("cancelled").read_text() == "b\n"
 
 
 def test_a_data_job_is_an_array_whose_processes_share_the_shards(t2i, programs):

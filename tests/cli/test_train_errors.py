@@ -91,6 +91,10 @@ CASES = {
         ("stage=ldm", "experiment=sd-v1/521", "--cfg", "job"),
         ("experiment", "'sd-v1/521'", "sd-v1/256"),
     ),
+    "a precision of GPUs alone": (
+        ("stage=autoencoder", *OWN_SHARDS, "trainer.precision=16-mixed"),
+        ("trainer.precision", "'16-mixed'", "bf16-mixed", "on a CPU"),
+    ),
     "two of Hydra's own commands": (
         ("stage=ldm", "--multirun", "--cfg", "job"),
         ("--multirun", "--cfg", "one of"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import ConfigError, UserError
-from t2i.launch import slurm
+from t2i.launch import outcome, slurm
 from t2i.launch.slurm import Machines, SlurmConfig, Task, script, shared_script
 from t2i.schema import parse
 
@@ -165,7 +165,18 @@ def test_a_part_of_an_array_is_put_back_alone_when_its_time_is_over(tmp_path):
         ),
         ({"sbatch": {"--qos": "x"}}, "an option of sbatch, without --"),
         ({"partition": "a\nb"}, "allowed: one line"),
-        ({"signal_s": 0}, "1 or more"),
+        ({"signal_s": 0}, "1 to 65535"),
+        ({"signal_s": 65536}, "1 to 65535"),
+        ({"partition": " "}, "cluster.slurm.partition is ' '; allowed: text, or null."),
+        ({"time": "tomorrow"}, "cluster.slurm.time is 'tomorrow'; allowed: null, MINUTES, "),
+        ({"time": "2"}, "cluster.slurm.time is '2'; allowed: more than the 120 s of cluster.slurm.signal_s."),
+        ({"srun": "--comment='a"}, 'cluster.slurm.srun is "--comment=\'a"; allowed: closed quotes.'),
+        ({"run_in": 'in "a'}, "allowed: closed quotes"),
+        (
+            {"sbatch": {"ntasks": 3}},
+            "allowed: options that t2i does not set",
+        ),  # --ntasks-per-node's beginning
+        ({"sbatch": {"wait": ""}}, "allowed: options that t2i does not set"),
     ],
 )
 def test_configuration_that_is_refused(values, sentence):
@@ -174,7 +185,60 @@ def test_configuration_that_is_refused(values, sentence):
     assert sentence in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("10:30", 630),
+        ("24:00:00", 86_400),
+        ("2-3", 183_600),
+        ("2-3:04", 183_840),
+        ("2-3:04:05", 183_845),
+        ("0", float("inf")),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_limits_as_sbatch_reads_them(time, seconds):
+    assert slurm.seconds_of(time) == seconds
+
+
+def test_options_without_a_value_and_percent_signs_in_a_folder():
+    config = configured(sbatch={"exclusive": ""})
+    text = script("t2i-ldm", [ONE], MACHINES, config, Path("/"), slurm.log_in(Path("/runs/50%j"), 1))
+    assert "#SBATCH --exclusive\n" in text
+    assert options(text)["output"] == "/runs/50%%j/%j.log"
+    with pytest.raises(ConfigError, match="names without line breaks"):
+        slurm.log_in(Path("/runs/a\nb"), 2)
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        ("echo hello", "sbatch said 'hello' of .*; allowed: the job's number"),
+        ("exit 0", "sbatch said '' of "),
+        ("exit 3", "sbatch refused .*: exit state 3, without a word"),
+        ("printf '\\xff' >&2; exit 1", r"sbatch refused .*: \\xff"),
+    ],
+)
+def test_an_sbatch_that_does_not_answer_as_it_should(tmp_path, monkeypatch, program, sentence):
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{program}\n")
+    (tmp_path / "sbatch").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(UserError, match=sentence):
+        slurm.submit(tmp_path / "job.sh")
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho Welcome!\necho '77;here'\n")
+    assert slurm.submit(tmp_path / "job.sh") == "77"
+
+
 def test_sbatch_that_is_absent(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="launch=slurm needs sbatch, which is not on this machine"):
         slurm.submit(tmp_path / "job.sh")
+
+
+def test_what_a_job_cannot_be_told_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path / "run" / ".outcome"))
+    outcome.tell(outcome.FAILED, "no such folder")
+    (tmp_path / "run").mkdir()
+    outcome.tell(outcome.FAILED, "no such shard")
+    assert (tmp_path / "run" / ".outcome").read_text() == "failed no such shard\n"

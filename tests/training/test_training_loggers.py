@@ -90,6 +90,28 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        (b"step,loss\n10,0.5\n\xff\xff,1\n20,0.25\n30\n40,1,2\n", 3),
+        (b"step,loss\n10,0.5\n20,0.25\n\0\0\0\0\n", 1),  # what some file systems leave after a crash
+        (b"step,loss\n10," + b"9" * 200_000 + b"\n", 2),
+        (b"\0\0\n1,2\n", 1),
+    ],
+)
+def test_rows_that_cannot_be_read_are_counted_and_kept_aside(tmp_path, caplog, content, left_out):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with caplog.at_level("WARNING", "t2i"):
+        logger = MetricsCSV(tmp_path, from_step=100)
+    (said,) = (record.message for record in caplog.records)
+    assert said.startswith(f"{left_out} rows of {tmp_path}/metrics.csv cannot be read and are left out")
+    (aside,) = tmp_path.glob("damaged_metrics_*.csv")
+    assert aside.read_bytes() == content
+    logger.log_metrics({"loss": 1.0}, 110)
+    kept = ["10", "20"] if b"20,0.25" in content else []
+    assert [row["step"] for row in read(tmp_path)] == [*kept, "110"]
+
+
 def test_tensorboard_compares_runs_by_their_settings(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2

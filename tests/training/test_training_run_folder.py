@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, UserError
+from t2i.launch.lock import locked
 from t2i.training import run_folder, state_folder
 
 
@@ -136,6 +137,26 @@ def test_a_run_that_trained_nothing_leaves_no_folder(tmp_path, error):
     with pytest.raises(error):
         begin("", resumed=earlier)
     assert earlier.is_dir()
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path, monkeypatch):
+    """It may be that of a process which goes on (the lock is its own then), or have what its job has to say."""
+    monkeypatch.setattr(run_folder, "locked", lambda folder: locked(folder, patience_s=0))
+    place = tmp_path / "ldm" / "name"
+    place.mkdir(parents=True)
+    (place / "slurm.json").touch()
+    with run_folder.opened(tmp_path, "ldm", "name", None, reuse=True) as folder:
+        run_folder.leave()  # as in a process of its own
+        second = run_folder.opened(tmp_path, "ldm", "name", None, reuse=True)
+        with pytest.raises(UserError, match="is written by process"), second:
+            pass
+        assert (folder / "checkpoints").is_dir()
+    with pytest.raises(ZeroDivisionError), run_folder.opened(tmp_path, "ldm", "name", None, reuse=True):
+        raise ZeroDivisionError
+    assert (place / "slurm.json").is_file()
+    with pytest.raises(ZeroDivisionError), run_folder.opened(tmp_path, "ldm", "new", None, reuse=True):
+        raise ZeroDivisionError
+    assert not (tmp_path / "ldm" / "new").exists()
 
 
 def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):

@@ -14,6 +14,7 @@ from same_state import same
 
 from t2i.errors import CheckpointError
 from t2i.training import checkpoint, run_folder, state_folder
+from t2i.training.fit import _set_damaged_aside
 from t2i.training.saving import StateFolders
 
 STATE = {
@@ -26,7 +27,7 @@ STATE = {
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    path = tmp_path / "run" / "checkpoints" / "step_0000100"
+    path = tmp_path / "ldm" / "run" / "checkpoints" / "step_0000100"
     state_folder.write(STATE, path)
     return path
 
@@ -207,5 +208,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
     assert same(*ends)
     for path in run_folder.checkpoints(cut):
         (path / state_folder.REST).write_bytes(b"x" * (path / state_folder.REST).stat().st_size)
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
-        train(compose_run(*KL, f"runs_dir={tmp_path / 'cut'}", "resume=auto"))
+    before = sorted(cut.rglob("*"))
+    for _ in range(2):  # the second start, as of a job that is put back, takes it for no new run either
+        with pytest.raises(
+            CheckpointError, match=r"none of its 2 checkpoints can be read; of the newest: .*rest\.pt"
+        ):
+            train(compose_run(*KL, f"runs_dir={tmp_path / 'cut'}", "resume=auto"))
+    assert sorted(cut.rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "a folder", "mark"])
+def test_one_that_is_damaged_at_a_glance_is_named_too(saved, how, caplog):
+    """One whose mark is there was complete once; one without was never."""
+    later = saved.with_name("step_0000200")
+    shutil.copytree(saved, later)
+    file = later / (state_folder.MARK if how == "mark" else state_folder.WEIGHTS)
+    if how in ("gone", "a folder"):
+        file.unlink()
+    if how == "a folder":
+        file.mkdir()
+    elif how != "gone":
+        file.write_bytes(file.read_bytes()[:-2])
+    shutil.copytree(saved, saved.with_name("step_0000300"))
+    (saved.with_name("step_0000300") / state_folder.MARK).unlink()
+    with caplog.at_level("WARNING", "t2i"):
+        _set_damaged_aside(saved.parents[1])
+    (said,) = (record.message for record in caplog.records)
+    assert str(later) in said
+    assert run_folder.written(saved.parents[1]) == [saved]
+    state_folder.remove(saved)
+    (saved.parents[1] / run_folder.FINAL_WEIGHTS).touch()
+    with pytest.raises(
+        CheckpointError, match="holds final weights"
+    ):  # which a run from the start would replace
+        run_folder.resumed(saved.parents[3], saved.parents[2].name, saved.parents[1].name, "auto")
