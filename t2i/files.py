@@ -57,6 +57,15 @@ def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Of a file that is open already the system does not say which one could not be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _move_to_new(unfinished: Path, path: Path) -> None:
     try:
         os.link(unfinished, path)

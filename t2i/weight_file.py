@@ -145,8 +145,7 @@ def unpickled(path: Path, mmap: bool = False) -> Any:
     mmap: leave the numbers on the disk until they are used, where `is_zip` holds
     """
     try:
-        with named_by_content(path) as named, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, for people who program
+        with named_by_content(path) as named, warnings.catch_warnings(action="ignore"):  # for who programs
             return torch.load(named, map_location="cpu", weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
@@ -195,5 +194,7 @@ def sha256(*files: Path) -> str:
 
 def reason_of(error: Exception) -> str:
     """The beginning of what a library says, which may be pages."""
-    said = str(error).partition(" This is an internal miniz error")[0] or type(error).__name__
+    said = str(error).partition(" This is an internal miniz error")[0]
+    if not said or isinstance(error, LookupError):  # whose text is the name that was looked for
+        said = f"{type(error).__name__} {said}".strip()
     return textwrap.shorten(said, 200, placeholder=" ...").rstrip(".")

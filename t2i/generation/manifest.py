@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from t2i.files import written_whole
+from t2i.files import named, written_whole
 from t2i.launch.lock import locked
 from t2i.launch.ranks import Rank
 
@@ -51,14 +51,16 @@ class Manifest:
             self._file = self._path.open("a", encoding="utf-8")
             if _is_cut(self._path):
                 self._file.write("\n")
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with named(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self, order: Mapping[str, int]) -> dict[str, Line]:
         """Puts the lines into the one manifest, those of `order` last and in that order; returns these, as far as they
         are there, by id."""
         if self._file is not None:
-            self._file.close()
+            with named(self._path):
+                self._file.close()
         elif not (self.folder / NAME).is_file():
             return {}
         with locked(self.folder, PATIENCE_S):

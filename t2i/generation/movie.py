@@ -61,6 +61,29 @@ def read_movie(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tensor, f
         ) from error
 
 
+def check_whole(path: Path) -> None:
+    """Raises UserError for a film that was cut short, of which the library gives what is there without an error: it
+    marks a packet, or only says so."""
+    av = _library(path)
+    before = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with (
+            av.logging.Capture() as said,
+            path.open("rb") as file,
+            av.open(file, format=READERS[path.suffix.lower()]) as container,
+        ):
+            is_cut = any(packet.is_corrupt for packet in container.demux(video=0))
+    except (av.FFmpegError, IndexError):  # `read_movie` says what it is
+        return
+    finally:
+        av.logging.set_level(before[0])
+        av.logging.set_skip_repeated(before[1])
+    if is_cut or any("ended prematurely" in text for _, _, text in said):
+        raise UserError(f"{path} ends within the film, so that frames are missing; allowed: a film, whole.")
+
+
 def movie_bytes(frames: Sequence[Image.Image], path: Path, shown_ms: float) -> bytes:
     """H.264 in MP4, in half the colour resolution that players expect; an odd last row or column is left out.
 

@@ -18,7 +18,7 @@ from t2i.data.decode import MAX_PIXELS, BadSample, open_image, reading, resize_a
 from t2i.data.members import PICTURE_ENDINGS
 from t2i.errors import UserError
 from t2i.files import written_whole
-from t2i.generation.movie import READERS, frames_in, is_movie, movie_bytes, read_movie
+from t2i.generation.movie import READERS, check_whole, frames_in, is_movie, movie_bytes, read_movie
 from t2i.generation.text_to_image import read_image
 
 MAX_FRAMES = 1_000
@@ -37,6 +37,8 @@ class Film:
     def __init__(self, path: Path, size_px: tuple[int, int]) -> None:
         self.path, self.size_px = path, size_px
         self.count, self.shown_ms = 0, float(FRAME_MS)
+        if is_movie(path) and path.is_file():
+            check_whole(path)
         self._next: tuple[int, Iterator[Tensor]] = 0, iter(())  # of `frame`
         for _, shown_ms in self._read():
             self.count, self.shown_ms = self.count + 1, shown_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.serialization import safe_globals
 
 from t2i.errors import CheckpointError
 from t2i.interop.weights import Weight, Weights, checked, in_memory, stored
-from t2i.weight_file import named_by_content, weights_format
+from t2i.weight_file import named_by_content, reason_of, weights_format
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -62,7 +63,7 @@ def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, json.JSONDecodeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {_first_line(error)}.") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {reason_of(error)}.") from error
     weights = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -82,7 +83,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     reading it would mean to run code that it brings."""
     try:
         # Under FakeTensorMode torch.load reads the pickle but not the numbers, and notes where they are.
-        with named_by_content(path) as named, safe_globals(CALLBACKS), FakeTensorMode():
+        with (
+            named_by_content(path) as named,
+            safe_globals(CALLBACKS),
+            FakeTensorMode(),
+            warnings.catch_warnings(action="ignore"),
+        ):
             saved = torch.load(named, map_location="cpu", weights_only=True)
         if any(_offset(tensor) is None for tensor in _tensors(saved)):  # torch's format of before 2020
             with named_by_content(path) as named, safe_globals(CALLBACKS):
@@ -106,7 +112,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes lead the unpickler astray in every way there is
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}.") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason_of(error)}.") from error
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} holds a {type(saved).__name__}; allowed: a dictionary of weights.")
     return _described(saved, path)
@@ -164,7 +170,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for entry in value.values() for t in _tensors(entry)] if isinstance(value, dict) else []
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

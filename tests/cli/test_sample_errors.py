@@ -314,6 +314,16 @@ def test_a_full_disk(t2i, ldm_file, monkeypatch):
     assert list(Path("samples").iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is of Linux")
+def test_a_full_disk_at_the_manifest(t2i, ldm_file):
+    """A file that is open already, of which the system gives no name."""
+    Path("samples").mkdir()
+    Path("samples/manifest.jsonl").symlink_to("/dev/full")
+    sentence = t2i(*PROMPT, "--checkpoint", ldm_file, "--num-images", "1").sentence
+    assert "samples/manifest.jsonl cannot be used: No space left on device" in sentence
+    assert Path("samples/a-red-circle_0.png").is_file()
+
+
 def test_a_report_without_runs(t2i):
     assert "runs/ldm" in t2i("report").sentence
 

@@ -134,6 +134,30 @@ def test_a_cut_movie_is_one_sentence(tmp_path: Path) -> None:
         read_frames(tmp_path / "film.mp4", (8, 8))
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec", "share"), [("mkv", "libx264", 0.6), ("webm", "libvpx", 0.6), ("avi", "mpeg4", 0.9)]
+)
+def test_a_movie_that_ends_early_is_one_sentence(
+    tmp_path: Path, ending: str, codec: str, share: float
+) -> None:
+    """The library gives the frames that are left of such a file without an error."""
+    av = pytest.importorskip("av")
+    path = tmp_path / f"film.{ending}"
+    for _ in range(2):  # the library says the same thing once
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for frame in moving(20, 64):
+                container.mux(stream.encode(av.VideoFrame.from_image(to_pil(frame))))
+            container.mux(stream.encode())
+        assert len(Film(path, (8, 8))) == 20
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        with pytest.raises(
+            UserError, match=rf"film\.{ending} ends within the film, so that frames are missing"
+        ):
+            Film(path, (8, 8))
+
+
 def test_a_movie_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"")
