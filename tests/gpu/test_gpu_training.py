@@ -104,7 +104,8 @@ def test_compiled_in_one_graph_it_gives_the_same(config):
     built = network(config).double()
     given = {name: value.double() for name, value in inputs(config).items()}
     expected = built(**given)
-    assert relative_error(torch.compile(built, fullgraph=True)(**given), expected) < 1e-9
+    # Some constants of compiled code have single precision (1.4e-8 in the DiT, with torch 2.11 on a CPU).
+    assert relative_error(torch.compile(built, fullgraph=True)(**given), expected) < 1e-6
 
 
 def of_run(folder: Path, name: str) -> list[float]:

@@ -1,0 +1,175 @@
+"""What runs on a GPU in bf16-mixed, where there is none: tensors of the GPU have shapes, dtypes and a device but no
+numbers (torch's FakeTensor), those of the host are real. An operation on both, of dtypes that do not go together, or
+that needs a number of the GPU is an error, as it is, or as the host would wait, on a real one. Autocast is CUDA's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from t2i import families
+from t2i.config import RunConfig
+from t2i.diffusion.config import SamplerName
+from t2i.errors import ConfigError
+from t2i.interfaces import SampleRequest
+from t2i.nn.precision import mixed
+from t2i.training.data import loader_from
+from t2i.training.stage import BaseStage
+from t2i.training.step import train_step
+from t2i.training.validation import validation_losses
+
+EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
+SMALL = sorted(
+    path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.rglob("tiny_*.yaml")
+)
+ALL_SAMPLERS = "pixel_diffusion/tiny_flow_dit"
+GPU = torch.device("cuda", 0)
+
+pytestmark = pytest.mark.slow  # two minutes in all
+
+
+class PretendedGPU(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        there = [
+            each
+            for each in tree_leaves((args, kwargs))
+            if isinstance(each, FakeTensor) or (isinstance(each, torch.device) and each.type == "cuda")
+        ]
+        if not there:
+            return func(*args, **kwargs)
+        with self.fake:
+            return func(*args, **kwargs)
+
+
+def moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """In the place of nn.Module._apply, which writes numbers that are not there."""
+    for child in module.children():
+        child._apply(change)
+    for kept in (module._parameters, module._buffers):
+        for name, old in kept.items():
+            if old is None:
+                continue
+            new = change(old.detach())
+            if (new.device, new.dtype) != (old.device, old.dtype):
+                kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return module
+
+
+def gradients(outputs: Any, inputs: Any, *others: Any, **how: Any) -> tuple[Tensor, ...]:
+    """In the place of torch.autograd.grad: torch goes back through what ran on a GPU only where there is one."""
+    return tuple(torch.empty_like(each) for each in ([inputs] if isinstance(inputs, Tensor) else inputs))
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(nn.Module, "_apply", moved)
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    with PretendedGPU():
+        yield
+
+
+def stage_of(config: RunConfig) -> BaseStage:
+    torch.manual_seed(config.seed)
+    return families.get(config.family).load_stage(config.stage)(config)
+
+
+QUANTISERS = [
+    f"autoencoder/tiny_vq {other}" for other in ("codec.normalize=true", "codec=lfq", "codec=gumbel")
+]
+
+
+@pytest.mark.parametrize("asked", [*SMALL, *QUANTISERS])
+def test_two_steps_and_a_preview(asked, compose_small, gpu):
+    """Forward, optimizer and average; gradients are taken as given."""
+    name, *others = asked.split()
+    config = compose_small(name, *others, "trainer.num_images=800", "trainer.precision=bf16-mixed")
+    stage = stage_of(config)
+    stage.images_seen = 160  # a discriminator that waits has begun
+    stage.to(GPU)
+    stage.on_fit_start()
+    stage.train()
+    optimizers = stage.configure_optimizers()
+    trainer: Any = SimpleNamespace(optimizers=optimizers, should_stop=False, world_size=1, global_rank=0)
+    stage.trainer = trainer
+    batches = iter(loader_from(config))
+
+    def backward(loss: Tensor) -> None:
+        assert (loss.device, loss.dtype) == (GPU, torch.float32)
+        for parameter in (p for turn in stage.all_turns for group in turn.groups for p in group):
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+
+    for _ in range(2):
+        batch = next(batches).to(GPU)
+        with mixed("bf16-mixed", GPU):
+            assert torch.is_autocast_enabled("cuda")
+            metrics = train_step(stage, stage.all_turns, optimizers, batch, backward, None)
+    assert {value.device for value in metrics.values()} == {GPU}
+    stage.eval()
+    with torch.no_grad(), stage.averaged_weights(), mixed("bf16-mixed", GPU):
+        if stage.has_times:
+            assert {loss.device for loss in validation_losses(stage, [batch])} == {GPU}
+        assert {drawn.device for drawn in stage.draw(batch).values()} == {GPU}
+
+
+def requests(size: int) -> list[SampleRequest]:
+    """From noise, from a picture, and from one of which half stays."""
+    image, mask = torch.zeros(2, 3, size, size), torch.zeros(2, 1, size, size)
+    mask[..., : size // 2] = 1
+    plain = SampleRequest(["a star", "a red circle"], [1, 2], size, size)
+    pictured = dataclasses.replace(plain, image=image)
+    return [plain, pictured, dataclasses.replace(pictured, mask=mask)]
+
+
+@pytest.mark.parametrize("name", [each for each in SMALL if not each.startswith("autoencoder/")])
+def test_drawing(name, compose_small, gpu):
+    config = compose_small(name)
+    model = stage_of(config).model.eval().to(GPU)
+    model.text.to(GPU)
+    sampling = config.model.sampling
+    few = {"guidance_scale": 2.0, "steps": 3}
+    sampling = dataclasses.replace(sampling, **{key: few[key] for key in few if hasattr(sampling, key)})
+    samplers = get_args(SamplerName) if name == ALL_SAMPLERS else [None]
+    drawn = 0
+    for sampler in samplers:
+        if sampler is not None:
+            sampling = dataclasses.replace(sampling, sampler=sampler)
+        for request in requests(config.resolution.size_px):
+            with mixed("bf16-mixed", GPU), suppress(ConfigError):  # a family that starts from no picture
+                assert model.generate(request, sampling).device == GPU
+                drawn += 1
+    assert drawn >= len(samplers)
+
+
+def test_it_sees_what_does_not_go_together(gpu):
+    there, here = torch.ones(2, 2, device=GPU), torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="device"):
+        there + here
+    with pytest.raises(RuntimeError, match="same dtype"):
+        there @ there.bfloat16()
+    with pytest.raises(DataDependentOutputException):
+        there[0, 0].item()
+    with mixed("bf16-mixed", GPU):
+        assert (there @ there).dtype == torch.bfloat16
+        assert there.pow(2).dtype == torch.float32
+    assert (here @ here).tolist() == [[2, 2], [2, 2]]
