@@ -109,7 +109,7 @@ def test_the_generators_average_leaves_the_frozen_codec_out(ldm_run):
 
 
 def test_a_generator_takes_the_newest_autoencoder_says_so_and_keeps_it(codec_run, ldm_run):
-    assert run_folder.read_config(ldm_run)["builds_on"] == {"codec": str(codec_run)}
+    assert run_folder.read_config(ldm_run)["builds_on"]["codec"] == str(codec_run)
     codec = load_file(codec_run / run_folder.FINAL_WEIGHTS)
     final = load_file(ldm_run / run_folder.FINAL_WEIGHTS)
     for name, value in codec.items():
