@@ -150,7 +150,9 @@ def sweep_nodes(given: str | None) -> list[int] | None:
 
 def planned_run(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, ClusterConfig]:
     """The typed configuration of a run and of the cluster that it is planned on. Raises ConfigError."""
-    values = _unread(composed_run(overrides, config_dir, needed="cluster"))
+    run = [each for each in overrides if not each.startswith("launch=")]
+    # launch=slurm has the defaults of what a cluster's file leaves out under slurm:.
+    values = _unread(composed_run([*run, "launch=slurm"], config_dir, needed="cluster"))
     cluster = parse(ClusterConfig, values.pop("cluster"), "cluster.")
     return parse_run(values, families.get(values["family"]).load_config()), cluster
 

@@ -213,18 +213,18 @@ def built_on(config: RunConfig) -> dict[str, Any]:
     not there."""
     from t2i import families
     from t2i.config import run_to_dict
-    from t2i.families.codec_run import low_run, newest_codec
+    from t2i.families.codec_run import latest_codec, low_run
     from t2i.training import checkpoint, run_folder
 
     found: dict[str, Any] = {}
     places = run_to_dict(config).get("builds_on") or {}
     if (low := places.get("low")) is not None:
         _, _, found["low"] = low_run(config, low, None)
-    for key, part in families.get(config.family).builds_on.items():
+    for key in families.get(config.family).builds_on:
         if (place := places.get(key)) is None:
             continue
         if place == "latest":
-            place, _ = newest_codec(config.runs_dir, part)
+            place, _ = latest_codec(config)
         loaded = checkpoint.load(run_folder.weights_file(str(place)))
         found[key] = loaded.extra.get(key, loaded.config)
     return found

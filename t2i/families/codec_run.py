@@ -33,23 +33,30 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
         found = families.get(start.config["family"]).load_config().upgraded(start.config)
         return start, found["builds_on"]["codec"]
     if place == "latest":
-        part = families.get(config.family).builds_on["codec"]
-        stages = families.stages_with(part)
-        newest, passed_over = newest_codec(config.runs_dir, part)
+        newest, passed_over = latest_codec(config)
         for run in passed_over:
             log.info("passes over %s, which did not come to its end", run)
-        if newest is None:
-            folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
-            kind, option = ("a codec of codes", " codec=vq") if part == "token_codec" else ("a codec", "")
-            named = config.model.builds_on.experiment  # type: ignore[attr-defined]
-            asked = f"stage={stages[0]}{option}" if named is None else f"experiment={named}"
-            raise CheckpointError(
-                f"stage={config.stage} builds on {kind}, and there is none in {folders}: train one with "
-                f"`t2i train {asked}`, or give builds_on.codec=RUN or FILE."
-            )
         place = str(newest)
     log.info("builds on the codec %s", place)
     return load(run_folder.weights_file(place)), place
+
+
+def latest_codec(config: RunConfig) -> tuple[Path, list[Path]]:
+    """The run that builds_on.codec=latest means, and the unfinished ones that are newer. Raises CheckpointError where
+    there is none."""
+    part = families.get(config.family).builds_on["codec"]
+    newest, passed_over = newest_codec(config.runs_dir, part)
+    if newest is None:
+        stages = families.stages_with(part)
+        folders = " and ".join(f"{config.runs_dir}/{stage}" for stage in stages)
+        kind, option = ("a codec of codes", " codec=vq") if part == "token_codec" else ("a codec", "")
+        named = config.model.builds_on.experiment  # type: ignore[attr-defined]
+        asked = f"stage={stages[0]}{option}" if named is None else f"experiment={named}"
+        raise CheckpointError(
+            f"stage={config.stage} builds on {kind}, and there is none in {folders}: train one with "
+            f"`t2i train {asked}`, or give builds_on.codec=RUN or FILE."
+        )
+    return newest, passed_over
 
 
 def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:

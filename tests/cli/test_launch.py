@@ -87,6 +87,12 @@ def test_folders_of_what_was_not_submitted_are_removed(t2i, shapes_overrides, pr
     assert list(Path("runs/autoencoder").iterdir()) == []
 
 
+def test_a_job_that_builds_on_a_codec_that_is_not_there_is_refused(t2i):
+    words = ("stage=ldm", "text=learned", "cluster=a100x8", "launch=slurm", "--dry-run", "data=shards")
+    more = ("data.shards=a.tar", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+    assert "builds on a codec, and there is none in runs/autoencoder" in t2i("train", *words, *more).sentence
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -110,6 +110,12 @@ def test_a_whole_plan(t2i):
     assert list(Path().iterdir()) == []
 
 
+def test_a_cluster_says_of_slurm_what_it_wants(t2i):
+    """The other keys of slurm: have defaults, as with launch=slurm."""
+    result = t2i(*TINY, "cluster=a100x8", "+cluster.slurm.account=lab", "launch=local")
+    assert (result.code, result.err) == (0, "")
+
+
 def test_shards_need_not_be_named(t2i):
     result = t2i("plan", "stage=ldm", "text=learned", "data=shards", "cluster=a100x8", "data.num_workers=64")
     assert (result.code, result.err) == (0, "")
