@@ -131,8 +131,9 @@ class Task:
 
 def log_in(folder: Path, tasks: int) -> str:
     """What the processes of a job say, as sbatch has it: %j stands for its number, %A_%a for those of an array's tasks,
-    and %% for % in the folder's name. Raises ConfigError where that would end a line of the script."""
-    check("\n" not in str(folder), "the folder of the log", str(folder), "names without line breaks")
+    and %% for % in the folder's name. Raises ConfigError for what no name of a log can have."""
+    ok = not {"\n", "\\"} & set(str(folder))
+    check(ok, "the folder of the log", str(folder), "names without line breaks and \\")
     return f"{str(folder).replace('%', '%%')}/{'%A_%a' if tasks > 1 else '%j'}.log"
 
 
@@ -197,6 +198,7 @@ def _head(
         *(f"#SBATCH --{key}{_option(value)}" for key, value in options.items()),
         *("#SBATCH --requeue", "", JOB, f"cd {shlex.quote(str(cwd))} || exit 1"),
         *slurm.setup,
+        "set +eu +o pipefail  # what the lines above may have chosen",
     ]
 
 
@@ -284,6 +286,7 @@ def submit(script: Path, after: str | None = None) -> str:
 
 
 def _option(value: object) -> str:
-    text = str(value)
+    """With its value as sbatch reads it, where a backslash is one within quotation marks too."""
+    text = str(value).replace("\\", "\\\\")
     quoted = shlex.quote(text) if re.search(r"[\s#'\"]", text) else text
     return f"={quoted}" if text else ""

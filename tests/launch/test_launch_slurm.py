@@ -122,7 +122,10 @@ def test_what_is_started_again(tmp_path, status, said, restarts, comes_further, 
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     (run / ".outcome").write_text("failed of an earlier start\n")
-    (tmp_path / "job.sh").write_text(made([Task(run, [])]).replace("cd /home/me", f"cd {tmp_path}"))
+    text = made([Task(run, [])], configured(setup=["set -euo pipefail"])).replace(
+        "cd /home/me", f"cd {tmp_path}"
+    )
+    (tmp_path / "job.sh").write_text(text)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_RESTART_COUNT": str(restarts),
@@ -203,12 +206,14 @@ def test_limits_as_sbatch_reads_them(time, seconds):
 
 
 def test_options_without_a_value_and_percent_signs_in_a_folder():
-    config = configured(sbatch={"exclusive": ""})
+    config = configured(sbatch={"exclusive": "", "comment": r"a\b"})
     text = script("t2i-ldm", [ONE], MACHINES, config, Path("/"), slurm.log_in(Path("/runs/50%j"), 1))
     assert "#SBATCH --exclusive\n" in text
     assert options(text)["output"] == "/runs/50%%j/%j.log"
-    with pytest.raises(ConfigError, match="names without line breaks"):
-        slurm.log_in(Path("/runs/a\nb"), 2)
+    assert options(text)["comment"] == r"a\\b"  # which sbatch 22.05 reads so within quotation marks, too
+    for name in ("a\nb", r"a\b"):
+        with pytest.raises(ConfigError, match="names without line breaks"):
+            slurm.log_in(Path("/runs") / name, 2)
 
 
 @pytest.mark.parametrize(
