@@ -43,7 +43,7 @@ def main() -> None:
         print(f"t2i: {arguments[0]!r} is not a verb; allowed: {', '.join(VERBS)}.", file=sys.stderr)
         raise SystemExit(2)
     from t2i.launch import outcome, signals
-    from t2i.launch.ranks import is_launched, name_of
+    from t2i.launch.ranks import is_launched
 
     if verb == "train" and is_launched(os.environ):
         signals.note()
@@ -64,7 +64,7 @@ def main() -> None:
     except Exception as error:
         sentence = sentence_of(error)
         if isinstance(error, UserError) or sentence is None:  # else it may be another process that failed
-            outcome.tell(outcome.FAILED, f"{name_of(os.environ)}: {sentence or repr(error)}")
+            outcome.tell(outcome.FAILED, f"{_speaker()[1]}: {sentence or repr(error)}")
         if sentence is None:
             raise
         _leave(verb, sentence, 2)
@@ -74,15 +74,25 @@ def _leave(verb: str, sentence: str, code: int) -> None:
     """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it."""
     if os.environ.get("T2I_TRACEBACK"):
         raise
-    from t2i.launch.ranks import is_first, name_of
-
-    first = is_first(os.environ)
+    first, name = _speaker()
     if code != STOPPED or first:
         from .trouble import one_line
 
-        of = "" if first else f" ({name_of(os.environ)})"
+        of = "" if first else f" ({name})"
         print(f"t2i {verb}{of}: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def _speaker() -> tuple[bool, str]:
+    """Whether this process speaks for all, and its name. Where its environment's numbers cannot be read, which is then
+    the error, each process says so."""
+    from t2i.errors import UserError
+    from t2i.launch.ranks import is_first, name_of
+
+    try:
+        return is_first(os.environ), name_of(os.environ)
+    except UserError:
+        return True, "a process"
 
 
 if __name__ == "__main__":

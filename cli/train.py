@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i.errors import ConfigError, UserError
+from t2i.errors import ConfigError, SaidByFirst, UserError
+from t2i.few import first_few
 from t2i.launch import outcome
-from t2i.launch.ranks import is_first, is_launched
+from t2i.launch.ranks import is_first, is_launched, rank_of
 from t2i.schema import check
 
 from . import hub
@@ -36,6 +37,7 @@ def run(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(help_text(), end="")
         return
+    rank_of(os.environ)  # Lightning reads the same numbers while it is imported, and would say less
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config-dir", "-cd", nargs="?")
     flags.add_argument("--multirun", "-m", action="store_true")
@@ -82,6 +84,10 @@ def run(arguments: list[str]) -> None:
         raise ConfigError(sentence(error)) from error
     finally:
         sys.argv = typed
+    if len(failed) > 1 and all(
+        type(error) is not SaidByFirst and isinstance(error, UserError) for error in failed
+    ):
+        raise UserError(f"{len(failed)} runs failed: {'; '.join(first_few(list(map(str, failed))))}")
     if failed:
         raise failed[0]
     if to_submit:

@@ -42,6 +42,8 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     else:
         return ALONE
     rank, world, local = (_number(environment, name) for name in names)
+    if not 0 <= rank < world:
+        raise ConfigError(f"{names[0]} is {rank}; allowed: from 0, below {names[1]}, which is {world}.")
     if world % local_world:
         raise ConfigError(
             f"{world} processes were started, {local_world} of them on this machine; allowed: the same number on each."

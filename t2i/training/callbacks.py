@@ -330,7 +330,11 @@ class Pictures(Callback):
             return
         for name, images in drawn.items():
             sheet = grid(images, columns=8)
-            save_png(sheet, self.folder / "samples" / f"{name}_{stage.steps_done:06d}.png")
+            path = self.folder / "samples" / f"{name}_{stage.steps_done:06d}.png"
+            try:
+                save_png(sheet, path)
+            except OSError as error:  # as of checkpoints: there may be room for the next one
+                log.warning("%s is not written: %s; training goes on", path, error.strerror)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(name, to_uint8(sheet), stage.steps_done)

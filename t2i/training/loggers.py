@@ -35,6 +35,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
+        self.behind = False  # whether the file lacks rows
         self.reached = 0  # the last step of which there was a row before any was dropped
         if self.path.is_file():
             rows, damaged = _rows(self.path)
@@ -64,11 +65,18 @@ class MetricsCSV(Logger):
         row = {"step": step, **metrics}
         known = self.rows[0].keys() if self.rows else ()
         self.rows.append(row)
-        if set(row) <= set(known):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, known).writerow(row)
-        else:
-            self._rewrite()
+        try:
+            if set(row) <= set(known) and not self.behind:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, known).writerow(row)
+            else:
+                self._rewrite()
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                said = "training goes on, and the rows are written when they can be"
+                log.warning("%s is not written: %s; %s", self.path, error.strerror, said)
+            self.behind = True
 
     def _rewrite(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))

@@ -110,6 +110,17 @@ def test_ctrl_c_is_said_once_and_exits_as_the_shell_expects(t2i, monkeypatch, ve
             assert (t2i(verb).code, t2i(verb).err) == (130, "")
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_numbers_of_the_environment_that_are_none(t2i, monkeypatch, name):
+    """One of the things that an error itself asks for."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", name: "x"}.items():
+        monkeypatch.setenv(key, value)
+    assert (
+        t2i("train", "stage=ldm", "data=shapes").sentence
+        == f"t2i train: {name} is 'x'; allowed: whole numbers."
+    )
+
+
 def test_a_reader_that_went_away_ends_it_silently():
     code = "import sys; sys.argv = ['t2i', 'report']; import t2i_cli.report, t2i_cli.main\n"
     code += "t2i_cli.report.run = lambda arguments: [print('x' * 100, flush=True) for _ in range(10_000)]\n"

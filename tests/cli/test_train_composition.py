@@ -167,9 +167,10 @@ def test_multirun_takes_each_resolution(t2i, monkeypatch):
     assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/multirun.yaml"]
 
 
-def test_multirun_says_what_failed(t2i):
-    result = t2i("train", "stage=ldm", "trainer.batch_size=0,-1", "--multirun")
-    assert "trainer.batch_size is 0" in result.sentence
+def test_multirun_names_all_that_failed(t2i):
+    sentence = t2i("train", "stage=ldm", "data=shapes", "trainer.num_images=0,-1", "seed=0,x", "-m").sentence
+    assert sentence.startswith("t2i train: 4 runs failed: trainer.num_images is 0; allowed: 1 or more.; ")
+    assert [f"{each}; allowed" in sentence for each in ("num_images is -1", "seed is 'x'")] == [True, True]
 
 
 def test_a_folder_of_ones_own_experiments(t2i):

@@ -62,6 +62,12 @@ def test_values_that_are_no_numbers(name):
         rank_of({**torchrun(1, 4, 1), name: "x"})
 
 
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_a_rank_that_is_none_of_the_processes(rank):
+    with pytest.raises(ConfigError, match=f"RANK is {rank}; allowed: from 0, below WORLD_SIZE, which is 4"):
+        rank_of(torchrun(rank, 4, 0))
+
+
 def test_the_job_has_the_clusters_name():
     assert (job_name({}), job_name({"SLURM_JOB_ID": ""}), job_name(SRUN)) == (None, None, "7")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -88,6 +89,25 @@ SETTINGS = {
     "trainer": {"devices": 2, "precision": "32-true"},
     "flip": True,
 }
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch, caplog):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 10)
+
+    def refused(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full, caplog.at_level("WARNING", "t2i"):
+        full.setattr(Path, "open", refused)
+        logger.log_metrics({"loss": 2.0}, 20)
+        logger.log_metrics({"loss": 3.0, "generator": 1.0}, 30)
+    (said,) = (record.message for record in caplog.records)
+    assert said.startswith(
+        f"{tmp_path}/metrics.csv is not written: No space left on device; training goes on"
+    )
+    logger.log_metrics({"loss": 4.0}, 40)
+    assert [row["loss"] for row in read(tmp_path)] == ["1.0", "2.0", "3.0", "4.0"]
 
 
 @pytest.mark.parametrize(

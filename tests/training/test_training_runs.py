@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import shutil
 import signal
@@ -54,6 +55,22 @@ def test_pictures_come_every_so_many_images_and_at_the_end(codec_run):
         with Image.open(path) as picture:
             assert picture.size == (8 * 34 - 2, 4 * 34 - 2)  # 12 held-out pictures and their reconstructions
             assert len(picture.getcolors(2**16)) > 100
+
+
+def test_a_picture_that_a_full_disk_refuses_does_not_end_the_run(
+    compose_run, train, tmp_path, monkeypatch, caplog
+):
+    def refused(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("t2i.training.callbacks.save_png", refused)
+    arguments = ("experiment=autoencoder/tiny_kl", "trainer.num_images=8", f"runs_dir={tmp_path}")
+    with caplog.at_level("WARNING", "t2i"):
+        result = train(compose_run(*arguments))
+    assert result.complete
+    assert (result.folder / run_folder.FINAL_WEIGHTS).is_file()
+    (said,) = (record.message for record in caplog.records)
+    assert said.endswith(".png is not written: No space left on device; training goes on")
 
 
 def test_tensorboard_has_the_metrics_and_the_pictures(codec_run):
