@@ -57,6 +57,8 @@ def submit(
     )
     flags = ["--config-dir", str(Path(config_dir).absolute())] if config_dir else []
     tasks = list[slurm.Task]()
+    stages = {(config.runs_dir, config.stage) for config, _, _ in runs}
+    latest = {Path(*each).absolute(): run_folder.latest_of(*each) for each in stages}
     try:
         for number, (config, _, overrides) in enumerate(runs):
             own = config.name or began
@@ -71,7 +73,7 @@ def submit(
         path, job = _submitted(text, place)
     except BaseException:  # Ctrl-C's too
         for task in () if dry_run else tasks:
-            run_folder.remove_unused(task.folder)
+            run_folder.remove_unused(task.folder, latest[task.folder.parent])
         raise
     for number, task in enumerate(tasks):
         one = f"{job}_{number}" if len(tasks) > 1 else job

@@ -102,8 +102,7 @@ def opened(
     own = not os.environ.get(RUN_FOLDER_VARIABLE) and is_first(os.environ)
     # It may be another process's, or hold what its job has to say.
     is_new = resumed is None and not (reuse and named(runs_dir, stage, name).exists())
-    link = Path(runs_dir) / stage / "latest"
-    latest = link.readlink() if link.is_symlink() else None
+    latest = latest_of(runs_dir, stage)
     folder = from_first(lambda: enter(resumed) if resumed else create(runs_dir, stage, name, reuse))
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
     try:
@@ -111,11 +110,8 @@ def opened(
             from_first(lambda: _remove_left(folder) if own else None)  # before another one writes here
             yield folder
     except BaseException:
-        if is_new and own and not _holds_results(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            link.unlink(missing_ok=True)
-            if latest is not None:
-                link.symlink_to(latest)
+        if is_new and own:
+            remove_unused(folder, latest)
         raise
     finally:
         leave()
@@ -127,13 +123,20 @@ def _remove_left(folder: Path) -> None:
         state_folder.remove(left)
 
 
-def remove_unused(folder: Path) -> None:
-    """Removes the folder of a run that was never begun; its stage's link "latest" goes with it."""
+def latest_of(runs_dir: str | Path, stage: str) -> Path | None:
+    """Where runs/<stage>/latest points."""
+    link = Path(runs_dir) / stage / "latest"
+    return link.readlink() if link.is_symlink() else None
+
+
+def remove_unused(folder: Path, latest: Path | None) -> None:
+    """Removes the folder of a run that came to nothing, and lets its stage's link point to `latest`, as before it."""
     if not _holds_results(folder):
         shutil.rmtree(folder, ignore_errors=True)
         link = folder.parent / "latest"
-        if link.is_symlink() and not link.exists():
-            link.unlink()
+        link.unlink(missing_ok=True)
+        if latest is not None:
+            link.symlink_to(latest)
 
 
 def _holds_results(folder: Path) -> bool:

@@ -119,6 +119,17 @@ def test_what_is_refused_before_anything_is_submitted(
     assert list(Path("runs/autoencoder").glob("*")) == []
 
 
+def test_a_refused_submission_leaves_the_latest_run_as_it_was(t2i, shapes_overrides, programs):
+    programs(sbatch="echo sbatch: error: no >&2; exit 1")
+    trained = Path("runs/autoencoder/trained")
+    trained.mkdir(parents=True)
+    (trained / "metrics.csv").touch()
+    Path("runs/autoencoder/latest").symlink_to("trained")
+    assert "sbatch refused" in t2i("train", "-m", *SLURM, *shapes_overrides, "seed=0,1").sentence
+    assert Path("runs/autoencoder/latest").readlink() == Path("trained")
+    assert {path.name for path in trained.parent.iterdir()} == {"trained", "latest"}
+
+
 def test_jobs_are_listed_and_cancelled(t2i, programs):
     assert "No run in runs has a job" in t2i("jobs").out
     for name, job in (("a", "7"), ("b", "8_0"), ("c", "9")):
