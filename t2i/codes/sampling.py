@@ -28,7 +28,10 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
 
 def probabilities(logits: Tensor, sampling: CodeSampling) -> Tensor:
     """(..., K) of each code, at a temperature above 0."""
-    return filtered(widened(logits) / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+    logits = widened(logits)
+    below = logits - logits.amax(-1, keepdim=True)  # divided by little, the largest stays finite
+    temperature = max(sampling.temperature, torch.finfo(below.dtype).tiny)
+    return filtered(below / temperature, sampling.top_k, sampling.top_p).softmax(-1)
 
 
 def drawn(logits: Tensor, uniform: Tensor, sampling: CodeSampling) -> Tensor:

@@ -70,6 +70,15 @@ def test_without_temperature_the_most_likely():
     assert drawn(logits, torch.tensor([0.99]), greedy).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-320])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_hardly_any_temperature_draws_the_most_likely(dtype, temperature):
+    logits = torch.tensor([[-3.0, -2.0, 90.0, 1.0], [5.0, 4.0, 3.0, -torch.inf]], dtype=dtype)
+    cold = dataclasses.replace(PLAIN, temperature=temperature)
+    assert drawn(logits, torch.tensor([0.3, 0.9]), cold).tolist() == [2, 0]
+    assert raced(logits, torch.ones(2, 4), cold).tolist() == [2, 0]
+
+
 def test_guidance_of_one_is_the_conditional(float64):
     one, other = torch.randn(2, 3, 5)
     torch.testing.assert_close(guided(one, other, 1.0), one, atol=1e-15, rtol=0)
