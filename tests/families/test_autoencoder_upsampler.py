@@ -118,3 +118,11 @@ def test_what_does_not_fit_is_said(compose_run, capsys):
         Stage(compose_run(*TINY, *LARGER, *VQ))
     with pytest.raises(ConfigError, match=r"resolution.size_px is 36; allowed: multiples of 8, the codec's"):
         Stage(compose_run(*TINY, *LARGER, "resolution.size_px=36"), first_run(compose_run))
+
+
+@pytest.mark.parametrize("trained", ["all", "decoder"])
+def test_nothing_else_goes_on_from_a_run_of_it(trained, compose_run):
+    start = checkpoint_of(Stage(compose_run(*TINY, *LARGER, *VQ), first_run(compose_run, *VQ)), "second")
+    words = f"trained is '{trained}'; allowed: upsampler with init_from=second"
+    with pytest.raises(ConfigError, match=words):
+        Stage(compose_run(*TINY, *VQ, f"trained={trained}"), start)
