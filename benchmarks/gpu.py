@@ -92,17 +92,34 @@ class Budget:
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def gpu_tests(timeout_s: float) -> dict[str, int]:
-    """Of the tests that `make test-gpu` runs, how many passed, failed and were skipped."""
+def gpu_tests(timeout_s: float, results: dict[str, Any]) -> None:
+    """Puts under "tests" how many of the tests that `make test-gpu` runs passed, failed and were skipped, also of those
+    that ended before the time was over. Raises RuntimeError where they did not all run."""
     files = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s)
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-300:]
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest: {last}")
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-    return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
+    late = False
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            state = subprocess.run(
+                command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
+            ).returncode
+        except subprocess.TimeoutExpired:
+            late, state = True, 1
+        output.seek(0)
+        said = output.read()
+    results["tests"] = counted(said)
+    if state != 0:
+        print(said, file=sys.stderr)
+    if late:
+        raise RuntimeError(f"not all had run after {timeout_s:.0f} s")
+    if state not in (0, 1):
+        raise RuntimeError(f"pytest: {said.strip()[-300:]}")
+
+
+def counted(said: str) -> dict[str, int]:
+    """How many tests ended in which way, by what `pytest -v` has written so far."""
+    words = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", said, re.MULTILINE)
+    return {word.lower(): words.count(word) for word in dict.fromkeys(words)}
 
 
 def measure(subject: Subject, budget: Budget, toy: bool, results: dict[str, Any]) -> None:
@@ -183,7 +200,7 @@ def run(budget: Budget, toy: bool) -> tuple[dict[str, Any], list[Trained]]:
     results: dict[str, Any] = {"training": [], "sampling": []}
     with budget.part("the GPU tests", 0) as go:
         if go:
-            results["tests"] = gpu_tests(min(TESTS_S, budget.left_s))
+            gpu_tests(min(TESTS_S, budget.left_s), results)
     import torch
     from gpu_sd1 import Subject, Trained
 

@@ -70,7 +70,8 @@ class Codebook(Quantizer):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, latent: Tensor, noise: Tensor | None = None, images_seen: int = 0) -> Quantized:
-        """latent: (B, D, h, w) float. Distances and averages are computed in float32 at least, autocast or not."""
+        """latent: (B, D, h, w) float. Distances and averages are computed in float32 at least, autocast or not (in
+        TF32 where a GPU trains in 32-true)."""
         batch, dim, height, width = latent.shape
         with without_autocast(latent.device):
             z = self._vectors(latent)

@@ -108,8 +108,6 @@ def set_up(config: RunConfig) -> RunConfig:
     """Joins the processes of the run and readies torch. Raises ConfigError where the machine is not as configured."""
     config = _with_processes(config, processes.join(os.environ, config.trainer.deadline_s))
     _check_devices(config)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return config
 
 
@@ -134,7 +132,15 @@ def _with_processes(config: RunConfig, rank: Rank) -> RunConfig:
 
 
 def with_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
-    """With what trainer.precision=auto means, which is said."""
+    """With what trainer.precision=auto means, which is said. A GPU computes the products of 32-true in TF32; not those
+    that bf16-mixed leaves in float32, such as the distances to codes."""
+    config = _with_chosen_precision(config, resumed)
+    if torch.cuda.is_available() and config.trainer.precision == "32-true":
+        torch.set_float32_matmul_precision("high")
+    return config
+
+
+def _with_chosen_precision(config: RunConfig, resumed: Path | None) -> RunConfig:
     if config.trainer.precision != "auto":
         return config
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()

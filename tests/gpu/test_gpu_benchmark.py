@@ -104,3 +104,12 @@ def test_a_part_that_fails_does_not_end_the_others(gpu):
     with budget.part("broken", 0.0):
         raise ValueError("no\nsuch thing")
     assert budget.left_out == ["broken: ValueError: no such thing"]
+
+
+def test_of_gpu_tests_that_take_too_long_those_that_ended_are_told(gpu):
+    said = "tests/gpu/a.py::test_a[x-1] PASSED  [ 3%]\ntests/gpu/a.py::test_b FAILED [ 6%]\ntests/gpu/a.py::test_c "
+    assert gpu.counted(said) == {"passed": 1, "failed": 1}
+    results: dict = {}
+    with pytest.raises(RuntimeError, match="not all had run after 0 s"):
+        gpu.gpu_tests(0.0, results)
+    assert results["tests"] == {}

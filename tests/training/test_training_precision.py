@@ -122,3 +122,13 @@ def test_the_perceptual_network_works_in_bf16_and_its_norms_do_not(compose_run, 
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (plain, halved)]
     distances = [[float(row["perceptual"]) for row in of_run] for of_run in rows]
     assert distances[1] == pytest.approx(distances[0], rel=0.02)
+
+
+def test_a_gpu_rounds_products_of_single_precision_alone(compose_run, monkeypatch):
+    """To TF32: not what bf16-mixed leaves in float32, such as the distances to codes."""
+    set_to: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    for precision in ("bf16-mixed", "64-true", "32-true"):
+        fit.with_precision(compose_run("stage=ldm", f"trainer.precision={precision}"), resumed=None)
+    assert set_to == ["high"]
