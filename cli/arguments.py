@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from t2i.errors import ConfigError
 from t2i.schema import check
@@ -20,6 +21,24 @@ class Launch:
     words: list[str]
     dry_run: bool
     config_dir: str | None
+
+
+class _WithDefaults(argparse.HelpFormatter):
+    """Says what is taken where a flag is not given, unless its help says that in its own words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        value = action.default
+        takes_one = isinstance(value, int | float | str) and value is not False and value != argparse.SUPPRESS
+        if not takes_one or not action.option_strings or action.help is None or "default" in action.help:
+            return action.help
+        return f"{action.help}; default: %(default)s"
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the flags of a verb."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"formatter_class": _WithDefaults} | how)
 
 
 def parse_with_overrides(

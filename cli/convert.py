@@ -7,6 +7,8 @@ from pathlib import Path
 
 from t2i.schema import check
 
+from .arguments import Parser
+
 
 def run(arguments: list[str]) -> None:
     """Parses, checks, converts under a progress bar, and says what was assumed."""
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i convert",
         description="Convert a model. In: a diffusers directory (Stable Diffusion 1 and 2, LDM text-to-image, "
         "aMUSEd), a CompVis or Stability .ckpt or .safetensors, a VQGAN or GumbelVQ of taming-transformers, a "
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("t2i", "diffusers", "compvis"),
         help="default: compvis where OUT ends in .safetensors; else t2i for foreign sources, diffusers for t2i's own",
     )
-    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written")
     made.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,

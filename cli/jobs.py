@@ -13,6 +13,7 @@ from typing import Any
 from t2i.errors import UserError
 from t2i.few import first_few
 
+from .arguments import Parser
 from .submit import JOB
 
 LONGEST_ROW = 2**16  # bytes, in metrics.csv
@@ -20,14 +21,7 @@ LONGEST_ROW = 2**16  # bytes, in metrics.csv
 
 def run(arguments: list[str]) -> None:
     """A table of the runs with a job; `t2i jobs cancel RUN ...` cancels theirs."""
-    parser = argparse.ArgumentParser(
-        prog="t2i jobs", description="Runs with a job, their states, images and last checkpoint."
-    )
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR")
-    verbs = parser.add_subparsers(dest="verb")
-    cancel = verbs.add_parser("cancel", help="cancel the jobs of runs")
-    cancel.add_argument("run", nargs="+", help="a run folder")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     from t2i.launch import queue
 
     from .console import console
@@ -75,6 +69,15 @@ def run(arguments: list[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         console.print("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(prog="t2i jobs", description="Runs with a job, their states, images and last checkpoint.")
+    made.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs are")
+    verbs = made.add_subparsers(dest="verb")
+    cancel = verbs.add_parser("cancel", help="cancel the jobs of runs")
+    cancel.add_argument("run", nargs="+", help="a run folder")
+    return made
 
 
 def _job(folder: Path) -> dict[str, Any] | None:

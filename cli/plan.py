@@ -12,7 +12,7 @@ from t2i.errors import UserError
 from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.schema import MISSING
 
-from .arguments import parse_with_overrides
+from .arguments import Parser, parse_with_overrides
 from .composition import composed_run
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run(arguments: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags: what neither the experiment nor the cluster says."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i plan",
         description="Parameters, FLOPs, memory, time and money of a run, without running it.",
         epilog="Trailing key=value are those of `t2i train`, with cluster=NAME and cluster.KEY=VALUE.",

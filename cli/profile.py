@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i.schema import check
 
-from .arguments import parse_with_overrides
+from .arguments import Parser, parse_with_overrides
 
 MAX_STEPS = 1000  # whose operations are all kept in memory
 
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags beside those of `t2i train`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i profile",
         usage="t2i profile stage=NAME [--steps N] [--out DIR] [group=choice ...] [key=value ...]",
         description="Where the time of a train step goes: data, copy, forward, backward, optimizer, communication and "

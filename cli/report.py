@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.schema import check
 
+from .arguments import Parser
 from .newest import newest_that_draws
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i report",
         description="What runs draw for held-out prompts, how often that is right, and how they compare.",
     )

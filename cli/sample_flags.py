@@ -16,7 +16,7 @@ from t2i.generation.prompts import MAX_PX, MAX_SEED, Line
 from t2i.schema import MAX_NUMBER, check_number, is_unicode
 
 from . import sample_edit, sample_video
-from .arguments import add_launch
+from .arguments import Parser, add_launch
 
 NUM_IMAGES = 4
 LAYOUTS = ("geneval", "parti")
@@ -146,7 +146,7 @@ def _entry(recipe: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The flags. What is not given is taken from the recipe, and else from the checkpoint's own configuration."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i sample",
         description="Draw pictures for prompts. What lies in --out under the same recipe is not drawn again; under "
         "torchrun or srun each process draws its own share.",

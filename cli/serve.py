@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from t2i.errors import UserError
 from t2i.schema import check
 
-from .arguments import parse_with_overrides
+from .arguments import Parser, parse_with_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i serve",
         description="A page and an HTTP API that draw with a trained model.",
         epilog="Trailing key=value change the run's config.",
@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--host", default="127.0.0.1", help="default: 127.0.0.1, which this machine alone reaches"
     )
-    made.add_argument("--port", type=int, default=7860)
+    made.add_argument("--port", type=int, default=7860, help="0 takes any that is free")
     made.add_argument("--token", help="who asks has to bring it; made up where --host is reached by others")
     made.add_argument(
         "--batch-size", type=int, default=1, help="pictures drawn at a time, which show together"

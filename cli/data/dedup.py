@@ -9,6 +9,7 @@ from pathlib import Path
 from t2i.errors import DataError
 from t2i.schema import check_number
 
+from ..arguments import Parser
 from ..console import console, part_of
 from .filter import repack_with_bar, selection_path
 
@@ -73,22 +74,21 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i data dedup",
         description="Finds pictures that are there more than once and keeps of each the one with the largest original.",
     )
     made.add_argument("shards", nargs="+", help="shards or selections (.arrow); braces")
     made.add_argument("out", help="a selection kept.arrow, or a folder for shards of their own")
-    made.add_argument("--distance", type=int, default=4, help="bits of 64 in which hashes may differ; 4")
+    made.add_argument("--distance", type=int, default=4, help="bits of 64 in which hashes may differ")
     made.add_argument(
         "--tolerance",
         type=int,
         default=24,
-        help="of 255, by which values of 8 x 8 thumbnails may differ; 24. 255: the hash alone decides, which sees no "
-        "colours",
+        help="of 255, by which values of 8 x 8 thumbnails may differ; 255: the hash alone decides, without colours",
     )
     made.add_argument("--hash", default="phash", help="phash or dhash, of the package imagehash")
     made.add_argument("--report", metavar="FILE.json", help="default: beside OUT; a .png lies beside it")
-    made.add_argument("--workers", type=int, help="processes that hash; one for each core")
+    made.add_argument("--workers", type=int, help="processes that hash; default: one for each core")
     made.add_argument("--samples-per-shard", type=int, default=1000, help="where OUT is a folder")
     return made

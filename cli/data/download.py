@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..arguments import Parser
 from ..console import console, part_of
 
 
@@ -79,22 +80,16 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="t2i data download", description="URLs to shards, in the layout of img2dataset."
-    )
+    made = Parser(prog="t2i data download", description="URLs to shards, in the layout of img2dataset.")
     made.add_argument("table", help=".parquet, .csv, .tsv or .jsonl; several by braces or *; a path or a URL")
     made.add_argument("out", help="folder for the shards; those that are there already are not fetched again")
-    made.add_argument("--url-column", default="url", help="in any case (default: url)")
+    made.add_argument("--url-column", default="url", help="in any case")
     made.add_argument("--caption-column", help="in any case (default: caption, or else text)")
     made.add_argument("--samples-per-shard", type=int, default=1000, help="rows, those that fail included")
-    made.add_argument("--connections", type=int, default=256, help="requests at the same time (default: 256)")
-    made.add_argument(
-        "--timeout-s", type=float, default=10, help="for one picture, all retries included (default: 10)"
-    )
-    made.add_argument("--max-mib", type=float, default=20, help="of one picture (default: 20)")
-    made.add_argument(
-        "--retries", type=int, default=2, help="after connection errors, 429 and 5xx (default: 2)"
-    )
+    made.add_argument("--connections", type=int, default=256, help="requests at the same time")
+    made.add_argument("--timeout-s", type=float, default=10, help="for one picture, all retries included")
+    made.add_argument("--max-mib", type=float, default=20, help="of one picture")
+    made.add_argument("--retries", type=int, default=2, help="after connection errors, 429 and 5xx")
     made.add_argument(
         "--allow-private-addresses",
         action="store_true",

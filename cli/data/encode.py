@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i.schema import check, check_number
 
-from ..arguments import parse_with_overrides
+from ..arguments import Parser, parse_with_overrides
 from ..console import console, say_what_is_logged
 
 
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i data encode",
         description="What the training command would compute by frozen weights (latents, text features), ahead of it. "
         "Give the key=value arguments of the training command; under torchrun or srun each process takes its own "

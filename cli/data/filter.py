@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from t2i.errors import ConfigError, DataError
 
+from ..arguments import Parser
 from ..console import console
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _print(report: Report) -> None:
 def parser() -> argparse.ArgumentParser:
     from t2i_pipelines.filtering.presets import PRESETS, QUANTITIES
 
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i data filter",
         description="Keeps what rules over the metadata say, in this order: the preset, the bounds, --where. A sample "
         "whose value a rule needs but does not find (NULL, NaN) is removed, and counted apart.",
@@ -127,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--preset", help=f"a published recipe: {', '.join(PRESETS)}")
     for quantity, (_, text) in QUANTITIES.items():
         made.add_argument(f"--min-{quantity}", type=float, metavar="X", help=text)
-        made.add_argument(f"--max-{quantity}", type=float, metavar="X")
+        made.add_argument(f"--max-{quantity}", type=float, metavar="X", help="likewise")
     made.add_argument("--language", metavar="CODES", help="one or several of: en,de,...")
     made.add_argument(
         "--where",

@@ -9,6 +9,7 @@ from pathlib import Path
 from t2i.few import first_few
 from t2i.schema import check_number
 
+from ..arguments import Parser
 from ..console import console, part_of
 
 
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="t2i data index", description="Index shards.")
+    made = Parser(prog="t2i data index", description="Index shards.")
     made.add_argument("shards", nargs="+", help="paths or URLs, with braces")
     made.add_argument(
         "--out", help="folder for the indexes, where the shards are remote; upload it beside them"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from t2i.few import first_few
 from t2i.schema import check
 
-from ..arguments import taken_out
+from ..arguments import Parser, taken_out
 from ..console import console, part_of
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _bars(counts: dict[Any, int]) -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="t2i data inspect", description="What is in shards.")
+    made = Parser(prog="t2i data inspect", description="What is in shards.")
     made.add_argument("shards", nargs="+", help="paths or URLs, braces allowed: data/{00000..00009}.tar")
     made.add_argument("--sheet", help="PNG with some samples and their captions")
     made.add_argument("--samples", type=int, default=64, help="on the sheet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..arguments import Parser
 from ..console import console
 from ..embedded import SHAPES_SIZE_PX, make
 
@@ -15,7 +16,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="t2i data make", description="Make an embedded source.")
+    made = Parser(prog="t2i data make", description="Make an embedded source.")
     made.add_argument("source", choices=["emoji", "shapes"])
     made.add_argument("--size-px", type=int, default=SHAPES_SIZE_PX, help="side of the pictures; shapes only")
     return made

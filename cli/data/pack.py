@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..arguments import Parser
 from ..console import console
 
 
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="t2i data pack", description="Pictures to shards.")
+    made = Parser(prog="t2i data pack", description="Pictures to shards.")
     made.add_argument(
         "source", help="folder with a .txt beside each picture, or a .parquet, .csv, .tsv or .jsonl"
     )
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="encode pictures of other formats anew: png and webp without loss, jpg at quality 95, upright, on white, "
         "in sRGB (default: jpg, png and webp keep their bytes, others become png)",
     )
-    made.add_argument("--samples-per-shard", type=int, default=1000)
+    made.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
     made.add_argument("--path-column", default="path", help="of a table; counted from its folder")
     made.add_argument("--caption-column", default="caption", help="of a table")
     return made

@@ -10,6 +10,7 @@ from pathlib import Path
 from t2i.few import first_few
 from t2i.schema import check_number
 
+from ..arguments import Parser
 from ..console import console, is_first_process, part_of
 
 
@@ -80,7 +81,7 @@ def _say(line: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i data score",
         description="Scores from local weights, into 00000.scores.parquet beside each shard.",
     )
@@ -102,5 +103,5 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--watermark", type=Path, help="watermark_model_v1.pt; needs no --clip")
     made.add_argument("--similarity", action="store_true", help="of picture and caption, by --clip")
     made.add_argument("--out", type=Path, help="folder for the scores; without it, beside each shard")
-    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--batch-size", type=int, default=64, help="pictures at a time")
     return made

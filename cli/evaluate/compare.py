@@ -9,6 +9,7 @@ from pathlib import Path
 from t2i.errors import UserError
 from t2i.schema import check
 
+from ..arguments import Parser
 from .options import add_measures, check_file, check_numbers, extractors_of, write_json
 from .runs import add_prompts, check_measured, check_places, check_prompts, config_of, measure_generator
 
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i evaluate compare",
         description="Runs of any families in one table, all with the first one's prompts, seeds and reference.",
     )

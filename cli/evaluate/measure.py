@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from t2i.schema import check
 
+from ..arguments import Parser
 from .options import (
     add_measures,
     bar,
@@ -124,7 +125,7 @@ def measure_folder(place: str, options: argparse.Namespace, extractors: Sequence
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i evaluate",
         description="FID, KID, CMMD, precision, recall, density and coverage of pictures, their CLIP score, and of a "
         "run how often they show what was asked; of a codec rFID, PSNR, SSIM, LPIPS and the use of its codes.",

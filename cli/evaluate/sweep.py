@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from t2i.errors import ConfigError, UserError
 from t2i.schema import check
 
-from ..arguments import add_launch, launch_of
+from ..arguments import Parser, add_launch, launch_of
 from ..submit import submit_shared
 from .options import add_measures, check_file, check_numbers, extractors_of
 from .runs import (
@@ -180,7 +180,7 @@ def files_of(weights: Path) -> list[Path]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="t2i evaluate sweep",
         description="All combinations of runs or checkpoints and of options of sampling, on one plot: sweep.csv, "
         "sweep.png, and encoders.png where the runs' text encoders differ. What is there is not measured again; under "

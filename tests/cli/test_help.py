@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -106,3 +108,28 @@ def test_a_traceback_is_shown_where_it_is_asked_for(t2i, monkeypatch):
     monkeypatch.setenv("T2I_TRACEBACK", "1")
     with pytest.raises(UserError):
         t2i("sample", "--prompt", "a", "nonsense")
+
+
+MODULES = (
+    *("convert", "jobs", "plan", "profile", "report", "sample_flags", "serve"),
+    *("evaluate.compare", "evaluate.measure", "evaluate.sweep"),
+    *(
+        f"data.{job}"
+        for job in ("dedup", "download", "encode", "filter", "index", "inspect", "make", "pack", "score")
+    ),
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_says_of_each_flag_what_it_is_and_what_is_taken_without_it(module):
+    parser = importlib.import_module(f"t2i_cli.{module}").parser()
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.option_strings:
+            said = formatter._expand_help(action) if action.help else ""
+            assert said, action.option_strings
+            value = action.default
+            has_one = (
+                isinstance(value, int | float | str) and value is not False and value != argparse.SUPPRESS
+            )
+            assert not has_one or "default" in said, said
