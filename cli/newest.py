@@ -17,7 +17,7 @@ def newest_that_draws(runs_dir: str) -> Path:
     stages = families.stages_with("generator")
     newest, passed_over = run_folder.newest_finished(runs_dir, stages)
     if newest is None:
-        folders = " and ".join(f"{runs_dir}/{stage}" for stage in stages)
+        folders = ", ".join(f"{runs_dir}/{stage}" for stage in stages)
         raise UserError(f"There is no trained run in {folders}: train one, or name one by --checkpoint.")
     for run in passed_over:
         console.print(f"Passed over {run}, which did not come to its end: --checkpoint {run} takes it.")
