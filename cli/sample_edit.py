@@ -52,7 +52,10 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         help="of the size of --image: white where it is drawn anew; the rest, black or transparent, stays",
     )
     made.add_argument(
-        "--extend", metavar="SIDE=PX,...", help="draw around --image, as left=128,top=64; it keeps its size"
+        "--extend",
+        metavar="SIDE=PX,...",
+        help="draw around --image, as left=128,top=64; it keeps its size, or "
+        "is cut so that --height and --width are those of the whole",
     )
     made.add_argument(
         "--invert",

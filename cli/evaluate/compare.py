@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
         try:
             measured.append(measure_generator(place, options, extractors, (), configs[0]))
         except UserError as error:
-            failed.append(f"{place}: {error}")
+            failed.append((place, str(error)))
     if not measured:
         check_measured(failed, len(failed), "runs")
     runs = [(each.about, each.figures) for each in measured]

@@ -78,10 +78,15 @@ def check_places(key: str, places: Sequence[str], allowed: str) -> None:
         check(place != "" and Path(place).exists(), key, place, allowed)
 
 
-def check_measured(failed: Sequence[str], count: int, what: str) -> None:
-    """Raises UserError where of so many runs or points some could not be measured. failed: which, and why"""
+def check_measured(failed: Sequence[tuple[str, str]], count: int, what: str) -> None:
+    """Raises UserError where of so many runs or points some could not be measured. failed: which, and why; a reason
+    that many have is said once"""
     if failed:
-        raise UserError(f"{len(failed)} of {count} {what} are not measured: {' '.join(first_few(failed))}")
+        of_reason: dict[str, list[str]] = {}
+        for which, reason in failed:
+            of_reason.setdefault(reason, []).append(which)
+        said = [f"{', '.join(first_few(names))}: {reason}" for reason, names in of_reason.items()]
+        raise UserError(f"{len(failed)} of {count} {what} are not measured: {' '.join(first_few(said))}")
 
 
 def prompts_of(options: argparse.Namespace, config: dict[str, Any]) -> list[Prompt]:

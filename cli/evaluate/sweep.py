@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> None:
         try:
             measured = measure_generator(place, options, extractors, overrides_of(chosen.items()), protocol)
         except UserError as error:
-            failed.append(f"{said}: {error}")
+            failed.append((said, str(error)))
             continue
         point = Point(place, chosen, measured.about, measured.figures)
         point.write(file)

@@ -60,7 +60,7 @@ def place_of(path: Path, known_by: str, is_fixed: bool, is_taken: bool = False) 
     own = [place for place in free if place != path or not is_taken]
     if not own:
         raise UserError(
-            f"{path} is there and is not the picture that this recipe makes; allowed: another --out, or without it."
+            f"{path} is there and is not the picture that this recipe makes; allowed: an --out without that file."
         )
     return own[0], False
 

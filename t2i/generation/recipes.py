@@ -134,7 +134,7 @@ def read(path: Path) -> list[Recipe]:
     """The recipes of the pictures in a file that `t2i sample` wrote, in their order. Raises UserError where there is no
     such file or recipe; nothing else about them is checked."""
     if not path.is_file():
-        raise UserError(f"--recipe is {str(path)!r}; allowed: a picture that t2i sample wrote.")
+        raise UserError(f"--recipe is {str(path)!r}; allowed: a file that exists.")
     found = found_in(path)
     if found is None:
         raise UserError(

@@ -161,7 +161,7 @@ class Fields:
             "width": None if extend else width,
             "image": image,
             "mask": mask,
-            "strength": strength,
+            "strength": strength if image else None,
             "extend": extend,
             "tile": tile,
             "sampling": sampling,

@@ -88,7 +88,7 @@ class Wanted:
         check(0 <= self.seed <= last, "seed", self.seed, f"0 to {last}")
         ok = self.strength is None or 0 < self.strength <= 1
         check(ok, "strength", self.strength, "above 0, at most 1")
-        for key, given in (("mask", self.mask), ("extend", self.extend)):
+        for key, given in (("mask", self.mask), ("extend", self.extend), ("strength", self.strength)):
             check(not given or self.image is not None, key, "given", "only with image")
         for side, pixels in self.extend.items():
             check(side in SIDES, "extend", side, ", ".join(SIDES))

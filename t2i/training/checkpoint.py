@@ -87,10 +87,9 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, pr
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - chosen.keys()), sorted(chosen.keys() - own.keys())
     if missing or unknown:
-        raise CheckpointError(
-            f"{source} does not fit the model: {len(missing)} weights are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown {unknown[:3]}."
-        )
+        counts = ((len(missing), "missing", missing), (len(unknown), "unknown", unknown))
+        said = [f"{n:,} weights are {kind} ({', '.join(names[:3])})" for n, kind, names in counts if n]
+        raise CheckpointError(f"{source} does not fit the model: {', '.join(said)}.")
     for name, value in chosen.items():
         if own[name].shape != value.shape:
             raise CheckpointError(

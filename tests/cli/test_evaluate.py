@@ -271,6 +271,14 @@ def test_what_cannot_be_measured_is_said_and_the_others_are(t2i, runs, plain_fea
         assert len(Path("table/sweep.csv").read_text().splitlines()) == 3
 
 
+def test_a_reason_that_all_points_have_is_said_once(t2i, runs, plain_features):
+    done = t2i("evaluate", "sweep", str(runs["draws"]), "noise_scale=1,2", "--count", "5")
+    assert "2 of 2 points are not measured: " in done.sentence
+    assert "noise_scale=1" in done.sentence
+    assert "noise_scale=2" in done.sentence
+    assert done.sentence.count("--force") == 1
+
+
 def test_a_sweep_is_a_job_of_slurm(t2i):
     Path("run").mkdir()
     words = ("evaluate", "sweep", "run", "steps=1,2", "--count", "8", "cluster=a100x64", "launch=slurm")

@@ -88,6 +88,8 @@ def test_what_does_not_fit_is_said(compose_run):
     for other in ("codec.num_codes=32", "backbone.num_res_blocks=2"):
         with pytest.raises(CheckpointError, match="first does not fit the model"):
             Stage(compose_run(*TINY, *VQ, "trained=decoder", other), start)
+    with pytest.raises(ConfigError, match=r"codec is 'kl'; allowed: vq with init_from=.*first"):
+        Stage(compose_run(*TINY, "trained=decoder"), start)
     for other in ("codec.normalize=true", "backbone.unit_range=true"):
         with pytest.raises(
             ConfigError, match=r"is True; allowed: False with trained=decoder, as first has it"

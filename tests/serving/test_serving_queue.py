@@ -160,6 +160,7 @@ PICTURE = "iVBORw0KGgo="
         ({"height": 2048}, "height is 2048; allowed: 1 to 1024."),
         ({"width": 0}, "width is 0; allowed: 1 to 1024."),
         ({"strength": 0.0}, "strength is 0.0; allowed: above 0, at most 1."),
+        ({"strength": 0.5}, "strength is 'given'; allowed: only with image."),
         ({"sampling": {"steps": 1001}}, "sampling.steps is 1001; allowed: at most 1000."),
         ({"sampling": {"steps": "many"}}, "sampling.steps is 'many'; allowed: a whole number."),
         ({"sampling": {"stepz": 3}}, "sampling.stepz is not a known key; did you mean sampling.steps?"),

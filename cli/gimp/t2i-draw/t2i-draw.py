@@ -52,7 +52,7 @@ class Draw(Gimp.PlugIn):
             dialog.destroy()
             if not wanted:
                 return procedure.new_return_values(Gimp.PDBStatusType.CANCEL, GLib.Error())
-        keys = ("prompt", "negative-prompt", "seed", "strength")
+        keys = ("prompt", "negative-prompt", "seed")
         body = {key.replace("-", "_"): config.get_property(key) for key in keys}
         client = Client(config.get_property("address"), config.get_property("token"))
         Gimp.progress_init("Drawing with t2i")
@@ -62,6 +62,7 @@ class Draw(Gimp.PlugIn):
                 body["width"], body["height"] = size
                 start = mask = None
                 if config.get_property("start"):
+                    body["strength"] = config.get_property("strength")
                     start = exported(image, drawables[0], size, Path(folder) / "start.png")
                     if not Gimp.Selection.is_empty(image):
                         mask = exported(image, image.get_selection(), size, Path(folder) / "mask.png")

@@ -39,6 +39,13 @@ def load_for_part(codec: Codec, start: LoadedCheckpoint) -> None:
     load_into(codec, {**own, **fitting}, start.path)
 
 
+def check_same_kind(config: Config, start: LoadedCheckpoint) -> None:
+    """Raises ConfigError where `start` is another kind of codec or network, so that no weights could fit."""
+    for entry in ("codec", "backbone"):
+        own, wanted = getattr(config, entry).name, start.config.get(entry, {}).get("name")
+        check(wanted in (None, own), entry, own, f"{wanted} with init_from={start.path}, which has it")
+
+
 def check_encodes_alike(config: Config, start: LoadedCheckpoint) -> None:
     """Raises ConfigError where pictures would become other codes or latents than those of `start`, whose
     weights fit."""

@@ -14,7 +14,7 @@ from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
 from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
-from t2i.families.autoencoder.part_start import check_encodes_alike, load_for_part
+from t2i.families.autoencoder.part_start import check_encodes_alike, check_same_kind, load_for_part
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
 from t2i.nn.perceptual import build_perceptual
@@ -39,6 +39,8 @@ class Stage(BaseStage):
             "false with adversarial.r1_weight above 0: torch does not differentiate compiled blocks twice"
         )
         check(not (config.trainer.compile and twice), "trainer.compile", True, allowed)
+        if start is not None:
+            check_same_kind(model, start)
         self.codec = build_codec(model)
         if start is not None and self.codec.upsampler is None:
             enlarges = any(name.startswith("codec.upsampler.") for name in start.weights)
