@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from t2i import families
+
 if TYPE_CHECKING:
     from t2i.config import RunConfig
     from t2i.planning.model import Part
@@ -145,8 +147,11 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
         ),
         ("checkpoint", f"{files.training / GIGA:.2f} GB"),
         ("weights", f"{files.weights / GIGA:.2f} GB (model.safetensors)"),
-        ("export", f"{files.export / GIGA:.2f} GB (averaged weights and frozen encoders, float32)"),
     ]
+    if families.get(config.family).formats is not None:
+        averaged = "" if config.ema is None else "averaged "
+        what = f"{averaged}weights and frozen encoders, float32"
+        rows.append(("export", f"{files.export / GIGA:.2f} GB ({what})"))
     return table(("The run", ""), rows, right=False)
 
 

@@ -110,6 +110,12 @@ def test_a_whole_plan(t2i):
     assert list(Path().iterdir()) == []
 
 
+def test_a_family_without_a_foreign_form_has_no_export(t2i):
+    result = t2i("plan", "stage=ar", "text=learned", "cluster=h100x8")
+    assert (result.code, result.err) == (0, "")
+    assert "export" not in result.out
+
+
 def test_a_cluster_says_of_slurm_what_it_wants(t2i):
     """The other keys of slurm: have defaults, as with launch=slurm."""
     result = t2i(*TINY, "cluster=a100x8", "+cluster.slurm.account=lab", "launch=local")
