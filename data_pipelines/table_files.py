@@ -203,13 +203,15 @@ class TableFile:
         return bool(bad) and self._quoted_rows() + 1 >= good
 
     def _is_well_quoted(self) -> bool:
-        csv.field_size_limit(CSV_BLOCK_BYTES)
-        with self.path.open(encoding=self._encoding(), errors="replace", newline="") as file:
-            try:
+        limit = csv.field_size_limit(CSV_BLOCK_BYTES)  # that of the whole process
+        try:
+            with self.path.open(encoding=self._encoding(), errors="replace", newline="") as file:
                 for _ in csv.reader(file, delimiter=self._separator, strict=True):
                     pass
-            except csv.Error:
-                return False
+        except csv.Error:
+            return False
+        finally:
+            csv.field_size_limit(limit)
         return True
 
     def _quoted_rows(self) -> int:
