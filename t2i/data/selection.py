@@ -67,6 +67,8 @@ def _read(url: str, pipes: Collection[str]) -> list[Listed]:
     if not sources.is_local(url):
         raise DataError(f"{url} is a selection, which has to be local; copy it here first.")
     path = sources.local_path(url)
+    if not os.path.exists(path):
+        raise DataError(f"{url} does not exist.")
     try:
         table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
         table.validate()

@@ -123,12 +123,15 @@ def _transformers(folder: Path, device: torch.device, with_text: bool) -> Clip:
     from open_clip.transform import image_transform_v2
     from transformers import CLIPModel, CLIPTokenizer
 
+    from t2i.text.pretrained import quiet
+
     described = json.loads((folder / "config.json").read_text())
     if described.get("model_type") != "clip":
         raise CheckpointError(f"{folder} holds a {described.get('model_type')!r} model; allowed: 'clip'.")
-    loaded: Any = CLIPModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
+    with quiet():
+        loaded: Any = CLIPModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} is not a whole CLIP: it lacks {missing[0]}.")

@@ -123,8 +123,11 @@ def _dinov2(place: str, resize: ResizeName, device: torch.device) -> Extractor:
     """The normalised state of the class token, as in Stein et al., 2306.04675."""
     from transformers import Dinov2Model
 
+    from t2i.text.pretrained import quiet
+
     try:
-        loaded: Any = Dinov2Model.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        with quiet():
+            loaded: Any = Dinov2Model.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever the reader of a folder raises
         raise CheckpointError(
             f"--features dinov2={place} cannot be loaded ({reason_of(error)}); {GET['dinov2']}"

@@ -54,7 +54,7 @@ def _is_local(model: str | None, allow_download: bool) -> bool:
 def _loading(model: str | None, name: str) -> Iterator[None]:
     assert model is not None  # TextConfig holds it
     try:
-        with _quiet():
+        with quiet():
             yield
     except Exception as error:  # damaged files lead the readers astray in every way there is
         if Path(model).is_dir():
@@ -84,7 +84,7 @@ def tokenize(tokenizer: Any, captions: list[str], max_tokens: int) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar and table of keys; what matters of that table is checked."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -107,7 +107,7 @@ def test_weights_of_another_network_are_one_sentence(tmp_path):
         load(f"inception={tmp_path}/other.pth", "clean", CPU)
 
 
-def test_dinov2_features_are_those_of_its_class_token(tmp_path):
+def test_dinov2_features_are_those_of_its_class_token(tmp_path, capfd):
     config = Dinov2Config(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
     )
@@ -124,7 +124,9 @@ def test_dinov2_features_are_those_of_its_class_token(tmp_path):
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     with torch.inference_mode():
         states = network(processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state
+    capfd.readouterr()
     extractor = load(f"dinov2={tmp_path}", "clean", CPU)
+    assert capfd.readouterr().err == ""  # no progress bar of transformers
     assert extractor.width == 24
     torch.testing.assert_close(extractor(pictures), states[:, 0], rtol=1e-4, atol=1e-4)
 

@@ -142,3 +142,8 @@ def test_repacked(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     with pytest.raises(DataError, match="holds another selection's samples"):
         repack(kept, tmp_path / "out", 2, done.append)
+
+
+def test_a_selection_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(DataError, match=r"none\.arrow does not exist\.$"):
+        listed([str(tmp_path / "none.arrow")])
