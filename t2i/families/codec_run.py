@@ -160,13 +160,14 @@ def codec_config(found: LoadedCheckpoint) -> dict[str, Any]:
 
 
 def newest_codec(runs_dir: str, part: str) -> tuple[Path | None, list[Path]]:
-    """As `run_folder.newest_finished`, of the runs that have a "codec" or a "token_codec"."""
-    fits = _gives_tokens if part == "token_codec" else lambda folder: True
+    """As `run_folder.newest_finished`, of the runs that have a "codec" or a "token_codec". Not of those that make the
+    pictures of another larger: what is trained at the size of that one would have fewer codes or latents."""
+
+    def fits(folder: Path) -> bool:
+        try:
+            config = run_folder.read_config(folder)
+        except CheckpointError:
+            return False
+        return config.get("trained") != "upsampler" and (part != "token_codec" or has_tokens(config))
+
     return run_folder.newest_finished(runs_dir, families.stages_with(part), fits)
-
-
-def _gives_tokens(folder: Path) -> bool:
-    try:
-        return has_tokens(run_folder.read_config(folder))
-    except CheckpointError:
-        return False

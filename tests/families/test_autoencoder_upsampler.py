@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,16 @@ from codec_parts import (
     steps,
 )
 
+from t2i.config import run_to_dict
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.config import UpsamplerConfig
 from t2i.families.autoencoder.stage import Stage
 from t2i.families.autoencoder.upsampler import Upsampler
+from t2i.families.codec_run import newest_codec
 from t2i.families.tokens import coding_hash
 from t2i.interfaces import SampleRequest
 from t2i.nn.resize import smaller
+from t2i.training.run_folder import FINAL_WEIGHTS, write_config
 from t2i_cli.generators import load as load_to_draw
 
 CODECS = {"vq": VQ, "kl": ("codec=kl",)}
@@ -93,6 +98,17 @@ def test_what_was_trained_on_the_codes_draws_larger(compose_run, tmp_path):
     assert torch.equal(codes[0][0], codes[1][0])
     expected = stage.codec.eval().decode_tokens(codes[0][0]).clamp(-1, 1)
     torch.testing.assert_close(drawn[1], expected)
+
+
+def test_the_newest_codec_is_one_without(compose_run, tmp_path):
+    for number, (name, typed) in enumerate({"codec": VQ, "larger": (*VQ, *LARGER)}.items()):
+        folder = tmp_path / "autoencoder" / name
+        folder.mkdir(parents=True)
+        write_config(folder, run_to_dict(compose_run(*TINY, *typed)))
+        (folder / FINAL_WEIGHTS).touch()
+        os.utime(folder / FINAL_WEIGHTS, (number, number))
+    for part in ("codec", "token_codec"):
+        assert newest_codec(str(tmp_path), part) == (tmp_path / "autoencoder" / "codec", [])
 
 
 def test_what_does_not_fit_is_said(compose_run, capsys):
