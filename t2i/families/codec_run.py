@@ -167,7 +167,7 @@ def newest_codec(runs_dir: str, part: str) -> tuple[Path | None, list[Path]]:
         try:
             config = run_folder.read_config(folder)
         except CheckpointError:
-            return False
+            return part == "codec"  # whose weights may be there all the same
         return config.get("trained") != "upsampler" and (part != "token_codec" or has_tokens(config))
 
     return run_folder.newest_finished(runs_dir, families.stages_with(part), fits)
