@@ -214,13 +214,17 @@ def test_sixteen_pictures_are_learned_by_heart(transformer):
     ]
     codes = torch.randint(5, (16, 4, 4))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(600):
+    steps = 1500
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         hidden = random_mask(torch.rand(16), torch.rand(16, 16)).view(16, 4, 4)
         loss = model.loss(codes, hidden, model.text(prompts)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     everything = torch.ones(16, 4, 4, dtype=torch.bool)
     assert model.eval().loss(codes, everything, model.text(prompts)).mean() < 0.05
     request = SampleRequest.of_size(prompts, 32)
-    assert torch.equal(model.codec.tokens(model.generate(request, SAMPLING)), codes)
+    likely = dataclasses.replace(SAMPLING, top_k=1)
+    assert torch.equal(model.codec.tokens(model.generate(request, likely)), codes)
