@@ -10,8 +10,6 @@ from t2i.families.autoencoder.model import AttentionBlock, ResnetBlock
 from t2i.nn.residual import zero_init
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
 
-# The weights that learn.
-LEARNS = {"decoder": ("decoder.", "post_quant_conv."), "upsampler": ("upsampler.",)}
 # By which the same weights give other codes or latents.
 ENCODING = (("codec", "normalize"), ("codec", "levels"), ("backbone", "unit_range"), ("backbone", "encoder"))
 
@@ -20,7 +18,8 @@ def load_for_part(codec: Codec, start: LoadedCheckpoint) -> None:
     """Copies into `codec` all that stays as it is, and of what learns the weights that are there in its shape. Blocks
     that a deeper decoder has beside add nothing at first; what is wider begins anew. Raises CheckpointError where what
     stays does not fit."""
-    learns = LEARNS[codec.learning]
+    frozen = set(codec.frozen())
+    learns = tuple(f"{name}." for name, part in codec.named_children() if part not in frozen)
     given = {
         name.removeprefix("codec."): value
         for name, value in start.weights.items()
@@ -40,10 +39,14 @@ def load_for_part(codec: Codec, start: LoadedCheckpoint) -> None:
 
 
 def check_same_kind(config: Config, start: LoadedCheckpoint) -> None:
-    """Raises ConfigError where `start` is another kind of codec or network, so that no weights could fit."""
+    """Raises ConfigError where `start` is another kind of codec or network, so that no weights could fit, or has an
+    upsampler that this one has not."""
     for entry in ("codec", "backbone"):
         own, wanted = getattr(config, entry).name, start.config.get(entry, {}).get("name")
         check(wanted in (None, own), entry, own, f"{wanted} with init_from={start.path}, which has it")
+    enlarges = any(name.startswith("codec.upsampler.") for name in start.weights)
+    allowed = f"upsampler with init_from={start.path}, which has one, or init_from: its codec before"
+    check(config.trained == "upsampler" or not enlarges, "trained", config.trained, allowed)
 
 
 def check_encodes_alike(config: Config, start: LoadedCheckpoint) -> None:

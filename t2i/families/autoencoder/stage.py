@@ -42,10 +42,6 @@ class Stage(BaseStage):
         if start is not None:
             check_same_kind(model, start)
         self.codec = build_codec(model)
-        if start is not None and self.codec.upsampler is None:
-            enlarges = any(name.startswith("codec.upsampler.") for name in start.weights)
-            allowed = f"upsampler with init_from={start.path}, which has one, or init_from: its codec before"
-            check(not enlarges, "trained", model.trained, allowed)
         if model.trained != "all":
             check(start is not None, "trained", model.trained, "all without init_from=RUN, a run of a codec")
             assert start is not None
