@@ -37,8 +37,13 @@ def run(arguments: list[str]) -> None:
         for run, job in asked.items():
             assert job is not None
             try:
-                queue.cancel(job["job"])
-                console.print(f"Job {job['job']} of {run} is cancelled.")
+                state = queue.states([job["job"]]).get(job["job"], "")
+                if queue.has_ended(state):
+                    what = f"has ended before: {state}"
+                else:
+                    queue.cancel(job["job"])
+                    what = "is cancelled"
+                console.print(f"Job {job['job']} of {run} {what}.")
             except UserError as error:
                 failed.append(f"job {job['job']} of {run}: {error}")
         if failed:

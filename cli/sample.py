@@ -17,8 +17,8 @@ from t2i.launch.ranks import rank_of
 
 from . import sample_edit, sample_video
 from .arguments import launch_of, parse_with_overrides
-from .generators import Loaded, device_named, load, weights_path
-from .sample_flags import check_flags, filled, parser, sampling_flags, take_recipes
+from .generators import CODEC, Loaded, device_named, load, weights_path
+from .sample_flags import as_overrides, check_flags, filled, parser, take_recipes
 from .submit import submit_shared
 
 if TYPE_CHECKING:
@@ -68,13 +68,16 @@ def run(arguments: list[str]) -> None:
     path = weights_path(options.checkpoint, options.runs_dir)
     folder = Path(options.out)
     check_folder(folder)
-    loaded = load(path, device, [*sampling_flags(options), *overrides], options.precision)
+    changes = [*as_overrides(options), *overrides]
+    loaded = load(path, device, changes, options.precision)
     generator = loaded.generator
     recipe: dict[str, Any] = {
         "checkpoint": str(path),
         "weights": loaded.weights,
         "precision": generator.precision,
     }
+    if any(CODEC.match(each) for each in changes):
+        recipe["codec"] = loaded.config["builds_on"]["codec"]
     say_what_differs(options, recipe)
     if options.compile:
         generator.compile()

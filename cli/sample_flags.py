@@ -17,6 +17,7 @@ from t2i.schema import MAX_NUMBER, check_number, is_unicode
 
 from . import sample_edit, sample_video
 from .arguments import Parser, add_launch
+from .generators import CODEC
 
 NUM_IMAGES = 4
 LAYOUTS = ("geneval", "parti")
@@ -63,10 +64,11 @@ def _check_numbers(options: argparse.Namespace) -> None:
     check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
 
 
-def sampling_flags(options: argparse.Namespace) -> list[str]:
-    """The flags that stand for the family's own options, as key=value."""
-    given = {name: getattr(options, name) for name in SAMPLING}
-    return [f"sampling.{name}={value}" for name, value in given.items() if value is not None]
+def as_overrides(options: argparse.Namespace) -> list[str]:
+    """The flags that stand for the family's own options, and the codec of --recipe, as key=value."""
+    given = {f"sampling.{name}": getattr(options, name) for name in SAMPLING}
+    given["builds_on.codec"] = options.codec
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def filled(line: Line, options: argparse.Namespace) -> Line:
@@ -94,8 +96,11 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
     found = recipes.read(path)
     first = found[0]
     sample_video.check_recipe(first, path)
+    if any(CODEC.match(each) for each in overrides):
+        first.pop("codec", None)
     kinds: dict[str, Any] = {
         "checkpoint": str,
+        "codec": str,
         "precision": str,
         "compile": bool,
         "rerank": int,
@@ -107,14 +112,13 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
         if value is None or getattr(options, name):
             continue
         setattr(options, name, value)
-        if name == "checkpoint" and not Path(value).exists():
-            raise UserError(
-                f"The recipe in {path} names {value}, which is not here: name it by --checkpoint."
-            )
+        flag = {"checkpoint": "--checkpoint", "codec": "builds_on.codec="}.get(name)
+        if flag is not None and not Path(value).exists():
+            raise UserError(f"The recipe in {path} names {value}, which is not here: name it by {flag}.")
     kept = {name for name in ("image", "mask", "clip") if getattr(options, name) == first.get(name)}
     recipes.check_files(first, *sorted(kept))
     options.num_images = options.num_images or 1
-    typed = {each.partition("=")[0] for each in [*sampling_flags(options), *overrides]}
+    typed = {each.partition("=")[0] for each in [*as_overrides(options), *overrides]}
     lines = []
     for each in found:
         sampling = _entry(each, "sampling", dict, path) or {}
@@ -205,4 +209,5 @@ def parser() -> argparse.ArgumentParser:
     add_launch(made)
     made.add_argument("--runs-dir", default="runs", help="where the newest run is looked for")
     made.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    made.set_defaults(codec=None)  # of --recipe
     return made

@@ -219,8 +219,7 @@ def built_on(config: RunConfig) -> dict[str, Any]:
     not there."""
     from t2i import families
     from t2i.config import run_to_dict
-    from t2i.families.codec_run import latest_codec, low_run
-    from t2i.training import checkpoint, run_folder
+    from t2i.families.codec_run import latest_codec, load_codec_run, low_run
 
     found: dict[str, Any] = {}
     places = run_to_dict(config).get("builds_on") or {}
@@ -231,8 +230,7 @@ def built_on(config: RunConfig) -> dict[str, Any]:
             continue
         if place == "latest":
             place, _ = latest_codec(config)
-        loaded = checkpoint.load(run_folder.weights_file(str(place)))
-        found[key] = loaded.extra.get(key, loaded.config)
+        found[key] = load_codec_run(str(place)).config
     return found
 
 

@@ -38,7 +38,16 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
             log.info("passes over %s, which did not come to its end", run)
         place = str(newest)
     log.info("builds on the codec %s", place)
-    return load(run_folder.weights_file(place)), place
+    return load_codec_run(place), place
+
+
+def load_codec_run(place: str) -> LoadedCheckpoint:
+    """The checkpoint of a codec's run or file. Raises CheckpointError, ConfigError for one that is no codec's."""
+    found = load(run_folder.weights_file(place))
+    family, stages = found.config.get("family"), families.stages_with("codec")
+    what, allowed = f"{place}, of stage {found.config.get('stage')}", f"a run of stage {', '.join(stages)}"
+    check(families.get(family).codec is not None, "builds_on.codec", what, allowed)
+    return found
 
 
 def latest_codec(config: RunConfig) -> tuple[Path, list[Path]]:
@@ -66,8 +75,8 @@ def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:
     values = found.extra.get("codec")
     check(bool(values), "builds_on.codec", place, "a codec for a model that builds on one alone")
     assert values is not None
-    run = load(run_folder.weights_file(place))
-    own, other = image_codec(values), image_codec(codec_config(run))
+    run = load_codec_run(place)
+    own, other = image_codec(values), image_codec(run.config)
     load_into(own, found.weights, found.path, prefix="model.codec.")
     load_into(other, run.weights, run.path, prefix="codec.")
     hashes = [coding_hash(codec)[:12] for codec in (other, own)]
@@ -83,7 +92,7 @@ def with_codec(found: LoadedCheckpoint, place: str) -> LoadedCheckpoint:
         found,
         weights=_with_weights_of(other, found.weights),
         config={**found.config, "resolution": larger},
-        extra={**found.extra, "codec": codec_config(run)},
+        extra={**found.extra, "codec": run.config},
     )
 
 

@@ -19,7 +19,7 @@ from t2i.interfaces import SampleRequest
 RECIPE_KEY = "t2i"  # the PNG text chunk that holds the recipe as JSON
 LAST_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # What says where the weights and files lay and how many pictures were drawn together, and not which picture this is.
-BESIDE = {"checkpoint", "batch", "image", "mask", "video", "clip"}
+BESIDE = {"checkpoint", "codec", "batch", "image", "mask", "video", "clip"}
 Recipe = dict[str, Any]
 
 

@@ -8,6 +8,17 @@ from collections.abc import Iterable
 from t2i.errors import UserError
 
 TIMEOUT_S = 60
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+}
+ENDED |= {"REVOKED", "TIMEOUT"}
 
 
 def states(jobs: Iterable[str]) -> dict[str, str]:
@@ -25,8 +36,13 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def has_ended(state: str) -> bool:
+    """Of one of those states."""
+    return state.partition(" ")[0] in ENDED
+
+
 def cancel(job: str) -> None:
-    """Raises UserError with what scancel said."""
+    """Raises UserError with what scancel said, which is nothing of a job that has ended."""
     _asked("scancel", job)
 
 

@@ -153,6 +153,15 @@ def test_jobs_are_listed_and_cancelled(t2i, programs):
     assert t2i("jobs", "cancel", "runs/ldm/b").out == "Job 8_0 of runs/ldm/b is cancelled.\n"
     assert Path("cancelled").read_text() == "8_0\n"
     assert "runs/ldm/x has no job" in t2i("jobs", "cancel", "runs/ldm/x").sentence
+    for state, said in {
+        "COMPLETED": "has ended before: COMPLETED.",
+        "CANCELLED by 1000": "has ended before: CANCELLED by 1000.",
+        "COMPLETING": "is cancelled.",
+        "REQUEUED": "is cancelled.",
+    }.items():
+        programs(squeue="exit 0", sacct=f"echo '9|{state}'", scancel='echo "$@" >> cancelled')
+        assert t2i("jobs", "cancel", "runs/ldm/c").out == f"Job 9 of runs/ldm/c {said}\n"
+    assert Path("cancelled").read_text() == "8_0\n9\n9\n"
     programs(squeue="echo no controller >&2; exit 1")
     assert t2i("jobs").sentence == "t2i jobs: squeue refused: no controller"
 
@@ -184,7 +193,11 @@ def test_one_that_cannot_be_cancelled_keeps_no_other(t2i, programs):
     for name in "ab":
         (Path("runs/ldm") / name).mkdir(parents=True)
         (Path("runs/ldm") / name / "slurm.json").write_text(f'{{"job": "{name}"}}')
-    programs(scancel='[ "$1" = a ] && { echo no such job >&2; exit 1; }; echo "$1" >> cancelled')
+    programs(
+        squeue="exit 0",
+        sacct="exit 0",
+        scancel='[ "$1" = a ] && { echo no such job >&2; exit 1; }; echo "$1" >> cancelled',
+    )
     outcome = t2i("jobs", "cancel", "runs/ldm/a", "runs/ldm/b")
     assert outcome.out == "Job b of runs/ldm/b is cancelled.\n"
     assert outcome.sentence == "t2i jobs: job a of runs/ldm/a: scancel refused: no such job"

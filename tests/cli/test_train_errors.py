@@ -147,6 +147,14 @@ def test_one_sentence(t2i, arguments, words):
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["ldm", "masked"])
+def test_a_model_is_no_codec(t2i, shapes_overrides, ldm_file, stage):
+    sentence = t2i(
+        "train", f"stage={stage}", "resolution=32", *shapes_overrides, f"builds_on.codec={ldm_file}"
+    ).sentence
+    assert f"builds_on.codec is '{ldm_file}, of stage ldm'; allowed: a run of stage autoencoder" in sentence
+
+
 @pytest.mark.parametrize("accelerator", ["auto", "gpu"])
 def test_more_gpus_than_there_are(t2i, monkeypatch, accelerator):
     monkeypatch.setattr("t2i.training.fit.num_gpus", lambda: 2)

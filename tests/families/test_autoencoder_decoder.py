@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from codec_parts import TINY, VQ, first_run, images, saved_codec, saved_masked_model, steps
+from PIL import Image
 from safetensors.torch import load_file
 
 from t2i import families
 from t2i.data.encoded import feature_hash
-from t2i.errors import CheckpointError, ConfigError
+from t2i.errors import CheckpointError, ConfigError, UserError
 from t2i.families.autoencoder.stage import Stage
 from t2i.families.codec_run import with_codec
 from t2i.families.tokens import codebook_hash, codes_feature, coding_hash
+from t2i.generation.recipes import found_in
 from t2i.interfaces import SampleRequest
 from t2i.training import run_folder
 from t2i.training.checkpoint import load
 from t2i_cli.generators import load as load_to_draw
+from t2i_cli.sample import run as sample
 
 DEEPER = "backbone.decoder_res_blocks=2"
 CODECS = {
@@ -120,7 +124,12 @@ def test_a_model_draws_with_the_decoder_of_another_run(compose_run, tmp_path):
     digests = [each.weights for each in loaded]  # as a picture's recipe has them
     assert digests[0] != digests[1]
     assert digests[1:] == 3 * [digests[1]]  # however it was typed
-    for typed, words in {"": "is ''; allowed: latest, a run or a file", "null": "is None; allowed"}.items():
+    said = {
+        "": "is ''; allowed: latest, a run or a file",
+        "null": "is None; allowed",
+        str(tmp_path / "masked"): "is '.*/masked, of stage masked'; allowed: a run of stage autoencoder",
+    }
+    for typed, words in said.items():
         with pytest.raises(ConfigError, match=f"builds_on.codec {words}"):
             load_to_draw(tmp_path / "masked", torch.device("cpu"), [f"builds_on.codec={typed}"])
     for generator in (each.generator for each in loaded[:2]):
@@ -181,3 +190,30 @@ def test_the_same_weights_for_another_range_of_pixels_are_another_encoding(codec
     other.load_state_dict(one.state_dict())
     assert coding_hash(one) != coding_hash(other)
     assert not torch.equal(one.moments(images()), other.moments(images()))
+
+
+def test_a_recipe_names_the_decoder(compose_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = first_run(compose_run, *VQ)
+    stage = Stage(compose_run(*TINY, *VQ, "trained=decoder", DEEPER), start)
+    steps(stage, 3)
+    saved_masked_model(compose_run, start, tmp_path / "masked")
+    place = saved_codec(stage, tmp_path / "finer.safetensors")
+    common = ("--device", "cpu", "--num-images", "1")
+    drawn = {"own": (), "finer": (f"++builds_on.codec={place}",)}
+    for name, typed in drawn.items():
+        sample(["--checkpoint", "masked", "--prompt", "a", "--out", name, "--steps", "2", *common, *typed])
+    sample(["--recipe", "finer/a_0.png", "--out", "again", *common])
+    first = saved_codec(Stage(compose_run(*TINY, *VQ), start), tmp_path / "first.safetensors")
+    sample(["--recipe", "finer/a_0.png", "--out", "other", *common, f"builds_on.codec={first}"])
+    pixels = {name: Image.open(f"{name}/a_0.png").tobytes() for name in (*drawn, "again", "other")}
+    assert pixels["again"] == pixels["finer"] != pixels["own"]
+    assert pixels["other"] == pixels["own"]
+    assert found_in(tmp_path / "again" / "a_0.png") == found_in(tmp_path / "finer" / "a_0.png")
+    Path(place).rename("elsewhere.safetensors")
+    with pytest.raises(
+        UserError, match=r"names .*finer.safetensors, which is not here: name it by builds_on"
+    ):
+        sample(["--recipe", "finer/a_0.png", "--out", "third"])
+    sample(["--recipe", "finer/a_0.png", "--out", "finer", *common, "builds_on.codec=elsewhere.safetensors"])
+    assert len(list(Path("finer").glob("a_0*.png"))) == 1  # known as the same, wherever the codec lies
