@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -51,7 +52,7 @@ def run(arguments: list[str]) -> None:
     )  # the shell completes one word's arguments
     # Hydra reads sys.argv. Lightning starts further processes by running sys.argv again, so that the task
     # puts back what was typed.
-    sys.argv = [program, *(quoted(argument, sweep=own.multirun) for argument in arguments)]
+    words = [quoted(argument, sweep=own.multirun) for argument in arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     failed: list[Exception] = []
     to_submit: list[tuple[RunConfig, dict[str, Any], list[str]]] = []
@@ -73,7 +74,9 @@ def run(arguments: list[str]) -> None:
             failed.append(error)
 
     try:
-        with explained(own.config_dir):
+        # Of a sweep Hydra writes a multirun.yaml: the run folders say all of it.
+        with explained(own.config_dir), tempfile.TemporaryDirectory() as beside:
+            sys.argv = [program, *([f"hydra.sweep.dir={beside}"] if own.multirun else []), *words]
             hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
     except ValueError as error:
         if "Only one of" in str(error):

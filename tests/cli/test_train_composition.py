@@ -164,7 +164,7 @@ def test_multirun_takes_each_resolution(t2i, monkeypatch):
     )
     assert t2i("train", "stage=ldm", "resolution=32,64", "--multirun").code == 0
     assert seen == [32, 64]
-    assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/multirun.yaml"]
+    assert list(Path().rglob("*")) == []
 
 
 def test_multirun_names_all_that_failed(t2i):
