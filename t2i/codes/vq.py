@@ -170,6 +170,8 @@ class Codebook(Quantizer):
         self.cluster_size.copy_(size.lerp(counts, 1.0 - self.ema_decay))
         self.cluster_sum.copy_(total.lerp(sums, 1.0 - self.ema_decay))
         codes = self.cluster_sum / self.cluster_size[:, None]
-        self.codes.copy_(F.normalize(codes) if self.normalize else codes)
+        codes = F.normalize(codes) if self.normalize else codes
+        # A code whose use has fallen to nothing (0 / 0) stays where it is until it is restarted.
+        self.codes.copy_(torch.where(self.cluster_size[:, None] > 0, codes, self.codes))
         self.steps.add_(1)
         return counts

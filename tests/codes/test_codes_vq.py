@@ -83,6 +83,17 @@ def test_dead_codes_are_restarted_from_the_batch_and_live_ones_are_not():
     assert torch.equal(book.codes, twin.codes)
 
 
+def test_a_code_whose_use_falls_to_nothing_keeps_no_other_from_learning():
+    """Without memory at the first batch that does not use it; with some where the average underflows."""
+    book = Codebook(4, 1, ema_decay=0.0, restart_below=0.0)
+    book.codes.copy_(torch.tensor([[0.0], [1.0], [2.0], [100.0]]))
+    book.cluster_size.fill_(1.0)
+    book(torch.tensor([0.1, 0.3, 1.2, 2.1]).view(1, 1, 2, 2))
+    torch.testing.assert_close(book.codes.flatten(), torch.tensor([0.2, 1.2, 2.1, 100.0]))
+    book(torch.tensor([7.0, 7.0, 7.0, 7.0]).view(1, 1, 2, 2))
+    torch.testing.assert_close(book.codes.flatten(), torch.tensor([0.2, 1.2, 2.1, 7.0]))  # it is restarted
+
+
 def test_a_code_that_dies_again_is_restarted_elsewhere():
     book = trained(ema_decay=1.0)  # decay 1: a code stays where the restart put it
     z, places = latents(1)[0], []
