@@ -14,8 +14,8 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     runs again, and compilation and sharding take, one at a time."""
     found: list[nn.Module] = []
     for child in network.children():
-        holds_list = any(isinstance(inner, nn.ModuleList) for inner in child.children())
-        found += blocks_of(child) if holds_list or isinstance(child, nn.ModuleList) else [child]
+        holds_list = any(isinstance(inner, nn.ModuleList) for inner in child.modules())  # itself too
+        found += blocks_of(child) if holds_list and not isinstance(child, Stack) else [child]
     return found
 
 

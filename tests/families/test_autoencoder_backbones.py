@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig, ViTBackboneConfig, ViTConfig
+from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.dvae import (
     DVAEDecoder,
     DVAEEncoder,
+    ResBlock,
     convolution,
     logit_laplace_loss,
     mapped,
     picture,
 )
-from t2i.families.autoencoder.vit import ViTDecoder, ViTEncoder
+from t2i.families.autoencoder.vit import ViTBlock, ViTDecoder, ViTEncoder
+from t2i.nn.blocks import blocks_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -54,6 +57,14 @@ def test_published_sizes_of_vit_vqgan(compose_run, size, stack, parameters):
     assert config.encoder == config.decoder == stack
     with torch.device("meta"):
         assert count(ViTEncoder(config), ViTDecoder(config)) == parameters
+
+
+@pytest.mark.parametrize(("backbone", "kind", "repeated"), [("vit", ViTBlock, 8), ("dvae", ResBlock, 16)])
+def test_repeated_modules_are_blocks_of_their_own(compose_run, backbone, kind, repeated):
+    """Else checkpointing runs a whole network again at a time, and saves nothing."""
+    config = compose_run("stage=autoencoder", f"backbone={backbone}").model
+    with torch.device("meta"):
+        assert sum(isinstance(block, kind) for block in blocks_of(build_codec(config))) == repeated
 
 
 def theirs_of(ours: nn.Module, patches: nn.Module | None) -> Any:

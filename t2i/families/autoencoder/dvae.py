@@ -8,6 +8,7 @@ one, which takes one of num_codes channels, is the codebook.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,20 @@ class ResBlock(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
+class Layers(nn.ModuleList):
+    """Layers in sequence, by name: a list, so that each is a block of its own to checkpointing and sharding."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class DVAEEncoder(nn.Module):
     """Picture (B, 3, H, W) in [-1, 1] -> (B, config.encoder_channels, H/8, W/8), of which the last convolution makes
     logits."""
@@ -47,7 +62,7 @@ class DVAEEncoder(nn.Module):
     def __init__(self, config: DVAEBackboneConfig) -> None:
         super().__init__()
         width = config.width
-        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=convolution(3, width, 7))
+        blocks: dict[str, nn.Module] = {"input": convolution(3, width, 7)}
         before = width
         for i in range(GROUPS):
             after = width << i
@@ -56,7 +71,7 @@ class DVAEEncoder(nn.Module):
                 group.add_module("pool", nn.MaxPool2d(2))
             blocks[f"group_{i + 1}"] = group
             before = after
-        self.blocks = nn.Sequential(blocks)
+        self.blocks = Layers(blocks)
 
     def forward(self, image: Tensor) -> Tensor:
         return F.relu(self.blocks(mapped(image)))
@@ -73,7 +88,7 @@ class DVAEDecoder(nn.Module):
         super().__init__()
         width = config.width
         self.bias = nn.Parameter(torch.zeros(config.latent_channels))
-        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        blocks: dict[str, nn.Module] = {}
         before = config.latent_channels
         for i in range(GROUPS):
             after = 8 * width >> i
@@ -83,7 +98,7 @@ class DVAEDecoder(nn.Module):
             blocks[f"group_{i + 1}"] = group
             before = after
         blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=convolution(width, 6, 1)))
-        self.blocks = nn.Sequential(blocks)
+        self.blocks = Layers(blocks)
 
     @property
     def last_layer(self) -> Tensor:
@@ -94,13 +109,13 @@ class DVAEDecoder(nn.Module):
         return self.blocks(latent + self.bias[:, None, None])
 
 
-def _group(before: int, after: int, config: DVAEBackboneConfig, kernels: tuple[int, ...]) -> nn.Sequential:
+def _group(before: int, after: int, config: DVAEBackboneConfig, kernels: tuple[int, ...]) -> Layers:
     gain = 1 / (GROUPS * config.blocks_per_group) ** 2
-    blocks: OrderedDict[str, nn.Module] = OrderedDict(
-        (f"block_{i + 1}", ResBlock(after if i else before, after, kernels, gain))
+    blocks = {
+        f"block_{i + 1}": ResBlock(after if i else before, after, kernels, gain)
         for i in range(config.blocks_per_group)
-    )
-    return nn.Sequential(blocks)
+    }
+    return Layers(blocks)
 
 
 def convolution(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
