@@ -149,13 +149,18 @@ def load_runs(
         said, own = (_has_code_vectors(each) for each in (start.config, to_dict(model.config)))
         check(own == said, "transformer.code_vectors", own, f"{said} with init_from={start.path}")
         if another:
-            check_codebook(model.codec, place, start.extra.get("codebook"), str(start.path))
+            learned = start.extra.get("codebook")
+            check_codebook(model.codec, "builds_on.codec", place, learned, str(start.path))
         weights = _with_weights_of(model.codec, start.weights) if another else start.weights
         load_into(model, weights, start.path, prefix="model.")
     take_vectors(model.transformer, model.codec.code_vectors())
     if low is not None and low is not start:
         assert model.low is not None
         load_into(model.low, low.weights, low.path, prefix="model.")
+        if start is not None:
+            learned = start.extra["low"]["extra"].get("codebook")
+            place = model.config.builds_on.low
+            check_codebook(model.low.codec, "builds_on.low", place, learned, str(start.path))
 
 
 def _has_code_vectors(values: Mapping[str, Any]) -> bool:

@@ -100,16 +100,17 @@ def coding_hash(codec: ImageCodec) -> str:
     return weights_hash(weights, type(codec).__name__)
 
 
-def check_codebook(codec: TokenCodec, place: str, learned: str | None, start: str) -> None:
+def check_codebook(codec: TokenCodec, key: str, place: str, learned: str | None, start: str) -> None:
     """Raises CheckpointError where weights that go on with other codes would take these for their own.
 
-    codec: that of `place`; learned: the hash of the codebook that the weights of `start` have learned, if they say
+    codec: that of `place`, which `key` names; learned: the hash of the codebook that the weights of `start` have
+        learned, if they say
     """
     own = codebook_hash(codec)
     if learned not in (None, own):
         raise CheckpointError(
-            f"builds_on.codec={place} has another codebook (hash {own[:12]}) than init_from={start} has learned "
-            f"({str(learned)[:12]}); leave builds_on.codec out, or init_from."
+            f"{key}={place} has another codebook (hash {own[:12]}) than {start}, from which this run goes on, has "
+            f"learned ({str(learned)[:12]}); leave {key} out, or begin anew."
         )
 
 

@@ -349,9 +349,9 @@ def _config_of(folder: Path, model_class: type) -> dict[str, Any]:
 
 
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first key at or below `key` whose value differs, and its two values."""
+    """The first key at or below `key` whose value differs, and its two values; of other kinds their names."""
     if isinstance(was, dict) and isinstance(now, dict):
-        for inner in sorted(was.keys() | now.keys()):
+        for inner in sorted(was.keys() | now.keys(), key=lambda inner: (inner != "name", inner)):
             if was.get(inner) != now.get(inner):
                 return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
     return key, was, now

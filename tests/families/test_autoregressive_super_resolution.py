@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from t2i import families
 from t2i.codes.config import CodeSampling
-from t2i.config import TextConfig, parse_run, run_to_dict
+from t2i.config import RunConfig, TextConfig, parse_run, run_to_dict
 from t2i.data.encoded import Made, Record, check_same, feature_hash
 from t2i.errors import CheckpointError, ConfigError, DataError
 from t2i.families.autoregressive.config import Config, NetworkConfig
@@ -231,8 +231,12 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
     ar_sr = ("experiment=autoregressive/tiny_ar", "stage=ar_sr", "low.num_codes=64", "low.side=4", *common)
     with pytest.raises(CheckpointError, match=r"builds on a run of stage ar or parti at a lower resolution"):
         build("ar_sr")(compose_run(*ar_sr))
-    at_16_px = compose_run("experiment=autoregressive/tiny_parti", "resolution.size_px=16", *common)
-    low = saved(build("parti")(at_16_px), tmp_path / "low")
+
+    def at_16_px(codec: str) -> RunConfig:
+        typed = ("experiment=autoregressive/tiny_parti", "resolution.size_px=16", f"builds_on.codec={codec}")
+        return compose_run(*typed, f"runs_dir={tmp_path}")
+
+    low = saved(build("parti")(at_16_px(codec)), tmp_path / "low")
     stage = build("ar_sr")(compose_run(*ar_sr, f"builds_on.low={low}"))
 
     image, names = torch.rand(2, 3, 32, 32) * 2 - 1, ["a", "b"]
@@ -268,6 +272,12 @@ def test_both_stages_learn_and_draw_from_one_file(compose_run, tmp_path):
     assert not [name for name in learns if ".low." in name or ".codec." in name]
 
     place = saved(stage, tmp_path / "high")
+    other = saved(families.get("autoencoder").load_stage("autoencoder")(tiny), tmp_path / "other")
+    of_other = saved(build("parti")(at_16_px(other)), tmp_path / "of_other")
+    with pytest.raises(
+        CheckpointError, match=r"builds_on\.low=.*of_other has another codebook .* has learned"
+    ):
+        build("ar_sr")(compose_run(*ar_sr, f"builds_on.low={of_other}"), checkpoint.load(Path(place)))
     weights = load_file(place)
     for name, value in load_file(low).items():
         assert torch.equal(weights[name.replace("model.", "model.low.", 1)], value)

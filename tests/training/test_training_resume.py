@@ -178,6 +178,13 @@ def test_what_the_configuration_of_an_older_version_lacks_has_its_default(
         train(compose_run(*longer))
 
 
+def test_another_kind_is_said_by_its_name(whole, compose_run, train):
+    """Not by the first key that one of the two lacks."""
+    typed = (*ARGUMENTS, "codec=vq", f"runs_dir={whole.parents[1]}", "resume=latest")
+    with pytest.raises(CheckpointError, match=r"was trained with codec\.name=kl, this .* codec\.name=vq;"):
+        train(compose_run(*typed))
+
+
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- a", b"text", b""])
 def test_a_configuration_that_is_damaged(whole, compose_run, train, tmp_path, content):
     cut = copied(whole, tmp_path)
