@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from t2i.config import Precision, check
 from t2i.diffusion.config import SamplerName
 from t2i.errors import ConfigError, UserError
 from t2i.generation.prompts import MAX_PX, MAX_SEED, Line
-from t2i.schema import MAX_NUMBER, check_number, is_unicode
+from t2i.schema import MAX_NUMBER, check_number, check_scale, is_unicode
 
 from . import sample_edit, sample_video
 from .arguments import Parser, add_launch
@@ -60,8 +59,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
     last = MAX_SEED - (options.num_images or _images(options)) + 1
     ok = options.seed is None or 0 <= options.seed <= last
     check(ok, "--seed", options.seed, f"0 to {last}")
-    scale = options.guidance_scale
-    check(scale is None or 0 <= scale < math.inf, "--guidance-scale", scale, "0 or more, finite")
+    if options.guidance_scale is not None:
+        check_scale("--guidance-scale", options.guidance_scale)
 
 
 def as_overrides(options: argparse.Namespace) -> list[str]:

@@ -13,6 +13,7 @@ from t2i.errors import ConfigError, shortened
 
 T = TypeVar("T")
 MAX_NUMBER = 1_000_000  # of steps, and of pictures per prompt
+MAX_SCALE = 1e30  # of what numbers are multiplied by while pictures are drawn: single precision ends at 3e38
 MISSING = "???"  # how a configuration file marks a value that has to be given
 
 
@@ -35,6 +36,11 @@ def check_number(key: str, value: int | None, most: int = MAX_NUMBER) -> None:
     """Raises ConfigError for one that is not from 1 to `most`."""
     allowed = f"1 to {most:,}" if value and value > most else "1 or more"
     check(value is None or 1 <= value <= most, key, value, allowed)
+
+
+def check_scale(key: str, value: float) -> None:
+    """Raises ConfigError for one that is not from 0 to `MAX_SCALE`, NaN included."""
+    check(0 <= value <= MAX_SCALE, key, value, f"0 to {MAX_SCALE:g}" if value > MAX_SCALE else "0 or more")
 
 
 def nearest(key: str, allowed: Iterable[str], path: str = "") -> str:

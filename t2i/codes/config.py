@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from t2i.config import check
+from t2i.schema import check_scale
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class CodeSampling:
 
     def __post_init__(self) -> None:
         for key in ("temperature", "guidance_scale"):
-            value = getattr(self, key)
-            check(0 <= value < math.inf, f"sampling.{key}", value, "0 or more")
+            check_scale(f"sampling.{key}", getattr(self, key))
         check(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "1 or more, or null")
         check(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "more than 0, at most 1")
 

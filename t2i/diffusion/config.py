@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from t2i.config import check
-from t2i.schema import Upgraded, check_number
+from t2i.schema import MAX_NUMBER, Upgraded, check_number, check_scale
 
 BetaName = Literal["linear", "scaled_linear", "cosine"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -103,7 +103,8 @@ class GridConfig:
     use_exponential_sigmas: bool = False
 
     def __post_init__(self) -> None:
-        check(self.steps_offset >= 0, "sampling.steps_offset", self.steps_offset, "0 or more")
+        ok = 0 <= self.steps_offset <= MAX_NUMBER
+        check(ok, "sampling.steps_offset", self.steps_offset, f"0 to {MAX_NUMBER:,}")
         both = self.use_karras_sigmas and self.use_exponential_sigmas
         check(not both, "sampling.use_exponential_sigmas", True, "false with sampling.use_karras_sigmas=true")
 
@@ -131,8 +132,7 @@ class DiffusionSampling(GridConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("sampling.steps", self.steps)
-        ok = 0 <= self.guidance_scale < math.inf
-        check(ok, "sampling.guidance_scale", self.guidance_scale, "0 or more")
+        check_scale("sampling.guidance_scale", self.guidance_scale)
         for key in ("guidance_rescale", "eta"):
             check(0 <= getattr(self, key) <= 1, f"sampling.{key}", getattr(self, key), "0 to 1")
         check(self.eta == 0 or self.sampler == "ddim", "sampling.eta", self.eta, "0 but with sampler ddim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 from data_configs import NEEDED, data_config
@@ -310,6 +310,23 @@ def test_a_run_comes_back_from_its_mapping(overrides):
     config = parse_run(values, config_class)
     assert parse_run(run_to_dict(config), config_class) == config
     assert set(run_to_dict(config)) == set(values)
+
+
+@pytest.mark.parametrize("stage", families.stages_with("generator"))
+def test_what_pictures_are_drawn_with_does_not_leave_single_precision(stage):
+    values = composed(f"stage={stage}", *([] if not stage.endswith("_sr") else ["builds_on.low=a/run"]))
+    config_class = families.get(values["family"]).load_config()
+    sampling = parse_run(values, config_class).model.sampling
+    only_compared = {"guidance_above", "guidance_below"}
+    numbers = {
+        name
+        for name, hint in get_type_hints(type(sampling)).items()
+        if {float, int} & {hint, *get_args(hint)} and name not in only_compared
+    }
+    assert numbers
+    for name in numbers - {"top_k"}:  # at most the number of codes
+        with pytest.raises(ConfigError, match=rf"sampling\.{name} is 1.*; allowed: "):
+            dataclasses.replace(sampling, **{name: 10**39})
 
 
 @pytest.mark.parametrize("overrides", RUNS, ids=" ".join)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from t2i.config import TRAINED_ENCODERS, ModelConfig, TextConfig, check
+from t2i.schema import check_scale
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class SamplingConfig:
     noise_scale: float
 
     def __post_init__(self) -> None:
-        ok = 0 <= self.noise_scale < math.inf
-        check(ok, "sampling.noise_scale", self.noise_scale, "0 or more")
+        check_scale("sampling.noise_scale", self.noise_scale)
 
 
 @dataclass(frozen=True)

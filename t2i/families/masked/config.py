@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ from t2i.codes.config import CodeSampling
 from t2i.config import ModelConfig, TextConfig, check
 from t2i.families.builds_on import CodesBuildsOn, LowConfig, check_low_is_there
 from t2i.nn.transformer_config import TransformerConfig
-from t2i.schema import check_number
+from t2i.schema import check_number, check_scale
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ class SamplingConfig(CodeSampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("sampling.steps", self.steps)
-        ok = 0 <= self.choice_temperature < math.inf
-        check(ok, "sampling.choice_temperature", self.choice_temperature, "0 or more")
+        check_scale("sampling.choice_temperature", self.choice_temperature)
 
 
 @dataclass(frozen=True)

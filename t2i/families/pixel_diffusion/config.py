@@ -11,6 +11,7 @@ from t2i.config import ModelConfig, TextConfig, check
 from t2i.diffusion.config import DiffusionSampling, Objective, ScheduleConfig, check_objective
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.dit_config import DiTConfig
+from t2i.schema import check_scale
 
 Variance = Literal["fixed_small", "fixed_large", "learned"]
 
@@ -74,8 +75,7 @@ class SamplingConfig(DiffusionSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = 0 <= self.classifier_scale < math.inf
-        check(ok, "sampling.classifier_scale", self.classifier_scale, "0 or more")
+        check_scale("sampling.classifier_scale", self.classifier_scale)
         share = self.threshold_percentile
         ok = share is None or (0 < share <= 1 and not self.clip_x0)
         allowed = "above 0 to 1 with sampling.clip_x0=false, or null"
