@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from t2i.errors import ConfigError, UserError, system_sentence
 from t2i.schema import check, parse, to_dict
@@ -94,10 +95,17 @@ def build(service: Service) -> FastAPI:
             }
         )
 
-    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    known = [each for each in app.routes if isinstance(each, Route)]
+
+    @app.api_route("/api/{rest:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
     async def nothing(request: Request) -> Response:
         """Before the page, which answers all addresses that are left."""
-        return JSONResponse({"error": f"There is nothing at {request.url.path}."}, 404)
+        there = [each for each in known if each.matches(request.scope)[0] is Match.PARTIAL]
+        if not there:
+            return JSONResponse({"error": f"There is nothing at {request.url.path}."}, 404)
+        allowed = ", ".join(sorted({method for each in there for method in each.methods or ()}))
+        said = f"{request.method} {request.url.path} is not known; allowed: {allowed}."
+        return JSONResponse({"error": said}, 405, {"Allow": allowed})
 
     return app
 

@@ -202,6 +202,25 @@ def test_an_address_that_is_not_there(ask, address, status):
     assert set(answer.json()) == {"error"}
 
 
+@pytest.mark.parametrize(
+    ("method", "address", "allowed"),
+    [
+        ("GET", "/api/generate", "POST"),
+        ("OPTIONS", "/api/generate", "POST"),
+        ("POST", "/api/model", "GET"),
+        ("HEAD", "/api/model", "GET"),
+        ("PUT", "/api/jobs/none", "DELETE, GET"),
+        ("DELETE", "/api/pictures/none.png", "GET"),
+    ],
+)
+def test_another_method_is_refused_with_those_that_there_are(ask, method, address, allowed):
+    _, client = ask()
+    answer = client.request(method, address)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    if method != "HEAD":
+        assert answer.json() == {"error": f"{method} {address} is not known; allowed: {allowed}."}
+
+
 def test_a_full_disk_is_one_sentence(ask, monkeypatch):
     service, _ = ask()
     monkeypatch.setattr(
