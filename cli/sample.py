@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
         return
     # Heavy imports only now: a wrong flag is reported at once.
     from t2i.generation.batch_size import BatchSize
-    from t2i.generation.names import check_folder
+    from t2i.generation.names import check_folder, check_free, file_name
     from t2i.generation.recipes import of_files
     from t2i.generation.text_to_image import Report, draw_files
     from t2i.schema import to_dict
@@ -68,6 +68,12 @@ def run(arguments: list[str]) -> None:
     path = weights_path(options.checkpoint, options.runs_dir)
     folder = Path(options.out)
     check_folder(folder)
+    first = prompts.lines[0]
+    if options.video is not None:
+        sample_video.check_out(first, options, sample_edit.strength_of(options))
+    if options.layout is not None:
+        name = file_name(options.layout, first, first.seed or 0, 0)
+        check_free(folder / name, {"prompt": first.prompt, "seed": first.seed or 0})
     changes = [*as_overrides(options), *overrides]
     loaded = load(path, device, changes, options.precision)
     generator = loaded.generator
@@ -86,13 +92,13 @@ def run(arguments: list[str]) -> None:
         generator = reranked(generator, options, device)
         loaded = dataclasses.replace(loaded, generator=generator)
         recipe |= {"rerank": options.rerank, **of_files(clip=options.clip)}
-    film = None if options.video is None else sample_video.Film(prompts.lines[0], options, generator)
+    film = None if options.video is None else sample_video.Film(first, options, generator)
     if film is None:
         drawings = grouped(prompts, options, loaded, recipe)
     else:
         sampling = loaded.sampling({})
         recipe["sampling"] = to_dict(sampling)
-        drawings = film.drawings(prompts.lines[0], sample_edit.strength_of(options), sampling, recipe)
+        drawings = film.drawings(first, sample_edit.strength_of(options), sampling, recipe)
     if rank.rank == 0:
         write_layout(prompts, options)
     say_what_is_cut(loaded.text, prompts, options)

@@ -64,6 +64,26 @@ def check_flags(options: argparse.Namespace) -> None:
     check(every is None or every >= 1, "--key-every", every, "1 or more")
 
 
+def check_out(line: Line, options: argparse.Namespace, strength: float) -> None:
+    """Raises UserError where the frames of another film, or drawn otherwise, lie in --out: before the model is
+    loaded."""
+    from t2i.generation.names import check_free
+    from t2i.generation.recipes import of_files
+
+    known = {"prompt": line.prompt, "seed": line.seed or 0, "strength": strength}
+    known |= {"negative_prompt": line.negative_prompt or "", "frame": 0}
+    first = Path(options.out) / frame_name(0)
+    if os.path.lexists(first):  # a film is long to read
+        known["video_sha256"] = of_files(video=options.video)["video_sha256"]
+        check_free(first, known)
+    every = options.key_every or 1
+    check_free(Path(options.out) / frame_name(1), {"key_every": every if every > 1 else None})
+
+
+def frame_name(frame: int) -> str:
+    return f"frame_{frame:05}.png"
+
+
 class Film:
     """What is drawn of a film.
 
@@ -110,16 +130,13 @@ class Film:
                     request,
                     sampling,
                     of_frame,
-                    [self.name(key)],
+                    [frame_name(key)],
                     is_fixed=True,
                     start=partial(self._frame, key),
                 )
             )
         self.recipe = {**found[0].recipe_of(0), "key_every": self.every}
         return found
-
-    def name(self, frame: int) -> str:
-        return f"frame_{frame:05}.png"
 
     def finish(self, report: Report) -> str | None:
         """Writes the frames between and video.webp, or video.mp4 of an MP4 or the like (under another name where
@@ -130,10 +147,10 @@ class Film:
 
         if not report.whole or any("error" in each for each in report.lines.values()):
             return None
-        frames = tweened(self.source, self.keys, lambda i: read_image(self.folder / self.name(i), self.size))
+        frames = tweened(self.source, self.keys, lambda i: read_image(self.folder / frame_name(i), self.size))
         more = flicker(self._written(frames), self.source)
         name = "video.mp4" if is_movie(Path(self.path)) else "video.webp"
-        pictures = Frames([self.folder / self.name(i) for i in range(len(self.source))])
+        pictures = Frames([self.folder / frame_name(i) for i in range(len(self.source))])
         path = write_film([pictures], self.folder / name, self.source.shown_ms)
         return (
             f"{path}: {len(self.source)} frames, {len(self.keys)} of them drawn; neighbours differ by "
@@ -152,7 +169,7 @@ class Film:
         for i, frame in enumerate(frames):
             if i not in drawn:
                 recipe = {**self.recipe, "frame": i}
-                save_new(to_pil(frame), self.folder / self.name(i), recipe, is_fixed=True)
+                save_new(to_pil(frame), self.folder / frame_name(i), recipe, is_fixed=True)
             yield frame
 
 

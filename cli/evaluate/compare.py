@@ -11,7 +11,15 @@ from t2i.schema import check
 
 from ..arguments import Parser
 from .options import add_measures, check_file, check_numbers, extractors_of, write_json
-from .runs import add_prompts, check_measured, check_places, check_prompts, config_of, measure_generator
+from .runs import (
+    add_prompts,
+    check_measured,
+    check_places,
+    check_prompts,
+    config_of,
+    each_once,
+    measure_generator,
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -31,11 +39,12 @@ def run(arguments: list[str]) -> None:
     check_folder(Path(options.out))
     check_file("--statistics", options.statistics)
     extractors = extractors_of(options)
-    configs = [config_of(place) for place in options.runs]
-    for place, config in zip(options.runs, configs, strict=True):
+    places = each_once(options.runs)
+    configs = [config_of(place) for place in places]
+    for place, config in zip(places, configs, strict=True):
         check_draws(place, config)  # of all, before the first draws for hours
     measured, failed = [], []
-    for place in options.runs:
+    for place in places:
         try:
             measured.append(measure_generator(place, options, extractors, (), configs[0]))
         except UserError as error:
@@ -52,7 +61,7 @@ def run(arguments: list[str]) -> None:
         console.print(line)
     values = [each.about | {"figures": [dataclasses.asdict(f) for f in each.figures]} for each in measured]
     write_json(folder / "compare.json", {"runs": values})
-    check_measured(failed, len(options.runs), "runs")
+    check_measured(failed, len(places), "runs")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -78,6 +78,16 @@ def check_places(key: str, places: Sequence[str], allowed: str) -> None:
         check(place != "" and Path(place).exists(), key, place, allowed)
 
 
+def each_once(places: Sequence[str]) -> list[str]:
+    """Each weights' first name: a run that is named twice, such as by latest, is measured once."""
+    from t2i.training import run_folder
+
+    found: dict[Path, str] = {}
+    for place in places:
+        found.setdefault(run_folder.weights_file(place).resolve(), place)
+    return list(found.values())
+
+
 def check_measured(failed: Sequence[tuple[str, str]], count: int, what: str) -> None:
     """Raises UserError where of so many runs or points some could not be measured. failed: which, and why; a reason
     that many have is said once"""

@@ -24,6 +24,7 @@ from .runs import (
     check_places,
     check_prompts,
     config_of,
+    each_once,
     measure_generator,
     prompts_of,
     reference_of,
@@ -72,6 +73,7 @@ def run(arguments: list[str]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.local % torch.cuda.device_count())
     extractors, folder = extractors_of(options), Path(options.out)
+    places = each_once(places)
     configs = [config_of(place) for place in places]
     for place, config in zip(places, configs, strict=True):  # of all, before the first draws for hours
         check_draws(place, config)

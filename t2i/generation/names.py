@@ -15,6 +15,8 @@ from t2i.generation.prompts import Line
 from t2i.generation.recipes import Recipe, chunk, found_in, identity
 from t2i.training.pictures import save_picture
 
+TAKEN = "{} is there and is not the picture that this recipe makes; allowed: an --out without that file."
+
 
 def slug(prompt: str, length: int = 60) -> str:
     """The words of the prompt, in any script, as part of a file name of at most `length` bytes: in lower case, as some
@@ -59,10 +61,17 @@ def place_of(path: Path, known_by: str, is_fixed: bool, is_taken: bool = False) 
             return place, True
     own = [place for place in free if place != path or not is_taken]
     if not own:
-        raise UserError(
-            f"{path} is there and is not the picture that this recipe makes; allowed: an --out without that file."
-        )
+        raise UserError(TAKEN.format(path))
     return own[0], False
+
+
+def check_free(path: Path, known: Recipe) -> None:
+    """Raises UserError, as `place_of` does for one that is fixed, where `path` is there and has other entries in its
+    recipe than those that are `known` before the model is loaded."""
+    if os.path.lexists(path):
+        found = found_in(path) or {}
+        if any(found.get(name) != value for name, value in known.items()):
+            raise UserError(TAKEN.format(path))
 
 
 def save_new(

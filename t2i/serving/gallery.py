@@ -100,7 +100,8 @@ class Gallery:
         literal = [each for each in pictures if all(word in each.prompt.lower() for word in words)]
         if self.features is None or not words:
             return literal[:limit]
-        others = [each for each in pictures if each not in literal]
+        said = {each.key for each in literal}
+        others = [each for each in pictures if each.key not in said]
         wanted = self.features.of_prompts([text])[0]
         compared = "picture" if self.features.joint else "prompt"
         return [*literal, *self._ranked(compared, others, wanted)][:limit]

@@ -210,8 +210,21 @@ def test_how_many_pictures_a_codec_gives_back_exactly_is_what_a_report_says(t2i,
 
 def test_runs_side_by_side(t2i, runs, plain_features):
     run = str(runs["draws"])
+    latest = str(runs["draws"].with_name("latest"))  # the same run, which is measured once
+    checkpoint = str(next((runs["draws"] / "checkpoints").glob("step_*")))
     done = t2i(
-        "evaluate", "compare", run, run, "--rounds", "0", "--published", "--count", "8", "--out", "table"
+        "evaluate",
+        "compare",
+        run,
+        latest,
+        checkpoint,
+        "--rounds",
+        "0",
+        "--published",
+        "--count",
+        "8",
+        "--out",
+        "table",
     )
     assert done.code == 0, done
     values = json.loads(Path("table/compare.json").read_text())["runs"]
@@ -232,7 +245,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_is_shared(t2i, runs, plain_fea
     arguments = ("evaluate", "sweep", run, checkpoint, "--rounds", "0", "--count", "6")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    first = t2i(*arguments)
+    first = t2i(*arguments, str(runs["draws"].with_name("latest")))  # a run that is there already
     assert first.code == 0, first
     assert "1 of 2 points are still to come from other processes." in first.out
     (point,) = Path("sweep/points").glob("*.json")
@@ -259,7 +272,8 @@ def test_what_cannot_be_measured_is_said_and_the_others_are(t2i, runs, plain_fea
         return draw(self, request, progress).fill_(float("nan") if len(drawn) == 1 else 0.5)
 
     monkeypatch.setattr(ModelGenerator, "generate", broken)
-    words = (run, run) if job == "compare" else (run, "noise_scale=1,2")
+    checkpoint = str(next((runs["draws"] / "checkpoints").glob("step_*")))
+    words = (run, checkpoint) if job == "compare" else (run, "noise_scale=1,2")
     done = t2i("evaluate", job, *words, "--rounds", "0", "--count", "6", "--out", "table")
     assert f"1 of 2 {'runs' if job == 'compare' else 'points'} are not measured: {run}" in done.sentence
     assert "6 of 6 pictures came out with numbers that are not finite" in done.sentence

@@ -168,17 +168,19 @@ def test_interpolates_as_strip_and_film(t2i, weights: str) -> None:
     assert (whole[:, 32:64] != whole[:, :32]).any()
 
 
-def film(path: str) -> torch.Tensor:
+def film(path: str, speed: int = 1) -> torch.Tensor:
     """Eight frames of a square that moves over a smooth ground."""
     ground = torch.linspace(-0.5, 0.5, 32)
     frames = (ground[:, None] + ground[None, :]).expand(8, 3, 32, 32).clone()
     for i in range(8):
-        frames[i, 0, 8:16, 4 + i : 12 + i] = 1
+        frames[i, 0, 8:16, 4 + speed * i : 12 + speed * i] = 1
     write_film([to_pil(frame) for frame in frames], Path(path), 40)
     return frames
 
 
-def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, weights: str) -> None:
+def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(
+    t2i, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = film("in.webp")
     base = (*FLAGS, "--prompt", "a star", "--strength", "0.7", "--checkpoint", weights)
     said = {}
@@ -212,9 +214,14 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(t2i, 
     assert Path("all/video.webp").read_bytes() == before
     for frame in Path().glob("frame_*.png"):
         frame.replace(Path("all") / frame.name)
+    monkeypatch.setattr("t2i_cli.sample.load", None)  # refused before that
     # Neither a drawn frame nor one between is written over.
     done = t2i(*base, "--video", "in.webp", "--out", "all", "--key-every", "4")
     assert "frame_00001.png is there and is not the picture" in done.sentence
+    film("other.webp", speed=2)
+    for other in (("--video", "other.webp"), ("--video", "in.webp", "--seed", "1")):
+        done = t2i(*base, *other, "--out", "all")
+        assert "frame_00000.png is there and is not the picture" in done.sentence
     sentence = t2i("sample", "--recipe", "all/frame_00002.png", "--out", "again").sentence
     assert "is a frame of a film, which --video 'in.webp' makes again" in sentence
 

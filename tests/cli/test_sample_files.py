@@ -268,7 +268,7 @@ def geneval_loads(folder: Path) -> list[tuple[str, str]]:
     return sorted(found, key=lambda each: each[1])
 
 
-def test_the_layout_of_geneval(t2i, ldm_file):
+def test_the_layout_of_geneval(t2i, ldm_file, monkeypatch):
     entries = [
         {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"},
         {"tag": "counting", "include": [], "prompt": "two cups"},
@@ -285,6 +285,9 @@ def test_the_layout_of_geneval(t2i, ldm_file):
     assert json.loads(Path("samples/00000/metadata.jsonl").read_text()) == entries[0]
     assert "6 were there already" in t2i(*arguments, "--num-images", "2", "--steps", "1").out
     sentence = t2i(*arguments, "--num-images", "2", "--steps", "2").sentence
+    assert "00000/samples/0000.png is there and is not the picture" in sentence
+    monkeypatch.setattr("t2i_cli.sample.load", None)  # refused before that
+    sentence = t2i(*arguments, "--num-images", "2", "--seed", "1").sentence
     assert "00000/samples/0000.png is there and is not the picture" in sentence
 
 

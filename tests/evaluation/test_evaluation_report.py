@@ -188,6 +188,7 @@ def test_a_ladder_has_its_bounds_parameters_and_times_in_all(report):
     path, figures, _ = report
     assert list(figures["codecs"]) == ["autoencoder-64"]
     assert figures["codecs"]["autoencoder-64"]["psnr_db"] == figures["psnr_db"]
+    assert figures["psnr_db_by_codec"] == {"autoencoder-64": figures["psnr_db"]}
     assert list(figures["runs"]) == ["ldm-32", "ldm-64"]
     first, second = figures["runs"].values()
     assert (second["stage"], second["size_px"], Path(second["folder"]).name) == ("ldm", 64, "second")
