@@ -22,10 +22,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from t2i.config import RunConfig, check, parse_run, run_to_dict
+from t2i.config import RunConfig, check, run_to_dict
 from t2i.data.encoded import Record, check_same
 from t2i.data.sources import Limits
-from t2i.errors import CheckpointError, ConfigError
+from t2i.errors import ConfigError
 from t2i.interfaces import Batch
 from t2i.launch import processes
 from t2i.launch.ranks import Rank, is_first
@@ -45,9 +45,9 @@ from t2i.training.checkpoint import LoadedCheckpoint, load
 from t2i.training.data import ShardData, preview_batch, some_images
 from t2i.training.drawn import Drawn, Measure
 from t2i.training.loggers import build_loggers, log_config
+from t2i.training.resuming import config_of, resumed_run
 from t2i.training.saving import Checkpoints, Finish, NotFinite
 from t2i.training.stage import BaseStage
-from t2i.training.state_folder import check_whole
 from t2i.training.strategy import ShardedStrategy
 from t2i.training.validation import Validation, heldout_batch
 
@@ -78,7 +78,7 @@ def fit(
     not finite any more.
     """
     config = set_up(config)
-    resumed = processes.from_first(lambda: _resumed_run(config))
+    resumed = processes.from_first(lambda: resumed_run(config))
     config = with_precision(config, resumed)
     L.seed_everything(config.seed % 2**32, verbose=False)
     if resumed is None:
@@ -147,7 +147,7 @@ def _with_chosen_precision(config: RunConfig, resumed: Path | None) -> RunConfig
     device = torch.device("cuda" if on_gpu else "cpu")
     precision = chosen("auto", device)
     if resumed is not None:
-        precision = _config_of(resumed, type(config.model))["trainer"]["precision"]
+        precision = config_of(resumed, type(config.model))["trainer"]["precision"]
     log.info("trainer.precision is %s", precision)
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
 
@@ -282,79 +282,6 @@ def _check_encoded(config: RunConfig, stage: BaseStage) -> None:
             features = stage.features()
             check(bool(features), f"{key}.encoded", part.encoded, f"null for stage={config.stage}")
             check_same(part.encoded, Record.read(part.encoded, Limits(config.data.deadline_s)), features)
-
-
-def _resumed_run(config: RunConfig) -> Path | None:
-    """The run folder that config.resume means; None for a new run. Raises CheckpointError where there is none, or the
-    command says other than the run's own did."""
-    found = run_folder.resumed(config.runs_dir, config.stage, config.name, config.resume)
-    if found is not None:
-        _check_same_run(config, found)
-        _set_damaged_aside(found)
-    return found
-
-
-def _set_damaged_aside(folder: Path) -> None:
-    """Renames checkpoints that cannot be read, from the newest on, so that the newest good one is gone on from. Raises
-    CheckpointError where there is none: all stay as they are then, and no later start takes the run for a new one."""
-    damaged = list[tuple[Path, CheckpointError]]()
-    for path in reversed(run_folder.written(folder)):
-        try:
-            check_whole(path) if path.is_dir() else load(path)
-        except CheckpointError as error:
-            damaged.append((path, error))
-            continue
-        for bad, reason in damaged:
-            aside = bad.with_name(f"damaged_{bad.name}_{time.time_ns()}")
-            bad.rename(aside)
-            log.warning("%s It is %s now, and does not count.", reason, aside)
-        return
-    raise CheckpointError(
-        f"{folder}: none of its {len(damaged)} checkpoints can be read; of the newest: {damaged[0][1]}"
-    )
-
-
-def _check_same_run(config: RunConfig, folder: Path) -> None:
-    """Raises CheckpointError where `config` says other than the run that it resumes, in what makes the run."""
-    free = {
-        "name",
-        "runs_dir",
-        "init_from",
-        "resume",
-        "allow_other_shards",
-        "builds_on",
-        "trainer",
-        "logger",
-        "sampling",
-    }
-    saved, said = _config_of(folder, type(config.model)), run_folder.as_saved(run_to_dict(config))
-    for key in sorted(said.keys() - free):
-        if saved.get(key) != said[key]:
-            name, was, now = _difference(key, saved.get(key), said[key])
-            raise CheckpointError(
-                f"{folder} was trained with {name}={was}, this command says {name}={now}; resume "
-                f"needs the run's own command. To start a new run from its weights use init_from={folder}."
-            )
-
-
-def _config_of(folder: Path, model_class: type) -> dict[str, Any]:
-    """The configuration that a run was made with. What it does not say, as an older version had no such key, has its
-    default. Raises CheckpointError where it cannot be read."""
-    try:
-        return run_folder.as_saved(run_to_dict(parse_run(run_folder.read_config(folder), model_class)))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{folder}/config.yaml is not one that this version can resume: {error}"
-        ) from error
-
-
-def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first key at or below `key` whose value differs, and its two values; of other kinds their names."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for inner in sorted(was.keys() | now.keys(), key=lambda inner: (inner != "name", inner)):
-            if was.get(inner) != now.get(inner):
-                return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
-    return key, was, now
 
 
 def _initial_run(config: RunConfig) -> str | None:

@@ -12,10 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from t2i.config import parse_run, run_to_dict
 from t2i.errors import CheckpointError
 from t2i.families.autoencoder.stage import Stage
 from t2i.training import checkpoint, run_folder, state_folder
 from t2i.training.callbacks import Pictures
+from t2i.training.resuming import resumed_run
 from t2i.training.saving import Checkpoints
 
 ARGUMENTS = (
@@ -146,6 +148,57 @@ def test_shards_that_were_replaced_are_refused_unless_told(
     assert train(compose_run(*longer, "trainer.num_images=56")).images_seen == 56
 
 
+def test_how_data_is_read_may_change(whole, compose_run, train, shapes_shards, shapes_overrides, tmp_path):
+    """And where it lies. What comes of it stays as it was."""
+    cut = copied(whole, tmp_path, run_folder.FINAL_WEIGHTS, "step_0000004")
+    shutil.copytree(shapes_shards, tmp_path / "elsewhere")
+    moved = [each.replace(str(shapes_shards), str(tmp_path / "elsewhere")) for each in shapes_overrides]
+    assert moved != shapes_overrides
+    reading = ("num_workers=1", "cache_mib=0", "shard_cache_gib=1", "deadline_s=17", "max_bad_share=0.5")
+    typed = (*moved, *(f"data.{each}" for each in reading))
+    assert train(compose_run(*ARGUMENTS, *typed, f"runs_dir={tmp_path}", "resume=latest")).complete
+    ends = [load_file(folder / run_folder.FINAL_WEIGHTS) for folder in (cut, whole)]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+
+
+@pytest.mark.parametrize("key", ["data.shards", "data.mixture"])
+def test_where_shards_cannot_be_compared_they_stay(whole, compose_run, tmp_path, key):
+    """Behind a URL only their sizes tell them from others."""
+    cut = copied(whole, tmp_path)
+    path = cut / "config.yaml"
+    values = {
+        place: f"{place}/{{0..9}}.tar" for place in ("http://a/b", "http://c/d", "/local", "pipe:cat /local")
+    }
+    data = yaml.safe_load(path.read_text())["data"]
+
+    def of(place: str) -> dict:
+        if key == "data.shards":
+            return data | {"shards": values[place]}
+        return data | {"shards": None, "mixture": {"one": {"shards": [values[place]]}}}
+
+    def resume(then: str, now: str, *more: str) -> None:
+        saved = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump(saved | {"data": of(then)}))
+        config = compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest", *more)
+        typed = run_to_dict(config) | {"data": of(now)}
+        resumed_run(parse_run(typed, type(config.model)))
+
+    resume("http://a/b", "http://a/b")
+    for then, now in (("http://a/b", "http://c/d"), ("http://a/b", "/local"), ("/local", "pipe:cat /local")):
+        with pytest.raises(
+            CheckpointError, match=rf"{key}.*needs the run's own command, or allow_other_shards"
+        ):
+            resume(then, now)
+        resume(then, now, "allow_other_shards=true")
+
+
+def test_what_was_encoded_stays_so(whole, compose_run, tmp_path):
+    copied(whole, tmp_path)
+    config = compose_run(*ARGUMENTS, f"runs_dir={tmp_path}", "resume=latest", "data.encoded=somewhere")
+    with pytest.raises(CheckpointError, match=r"data\.encoded=False, this command says data\.encoded=True"):
+        resumed_run(config)
+
+
 def test_a_checkpoint_of_before_fingerprints_is_taken(whole, compose_run, train, tmp_path):
     """One file, as they were."""
     cut = copied(whole, tmp_path, run_folder.FINAL_WEIGHTS, "step_0000004")
@@ -164,13 +217,13 @@ def test_what_the_configuration_of_an_older_version_lacks_has_its_default(
     path = cut / "config.yaml"
     saved = yaml.safe_load(path.read_text())
     for lacking in (saved, saved["data"], saved["optimizer"]):
-        for key in ("allow_other_shards", "max_bad_share", "muon_scale"):
+        for key in ("allow_other_shards", "shuffle_window_shards", "muon_scale"):
             lacking.pop(key, None)
     path.write_text(yaml.safe_dump(saved))
     longer = (*ARGUMENTS, "trainer.num_images=40", f"runs_dir={tmp_path}", "resume=latest")
     assert train(compose_run(*longer)).images_seen == 40
-    with pytest.raises(CheckpointError, match=r"data\.max_bad_share=0\.01, this command says .*=0\.5"):
-        train(compose_run(*longer, "data.max_bad_share=0.5"))
+    with pytest.raises(CheckpointError, match=r"data\.shuffle_window_shards=16, this command says .*=2;"):
+        train(compose_run(*longer, "data.shuffle_window_shards=2"))
     path.write_text(yaml.safe_dump(saved | {"of_another_version": 1}))
     with pytest.raises(
         CheckpointError, match=r"config\.yaml is not one .* of_another_version is not a known key"

@@ -14,7 +14,7 @@ from same_state import same
 
 from t2i.errors import CheckpointError
 from t2i.training import checkpoint, run_folder, state_folder
-from t2i.training.fit import _set_damaged_aside
+from t2i.training.resuming import set_damaged_aside
 from t2i.training.saving import StateFolders
 
 STATE = {
@@ -232,7 +232,7 @@ def test_one_that_is_damaged_at_a_glance_is_named_too(saved, how, caplog):
     shutil.copytree(saved, saved.with_name("step_0000300"))
     (saved.with_name("step_0000300") / state_folder.MARK).unlink()
     with caplog.at_level("WARNING", "t2i"):
-        _set_damaged_aside(saved.parents[1])
+        set_damaged_aside(saved.parents[1])
     (said,) = (record.message for record in caplog.records)
     assert str(later) in said
     assert run_folder.written(saved.parents[1]) == [saved]
