@@ -58,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
         prog="t2i profile",
         usage="t2i profile stage=NAME [--steps N] [--out DIR] [group=choice ...] [key=value ...]",
         description="Where the time of a train step goes: data, copy, forward, backward, optimizer, communication and "
-        "the rest. Trains a few steps, of which nothing stays. The parts are timed one after another, a GPU's work "
-        "included, so that a step takes longer than in a run.",
+        "the rest. Trains a few steps, of which nothing stays, as they are at the end of the run, with all that begins "
+        "on the way (a discriminator). The parts are timed one after another, a GPU's work included, so that a step "
+        "takes longer than in a run.",
         epilog="key=value are those of `t2i train`.",
     )
     made.add_argument("--steps", type=int, default=10, metavar="N", help="that are timed; default: 10")

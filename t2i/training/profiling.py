@@ -41,13 +41,15 @@ class Profile:
 
 
 def profile(config: RunConfig, stage_class: type[BaseStage], steps: int, folder: Path) -> Profile:
-    """Trains a few steps to warm up and then `steps` more, and writes folder/trace.json; no run is left. The parts are
-    timed one after another: at their ends the host waits for what a GPU has to do. Raises UserError as `fit` does."""
+    """Trains a few steps to warm up and then `steps` more, as they are at the end of the run, and writes
+    folder/trace.json; no run is left. The parts are timed one after another: at their ends the host waits for what a
+    GPU has to do. Raises UserError as `fit` does."""
     check(config.resume is None, "resume", config.resume, "null, as a profile goes on from no run")
     config = with_precision(set_up(config), resumed=None)
     L.seed_everything(config.seed % 2**32, verbose=False)
     config, start = fresh_start(config)
     stage = build_stage(config, stage_class, start)
+    _set_at_end(stage, WARM_UP + steps)
     profiled = _Profiled(steps)
     trainer = build_trainer(config, stage, logger=False, callbacks=[profiled])
     run_trainer(trainer, stage, config)
@@ -61,6 +63,14 @@ def profile(config: RunConfig, stage_class: type[BaseStage], steps: int, folder:
     found = Profile(profiled.milliseconds(), trace, stage.device.type)
     processes.leave()
     return found
+
+
+def _set_at_end(stage: BaseStage, steps: int) -> None:
+    """So many steps before the end of its run: what begins on the way, such as a discriminator, takes part then."""
+    trainer = stage.config.trainer
+    size = trainer.images_per_process * trainer.processes
+    stage.steps_done = max(0, trainer.num_images // size - steps)
+    stage.images_seen = stage.steps_done * size
 
 
 class _Profiled(Callback):

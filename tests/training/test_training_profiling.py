@@ -17,6 +17,7 @@ from t2i.errors import ConfigError, TrainingError
 from t2i.training import profiling
 from t2i.training.profiling import Profile, profile
 from t2i.training.ranges import PARTS, PREFIX, part_of_step
+from t2i.training.stage import BaseStage
 
 FLOW = ("experiment=pixel_diffusion/tiny_flow_dit", "data.num_workers=0")
 
@@ -50,6 +51,23 @@ def test_the_parts_add_up_and_no_run_is_left(profiled, tmp_path, monkeypatch):
     ranges = Counter(event.get("name") for event in events if event.get("ph") == "X")
     per_step = {"data": 1, "copy": 1, "forward": 2, "backward": 2, "optimizer": 3}
     assert {part: ranges[PREFIX + part] for part in PARTS} == {p: 3 * n for p, n in per_step.items()}
+
+
+def test_the_steps_are_those_at_the_end_of_a_run(profiled, monkeypatch):
+    """With all that begins on the way, such as a discriminator; a run that is shorter has them from its start."""
+    seen = list[tuple[int, int]]()
+    taken = BaseStage.training_step
+
+    def step(self, *args):
+        seen.append((self.images_seen, self.steps_done))
+        taken(self, *args)
+
+    monkeypatch.setattr(BaseStage, "training_step", step)
+    profiled("trainer.num_images=1_000_003", "trainer.global_batch_size=8", steps=2)
+    assert seen == [(8 * done, done) for done in range(124_995, 125_000)]
+    seen.clear()
+    profiled("trainer.num_images=16", "trainer.batch_size=8", steps=1)
+    assert seen == [(8 * done, done) for done in range(4)]
 
 
 def test_a_slow_loader_shows_as_data(profiled, monkeypatch):
