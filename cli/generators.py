@@ -53,13 +53,11 @@ def device_named(name: str | None, rank: Rank) -> torch.device:
     """The device of that name, cpu or cuda, for this process. Raises ConfigError for one that is not there."""
     import torch
 
+    from t2i.launch.processes import own_device
+
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     check(name in (None, *devices), "--device", name, " or ".join(devices))
-    if (name or devices[-1]) == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", rank.local % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cpu") if name == "cpu" else own_device(rank)
 
 
 def load(

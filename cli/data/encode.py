@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> None:
     from t2i import families
     from t2i.data.encoded import lacking_of_pictures
     from t2i.data.reader import as_pair
+    from t2i.launch.processes import own_device
     from t2i.launch.ranks import rank_of
     from t2i.training.fit import fresh_start
     from t2i_pipelines.encode import Encoder, encode
@@ -45,7 +46,7 @@ def run(arguments: list[str]) -> None:
     )
     check(not more, "--features", options.features, allowed)
     features = {name: feature for name, feature in features.items() if name in wanted}
-    device = torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu") if config.trainer.accelerator == "cpu" else own_device(rank)
     parts = config.data.parts()
     for key, data in parts.items():
         out = Path(options.out) / (key.removeprefix("data.mixture.") if len(parts) > 1 else "")

@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> None:
     from rich.progress import Progress
 
     from t2i.data.sources import expand
+    from t2i.launch.processes import own_device
     from t2i.launch.ranks import rank_of
     from t2i_pipelines.optional import need
     from t2i_pipelines.places import check_writable
@@ -33,9 +34,8 @@ def run(arguments: list[str]) -> None:
     urls, rank = list(dict.fromkeys(expand(options.shards, "SHARDS"))), rank_of(os.environ)
     if options.out is not None:
         check_writable(options.out / SUFFIX)
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", rank.local % gpus) if gpus else torch.device("cpu")
-    if gpus:  # else each thread that prepares pictures would start threads of torch
+    device = own_device(rank)
+    if device.type == "cuda":  # else each thread that prepares pictures would start threads of torch
         torch.set_num_threads(1)
     files = ScorerFiles(
         options.clip,

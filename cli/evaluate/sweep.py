@@ -55,13 +55,12 @@ def run(arguments: list[str]) -> None:
         submit_shared(["evaluate", "sweep"], arguments, launch)
         return
     # Heavy imports only now: a wrong flag is reported at once.
-    import torch
-
     from t2i import families
     from t2i.config import parse_run
     from t2i.evaluation.curves import Point, write_curves
     from t2i.generation.names import check_folder
     from t2i.launch.lock import locked
+    from t2i.launch.processes import own_device
     from t2i.launch.ranks import rank_of
 
     from ..console import console, part_of
@@ -70,8 +69,7 @@ def run(arguments: list[str]) -> None:
     check_folder(Path(options.out))
     check_file("--statistics", options.statistics)
     rank, console.quiet = rank_of(os.environ), False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank.local % torch.cuda.device_count())
+    own_device(rank)
     extractors, folder = extractors_of(options), Path(options.out)
     places = each_once(places)
     configs = [config_of(place) for place in places]

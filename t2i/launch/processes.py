@@ -38,8 +38,7 @@ def join(environment: MutableMapping[str, str], deadline_s: float) -> Rank:
         environment.update({"MASTER_ADDR": host, "MASTER_PORT": port})
         environment.update({"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world)})
         environment.update({"LOCAL_RANK": str(rank.local), "LOCAL_WORLD_SIZE": str(rank.local_world)})
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank.local % torch.cuda.device_count())
+    own_device(rank)
     # Tensors of the host, as those of agreements and checkpoints, go by gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
@@ -70,6 +69,16 @@ def watch_over(
     global _watch
     if _watch is None:
         _watch = Watch.begun(environment, rank, deadline_s, children)
+
+
+def own_device(rank: Rank) -> torch.device:
+    """The GPU of this process, from now on torch's current one, or the CPU where there is none. Where each process is
+    shown no GPU but its own, that has the number 0 in all of them."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank.local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def is_joined() -> bool:

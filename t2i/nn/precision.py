@@ -39,6 +39,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def without_float16(device: torch.device) -> AbstractContextManager[object]:
+    """Within this context autocast computes in bfloat16 or not at all, for what float16's range does not hold."""
+    if device.type == "meta" or torch.get_autocast_dtype(device.type) != torch.float16:
+        return nullcontext()
+    return without_autocast(device)
+
+
 def rounded(network: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the weights of a frozen network's products in `dtype`, in place: those that autocast, within which the
     network has to run, would round at each use. Norms stay as exact as they are."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.nn.norm import group_norm
+from t2i.nn.precision import without_autocast
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -84,4 +85,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x))
+
+
+class Doubled(nn.Module):
+    """`doubled`, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(x)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C, 2h, 2w), nearest neighbour, in the dtype of x: a GPU's autocast would bring it to
+    float32, and with it all that is added to it."""
+    with without_autocast(x.device):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")

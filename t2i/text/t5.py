@@ -6,6 +6,7 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from t2i.interfaces import TextFeatures
+from t2i.nn.precision import without_float16
 from t2i.nn.transfer import placed
 from t2i.text.frozen import FrozenTextEncoder, added_mask
 from t2i.text.pretrained import check_vocabulary, load_pretrained, tokenize
@@ -35,6 +36,7 @@ class T5TextEncoder(FrozenTextEncoder):
         tokens = tokenize(self.tokenizer, captions, self.max_tokens)
         ids, mask = (placed(each, self.device) for each in (tokens.input_ids, tokens.attention_mask))
         added = added_mask(mask, self.dtype)
-        states = self.transformer(input_ids=ids, attention_mask=added).last_hidden_state
+        with without_float16(self.device):  # which its largest states do not fit into
+            states = self.transformer(input_ids=ids, attention_mask=added).last_hidden_state
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextFeatures(states, pooled, mask.bool())

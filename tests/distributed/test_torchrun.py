@@ -61,7 +61,7 @@ def meet_with_gpus(rank: int, port: int) -> None:
 
     from t2i.launch import processes
 
-    begin, placed = dist.init_process_group, list[int]()
+    begin, placed = dist.init_process_group, list[torch.device]()
 
     def refused(*args: Any, **options: Any) -> None:  # as torch before 2.15 does
         if dist.get_backend() != "gloo":
@@ -75,7 +75,7 @@ def meet_with_gpus(rank: int, port: int) -> None:
         placed.append,
     )
     processes.join(os.environ, 60.0)
-    assert placed == [rank]
+    assert placed == [torch.device("cuda", rank)]
     assert dist.get_backend() == "cpu:gloo,cuda:gloo"
     assert processes.from_first(lambda: f"of {rank}") == "of 0"
     processes.leave()

@@ -175,6 +175,15 @@ def test_t5_agrees_with_transformers(t5, t5_folder):
         torch.testing.assert_close(features.pooled[i], states[i, mask].mean(0))
 
 
+def test_t5_knows_no_float16(t5_folder):
+    """Its range ends below the largest states of the published ones; within autocast to bfloat16 nothing changes."""
+    encoder = build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=40)).float()
+    plain = encoder(CAPTIONS).tokens
+    for dtype, same in ((torch.float16, True), (torch.bfloat16, False)):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(encoder(CAPTIONS).tokens, plain) == same
+
+
 def test_t5_does_not_see_padding(t5, t5_folder):
     longer = build_text_encoder(TextConfig(name="t5", model=str(t5_folder), max_tokens=60)).double()
     a, b = t5(CAPTIONS[:2]), longer(CAPTIONS[:2])

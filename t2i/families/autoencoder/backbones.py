@@ -6,7 +6,7 @@ from torch import nn
 
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig, ViTBackboneConfig
 from t2i.families.autoencoder.config import BackboneConfig, PatchBackboneConfig
-from t2i.families.autoencoder.dvae import DVAEDecoder, DVAEEncoder, convolution
+from t2i.families.autoencoder.dvae import DVAEDecoder, DVAEEncoder, ToLogits, convolution
 from t2i.families.autoencoder.model import Decoder, Encoder
 from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder
 from t2i.families.autoencoder.vit import ViTDecoder, ViTEncoder
@@ -27,7 +27,7 @@ def build_backbone(
         return ViTEncoder(config), down, up, ViTDecoder(config)
     latent = config.latent_channels
     if isinstance(config, DVAEBackboneConfig):
-        logits = convolution(config.encoder_channels, moment_channels, 1)
+        logits = convolution(config.encoder_channels, moment_channels, 1, ToLogits)
         return DVAEEncoder(config), logits, _unless_equal(code_channels, latent), DVAEDecoder(config)
     if isinstance(config, PatchBackboneConfig):
         first, second = (

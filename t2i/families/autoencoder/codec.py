@@ -26,6 +26,7 @@ from t2i.families.autoencoder.patch import PatchDecoder, PatchEncoder, initialis
 from t2i.families.autoencoder.posterior import DiagonalGaussian
 from t2i.families.autoencoder.upsampler import Upsampler
 from t2i.interfaces import ImageCodec, TokenCodec
+from t2i.nn.precision import widened
 from t2i.nn.resize import smaller
 from t2i.training.randomness import Randomness
 
@@ -204,7 +205,7 @@ class DiscreteCodec(Codec, TokenCodec):
         return [*super().bottleneck(), self.codebook]
 
     def latent(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return moments * self.latent_scale
+        return widened(moments) * self.latent_scale
 
     def decode(self, latent: Tensor) -> Tensor:
         quantized = self.codebook(latent / self.latent_scale)

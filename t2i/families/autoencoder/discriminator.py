@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from t2i.nn.norm import group_norm
+from t2i.nn.precision import widened
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, in_channels, H, W) in [-1, 1] -> logits (B, 1, h, w), one per patch.
+    """(B, in_channels, H, W) in [-1, 1] -> logits (B, 1, h, w), one per patch, in float32 at least.
 
     Patches overlap, and are 70 px wide for 3 layers. H and W are 3 * 2^num_layers px or more. Normalised by
     GroupNorm where the paper has BatchNorm: its statistics belong to one picture, so they are the same
@@ -38,4 +39,4 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.layers(image)
+        return widened(self.layers(image))

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig
+from t2i.nn.precision import widened, without_autocast
+from t2i.nn.residual import Doubled
 
 PIXEL_EPS = 0.1  # pixels in [0, 1] are mapped to [PIXEL_EPS, 1 - PIXEL_EPS] (appendix A.3)
 GROUPS = 4
@@ -94,7 +96,7 @@ class DVAEDecoder(nn.Module):
             after = 8 * width >> i
             group = _group(before, after, config, (1, 3, 3, 3))
             if i < GROUPS - 1:
-                group.add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
+                group.add_module("upsample", Doubled())
             blocks[f"group_{i + 1}"] = group
             before = after
         blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=convolution(width, 6, 1)))
@@ -118,9 +120,22 @@ def _group(before: int, after: int, config: DVAEBackboneConfig, kernels: tuple[i
     return Layers(blocks)
 
 
-def convolution(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
+class ToLogits(nn.Conv2d):
+    """The encoder's last convolution, in single precision, autocast or not, as in the published code: of thousands of
+    logits the largest is often ahead of the next by less than half precision tells apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        with without_autocast(x.device):
+            x = widened(x)
+            return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def convolution(
+    in_channels: int, out_channels: int, kernel: int, layer: type[nn.Conv2d] = nn.Conv2d
+) -> nn.Conv2d:
     """Of unit gain at the start, and without bias."""
-    made = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    made = layer(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.normal_(made.weight, std=(in_channels * kernel**2) ** -0.5)
     assert made.bias is not None
     nn.init.zeros_(made.bias)

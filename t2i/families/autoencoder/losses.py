@@ -24,6 +24,7 @@ from t2i.adversarial.losses import (
 )
 from t2i.nn.precision import widened
 
+GRADIENT_SCALE = 2.0**10  # a power of two: but for float16 it changes no bit
 # adversarial.loss -> the discriminator's and the generator's.
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "hinge": (hinge_discriminator_loss, hinge_generator_loss),
@@ -41,8 +42,10 @@ def adaptive_weight(
     Under torch.distributed the gradients are averaged over the ranks before their norms are taken, so that
     every rank has the weight that one process would have for the whole batch. Both graphs are kept.
     """
-    losses = (reconstruction_loss, generator_loss)
+    # Of a mean over millions of values each has a gradient that is 0 in float16: no scaler has its hand in this pass.
+    losses = (GRADIENT_SCALE * reconstruction_loss, GRADIENT_SCALE * generator_loss)
     grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses])
+    grads = grads / GRADIENT_SCALE
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(grads)
         grads = grads / dist.get_world_size()

@@ -13,6 +13,7 @@ from t2i.families.autoregressive.network import CodeTransformer
 from t2i.interfaces import Progress, TextFeatures
 from t2i.nn.guidance import both_texts, guided
 from t2i.nn.once import weights_unchanged
+from t2i.nn.precision import widened
 from t2i.nn.transformer import Cache
 
 
@@ -59,7 +60,7 @@ def draw_codes(
             given = twice(before, both), both.tokens, both.mask
             logits = transformer(*given, places, caches, seen_low)[:, -1]
         if negative is not None:
-            unconditional, conditional = logits.chunk(2)
+            unconditional, conditional = widened(logits).chunk(2)
             logits = guided(conditional, unconditional, sampling.guidance_scale)
         finite &= logits.isfinite().all(1)
         codes[:, row, column] = drawn(logits, uniform[:, i], sampling)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from t2i.interfaces import TokenCodec
+from t2i.nn.precision import without_autocast
 
 PIXELS = 65_536  # that the palette is made of
 ITERATIONS = 20
@@ -59,9 +60,10 @@ class PaletteCodec(TokenCodec):
 
     def tokens(self, image: Tensor) -> Tensor:
         pixels = image.movedim(1, -1)
-        # ||p - c||^2 less ||p||^2, which is the same for all colours.
-        distance = self.colours.square().sum(1) - 2 * pixels @ self.colours.T
-        return distance.argmin(-1)
+        with without_autocast(image.device):
+            # ||p - c||^2 less ||p||^2, which is the same for all colours.
+            distance = self.colours.square().sum(1) - 2 * pixels @ self.colours.T
+            return distance.argmin(-1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.colours[tokens].movedim(-1, 1)

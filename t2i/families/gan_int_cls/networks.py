@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i.config import check
 from t2i.families.gan_int_cls.config import DiscriminatorConfig, GeneratorConfig
+from t2i.nn.precision import widened
 
 SLOPE = 0.2  # of every leaky ReLU
 INIT_STD = 0.02  # of batch-normed networks (DCGAN, 1511.06434)
@@ -113,8 +114,8 @@ class Discriminator(nn.Module):
         return h
 
     def judge(self, seen: Tensor, pooled: Tensor) -> Tensor:
-        """(B,) logits of what is seen and captions (B, pooled_dim)."""
-        return self.head(seen, self.text(pooled))
+        """(B,) logits, in float32 at least, of what is seen and captions (B, pooled_dim)."""
+        return widened(self.head(seen, self.text(pooled)))
 
 
 class ConcatHead(nn.Module):

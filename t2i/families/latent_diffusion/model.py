@@ -78,13 +78,14 @@ class LatentDiffusion(TextToImage):
         return isinstance(config, UNetDenoiserConfig) and config.masks is not None
 
     def denoise(self, x: Tensor, t: Tensor, text: TextFeatures, known: Tensor | None = None) -> Tensor:
-        """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule. known: of a model that inpaints,
-        `known_part` (n, 1 + C, h, w), repeated where x is n pictures several times over"""
+        """The denoiser's output for x_t (B, C, h, w) at times t (B,) of the schedule, in float32 at least: guidance and
+        samplers work with that. known: of a model that inpaints, `known_part` (n, 1 + C, h, w), repeated where x is n
+        pictures several times over"""
         if known is not None:
             x = torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1)
         mask = text.mask if self.config.mask_padding else None
         time = self.schedule.model_time(t).to(widened(x).dtype)
-        return self.denoiser.conditioned(x, time, text, mask)
+        return widened(self.denoiser.conditioned(x, time, text, mask))
 
     def loss(
         self, latent: Tensor, text: TextFeatures, t: Tensor, eps: Tensor, known: Tensor | None = None
@@ -96,7 +97,7 @@ class LatentDiffusion(TextToImage):
         prediction = self.config.objective.prediction
         alpha, sigma = self.schedule.alpha_sigma(t)
         x_t = self.schedule.add_noise(latent, eps, t)
-        error = widened(self.denoise(x_t, t, text, known)) - target(prediction, latent, eps, alpha, sigma)
+        error = self.denoise(x_t, t, text, known) - target(prediction, latent, eps, alpha, sigma)
         weight = loss_weight(prediction, self.schedule.snr(t), self.config.objective.min_snr_gamma)
         return weight * error.square().flatten(1).mean(1)
 

@@ -24,6 +24,7 @@ from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
 from t2i.nn.guidance import both_texts, guided
+from t2i.nn.precision import widened
 from t2i.nn.resize import smaller
 
 
@@ -133,7 +134,7 @@ class MaskedModel(CodesModel):
             codes, unknown = (twice(x.unflatten(1, shape)) for x in (codes, unknown))
             logits = self.logits(codes, unknown, text, seen_low)
             if guides:
-                without, with_prompt = logits.chunk(2)
+                without, with_prompt = widened(logits).chunk(2)
                 grown = share if sampling.guidance_schedule == "linear" else 1.0
                 logits = guided(with_prompt, without, 1 + grown * (sampling.guidance_scale - 1))
             finite.logical_and_(logits.isfinite().flatten(1).all(1))

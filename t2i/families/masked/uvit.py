@@ -13,6 +13,7 @@ from t2i.nn.attention import Attention
 from t2i.nn.embeddings import timestep_embedding
 from t2i.nn.norm import RMSNorm
 from t2i.nn.once import once
+from t2i.nn.transfer import placed
 
 EPS = 1e-6
 CONDITION_DIM = 256  # of each number that is told beside the text
@@ -77,8 +78,9 @@ class UVit(MaskedTransformer):
     def condition(self, pooled: Tensor, rows: int, columns: int) -> Tensor:
         """(B, width), through SiLU, as all layers take it."""
         f = self.downsampling
-        numbers = torch.tensor([columns * f, rows * f, 0.0, 0.0, AESTHETIC_SCORE], dtype=pooled.dtype)
-        told = timestep_embedding(numbers, CONDITION_DIM).flatten().to(pooled)
+        dtype = torch.promote_types(pooled.dtype, torch.float32)
+        numbers = torch.tensor([columns * f, rows * f, 0.0, 0.0, AESTHETIC_SCORE], dtype=dtype)
+        told = placed(timestep_embedding(numbers, CONDITION_DIM).flatten(), pooled.device).to(pooled.dtype)
         both = torch.cat([pooled, told.expand(len(pooled), -1)], dim=1)
         return F.silu(self.cond_embed["linear_2"](F.silu(self.cond_embed["linear_1"](both))))
 

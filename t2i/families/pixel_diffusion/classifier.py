@@ -16,6 +16,7 @@ from t2i.families.pixel_diffusion.unet import Encoder
 from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.interfaces import TextFeatures
 from t2i.nn.norm import group_norm
+from t2i.nn.precision import widened, without_autocast
 from t2i.nn.transfer import placed
 
 MAX_LOGIT_SCALE = 100.0  # of CLIP (2103.00020, section 2.5)
@@ -66,7 +67,8 @@ class NoisyEncoder(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, _ = self.encode(x, self.embedded(t, x.dtype))
-        return self.out(h)
+        with without_autocast(x.device):
+            return self.out(widened(h))
 
 
 class NoisyMatcher(nn.Module):
@@ -86,7 +88,8 @@ class NoisyMatcher(nn.Module):
         mask = context_mask[..., None].to(x.dtype)
         words = (self.words(context) * mask).sum(1) / mask.sum(1).clamp(min=1)
         scale = self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        return F.normalize(self.encoder(x, t), dim=1), scale * F.normalize(self.caption(words), dim=1)
+        pictures, captions = self.encoder(x, t), widened(self.caption(words))
+        return F.normalize(pictures, dim=1), scale * F.normalize(captions, dim=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
         """(B, B): how well picture i fits caption j.
@@ -95,7 +98,8 @@ class NoisyMatcher(nn.Module):
         the token is the caption's
         """
         pictures, captions = self.embed(x, t, context, context_mask)
-        return pictures @ captions.T
+        with without_autocast(x.device):  # logits of up to 100, of which 8 digits leave halves
+            return pictures @ captions.T
 
     def loss(self, x: Tensor, t: Tensor, text: TextFeatures, captions: Sequence[str]) -> Tensor:
         """() cross-entropy of telling which caption of the batch a picture has, and which picture a caption has. Equal

@@ -56,8 +56,8 @@ class PixelDiffusion(TextToImage):
 
     def denoise(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """The denoiser's output for x_t (B, 3, H, W) at times t (B,) of the schedule: (B, 3, H, W), or (B, 6, H, W)
-        with the variance after the prediction."""
-        return self.denoiser(x, self.model_time(x, t), text.tokens, text.pooled, text.mask)
+        with the variance after the prediction; in float32 at least, as guidance and samplers want it."""
+        return widened(self.denoiser(x, self.model_time(x, t), text.tokens, text.pooled, text.mask))
 
     def losses(self, image: Tensor, text: TextFeatures, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """(B,) each: "loss", and what it is made of where it has parts: the weighted squared error "mse" (2006.11239,
@@ -70,7 +70,7 @@ class PixelDiffusion(TextToImage):
         objective = self.config.objective
         alpha, sigma = self.schedule.alpha_sigma(t)
         x_t = self.schedule.add_noise(image, eps, t)
-        output = widened(self.denoise(x_t, t, text))
+        output = self.denoise(x_t, t, text)
         prediction = output[:, :CHANNELS]
         error = prediction - target(objective.prediction, image, eps, alpha, sigma)
         snr = self.schedule.snr(t)

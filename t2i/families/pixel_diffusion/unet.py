@@ -1,7 +1,8 @@
 """ADM's UNet (Dhariwal & Nichol 2105.05233), conditioned on text as GLIDE's is (Nichol et al. 2112.10741).
 
 Topology and module names are those of guided-diffusion's `UNetModel`; what is a class embedding there is a linear
-layer without bias here, which on one-hot vectors is the same.
+layer without bias here, which on one-hot vectors is the same. As there, the embedding of the time and the last layers
+are in single precision, autocast or not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from t2i.families.pixel_diffusion.unet_config import UNetConfig
 from t2i.nn.embeddings import sincos_2d, timestep_embedding
 from t2i.nn.norm import GroupNorm, RMSNorm
 from t2i.nn.once import once
-from t2i.nn.residual import Downsample, ResidualBlock, Upsample, zero_init
+from t2i.nn.precision import widened, without_autocast
+from t2i.nn.residual import Downsample, ResidualBlock, Upsample, doubled, zero_init
 from t2i.nn.unet import MapAttention, Stack, hidden_matrices, time_network
 
 POSITION_SPAN = 16.0  # positions run from 0 to this along the longer side, whatever the resolution
@@ -53,7 +55,7 @@ class ResBlock(ResidualBlock):
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+        return doubled(x) if self.resample == "up" else x
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """x: (B, in_channels, h, w), time_embedding: (B, time_dim) -> (B, out_channels, h', w')."""
@@ -156,7 +158,8 @@ class Encoder(nn.Module):
 
     def embedded(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """(B,) times -> (B, 4 model_channels)."""
-        return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
+        with without_autocast(t.device):
+            return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
     def encode(
         self, x: Tensor, time: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None
@@ -232,4 +235,5 @@ class UNet(Encoder):
         x, skips = self.encode(x, time, context, context_mask)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), time, context, context_mask)
-        return F.pixel_shuffle(self.out(x), self.config.patch_size)
+        with without_autocast(x.device):
+            return F.pixel_shuffle(self.out(widened(x)), self.config.patch_size)
