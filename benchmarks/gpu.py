@@ -142,7 +142,7 @@ def measure(subject: Subject, budget: Budget, toy: bool, results: dict[str, Any]
     for size in sizes:
         with budget.part(f"training at {size} px", 0 if toy else 30) as go:
             if go:
-                subject.train(size, batches[size], compiled=False, found=found)
+                subject.train(size, batches[size], "eager", found)
     for batch in pictures:
         with budget.part(f"t2i draws {batch}", 0 if toy else 12) as go:
             if go:
@@ -151,12 +151,17 @@ def measure(subject: Subject, budget: Budget, toy: bool, results: dict[str, Any]
         if go:
             for batch, seconds in subject.time_diffusers(list(pictures), picture_px, compiled=False).items():
                 drawn("diffusers", batch, seconds)
-    for size in sizes:
-        with budget.part(f"training at {size} px, compiled", 0 if toy else 60) as go:
+    for way, size in (("cudnn.benchmark", sizes[0]), *(("compiled", size) for size in sizes)):
+        with budget.part(
+            f"training at {size} px, {way}", 0 if toy else 20 if way != "compiled" else 60
+        ) as go:
             if go:
                 rates = {p.batch: p.images_per_second for p in points if p.size_px == size}
                 best = max(rates, key=rates.__getitem__) if rates else batches[size][0]
-                subject.train(size, [best], compiled=True, found=found)
+                subject.train(size, [best], way, found)
+    with budget.part("t2i draws, compiled", 0 if toy else 60) as go:
+        if go:
+            drawn("t2i, compiled", pictures[-1], subject.time_t2i(pictures[-1], picture_px, compiled=True))
     with budget.part("diffusers draws, compiled", 0 if toy else 60) as go:
         if go:
             for batch, seconds in subject.time_diffusers(pictures[-1:], picture_px, compiled=True).items():
@@ -168,7 +173,7 @@ def training_row(point: Trained) -> str:
     goals = " then ".join(map(str, GOALS.get(point.size_px, ()))) or "-"
     mfu = "-" if point.mfu is None else f"{point.mfu:.1%}"
     peak = "-" if point.peak_gib is None else f"{point.peak_gib:.1f} GiB"
-    way = f"{point.size_px} px, {'compiled' if point.compiled else 'eager'}"
+    way = f"{point.size_px} px, {point.way}"
     rate = f"{point.images_per_second:.1f}"
     return f"| {way} | {point.batch} | {rate} | {goals} | {mfu} | {peak} | {point.planned_gib:.1f} GiB |"
 

@@ -31,6 +31,7 @@ from t2i.nn.precision import mixed
 from t2i.planning.fits import bytes_of_batch
 from t2i.planning.model import Model, build_model
 from t2i.planning.peaks import mfu_per_rate
+from t2i.training.blocks import prepare
 from t2i.training.checkpoint import save_final
 from t2i.training.data import ShardData
 from t2i.training.fit import build_trainer, set_up, with_precision
@@ -38,6 +39,7 @@ from t2i_cli.composition import composed_run
 from t2i_cli.train import typed_run
 
 WARM_UP, TIMED = 4, 10  # steps
+WAYS = ("eager", "cudnn.benchmark", "compiled")  # of training
 GIB = 2**30
 PROMPT = "a lighthouse on a cliff above the sea, painted in oil"
 WORDS = "red blue old small photo painting house river dog street light above beside garden window"
@@ -47,10 +49,10 @@ TOY_UNET += ["denoiser.attention_resolutions=[1,2]", "trainer.accelerator=cpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One point of a sweep. peak_gib, mfu: None on a CPU; planned_gib: what `t2i plan` says"""
+    """One point of a sweep. way: one of WAYS; peak_gib, mfu: None on a CPU; planned_gib: what `t2i plan` says"""
 
     size_px: int
-    compiled: bool
+    way: str
     batch: int
     images_per_second: float
     mfu: float | None
@@ -67,7 +69,7 @@ class Subject:
     def __init__(self, folder: Path, toy: bool) -> None:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        self.folder, self.toy = folder, toy
+        self.folder, self.toy, self.compiled = folder, toy, False
         torch._dynamo.config.disable = toy  # a CPU would compile for minutes
         self.device = torch.device("cpu" if toy else "cuda")
         self.clip = clip.ClipConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
@@ -119,13 +121,14 @@ class Subject:
 
     # Training.
 
-    def train(
-        self, size_px: int, batches: list[int], compiled: bool, found: Callable[[Trained], None]
-    ) -> None:
-        """One fit with batches of growing size, each timed; ends where one does not fit into memory."""
+    def train(self, size_px: int, batches: list[int], way: str, found: Callable[[Trained], None]) -> None:
+        """One fit with batches of growing size, each timed; ends where one does not fit into memory. way: one of WAYS;
+        once compiled, the networks stay so"""
         self.free()
         config = self.config_at(size_px)
-        newly = compiled and not self.stage.config.trainer.compile
+        newly = way == "compiled" and not self.compiled
+        self.compiled = self.compiled or newly
+        torch.backends.cudnn.benchmark = way == "cudnn.benchmark"
         switched = dataclasses.replace(config.trainer, compile=newly)
         self.stage.config = dataclasses.replace(config, model=self.stage.model_config, trainer=switched)
         torch._dynamo.reset()  # kernels of another size would be made for any size
@@ -136,7 +139,7 @@ class Subject:
             peak = torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else None
             mfu = None if rate is None else rate * images
             plan = bytes_of_batch(config, planned, batch) / GIB
-            found(Trained(size_px, compiled, batch, images, mfu, peak, plan))
+            found(Trained(size_px, way, batch, images, mfu, peak, plan))
 
         data = ReadyBatches(config, batches, self.stage)
         trainer = build_trainer(config, self.stage, logger=False, callbacks=[Timer(batches, timed)])
@@ -145,6 +148,7 @@ class Subject:
         except torch.OutOfMemoryError:
             pass  # the batches before have been timed
         finally:
+            torch.backends.cudnn.benchmark = False
             del trainer, data
             self.stage.config = dataclasses.replace(self.stage.config, trainer=config.trainer)
             self.free()
@@ -160,9 +164,12 @@ class Subject:
 
     # Pictures.
 
-    def time_t2i(self, batch: int, size_px: int) -> float:
-        """Seconds a picture."""
+    def time_t2i(self, batch: int, size_px: int, compiled: bool = False) -> float:
+        """Seconds a picture. compiled: as with `t2i sample --compile`"""
         model = self.stage.model.to(self.device).eval()
+        if compiled and not self.compiled:
+            prepare(self.stage.blocks(), activation_checkpointing=False, compiled=True)
+            self.compiled = True
         model.text.to(self.device)
         sampling = self.config.model.sampling  # type: ignore[union-attr]
 

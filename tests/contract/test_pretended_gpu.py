@@ -1,11 +1,12 @@
 """What runs on a GPU in bf16-mixed, where there is none: tensors of the GPU have shapes, dtypes and a device but no
 numbers (torch's FakeTensor), those of the host are real. An operation on both, or one that needs a number of the GPU,
-is an error, as it is, or as the host would wait, on a real one. Autocast is CUDA's; dtypes that do not go together in a
-product are not seen."""
+is an error, as it is, or as the host would wait, on a real one. Autocast is CUDA's, and products are in bfloat16 but
+where IN_SINGLE says why not."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,13 +40,42 @@ SMALL = sorted(
 ALL_SAMPLERS = "pixel_diffusion/tiny_flow_dit"
 GPU = torch.device("cuda", 0)
 
+# What takes most of the time and memory.
+PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm", "convolution", "upsample_nearest2d")
+}
+# Functions within which they are in float32.
+IN_SINGLE = {
+    "Codebook._distance",  # the nearest of thousands of codes
+    "PaletteCodec.tokens",  # the same
+    "GumbelCodes.forward",  # a mean of codes by their probabilities
+    "ToLogits.forward",  # as in DALL-E's code
+    "Encoder.embedded",  # of pixel diffusion: as in ADM's code, also the next
+    "Encoder.last",
+    "NoisyMatcher.forward",  # logits of up to 100
+    "known_part",  # masks
+    "NamedAttention.__torch_function__.<locals>.scaled_dot_product_attention",  # torch shows what a CPU would do
+}
+
 pytestmark = pytest.mark.slow  # two minutes in all
 
 
+def callers() -> Iterator[str]:
+    """Names of what is being called, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_qualname
+        frame = frame.f_back
+
+
 class PretendedGPU(TorchDispatchMode):
+    """wide: products in float32 but those within IN_SINGLE: what, and in which module"""
+
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.wide: set[tuple[str, str]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
@@ -54,8 +86,25 @@ class PretendedGPU(TorchDispatchMode):
         ]
         if not there:
             return func(*args, **kwargs)
+        single = isinstance(there[0], Tensor) and there[0].dtype == torch.float32
+        if func in PRODUCTS and single and IN_SINGLE.isdisjoint(callers()):
+            self.wide.add((str(func), next(name for name in callers() if name.endswith(".forward"))))
         with self.fake:
             return func(*args, **kwargs)
+
+
+class NamedAttention(TorchFunctionMode):
+    """So that it is among the `callers`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def scaled_dot_product_attention() -> Any:
+            return func(*args, **(kwargs or {}))
+
+        return (
+            scaled_dot_product_attention()
+            if func is F.scaled_dot_product_attention
+            else func(*args, **(kwargs or {}))
+        )
 
 
 def moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -78,15 +127,15 @@ def gradients(outputs: Any, inputs: Any, *others: Any, **how: Any) -> tuple[Tens
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> Iterator[None]:
+def gpu(monkeypatch) -> Iterator[PretendedGPU]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(nn.Module, "_apply", moved)
     monkeypatch.setattr(torch.autograd, "grad", gradients)
-    with PretendedGPU():
-        yield
+    with PretendedGPU() as pretended, NamedAttention():
+        yield pretended
 
 
 def stage_of(config: RunConfig) -> BaseStage:
@@ -131,6 +180,7 @@ def test_two_steps_and_a_preview(asked, compose_small, gpu):
         if stage.has_times:
             assert {loss.device for loss in validation_losses(stage, [batch])} == {GPU}
         assert {drawn.device for drawn in stage.draw(batch).values()} == {GPU}
+    assert gpu.wide == set()
 
 
 def requests(size: int) -> list[SampleRequest]:
@@ -160,6 +210,7 @@ def test_drawing(name, compose_small, gpu):
                 assert model.generate(request, sampling).device == GPU
                 drawn += 1
     assert drawn >= len(samplers)
+    assert gpu.wide == set()
 
 
 def test_it_sees_what_does_not_go_together(gpu):
@@ -171,4 +222,7 @@ def test_it_sees_what_does_not_go_together(gpu):
     with mixed("bf16-mixed", GPU):
         assert (there @ there).dtype == torch.bfloat16
         assert there.pow(2).dtype == torch.float32
+    assert gpu.wide == set()
+    nn.Linear(2, 2).to(GPU)(there)
+    assert {module for _, module in gpu.wide} == {"Linear.forward"}
     assert (here @ here).tolist() == [[2, 2], [2, 2]]

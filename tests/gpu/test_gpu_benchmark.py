@@ -33,12 +33,15 @@ def test_the_command_runs_from_end_to_end(tmp_path):
     found = json.loads(out.read_text())
     assert found["left_out"] == []
     assert found["tests"].keys() == {"skipped"}
-    points = [(p["size_px"], p["compiled"], p["batch"]) for p in found["training"]]
-    assert {*points} >= {(64, False, 1), (64, False, 2), (128, False, 1), (128, False, 2)}
-    assert [compiled for _, compiled, _ in points].count(True) == 2
+    points = [(p["size_px"], p["way"], p["batch"]) for p in found["training"]]
+    assert {*points} >= {(64, "eager", 1), (64, "eager", 2), (128, "eager", 1), (128, "eager", 2)}
+    assert [way for _, way, _ in points[4:]] == ["cudnn.benchmark", "compiled", "compiled"]
     assert all(p["images_per_second"] > 0 and p["planned_gib"] > 0 for p in found["training"])
     drawn = [(row["who"], row["batch"]) for row in found["sampling"]]
-    assert drawn == [("t2i", 1), ("t2i", 2), ("diffusers", 1), ("diffusers", 2), ("diffusers, compiled", 2)]
+    assert drawn == [
+        *(("t2i", 1), ("t2i", 2), ("diffusers", 1), ("diffusers", 2)),
+        *(("t2i, compiled", 2), ("diffusers, compiled", 2)),
+    ]
     for point in found["training"]:
         assert f"| {point['batch']} | {point['images_per_second']:.1f} |" in done.stdout
 
@@ -46,13 +49,13 @@ def test_the_command_runs_from_end_to_end(tmp_path):
 class Subject:
     """In the place of the networks: eager, batches of 2 are the fastest."""
 
-    def train(self, size_px, batches, compiled, found):
+    def train(self, size_px, batches, way, found):
         from gpu_sd1 import Trained
 
         for batch in batches:
-            found(Trained(size_px, compiled, batch, 10.0 + batch + size_px, 0.4, 3.0, 2.5))
+            found(Trained(size_px, way, batch, 10.0 + batch + size_px, 0.4, 3.0, 2.5))
 
-    def time_t2i(self, batch, size_px):
+    def time_t2i(self, batch, size_px, compiled=False):
         return 0.25
 
     def time_diffusers(self, batches, size_px, compiled):
@@ -65,9 +68,9 @@ def test_each_part_is_measured_and_told(gpu):
     budget, results = gpu.Budget(60.0), {"device": "A GPU", "torch": "2", "pictures": "512 px"}
     gpu.measure(Subject(), budget, True, results)
     assert budget.left_out == ["diffusers draws, compiled: RuntimeError: no kernel"]
-    points = [(p["size_px"], p["compiled"], p["batch"]) for p in results["training"]]
-    eager = [(size, False, batch) for size in (64, 128) for batch in (1, 2)]
-    assert points == [*eager, (64, True, 2), (128, True, 2)]
+    points = [(p["size_px"], p["way"], p["batch"]) for p in results["training"]]
+    eager = [(size, "eager", batch) for size in (64, 128) for batch in (1, 2)]
+    assert points == [*eager, (64, "cudnn.benchmark", 2), (64, "compiled", 2), (128, "compiled", 2)]
     from gpu_sd1 import Trained
 
     results |= {"left_out": budget.left_out, "seconds": 50.0, "tests": {"passed": 17}}
@@ -76,7 +79,7 @@ def test_each_part_is_measured_and_told(gpu):
     assert "| 64 px, eager | 2 | 76.0 | - | 40.0% | 3.0 GiB | 2.5 GiB |" in text
     assert "| t2i | 2 | 0.250 | - |\n| diffusers | 1 | 0.500 | - |" in text
     assert text.endswith("Left out (1): diffusers draws, compiled: RuntimeError: no kernel.")
-    point = Trained(256, True, 128, 600.0, None, None, 70.0)
+    point = Trained(256, "compiled", 128, 600.0, None, None, 70.0)
     assert gpu.training_row(point) == "| 256 px, compiled | 128 | 600.0 | 594 then 817 | - | - | 70.0 GiB |"
 
 

@@ -67,8 +67,7 @@ class NoisyEncoder(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, _ = self.encode(x, self.embedded(t, x.dtype))
-        with without_autocast(x.device):
-            return self.out(widened(h))
+        return self.last(h)
 
 
 class NoisyMatcher(nn.Module):

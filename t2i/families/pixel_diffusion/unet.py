@@ -116,7 +116,10 @@ class Encoder(nn.Module):
     """The way down and the middle block: half of the UNet, and nearly all of ADM's classifier.
 
     skip_channels: of what each of the input blocks puts out
+    out: the last layers, which each kind has of its own
     """
+
+    out: nn.Module
 
     def __init__(self, config: UNetConfig, in_channels: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -177,6 +180,11 @@ class Encoder(nn.Module):
             skips.append(x)
         return self.middle_block(x, time, context, context_mask), skips
 
+    def last(self, h: Tensor) -> Tensor:
+        """Through `out`."""
+        with without_autocast(h.device):
+            return self.out(widened(h))
+
     def hidden_matrices(self) -> list[nn.Parameter]:
         return hidden_matrices(self)
 
@@ -235,5 +243,4 @@ class UNet(Encoder):
         x, skips = self.encode(x, time, context, context_mask)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), time, context, context_mask)
-        with without_autocast(x.device):
-            return F.pixel_shuffle(self.out(widened(x)), self.config.patch_size)
+        return F.pixel_shuffle(self.last(x), self.config.patch_size)
