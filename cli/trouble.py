@@ -11,7 +11,7 @@ CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 # Of a RuntimeError's text; what is left over is a fault of the code, and shown with its traceback.
 KNOWN = (
-    (r"out of memory", "The GPU's memory is not enough; a smaller batch takes less"),
+    (r"out of memory|STATUS_ALLOC_FAILED", "The GPU's memory is not enough; a smaller batch takes less"),
     (
         r"can't allocate memory|not enough memory",
         "This machine's memory is not enough; a smaller batch takes less",

@@ -90,4 +90,5 @@ def fitting(bytes_each: int, bytes_free: int) -> int:
 
 
 def _is_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "STATUS_ALLOC_FAILED")  # by a CPU's allocator; by cuBLAS and cuDNN
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in said)

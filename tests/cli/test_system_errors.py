@@ -53,6 +53,10 @@ LIBRARIES = {
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
         "The GPU's memory is not enough; a smaller batch takes less (CUDA out of memory. Tried to allocate 2.00 GiB).",
     ),
+    "a GPU's memory, by its libraries": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "The GPU's memory is not enough; a smaller batch takes less (CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ),
     "the machine's memory": (
         RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
         "This machine's memory is not enough",

@@ -303,15 +303,22 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 class Large(FakeGenerator):
     """Has memory for two pictures."""
 
+    error: RuntimeError
+
     def generate(self, request, progress=None):
         if len(request.prompts) > 2:
             self.requests.append(request)
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return super().generate(request)
 
 
-def test_where_memory_does_not_do_half_as_many_are_drawn(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_where_memory_does_not_do_half_as_many_are_drawn(error, tmp_path):
     generator = Large()
+    generator.error = error
     assert drawn(tmp_path, drawing(request(PROMPTS)), generator=generator, batch_size=16).drawn == 5
     assert [len(part.prompts) for part in generator.requests] == [5, 2, 2, 1]
     drawn(tmp_path / "one", drawing(request(PROMPTS)))
