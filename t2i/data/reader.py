@@ -71,6 +71,7 @@ class SampleReader:
     size_px: (H, W) where there are no buckets
     min_original_px: samples whose JSON gives a shorter original side are left out; 0 keeps all
     key: the configuration key of the dataset, for errors
+    needs_captions: whether a sample without one is a bad one; else its caption is ""
     Pictures are kept in memory up to data.cache_mib. Nothing is evicted: every epoch reads every sample once, so that
     the oldest picture is the next to be wanted and a least-recently-used cache would never be hit.
     Raises DataError where no sample is there or is large enough.
@@ -84,8 +85,9 @@ class SampleReader:
         key: str = "data",
         shards: str | list[str] | None = None,
         allow_pipes: bool = False,
+        needs_captions: bool = True,
     ) -> None:
-        self.data, self.size_px = data, size_px
+        self.data, self.size_px, self.needs_captions = data, size_px, needs_captions
         store = ShardStore(Limits(data.deadline_s), data.shard_cache_gib, allow_pipes)
         named = (
             f"{key}.heldout_shards"
@@ -160,7 +162,12 @@ class SampleReader:
 
     def _sample(self, wanted: Wanted, raw: Raw) -> Sample:
         metadata = parse_metadata(raw.members, raw.key)
-        captions = parse_captions(raw.members, metadata, self.data.caption_keys, raw.key)
+        try:
+            captions = parse_captions(raw.members, metadata, self.data.caption_keys, raw.key)
+        except BadSample:
+            if self.needs_captions:
+                raise
+            captions = {"": 1.0}
         shape = self.shape(wanted.index)
         features: dict[str, Tensor] = {}
         of_captions: dict[str, dict[str, Tensor]] = {}

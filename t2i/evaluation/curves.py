@@ -99,14 +99,29 @@ def draw_curve(points: Sequence[Point], path: Path) -> None:
         if not by_clip and all(map(_is_number, values)):
             across = [float(value) for value in values]
         heights = [point.distance.value for point in line]
-        axes.plot(across, heights, marker="o", label=name)
+        axes.errorbar(across, heights, intervals(line), marker="o", capsize=3, elinewidth=0.8, label=name)
         for x, y, value in zip(across, heights, values, strict=True):
             axes.annotate(value, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set_xlabel(f"CLIP score, at each point {first}" if by_clip else first)
-    axes.set_ylabel(f"{points[0].distance.name}, {points[0].distance.count:,} pictures")
+    axes.set_ylabel(said_of(points[0].distance))
     axes.legend(fontsize=8)
     with written_whole(path) as unfinished:
         canvas.savefig(unfinished, format="png", dpi=110)
+
+
+def intervals(points: Sequence[Point]) -> list[list[float]]:
+    """How far the interval of each one's distance goes below it and above it: two rows, as matplotlib takes them."""
+    found = [
+        (point.distance.value, *(point.distance.interval_95 or [point.distance.value] * 2))
+        for point in points
+    ]
+    return [[value - low for value, low, _ in found], [high - value for value, _, high in found]]
+
+
+def said_of(distance: Figure) -> str:
+    """What stands at the axis of a distance."""
+    interval = "" if distance.interval_95 is None else ", 95% interval"
+    return f"{distance.name}, {distance.count:,} pictures{interval}"
 
 
 def encoders(points: Sequence[Point]) -> dict[str, tuple[int, Point]]:
@@ -128,13 +143,14 @@ def draw_encoders(best: dict[str, tuple[int, Point]], path: Path) -> None:
     canvas = Canvas(figsize=(8, 5), layout="constrained")
     axes = canvas.subplots()
     ordered = sorted(best.items(), key=lambda item: item[1][0])
-    sizes, heights = [size for _, (size, _) in ordered], [point.distance.value for _, (_, point) in ordered]
-    axes.plot(sizes, heights, marker="o")
+    sizes, chosen = [size for _, (size, _) in ordered], [point for _, (_, point) in ordered]
+    heights = [point.distance.value for point in chosen]
+    axes.errorbar(sizes, heights, intervals(chosen), marker="o", capsize=3, elinewidth=0.8)
     for (name, _), x, y in zip(ordered, sizes, heights, strict=True):
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("parameters of the text encoder")
-    axes.set_ylabel(f"lowest {ordered[0][1][1].distance.name}")
+    axes.set_ylabel(f"lowest {said_of(chosen[0].distance)}")
     with written_whole(path) as unfinished:
         canvas.savefig(unfinished, format="png", dpi=110)
 

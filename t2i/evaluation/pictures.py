@@ -108,9 +108,11 @@ def reference(place: str, size_px: tuple[int, int], data: DataConfig, limit: int
     """
     folder = Path(place)
     if not folder.is_dir():
-        return shards_pictures(place, size_px, data, limit)
+        return shards_pictures(place, size_px, data, limit, needs_captions=False)
     if tars := sorted(folder.glob("*.tar")):
-        return shards_pictures([str(path) for path in tars], size_px, data, limit, name=place)
+        return shards_pictures(
+            [str(path) for path in tars], size_px, data, limit, place, needs_captions=False
+        )
     files = folder_files(folder)[:limit]
 
     bad: Counter[str] = Counter()
@@ -134,11 +136,12 @@ def shards_pictures(
     data: DataConfig,
     limit: int | None = None,
     name: str | None = None,
+    needs_captions: bool = True,
 ) -> Pictures:
-    """The good samples of shards in their order, each once."""
+    """The good samples of shards in their order, each once; those without a caption only where none is needed."""
     plain = dataclasses.replace(data, encoded=None, bucket_step_px=None, mixture={}, shards=shards)
     urls = expand(shards, "--reference")
-    reader = SampleReader(plain, size_px, key="reference", shards=urls)
+    reader = SampleReader(plain, size_px, key="reference", shards=urls, needs_captions=needs_captions)
     count = len(reader) if limit is None else min(limit, len(reader))
     bad: Counter[str] = Counter()
 
@@ -152,7 +155,8 @@ def shards_pictures(
                 yield Item(sample.picture, next(iter(sample.captions)), sample.metadata)
 
     remote = "\n".join(url for url in urls if not is_local(url))
-    digest = hashlib.sha256(contents(urls) + remote.encode()).hexdigest()
+    which = "" if needs_captions else "\nwithout captions too"
+    digest = hashlib.sha256(contents(urls) + (remote + which).encode()).hexdigest()
     return Pictures(name or str(shards), count, size_px, digest, read, bad)
 
 

@@ -108,6 +108,7 @@ def figures_of(
     figures: dict[str, Any] = {}
     if codec is not None:
         figures["psnr_db"] = of_codecs[codec.label]["psnr_db"]
+    if of_codecs:
         figures["psnr_db_by_codec"] = {label: each["psnr_db"] for label, each in of_codecs.items()}
     for name, group in of_runs[last.label]["groups"].items():
         figures[f"{name}_exact"] = group["exact"]

@@ -79,12 +79,16 @@ def is_distance(figure: Figure) -> bool:
 
 
 def with_interval(figure: Figure | None) -> str:
-    """The value, and half of its interval after ±."""
+    """The value, and half of its interval after ±; the ends of one that lies more to one side, as that of a share near
+    0 or 1 does."""
     if figure is None:
         return "-"
     if figure.interval_95 is None:
         return f"{figure.value:.4g}"
-    return f"{figure.value:.4g} ± {(figure.interval_95[1] - figure.interval_95[0]) / 2:.2g}"
+    low, high = figure.interval_95
+    if abs(low + high - 2 * figure.value) > 0.1 * (high - low):
+        return f"{figure.value:.4g} ({low:.2g} to {high:.2g})"
+    return f"{figure.value:.4g} ± {(high - low) / 2:.2g}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -117,7 +121,7 @@ def draw_table(rows: Sequence[Sequence[str]], path: Path) -> None:
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(8)
     with written_whole(path) as unfinished:
-        canvas.savefig(unfinished, format="png", dpi=110)
+        canvas.savefig(unfinished, format="png", dpi=110, bbox_inches="tight")
 
 
 def write_tables(rows: Sequence[Sequence[str]], said: Sequence[str], folder: Path) -> list[Path]:

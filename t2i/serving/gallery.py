@@ -93,8 +93,8 @@ class Gallery:
         check(name in found, "picture", name, "the name of a picture of the gallery")
         return found[name]
 
-    def search(self, text: str, limit: int) -> list[Kept]:
-        """First those whose prompts have all words of `text`, then by the likeness of meaning."""
+    def search(self, text: str, limit: int | None = None) -> list[Kept]:
+        """At most `limit`: first those whose prompts have all words of `text`, then by the likeness of meaning."""
         pictures = self.all()
         words = text.lower().split()
         literal = [each for each in pictures if all(word in each.prompt.lower() for word in words)]
@@ -106,7 +106,7 @@ class Gallery:
         compared = "picture" if self.features.joint else "prompt"
         return [*literal, *self._ranked(compared, others, wanted)][:limit]
 
-    def like(self, picture: Tensor | Kept, limit: int) -> list[Kept]:
+    def like(self, picture: Tensor | Kept, limit: int | None = None) -> list[Kept]:
         """The pictures that look most like `picture`: (3, S, S) in [-1, 1] at the features' size, or one of the
         gallery. Raises ConfigError where there are no features."""
         features = self.features

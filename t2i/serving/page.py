@@ -29,7 +29,10 @@ from t2i.serving.service import Service
 from t2i.serving.wanted import MAX_SEED, Wanted
 
 LOOK_S = 0.1  # between two looks at how far a job is
-SHOWN = 60
+SHOWN = 60  # pictures of the gallery at first, and as many more each time
+Listed = tuple[
+    list[str], list[str], int
+]  # files that are shown, names of all that was found, how many are shown
 MAIN = ("steps", "guidance_scale")  # stand beside the prompt where a family has them
 
 
@@ -71,7 +74,7 @@ class Fields:
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
                 self.negative = gr.Textbox(label="Negative prompt", elem_id="negative")
                 with gr.Row():
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                     self.count = gr.Slider(1, limits.max_images, 1, step=1, label="Pictures", elem_id="count")
                 with gr.Row():
                     self.height = gr.Number(size_px, label="Height", precision=0, elem_id="height")
@@ -100,9 +103,7 @@ class Fields:
                     )
                     with gr.Row():
                         self.extend = [
-                            gr.Number(
-                                0, label=f"Extend {side}", precision=0, minimum=0, elem_id=f"extend_{side}"
-                            )
+                            gr.Number(0, label=f"Extend {side}", precision=0, elem_id=f"extend_{side}")
                             for side in SIDES
                         ]
                 self.tile = gr.Dropdown(
@@ -152,13 +153,15 @@ class Fields:
         sampling = {each.name: each.read(value) for each, value in zip(self.options, options, strict=True)}
         image, mask = start_of(painted)
         extend = {side: pixels for side, pixels in zip(SIDES, sides, strict=True) if pixels} if image else {}
+        size_px = self.service.generator.default_size_px
+        keeps = extend and (height, width) == (size_px, size_px)  # nothing is said of the whole
         values = {
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": seed,
             "num_images": count,
-            "height": None if extend else height,
-            "width": None if extend else width,
+            "height": None if keeps else height,
+            "width": None if keeps else width,
             "image": image,
             "mask": mask,
             "strength": strength if image else None,
@@ -241,27 +244,32 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
         elem_id="gallery",
         allow_preview=False,
     )
+    more = gr.Button("More pictures", elem_id="more")
     with gr.Row():
         chosen = gr.Image(label="Chosen", interactive=False, type="filepath", elem_id="chosen")
         with gr.Column():
             recipe = gr.Code(label="Recipe", language="json", interactive=False, elem_id="recipe")
             again = gr.Button("Take this recipe to Draw", elem_id="again")
             alike = gr.Button("Pictures like this one", elem_id="alike")
-    names = gr.State([])
+    names, count = gr.State([]), gr.State(SHOWN)  # of all that was found; so many of them are shown
     name = gr.State("")
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
 
-    def listed(found: list[Kept]) -> tuple[list[str], list[str]]:
-        return [offered(each.path) for each in found], [each.path.name for each in found]
+    def listed(found: list[Kept]) -> Listed:
+        return [offered(each.path) for each in found[:SHOWN]], [each.path.name for each in found], SHOWN
 
-    def by_words(text: str) -> tuple[list[str], list[str]]:
-        return listed(service.gallery.search(text or "", SHOWN))
+    def by_words(text: str) -> Listed:
+        return listed(service.gallery.search(text or ""))
 
-    def by_likeness(image: Image.Image | None) -> tuple[list[str], list[str]]:
-        return by_words("") if image is None else listed(told(lambda: service.alike(image, SHOWN)))
+    def by_likeness(image: Image.Image | None) -> Listed:
+        return by_words("") if image is None else listed(told(lambda: service.alike(image)))
 
-    def by_chosen(of: str) -> tuple[list[str], list[str]]:
-        return listed(told(lambda: service.gallery.like(service.gallery.get(of), SHOWN)))
+    def by_chosen(of: str) -> Listed:
+        return listed(told(lambda: service.gallery.like(service.gallery.get(of))))
+
+    def further(of: list[str], shown: int) -> Listed:
+        left = [each for each in of if (service.folder / each).is_file()]
+        return [offered(service.folder / each) for each in left[: shown + SHOWN]], left, shown + SHOWN
 
     def choose(of: list[str], event: gr.SelectData) -> tuple[str, str, str]:
         each = told(lambda: service.gallery.get(of[event.index]))
@@ -273,11 +281,13 @@ def of_gallery(service: Service, fields: Fields, tab: gr.Tab) -> None:
             gr.Warning(sentence)
         return fields.filled(picked)
 
-    tab.select(by_words, words, [shown, names], **quiet)
-    words.submit(by_words, words, [shown, names], **quiet)
-    likeness.change(by_likeness, likeness, [shown, names], **quiet)
+    found = [shown, names, count]
+    tab.select(by_words, words, found, **quiet)
+    words.submit(by_words, words, found, **quiet)
+    likeness.change(by_likeness, likeness, found, **quiet)
+    more.click(further, [names, count], found, **quiet)
     shown.select(choose, names, [chosen, recipe, name], **quiet)
-    alike.click(by_chosen, name, [shown, names], **quiet)
+    alike.click(by_chosen, name, found, **quiet)
     again.click(take, name, fields.inputs, **quiet)
 
 

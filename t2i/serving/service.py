@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from t2i.data.decode import open_image
 from t2i.errors import UserError, shortened
 from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
+from t2i.generation.extension import keeping_its_size
 from t2i.generation.names import file_name
 from t2i.generation.prompts import Line
 from t2i.generation.recipes import Recipe, differences
@@ -74,7 +76,9 @@ class Service:
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
         with self.reading:
             asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
-        self.generator.check(asked.request, sampling)
+        keeps = wanted.extend and (wanted.height, wanted.width) == (None, None)
+        with keeping_its_size("height and width") if keeps else nullcontext():
+            self.generator.check(asked.request, sampling)
         return self.queue.add(asked, sampling, self._cut(wanted))
 
     def _cut(self, wanted: Wanted) -> str:
@@ -119,13 +123,13 @@ class Service:
                 said.append(f"Its {key} was not sent to this server: give it again.")
         return said
 
-    def alike(self, image: Image.Image, limit: int) -> list[Kept]:
+    def alike(self, image: Image.Image) -> list[Kept]:
         """Of the gallery, what looks most like a picture. Raises ConfigError where there are no features."""
         features = self.gallery.features
         side = SEARCH_PX if features is None else features.size_px
         small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
-        return self.gallery.like(pixels.float() / 127.5 - 1, limit)
+        return self.gallery.like(pixels.float() / 127.5 - 1)
 
     def _kept_input(self, data: bytes) -> Path:
         """A picture file that a client sent, under a name that a recipe can say."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from t2i.evaluation import distances, measure, statistics
 from t2i.evaluation.distances import Gaussian
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.measure import check_enough, figures, mean_figure, share_figure
-from t2i.evaluation.pictures import generated_folder, reference
+from t2i.evaluation.pictures import generated_folder, reference, shards_pictures
 from t2i.evaluation.statistics import Statistics, collect, reference_statistics
 from t2i.training.pictures import save_png
 
@@ -119,6 +120,21 @@ def test_shards_and_the_folder_that_they_lie_in(shapes_shards):
         assert real.count == len(items) >= 8
         assert all(item.caption and "scene" in item.metadata for item in items)
     assert reference(shards, (32, 32), data_config(shards="-"), limit=3).count == 3
+
+
+def test_a_reference_in_shards_needs_no_captions(tmp_path):
+    folder = folder_of(tmp_path / "a", 3)
+    (folder / "001.txt").write_text("a red circle\n")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    data = data_config(None, str(tmp_path / "a.tar"))
+    pictures = reference(str(tmp_path / "a.tar"), (24, 20), data)
+    assert [item.caption for item in pictures.read()] == ["", "a red circle", ""]
+    heldout = shards_pictures(str(tmp_path / "a.tar"), (24, 20), data)  # whose captions are prompts
+    assert [item.caption for item in heldout.read()] == ["a red circle"]
+    assert heldout.bad == {"caption": 2}
+    assert heldout.fingerprint != pictures.fingerprint
 
 
 def test_what_cannot_be_measured_is_one_sentence(tmp_path):

@@ -231,6 +231,9 @@ def test_stages_stand_side_by_side(shapes_shards, tmp_path):
     read, figures = written(tmp_path / "demo", [pixels, latents], fakes)
     assert list(figures["runs"]) == ["pixels-32", "ldm-32"]
     assert figures["unseen_exact_by_run"] == {"pixels-32": 1.0, "ldm-32": 1.0}
+    _, other = written(tmp_path / "other", [latents, pixels], fakes)  # the last one has no codec
+    assert "psnr_db" not in other
+    assert other["psnr_db_by_codec"] == figures["psnr_db_by_codec"] == {"autoencoder-32": figures["psnr_db"]}
     assert [run["parameters_in_all"] for run in figures["runs"].values()] == [300_000, 21_000]
     assert [run["seconds_in_all"] for run in figures["runs"].values()] == [4.0, 3.0]
     text = " ".join(read.text)
@@ -255,6 +258,7 @@ def test_the_run_at_a_lower_resolution_counts_with_the_one_that_it_gives_codes_t
     ]
     first = Origin(folders[0], codec=codecs[1], low=low)
     _, figures = written(tmp_path / "demo", [Origin(folders[1], first, codecs[1], low=low)], fakes)
+    assert list(figures["psnr_db_by_codec"]) == ["autoencoder-32-a", "autoencoder-32-b"]
     runs = figures["runs"]
     assert list(runs) == ["masked-32", "masked_sr-48", "masked_sr-64"]
     assert [run["parameters"] for run in runs.values()] == [300_000] * 3

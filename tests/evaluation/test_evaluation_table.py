@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.evaluation.curves import Point, as_csv, encoders, series, write_curves
+from t2i.evaluation.curves import Point, as_csv, encoders, intervals, said_of, series, write_curves
 from t2i.evaluation.measure import Figure
 from t2i.evaluation.published import PUBLISHED
-from t2i.evaluation.table import comparison_rows, markdown, notes, write_tables
+from t2i.evaluation.table import comparison_rows, markdown, notes, with_interval, write_tables
 
 ABOUT = {
     "run": "runs/a|b",
@@ -74,6 +74,19 @@ def test_a_row_for_each_run_and_the_published_ones_marked(tmp_path):
     assert Image.open(paths[2]).width > 300
 
 
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [
+        (0.5, (0.4, 0.6), "0.5 ± 0.1"),
+        (0.0, (0.0, 0.0566), "0 (0 to 0.057)"),
+        (0.98, (0.92, 1.0), "0.98 (0.92 to 1)"),
+        (3.0, None, "3"),
+    ],
+)
+def test_an_interval_that_lies_to_one_side_is_said_by_its_ends(value, interval, text):
+    assert with_interval(Figure("exact", value, interval, 64)) == text
+
+
 def test_points_are_read_as_they_were_written(tmp_path):
     one = point("runs/a", 20.0, 50.0, steps="10")
     one.write(tmp_path / "a.json")
@@ -108,6 +121,11 @@ def test_the_first_option_runs_along_a_line(tmp_path):
     without = [dataclasses.replace(each, figures=each.figures[:1]) for each in points]
     write_curves(without, tmp_path)  # over the option itself
     assert Image.open(tmp_path / "sweep.png").width > 300
+    assert intervals(points[:2]) == [[1.0, 1.0], [1.0, 1.0]]  # below and above
+    assert said_of(points[0].distance) == "FID, 10 pictures, 95% interval"
+    none = dataclasses.replace(points[0], figures=[Figure("FID", 5.0, None, 10)])
+    assert (intervals([none]), said_of(none.distance)) == ([[0.0], [0.0]], "FID, 10 pictures")
+    write_curves([none], tmp_path)
 
 
 def test_the_best_point_of_each_text_encoder(tmp_path):

@@ -99,6 +99,12 @@ def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
     [
         ({"extend": {"up": 8}}, "extend is 'up'; allowed: left, right, top, bottom."),
         ({"extend": {"left": 0}}, "extend.left is 0; allowed: 1 to 1024."),
+        (
+            {"extend": {"top": 1}},
+            "height is 9; allowed: multiples of 4: extend by other pixels, or say height and width of the whole, to "
+            "which the picture is cut.",
+        ),
+        ({"extend": {"top": 1}, "height": 9, "width": 8}, "height is 9; allowed: multiples of 4."),
         ({"extend": {"left": 8}, "height": 8, "width": 8}, "less than the whole, 8 x 8 px"),
         ({"extend": {"left": 1020}}, "height x width is '8 x 1028'; allowed: at most 1024 each."),
         ({"mask": png((4, 8), 255)}, "is '8 x 4 pixels'; allowed: 8 x 8 pixels"),

@@ -182,6 +182,20 @@ def test_the_page_gives_out_no_other_file(served):
         assert answer.text() != path.read_text()
 
 
+def test_a_gallery_of_many_pictures_shows_more_when_asked(served):
+    draw(served, "a red circle", steps=3)  # it may be there already
+    served.page.get_by_text("Done: 1 of 1 pictures.").wait_for()
+    for i in range(70):
+        shutil.copy(served.files()[-1], served.pictures / f"copy_{i}.png")
+    shown = served.page.locator("#gallery button img")
+    served.page.get_by_role("tab", name="Gallery").click()
+    served.page.locator("#words textarea, #words input").fill("")
+    served.page.keyboard.press("Enter")
+    until(lambda: shown.count() == 60)
+    served.page.locator("#more").click()
+    until(lambda: shown.count() == len(served.files()))
+
+
 def test_the_page_asks_no_other_machine(served):
     assert served.elsewhere == []
 
