@@ -51,9 +51,11 @@ class Pictures:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The pictures at any depth. Raises DataError where there is none."""
+    """The pictures at any depth, links that lead nowhere included: whoever reads them says or counts it. Raises
+    DataError where there is none."""
     endings = {f".{ending}" for ending in PICTURE_ENDINGS}
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file()]
+    named = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings]
+    files = [path for path in named if path.is_file() or not path.exists()]
     if not files:
         raise DataError(f"{folder} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
     return files
@@ -70,11 +72,12 @@ def generated_folder(folder: Path) -> Pictures:
         if INPUTS in path.relative_to(folder).parts[:-1]:
             skipped[f"in {INPUTS}/"] += 1
             continue
-        data = path.read_bytes()
         try:
+            data = path.read_bytes()
             size_px = stored_size(data, str(path))
-        except BadSample as error:
-            raise DataError(f"{path} cannot be read: {error.detail}.") from error
+        except (BadSample, OSError) as error:
+            why = error.detail if isinstance(error, BadSample) else error.strerror
+            raise DataError(f"{path} cannot be read: {why}.") from error
         image = open_image(data)
         if getattr(image, "is_animated", False):
             skipped["animated"] += 1
@@ -122,8 +125,8 @@ def reference(place: str, size_px: tuple[int, int], data: DataConfig, limit: int
         for path in files:
             try:
                 image, original = decode_image(path.read_bytes(), str(path), size_px)
-            except BadSample as error:
-                bad[error.cause] += 1
+            except (BadSample, OSError) as error:
+                bad[error.cause if isinstance(error, BadSample) else "file"] += 1
                 continue
             yield Item(resize_and_crop(image, original, size_px)[0], _prompt(path))
 

@@ -122,6 +122,18 @@ def test_shards_and_the_folder_that_they_lie_in(shapes_shards):
     assert reference(shards, (32, 32), data_config(shards="-"), limit=3).count == 3
 
 
+def test_a_link_that_leads_nowhere_is_counted_or_said(tmp_path):
+    folder = folder_of(tmp_path / "a", 2)
+    (folder / "gone.png").symlink_to("nothing.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "self").symlink_to(".")
+    real = reference(str(folder), (24, 20), data_config("shapes", None))
+    assert len(list(real.read())) == 2
+    assert real.bad == {"file": 2}
+    with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
+        generated_folder(folder)
+
+
 def test_a_reference_in_shards_needs_no_captions(tmp_path):
     folder = folder_of(tmp_path / "a", 3)
     (folder / "001.txt").write_text("a red circle\n")
