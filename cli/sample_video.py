@@ -42,7 +42,8 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         "--key-every",
         type=int,
         metavar="K",
-        help="draw every K-th frame of --video; those between go from one's change to the next one's; default: 1",
+        help="draw every K-th frame of --video; those between go from one's change to the next one's, "
+        "which leaves outlines of what moves far; default: 1",
     )
 
 

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     check(options.out != "", "--out", "", "a folder")
     check_places("RUN", options.runs, "a run or a checkpoint of one")
     # Heavy imports only now: a wrong flag is reported at once.
-    from t2i.evaluation.table import comparison_rows, notes, write_tables
+    from t2i.evaluation.table import as_csv, comparison_rows, notes, write_tables
     from t2i.generation.names import check_folder
 
     from ..console import console, print_table
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
     runs = [(each.about, each.figures) for each in measured]
     rows, said = comparison_rows(runs, options.published), notes(runs)
     folder = Path(options.out)
-    for path in write_tables(rows, said, folder):
+    for path in write_tables(rows, said, as_csv(runs, options.published), folder):
         console.print(str(path))
     print_table(rows)
     for line in said:

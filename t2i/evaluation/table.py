@@ -24,10 +24,7 @@ def comparison_rows(
 
     measured: of each run what it is and what it took, and its figures
     """
-    distances = list(dict.fromkeys(f.name for _, figures in measured for f in figures if is_distance(f)))
-    names = distances + [
-        name for name in SHOWN if any(f.name == name for _, figures in measured for f in figures)
-    ]
+    names = shown(measured)
     rows = [[*ABOUT, *names, *(["FID as published"] if published else []), *COST]]
     for about, figures in measured:
         by_name = {figure.name: figure for figure in figures}
@@ -60,6 +57,14 @@ def comparison_rows(
             ]
         )
     return rows
+
+
+def shown(measured: Sequence[tuple[dict[str, Any], Sequence[Figure]]]) -> list[str]:
+    """The figures that have a column: distances first."""
+    distances = list(dict.fromkeys(f.name for _, figures in measured for f in figures if is_distance(f)))
+    return distances + [
+        name for name in SHOWN if any(f.name == name for _, figures in measured for f in figures)
+    ]
 
 
 def notes(measured: Sequence[tuple[dict[str, Any], Sequence[Figure]]]) -> list[str]:
@@ -101,9 +106,29 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def as_csv(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+def as_csv(measured: Sequence[tuple[dict[str, Any], Sequence[Figure]]], published: bool) -> str:
+    """`comparison_rows` as numbers, each figure with the ends of its interval; what is not known is empty."""
+    names, text = shown(measured), io.StringIO()
+    ends = [column for name in names for column in (name, f"{name} low", f"{name} high")]
+    about = ("run", "type", "size_px", "parameters", "training_images")
+    cost = ("seconds_per_picture", "memory_gib", "pictures")
+    rows = csv.DictWriter(
+        text, [*about, *ends, "FID as published", "of", *cost, "source"], lineterminator="\n"
+    )
+    rows.writeheader()
+    for run, figures in measured:
+        row = {key: run[key] for key in (*about, *cost[:2])} | {"source": "measured here"}
+        row["pictures"] = figures[0].count
+        for figure in figures:
+            if figure.name in names:
+                low, high = figure.interval_95 or (None, None)
+                row |= {figure.name: figure.value, f"{figure.name} low": low, f"{figure.name} high": high}
+        rows.writerow(row)
+    for each in PUBLISHED if published else ():
+        row = {"run": each.model, "type": each.type, "parameters": each.parameters}
+        row |= {"training_images": each.images, "FID as published": each.fid, "of": each.data}
+        row |= {"seconds_per_picture": each.seconds, "source": f"published, {each.source}"}
+        rows.writerow(row)
     return text.getvalue()
 
 
@@ -124,10 +149,12 @@ def draw_table(rows: Sequence[Sequence[str]], path: Path) -> None:
         canvas.savefig(unfinished, format="png", dpi=110, bbox_inches="tight")
 
 
-def write_tables(rows: Sequence[Sequence[str]], said: Sequence[str], folder: Path) -> list[Path]:
-    """compare.md, with what is `said` below, compare.csv and compare.png."""
+def write_tables(
+    rows: Sequence[Sequence[str]], said: Sequence[str], numbers: str, folder: Path
+) -> list[Path]:
+    """compare.md, with what is `said` below, compare.csv, of the `numbers` that `as_csv` gives, and compare.png."""
     below = "".join(f"\n{line}\n" for line in said)
-    texts = {"compare.md": markdown(rows) + below, "compare.csv": as_csv(rows)}
+    texts = {"compare.md": markdown(rows) + below, "compare.csv": numbers}
     for name, text in texts.items():
         with written_whole(folder / name) as unfinished:
             unfinished.write_text(text)

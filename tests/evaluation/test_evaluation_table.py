@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from t2i.errors import DataError
+from t2i.evaluation import table
 from t2i.evaluation.curves import Point, as_csv, encoders, intervals, said_of, series, write_curves
 from t2i.evaluation.measure import Figure
 from t2i.evaluation.published import PUBLISHED
@@ -65,8 +66,21 @@ def test_a_row_for_each_run_and_the_published_ones_marked(tmp_path):
     assert notes(runs)[0] == "FID: Inception, resize clean."
     assert "several sizes" in notes(runs)[-1]
     rows = comparison_rows(runs, published=True)
-    paths = write_tables(rows, notes(runs), tmp_path)
-    assert list(csv.reader(paths[1].read_text().splitlines())) == rows
+    paths = write_tables(rows, notes(runs), table.as_csv(runs, published=True), tmp_path)
+    numbers = list(csv.DictReader(paths[1].read_text().splitlines()))
+    assert len(numbers) == len(rows) - 1
+    first = numbers[0]
+    assert (first["run"], first["parameters"], first["pictures"], first["training_images"]) == (
+        "runs/a|b",
+        "1234",
+        "100",
+        "",
+    )
+    assert [first[f"exact{end}"] for end in ("", " low", " high")] == ["0.5", "0.4", "0.6"]
+    assert (numbers[1]["FID"], numbers[1]["exact"]) == ("", "0.5")
+    assert (numbers[-1]["FID"], float(numbers[-1]["FID as published"])) == ("", PUBLISHED[-1].fid)
+    assert all(each["source"].startswith("published, ") for each in numbers[2:])
+    assert len(table.as_csv(runs, published=False).splitlines()) == 3
     lines = paths[0].read_text().splitlines()
     assert lines[0] == f"| {' | '.join(header)} |"
     assert "runs/a\\|b" in lines[2]
