@@ -238,7 +238,7 @@ class Samples:
             needs = np.where(counts, ~has[:, usual] @ taken[whole][:, usual].min(axis=0), np.inf)
             least = sum(
                 not gap.counted
-                and (gap.cut or not needs[rows].min(initial=np.inf) <= gap.size < of_sample.min())
+                and (gap.cut or not needs[rows].min(initial=np.inf) <= gap.size < np.min(of_sample))
                 for gap, rows in zip(self._gaps, beside, strict=True)
             )
         room = sum(gap.size for gap in self._gaps) - missing[blamed].sum()

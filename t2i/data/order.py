@@ -246,8 +246,8 @@ class MixtureOrder:
         counts = np.floor(shares).astype(np.int64)
         counts[np.argsort(counts - shares, kind="stable")[: self.CYCLE - counts.sum()]] += 1
         while not counts.all():
-            counts[counts.argmin()] += 1
-            counts[counts.argmax()] -= 1
+            counts[np.argmin(counts)] += 1
+            counts[np.argmax(counts)] -= 1
         self.counts, self.seed, self.columns, self.unit = counts, seed, columns, unit
         self._labels = np.repeat(np.arange(len(counts)), counts)
         self._cycle = lru_cache(maxsize=2 * columns)(self._drawn)

@@ -231,7 +231,7 @@ def _measure(pixels: Pixels, labels: NDArray[np.int32], label: int, background: 
         x=(left + x + 0.5) / width,
         y=(top + y + 0.5) / height,
         area=area_px / (height * width),
-        shape=names[int(errors.argmin())],
+        shape=names[int(np.argmin(errors))],
         colour=_nearest_name(background + contrast),
     )
 
@@ -288,7 +288,7 @@ def _templates(log_area: int) -> tuple[list[str], Pixels]:
         for dx, dy in itertools.product((0.0, 0.5), repeat=2):  # where the centre lies within its pixel
             x, y = 0.5 + dx / size_px, 0.5 + dy / size_px
             pixels = coverage(shape, area_px / size_px**2, x, y, size_px, blur_px)
-            labels = (pixels > pixels.max() / 2).astype(np.int32)
+            labels = (pixels > np.max(pixels) / 2).astype(np.int32)
             samples.append(_normalised(_alpha(pixels[None], labels, 1, np.zeros(1))[2]))
         names.append(shape)
         templates.append(np.mean(samples, axis=0))
@@ -301,4 +301,4 @@ def _palette(*names: str) -> Pixels:
 
 def _nearest_name(colour: Pixels) -> str:
     names = (*COLOURS, *BACKGROUNDS)
-    return names[int(((_palette(*names) - colour) ** 2).sum(-1).argmin())]
+    return names[int(np.argmin(((_palette(*names) - colour) ** 2).sum(-1)))]
