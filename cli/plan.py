@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def run(arguments: list[str]) -> None:
     )
 
     model = build_model(config, builds_on)
-    part = families.get(config.family).builds_on.get("codec")
+    part = parts_below(config).get("codec")
     if part is not None and options.autoencoder is None and own_experiment(config) is None:
         usual = usual_experiment(config, part)
         console.print(f"The codec is planned as experiment={usual}; --autoencoder names another.")
@@ -171,9 +172,10 @@ def built_on(
     ConfigError for one that is not what the run's family needs.
 
     experiment: of the autoencoder, None for the default
-    low: of the run at a lower resolution, None for its stage's recipe; its codec is the run's own
+    low: of the run at a lower resolution, None for its stage's recipe; its codec is the one whose experiment it names,
+        or the run's own
     """
-    needs = families.get(config.family).builds_on
+    needs = parts_below(config)
     check(
         experiment is None or len(needs) > 0,
         "--autoencoder",
@@ -190,8 +192,14 @@ def built_on(
     has_low = getattr(config.model, "low", None) is not None
     check(low is None or has_low, "--low", low, "nothing, as this run builds on none at a lower resolution")
     if has_low:
-        found["low"] = {"config": _low_run(config, found["codec"], low, config_dir), "extra": dict(found)}
+        found["low"] = _low_run(config, found["codec"], low, config_dir)
     return found
+
+
+def parts_below(config: RunConfig) -> Mapping[str, str]:
+    """As `Family.builds_on`, without what its configuration says it does not build on."""
+    builds_on = getattr(config.model, "builds_on", None)
+    return {} if builds_on is None else families.get(config.family).builds_on
 
 
 def own_experiment(config: RunConfig) -> str | None:
@@ -207,15 +215,21 @@ def usual_experiment(config: RunConfig, part: str) -> str:
 def _low_run(
     config: RunConfig, codec: dict[str, Any], experiment: str | None, config_dir: str | None
 ) -> dict[str, Any]:
-    """The composed mapping of a run at the resolution at which `codec` gives the codes that `config` is given."""
+    """The entry "low" of `built_on`: a run at the resolution at which its codec gives the codes that `config` is given.
+
+    codec: of the run that `config` is, for one that names none
+    """
     import torch
 
     from t2i.families.codec import image_codec
 
     stages = families.get(config.family).low
     asked = f"stage={stages[0]}" if experiment is None else f"experiment={experiment}"
+    values = composed_run([asked], config_dir)
+    check(values["stage"] in stages, "--low", experiment, f"an experiment of stage {' or '.join(stages)}")
+    if (own := (values["builds_on"] or {}).get("experiment")) is not None:
+        codec = composed_run([f"experiment={own}"], config_dir)
     with torch.device("meta"):
         size = config.model.low.side * image_codec(codec).downsampling  # type: ignore[attr-defined]
     values = _unread(composed_run([asked, f"resolution.size_px={size}"], config_dir))
-    check(values["stage"] in stages, "--low", experiment, f"an experiment of stage {' or '.join(stages)}")
-    return values
+    return {"config": values, "extra": {"codec": codec}}

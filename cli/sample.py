@@ -261,5 +261,7 @@ def other_ends(lines: Sequence[Line]) -> Between:
     from t2i.interfaces import Between
 
     others = [line.between for line in lines]
-    prompts = [each["prompt"] for each in others] if "prompt" in others[0] else None
-    return Between([each["share"] for each in others], prompts, [each["seed"] for each in others])
+    prompts, seeds = (
+        [each[key] for each in others] if key in others[0] else None for key in ("prompt", "seed")
+    )
+    return Between([each["share"] for each in others], prompts, seeds)

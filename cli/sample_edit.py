@@ -152,7 +152,7 @@ def between(lines: Sequence[Line], options: argparse.Namespace) -> list[Line]:
     check(len(ends) > 1, "--interpolate", "of one picture", allowed)
     found = []
     for first, second in pairwise(ends):
-        other = {"prompt": second.prompt, "seed": second.seed}
+        other = {"prompt": second.prompt} | ({"seed": second.seed} if second.seed != first.seed else {})
         shares = [i / options.interpolate for i in range(options.interpolate)]
         found += [dataclasses.replace(first, between={**other, "share": share}) for share in shares]
     return [*found, ends[-1]]
@@ -171,12 +171,12 @@ def check_between(value: dict[str, Any] | None, path: Path) -> dict[str, Any]:
     seed, share, prompt = (value.get(name) for name in ("seed", "share", "prompt"))
     ok = (
         set(value) <= {"seed", "share", "prompt"}
-        and (type(seed) is int and 0 <= seed <= MAX_SEED)
+        and ("seed" not in value or (type(seed) is int and 0 <= seed <= MAX_SEED))
         and (isinstance(share, float | int) and 0 <= share <= 1)
         and isinstance(prompt, str | None)
         and is_unicode(prompt or "")
     )
-    check(ok, f"between in {path}", value, "a seed, a share from 0 to 1 and perhaps a prompt")
+    check(ok, f"between in {path}", value, "a share from 0 to 1, and a seed or a prompt")
     return value
 
 

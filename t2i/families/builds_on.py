@@ -49,6 +49,10 @@ class LowConfig:
         for key, least in (("num_codes", 2), ("side", 1)):
             check(getattr(self, key) >= least, f"low.{key}", getattr(self, key), f"{least} or more")
 
+    def check_side(self, codes: int) -> None:
+        """Raises ConfigError where so many codes along a side are no multiple of those at the lower resolution."""
+        check(codes % self.side == 0, "low.side", self.side, f"a divisor of {codes}, the codes along a side")
+
 
 def check_low_is_there(place: str | None, low: LowConfig | None, stages: str) -> None:
     """Raises ConfigError where one of builds_on.low and low is given and the other is not.

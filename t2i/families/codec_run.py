@@ -31,6 +31,8 @@ def codec_run(config: RunConfig, place: str, start: LoadedCheckpoint | None) -> 
     """
     if place == "latest" and start is not None:
         found = families.get(start.config["family"]).load_config().upgraded(start.config)
+        has_one = found["builds_on"] is not None
+        check(has_one, "init_from", f"{start.path}, without builds_on.codec", "a run with one, as this one")
         return start, found["builds_on"]["codec"]
     if place == "latest":
         newest, passed_over = latest_codec(config)
@@ -146,6 +148,9 @@ def load_runs(
     if codec is not None and another:
         load_into(model.codec, codec.weights, codec.path, prefix="codec.")
     if start is not None:
+        ok = ("low" in start.extra) == (model.low is not None)
+        allowed = f"a run {'without' if model.low is None else 'with'} builds_on.low, as this one"
+        check(ok, "init_from", f"{start.path}, of stage {start.config['stage']}", allowed)
         said, own = (_has_code_vectors(each) for each in (start.config, to_dict(model.config)))
         check(own == said, "transformer.code_vectors", own, f"{said} with init_from={start.path}")
         if another:

@@ -297,10 +297,16 @@ def _initial_run(config: RunConfig) -> str | None:
 
 
 def fresh_start(config: RunConfig) -> tuple[RunConfig, LoadedCheckpoint | None]:
-    """A new run's configuration, with what its init_from means, and the weights that it starts from, if any."""
+    """A new run's configuration, with what its init_from means, and the weights that it starts from, if any. Raises
+    CheckpointError, and ConfigError where these are of another family."""
     initial = processes.from_first(lambda: _initial_run(config))
     config = dataclasses.replace(config, init_from=initial)
-    return config, load(run_folder.weights_file(config.init_from)) if config.init_from else None
+    if not initial:
+        return config, None
+    start = load(run_folder.weights_file(initial))
+    found = f"{initial}, of family {start.config.get('family')}"
+    check(start.config.get("family") == config.family, "init_from", found, f"a run of family {config.family}")
+    return config, start
 
 
 def _strategy(config: RunConfig, stage: BaseStage) -> Strategy | str:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from weight_files import write
 
 from t2i.config import parse_run
+from t2i.families.masked.config import Config as MaskedConfig
+from t2i.families.masked.model import model_of as masked_model
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion
 from t2i.generation.recipes import RECIPE_KEY
@@ -169,6 +172,25 @@ def test_interpolates_as_strip_and_film(t2i, weights: str) -> None:
     assert (whole[:, :32] == by_prompt["a-star_0"]).all()
     assert (whole[:, -32:] == by_prompt["a-blue-circle_0"]).all()
     assert (whole[:, 32:64] != whole[:, :32]).any()
+
+
+def test_prompts_are_gone_between_without_noise_to_go_between(t2i, tmp_path: Path) -> None:
+    """One seed for all, with a model of codes, which starts from none."""
+    codec = composed_run(["experiment=autoencoder/tiny_fsq"])
+    config = composed_run(["experiment=masked/tiny_masked", "text.width=8", "transformer.width=8"])
+    torch.manual_seed(0)
+    model = masked_model(parse_run(config, MaskedConfig), {"codec": codec})
+    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    weights = write(tmp_path / "masked", state, config, {"codec": codec})
+    steps = ("--interpolate", "3", "--checkpoint", weights, "--batch-size", "1")
+    assert t2i("sample", "--prompt", "a star", "--prompt", "a circle", *steps).code == 0
+    assert len(pngs()) == 4
+    made = Path("samples/a-star_0.png")
+    assert (again(t2i, made, "again") == pixels(made)).all()
+    two_seeds = t2i("sample", "--prompt", "a star", "--num-images", "2", *steps).sentence
+    assert (
+        two_seeds == "t2i sample: between is 'two seeds'; allowed: two prompts with one seed with this model."
+    )
 
 
 def film(path: str, speed: int = 1) -> torch.Tensor:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from weight_files import composed, write
 
 OWN_SHARDS = ("data=shards", "data.shards=absent.tar")
 
@@ -219,3 +221,19 @@ def test_a_broken_file_of_configuration(t2i, verb, content, words):
     for word in words:
         assert word in sentence
     assert list(Path().iterdir()) == [Path("mine")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "sentence"),
+    [
+        ("masked", "codec", ", of family autoencoder'; allowed: a run of family masked."),
+        ("ldm", "codec", ", of family autoencoder'; allowed: a run of family latent_diffusion."),
+        ("autoencoder", "model", ", of family masked'; allowed: a run of family autoencoder."),
+    ],
+)
+def test_weights_of_another_family_are_not_gone_on_from(t2i, tmp_path, stage, place, sentence):
+    """What they are is said, not what they lack."""
+    kinds = {"codec": "experiment=autoencoder/tiny_fsq", "model": "experiment=masked/tiny_masked"}
+    file = write(tmp_path / place, {"weight": torch.zeros(1)}, composed(kinds[place]))
+    said = t2i("train", f"stage={stage}", "data=shapes", f"init_from={file}").sentence
+    assert said == f"t2i train: init_from is '{file}{sentence}"

@@ -38,9 +38,9 @@ HIGH = dataclasses.replace(LOW, builds_on=CodesBuildsOn("grey", "low"), low=Mask
 PROMPTS = ["a red circle", "a blue star"]
 
 
-def low_model(size_px=32):
+def low_model(sampling=SAMPLING):
     torch.manual_seed(0)
-    return MaskedModel(LOW, GreyCodec(5, 8), size_px)
+    return MaskedModel(dataclasses.replace(LOW, sampling=sampling), GreyCodec(5, 8), 32)
 
 
 def high_model(config=HIGH, size_px=64, low=None):
@@ -98,9 +98,16 @@ def test_a_picture_is_painted_in_at_both_resolutions(float64):
 
 def test_what_the_lower_model_cannot_draw_is_said_before_it_draws():
     with pytest.raises(
-        ConfigError, match="lower resolution, which draws first: height is 36; allowed: multiples of 8"
+        ConfigError,
+        match="height is 72; allowed: multiples of 16, the pixels of a code at the lower resolution",
     ):
         high_model().check(asked(height_px=72), SAMPLING)
+    more_steps = high_model(low=low_model(dataclasses.replace(SAMPLING, steps=5)))
+    with pytest.raises(
+        ConfigError,
+        match=r"lower resolution, which draws first: sampling.steps is 5; allowed: at most 4, the codes",
+    ):
+        more_steps.check(asked(height_px=32, width_px=32), SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +179,11 @@ def test_both_stages_train_and_draw_from_one_file(compose_run, train, tmp_path):
     made = features["low_codes"].make(torch.rand(2, 3, 32, 32) * 2 - 1)["low_codes"]
     assert made.shape == (2, side, side)
     assert made.dtype == torch.uint8
+    again = dataclasses.replace(resumed, builds_on=CodesBuildsOn("latest", str(tmp_path / "elsewhere")))
+    again = dataclasses.replace(config, model=again)
+    stage(again, loaded)
+    alone = checkpoint.load(run_folder.weights_file(tmp_path / "elsewhere"))
+    with pytest.raises(
+        ConfigError, match=r"of stage masked'; allowed: a run with builds_on.low, as this one"
+    ):
+        stage(again, alone)

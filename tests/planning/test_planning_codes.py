@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.config import RunConfig, run_to_dict
+from t2i.errors import ConfigError
 from t2i.families.autoregressive import model as autoregressive
 from t2i.families.low_codes import CodesModel
 from t2i.families.masked import model as masked
@@ -144,6 +145,44 @@ def test_an_experiment_stands_for_the_run_at_a_lower_resolution(stage, low, expe
     assert (values["resolution"]["size_px"], size) == (32, 64)
     assert found["low"]["extra"] == {"codec": found["codec"]}
     assert found["codec"]["codec"]["num_codes"] == config.model.low.num_codes
+
+
+def test_the_run_at_a_lower_resolution_has_the_codec_that_it_names():
+    """Muse's base model: 256 px at f16, where its super-resolution is at f8 (2301.00704, section 2.4)."""
+    from t2i.families.codec import image_codec
+    from t2i_cli.plan import built_on, planned_run
+
+    config, _ = planned_run(["experiment=muse/512", "cluster=a100x8"], None)
+    found = built_on(config, None, None, "muse/256")
+    assert found["low"]["config"]["resolution"]["size_px"] == 256
+    with torch.device("meta"):
+        own, low = (image_codec(each["codec"]) for each in (found, found["low"]["extra"]))
+    assert (own.downsampling, low.downsampling) == (8, 16)
+    assert low.num_codes == config.model.low.num_codes
+
+
+def test_what_builds_on_no_codec_is_planned_without_one(capsys):
+    """ImageGPT's codes are colours."""
+    from t2i_cli.plan import built_on, planned_run, run
+
+    typed = ["experiment=imagegpt/small", "text=learned", "cluster=a100x8"]
+    config, _ = planned_run(typed, None)
+    assert built_on(config, None, None) == {}
+    with pytest.raises(
+        ConfigError, match="--autoencoder is 'autoencoder/dvae'; allowed: nothing, as this run"
+    ):
+        built_on(config, "autoencoder/dvae", None)
+    run([*typed, "transformer.depth=1", "transformer.width=64"])
+    assert "codec" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["ar_sr", "masked_sr"])
+def test_codes_that_do_not_divide_are_said_before_training(stage):
+    from t2i_cli.plan import built_on, planned_run
+
+    config, _ = planned_run([f"stage={stage}", "data=shards", "cluster=a100x8", "low.side=7"], None)
+    with pytest.raises(ConfigError, match=r"low.side is 7; allowed: a divisor of 16, the codes along a side"):
+        build_model(config, built_on(config, None, None))
 
 
 @pytest.mark.parametrize(

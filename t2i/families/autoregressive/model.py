@@ -72,7 +72,12 @@ class Autoregressive(CodesModel):
             check(getattr(request, key) is None, key, "given", allowed)
         check(not request.tile, "tile", request.tile, "none with this model")
         between = request.between
-        check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
+        check(
+            between is None or between.seeds is None,
+            "between",
+            "two seeds",
+            "two prompts with one seed with this model",
+        )
         words = self.config.transformer.conditioning == "words"
         check(not words or between is None, "between", "two prompts", "none with a model of words")
         if self.low is not None:

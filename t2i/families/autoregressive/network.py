@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.codes.embedding import code_embedding, code_head
-from t2i.config import check
 from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.masks import axial_mask, pattern_of
 from t2i.families.autoregressive.words import WordPrefix
@@ -68,12 +67,7 @@ class CodeTransformer(nn.Module):
         self.text_slots = max_tokens if is_prefix else 0
         self.low, self.low_slots = low, 0
         if low is not None:
-            check(
-                grid[0] % low.side == 0,
-                "low.side",
-                low.side,
-                f"a divisor of {grid[0]}, the codes along a side",
-            )
+            low.check_side(grid[0])
             self.low_slots = low.side**2
             self.low_embedding = nn.Embedding(low.num_codes, width)
             if config.positions == "learned":

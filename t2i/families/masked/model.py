@@ -88,8 +88,8 @@ class MaskedModel(CodesModel):
         low = None
         finite = torch.ones(len(request.prompts), dtype=torch.bool, device=device)
         if self.low is not None:
-            smaller = resized(request, self.low.size_px / self.size_px)
-            low, finite = self.low.drawn_codes(smaller, self.low.config.sampling, generators, progress)
+            small = resized(request, self.size_px // self.low.size_px)
+            low, finite = self.low.drawn_codes(small, self.low.config.sampling, generators, progress)
         codes = torch.zeros(len(request.prompts), *shape, dtype=torch.int64, device=device)
         unknown = torch.ones_like(codes, dtype=torch.bool)
         if request.image is not None:
@@ -154,11 +154,26 @@ class MaskedModel(CodesModel):
                 check(found == own, key, found * f, allowed)
         check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
         between = request.between
-        check(between is None or between.seeds is None, "between", "two seeds", "two prompts with this model")
+        check(
+            between is None or between.seeds is None,
+            "between",
+            "two seeds",
+            "two prompts with one seed with this model",
+        )
         check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
         check_sampling(sampling, self.codec.num_codes, shape)
         if self.low is not None:
-            check_low_request(request, self.low, size_at(request, self.low.size_px / self.size_px))
+            factor = self.size_px // self.low.size_px
+            unit = factor * self.low.codec.downsampling
+            for key in ("height", "width"):
+                side = getattr(request, f"{key}_px")
+                check(
+                    side % unit == 0,
+                    key,
+                    side,
+                    f"multiples of {unit}, the pixels of a code at the lower resolution",
+                )
+            check_low_request(request, self.low, (request.height_px // factor, request.width_px // factor))
 
     @property
     def device(self) -> torch.device:
@@ -188,14 +203,9 @@ def check_unit(
         )
 
 
-def size_at(request: SampleRequest, factor: float) -> tuple[int, int]:
-    """(H, W) of the request's pictures, so many times as large."""
-    return round(request.height_px * factor), round(request.width_px * factor)
-
-
-def resized(request: SampleRequest, factor: float) -> SampleRequest:
-    """The same of pictures so many times as large; what a mask touches there it still touches."""
-    size = size_at(request, factor)
+def resized(request: SampleRequest, factor: int) -> SampleRequest:
+    """The same of pictures so many times smaller; what a mask touches there it still touches."""
+    size = request.height_px // factor, request.width_px // factor
     image, mask = request.image, request.mask
     return dataclasses.replace(
         request,

@@ -44,7 +44,7 @@ class Muse(MaskedTransformer):
     """Codes attend to one another, without an order, and to the caption's token states; in super-resolution also to the
     codes at the lower resolution, which have attended to one another.
 
-    shape: (h, w) of the codes that it is trained on
+    shape: (h, w) of the codes that it is trained on. Raises ConfigError where `low` has sides that do not divide them
     code_dim: of the codes' vectors, which config.code_vectors asks for
     """
 
@@ -64,6 +64,7 @@ class Muse(MaskedTransformer):
         self.text = nn.Sequential(nn.Linear(context_dim, width, bias=config.bias), norm_of(config, width))
         self.low_places: Places | None = None
         if low is not None:
+            low.check_side(shape[0])
             self.low_places = Places(config, nn.Embedding(low.num_codes, width), (low.side, low.side))
             self.low_blocks = nn.ModuleList([TokenBlock(config) for _ in range(low.depth)])
             self.low_norm = norm_of(config, width)
