@@ -9,6 +9,8 @@ from typing import Literal
 
 from t2i.schema import check
 
+BUCKETS = "data.bucket_step_px"  # which a stage checks as it does the side of its pictures
+
 
 def check_caption_keys(keys: list[str] | dict[str, float], name: str) -> None:
     """Raises ConfigError for what is not a place of captions."""
@@ -99,7 +101,7 @@ class DataConfig:
         window = self.shuffle_window_shards
         check(window >= 1, "data.shuffle_window_shards", window, "1 or more")
         ok = self.bucket_step_px is None or self.bucket_step_px >= 1
-        check(ok, "data.bucket_step_px", self.bucket_step_px, "1 or more, or null")
+        check(ok, BUCKETS, self.bucket_step_px, "1 or more, or null")
         check(1 <= self.max_aspect < math.inf, "data.max_aspect", self.max_aspect, "1 or more")
         for name in ("num_workers", "cache_mib"):
             check(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more")

@@ -163,10 +163,10 @@ class Config(ModelConfig):
             dim = self.codec.code_dim
             check(dim <= most, "codec.code_dim", dim, f"1 to {most}, backbone.latent_channels")
 
-    def check_resolution(self, size_px: int) -> None:
-        """Raises ConfigError where pictures of this side do not divide into latent positions."""
+    def check_resolution(self, size_px: int, key: str = "resolution.size_px") -> None:
+        """Raises ConfigError, with this key, where pictures of this side do not divide into latent positions."""
         f = self.downsampling
-        check(size_px % f == 0, "resolution.size_px", size_px, f"multiples of {f}, the codec's downsampling")
+        check(size_px % f == 0, key, size_px, f"multiples of {f}, the codec's downsampling")
 
     @property
     def downsampling(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
+from t2i.data_config import BUCKETS
 from t2i.families.autoencoder.codec import build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
@@ -34,6 +35,8 @@ class Stage(BaseStage):
         assert isinstance(model, Config)
         self.model_config = model
         model.check_resolution(config.resolution.size_px)
+        if (step := config.data.bucket_step_px) is not None:
+            model.check_resolution(step, BUCKETS)
         twice = model.adversarial.start_images is not None and model.adversarial.r1_weight > 0
         allowed = (
             "false with adversarial.r1_weight above 0: torch does not differentiate compiled blocks twice"

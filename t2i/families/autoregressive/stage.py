@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2i.codes.embedding import take_vectors
 from t2i.config import RunConfig, check
+from t2i.data_config import BUCKETS
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import Autoregressive, model_of
 from t2i.families.autoregressive.palette import PaletteCodec
@@ -26,7 +27,7 @@ class Stage(CodesStage):
 
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         step, allowed = config.data.bucket_step_px, "null with this model, whose grid of codes is square"
-        check(step is None, "data.bucket_step_px", step, allowed)
+        check(step is None, BUCKETS, step, allowed)
         super().__init__(config, start, model_of)
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:

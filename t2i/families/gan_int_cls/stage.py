@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
+from t2i.data_config import BUCKETS
 from t2i.families.gan_int_cls.config import Config
 from t2i.families.gan_int_cls.losses import (
     generator_loss,
@@ -41,6 +42,8 @@ class Stage(BaseStage):
         check(size >= 2, "trainer.batch_size", config.trainer.batch_size, allowed)
         allowed = "false with r1_weight above 0: torch does not differentiate compiled blocks twice"
         check(not (config.trainer.compile and model.r1_weight), "trainer.compile", True, allowed)
+        step = config.data.bucket_step_px
+        check(step is None, BUCKETS, step, "null with this model, which takes squares")
         self.model = GanIntCls(model, config.resolution.size_px)
         if start is not None:
             load_into(self.model, start.weights, start.path, prefix="model.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
+from t2i.data_config import BUCKETS
 from t2i.diffusion.objectives import loss_by_time
 from t2i.families.codec_run import codec_config, codec_run
 from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
@@ -43,6 +44,8 @@ class Stage(BaseStage):
         self.model = build_model(model, self.codec_config)
         size = config.resolution.size_px
         self.model.check_size(size, size, ("resolution.size_px", "resolution.size_px"))
+        if (step := config.data.bucket_step_px) is not None:
+            self.model.check_size(step, step, (BUCKETS, BUCKETS))
         if start is not None:
             load_into(self.model, self._fitted(start.weights), start.path, prefix="model.")
         if builds_on is not start:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2i.codes.masked import Predict, decode, halton_order, masked_loss
 from t2i.config import RunConfig, check
+from t2i.data_config import BUCKETS
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
 from t2i.families.low_codes import CodesModel, check_low_request, with_low
@@ -174,6 +175,15 @@ class MaskedModel(CodesModel):
                     f"multiples of {unit}, the pixels of a code at the lower resolution",
                 )
             check_low_request(request, self.low, (request.height_px // factor, request.width_px // factor))
+
+    def check_buckets(self, step_px: int) -> None:
+        """Raises ConfigError where training pictures with sides that are multiples of `step_px` are not its own."""
+        square = self.low is not None or not self.transformer.takes_any_shape
+        check(not square, BUCKETS, step_px, "null with this model, whose grid of codes is square")
+        keys = (BUCKETS, BUCKETS)
+        check_unit(
+            self.transformer, grid_of(self.codec, step_px, step_px, keys), self.codec.downsampling, keys
+        )
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,8 @@ class Stage(CodesStage):
 
     def __init__(self, config: RunConfig, start: LoadedCheckpoint | None = None) -> None:
         super().__init__(config, start, model_of)
+        if (step := config.data.bucket_step_px) is not None:
+            self.model.check_buckets(step)
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         codes, low, text = self.given(batch, random)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
+from t2i.data_config import BUCKETS
 from t2i.diffusion.objectives import loss_by_time
 from t2i.families.pixel_diffusion.config import Config
 from t2i.families.pixel_diffusion.model import PixelDiffusion, check_side
@@ -30,6 +31,8 @@ class Stage(BaseStage):
         self.model_config = config.model
         size = config.resolution.size_px
         check_side(config.model, size, "resolution.size_px")
+        if (step := config.data.bucket_step_px) is not None:
+            check_side(config.model, step, BUCKETS)
         self.model = PixelDiffusion(config.model, size)
         if start is not None:
             load_into(self.model, start.weights, start.path, prefix="model.")
