@@ -25,7 +25,8 @@ def rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
 def thresholded(x0: Tensor, share: float) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2205.11487, section 2.3): cut to [-s, s] and divided by s, where s is the
     quantile `share` of a sample's absolute values, but at least 1. x0: (B, ...) -> in [-1, 1]."""
-    limit = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=1)
+    # One by one: older torch takes 2^24 numbers at most, and six pictures of 1,024 px are more.
+    limit = torch.stack([each.quantile(share) for each in x0.abs().flatten(1)]).clamp(min=1)
     limit = limit.view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-limit, limit) / limit
 

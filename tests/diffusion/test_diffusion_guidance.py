@@ -112,3 +112,16 @@ def test_dynamic_thresholding_is_that_of_diffusers(share):
     torch.testing.assert_close(result, reference._threshold_sample(x0.clone()))
     assert torch.equal(result[2], x0[2])
     assert result.abs().max() <= 1
+
+
+def test_pictures_are_thresholded_one_by_one(monkeypatch):
+    """Older torch refuses quantiles of many numbers."""
+    quantile, x0 = torch.Tensor.quantile, torch.linspace(-3, 3, 144).view(3, 3, 4, 4)
+
+    def of_few(x: torch.Tensor, *given: object, **how: object) -> torch.Tensor:
+        assert x.numel() <= 48
+        return quantile(x, *given, **how)
+
+    expected = [thresholded(each[None], 0.9) for each in x0]
+    monkeypatch.setattr(torch.Tensor, "quantile", of_few)
+    assert torch.equal(thresholded(x0, 0.9), torch.cat(expected))
