@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +24,13 @@ class Option:
     optional: bool = False
 
     def read(self, given: Any) -> Any:
-        """What a field of a page holds, as the configuration has it. A whole number may come as 20.0."""
+        """What a field of a page holds, as the configuration has it. A whole number may come as 20.0, and a number that
+        may be left out as text; what is none is given as it is, for the configuration to refuse."""
         if given in (None, ""):
             return None
+        if self.kind in ("whole", "number") and isinstance(given, str):
+            with suppress(ValueError):
+                return (int if self.kind == "whole" else float)(given)
         if self.kind == "whole" and isinstance(given, float) and given.is_integer():
             return int(given)
         return given

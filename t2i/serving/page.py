@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.generation.extension import SIDES
+from t2i.generation.extension import SIDES, STRENGTH
 from t2i.generation.starting import read_mask, size_of
 from t2i.interfaces import Tile
 from t2i.schema import parse
@@ -33,6 +33,7 @@ SHOWN = 60  # pictures of the gallery at first, and as many more each time
 Listed = tuple[
     list[str], list[str], int
 ]  # files that are shown, names of all that was found, how many are shown
+HOW_FAR = Option("strength", "number", None, optional=True)
 MAIN = ("steps", "guidance_scale")  # stand beside the prompt where a family has them
 
 
@@ -94,12 +95,10 @@ class Fields:
                         layers=gr.LayerOptions(allow_additional_layers=False),
                         elem_id="image",
                     )
-                    self.strength = gr.Slider(
-                        0.05,
-                        1,
-                        0.8,
-                        step=0.05,
-                        label="How far from it; 1: what is painted over is wholly new",
+                    self.strength = gr.Textbox(
+                        "",
+                        label=f"How far from it, above 0 to 1; empty: {STRENGTH}, or 1 where a part of it is kept",
+                        elem_id="strength",
                     )
                     with gr.Row():
                         self.extend = [
@@ -164,7 +163,7 @@ class Fields:
             "width": None if keeps else width,
             "image": image,
             "mask": mask,
-            "strength": strength if image else None,
+            "strength": HOW_FAR.read(strength) if image else None,
             "extend": extend,
             "tile": tile,
             "sampling": sampling,
@@ -186,14 +185,14 @@ class Fields:
             number(recipe, "height_px", size_px),
             number(recipe, "width_px", size_px),
             None if image is None else painted_over(image, mask),
-            number(recipe, "strength", 0.8),
+            number(recipe, "strength", None),
             recipe.get("tile", "") if recipe.get("tile", "") in get_args(Tile) else "",
             *(int(sides.get(side, 0)) for side in SIDES),
             *(own[x.name] if x.name in own and x.takes(own[x.name]) else x.value for x in self.options),
         ]
 
 
-def number(recipe: dict[str, Any], key: str, usual: float) -> float:
+def number(recipe: dict[str, Any], key: str, usual: float | None) -> float | None:
     """A number of a recipe, which may come from anybody."""
     value = recipe.get(key)
     ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SEED
@@ -210,7 +209,9 @@ def field_of(option: Option) -> Any:
         return gr.Dropdown(choices, value=option.value, label=label, elem_id=id)
     if option.kind == "truth":
         return gr.Checkbox(option.value, label=label, elem_id=id)
-    if option.kind in ("whole", "number"):
+    if (
+        option.kind in ("whole", "number") and not option.optional
+    ):  # an empty one would turn to 0 when it is shown
         return gr.Number(
             option.value, label=label, elem_id=id, precision=0 if option.kind == "whole" else None
         )

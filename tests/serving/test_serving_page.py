@@ -132,6 +132,7 @@ def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
     Image.new("RGB", (256, 256), green).save(tmp_path / "green.png")
     page = served.page
     page.goto(served.address)
+    page.get_by_role("button", name="All options of this model").click()  # what is empty there stays so
     page.get_by_role("button", name="Start from a picture").click()
     canvas = page.locator("#image canvas").first
 
