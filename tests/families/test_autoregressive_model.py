@@ -204,8 +204,12 @@ def test_a_codec_without_codes_is_refused(compose_run, train, tmp_path):
 
 
 def test_a_palette_and_a_codec_are_one_too_many(compose_run):
-    with pytest.raises(ConfigError, match="palette is 8; allowed: 2 or more with builds_on=null"):
+    with pytest.raises(ConfigError, match="palette is 8; allowed: 2 to 65,536 with builds_on=null"):
         compose_run("experiment=autoregressive/tiny_ar", "palette=8")
+    with pytest.raises(
+        ConfigError, match="palette is 65537; allowed: 2 to 65,536"
+    ):  # pixels that it is made of
+        compose_run("experiment=autoregressive/tiny_ar", "builds_on=null", "palette=65537")
     with pytest.raises(ConfigError, match="builds_on is None; allowed: a codec"):
         compose_run("experiment=autoregressive/tiny_ar", "builds_on=null")
 

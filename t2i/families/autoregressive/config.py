@@ -10,6 +10,8 @@ from t2i.config import ModelConfig, TextConfig, check
 from t2i.families.builds_on import CodesBuildsOn, LowConfig, check_low_is_there
 from t2i.nn.transformer_config import TransformerConfig
 
+PALETTE_PIXELS = 65_536  # that a palette is made of
+
 
 @dataclass(frozen=True)
 class NetworkConfig(TransformerConfig):
@@ -43,8 +45,8 @@ class Config(ModelConfig):
     shift_px: int = 0
 
     def __post_init__(self) -> None:
-        ok = self.palette is None or (self.palette >= 2 and self.builds_on is None)
-        check(ok, "palette", self.palette, "2 or more with builds_on=null, or null")
+        ok = self.palette is None or (2 <= self.palette <= PALETTE_PIXELS and self.builds_on is None)
+        check(ok, "palette", self.palette, f"2 to {PALETTE_PIXELS:,} with builds_on=null, or null")
         allowed = "a codec (builds_on.codec), or null with palette=COLOURS"
         check(self.builds_on is not None or self.palette is not None, "builds_on", None, allowed)
         place = None if self.builds_on is None else self.builds_on.low

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from t2i.families.autoregressive.config import PALETTE_PIXELS
 from t2i.interfaces import TokenCodec
 from t2i.nn.precision import without_autocast
 
-PIXELS = 65_536  # that the palette is made of
 ITERATIONS = 20
 
 
@@ -29,7 +29,7 @@ class PaletteCodec(TokenCodec):
         """Sets the colours to the k-means of pictures' pixels (Lloyd's algorithm). images: (B, 3, H, W) in [-1, 1]"""
         pixels = torch.cat([image.movedim(1, -1).flatten(0, 2) for image in images])
         chosen = torch.Generator().manual_seed(0)
-        pixels = pixels[torch.randperm(len(pixels), generator=chosen)[:PIXELS]]
+        pixels = pixels[torch.randperm(len(pixels), generator=chosen)[:PALETTE_PIXELS]]
         distinct = pixels.unique(dim=0)
         first = torch.randperm(len(distinct), generator=chosen)[: self.num_codes]
         means = distinct[first]
