@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from t2i.config import Precision
 from t2i.interfaces import Progress, SampleRequest, TextToImage
 from t2i.nn.blocks import blocks_of
-from t2i.nn.precision import chosen, mixed
+from t2i.nn.precision import chosen, freezes_in_bf16, mixed
 from t2i.text.cache import CachedTextEncoder
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint, load_into
@@ -45,7 +45,10 @@ class ModelGenerator:
             encoder.trainable = False
             del self.model.text
             self.model.text = CachedTextEncoder(encoder)
-        self.model.text.to(self.device)
+            self.model.text.to(self.device)
+        else:
+            in_bf16 = freezes_in_bf16(self.precision, self.device)
+            self.model.text.to(self.device, torch.bfloat16 if in_bf16 else None)
 
     def compile(self) -> None:
         """Has torch compile the model's blocks, each when it is first called."""

@@ -32,6 +32,11 @@ def mixed(precision: Precision, device: torch.device) -> AbstractContextManager[
     return torch.autocast(device.type, dtype=dtypes[precision])
 
 
+def freezes_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether frozen networks are kept in bfloat16: where a GPU computes in it anyway."""
+    return precision == "bf16-mixed" and device.type == "cuda"
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within this context what is computed on `device` has the dtype of what it is computed from."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from t2i.config import RunConfig, run_to_dict
 from t2i.interfaces import Batch, Feature, TextEncoder
+from t2i.nn.precision import freezes_in_bf16
 from t2i.training.blocks import prepare
 from t2i.training.checkpoint import LoadedCheckpoint
 from t2i.training.divided import reshard
@@ -131,8 +132,8 @@ class BaseStage(L.LightningModule):
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """In which frozen networks work: bfloat16 where a GPU computes in it anyway, else that of the weights."""
-        in_bf16 = self.config.trainer.precision == "bf16-mixed" and self.device.type == "cuda"
+        """In which frozen networks work."""
+        in_bf16 = freezes_in_bf16(self.config.trainer.precision, self.device)
         return torch.bfloat16 if in_bf16 else self.weight_dtype
 
     def place_text(self, text: TextEncoder) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,12 +26,14 @@ from t2i.families.autoregressive import drawing
 from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.gan_int_cls.config import DiscriminatorConfig
 from t2i.families.gan_int_cls.networks import Discriminator
+from t2i.families.generator import ModelGenerator
 from t2i.families.masked.config import CodesBuildsOn, Config, MuseConfig
 from t2i.families.masked.config import SamplingConfig as MaskedSampling
 from t2i.families.masked.model import MaskedModel
 from t2i.families.pixel_diffusion.model import PixelDiffusion
 from t2i.interfaces import TextFeatures
 from t2i.nn.residual import Doubled
+from t2i.training.checkpoint import LoadedCheckpoint
 
 TEXT = TextConfig("learned", max_tokens=8, width=16, depth=1, heads=2)
 
@@ -189,3 +193,16 @@ def test_a_gpu_doubles_maps_in_their_own_dtype():
     assert kept.dtype == torch.bfloat16
     here = torch.randn(2, 8, 4, 4)
     assert torch.equal(Doubled()(here), here.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dtype"),
+    [("cuda", "bf16-mixed", torch.bfloat16), ("cuda", "32-true", None), ("cpu", "bf16-mixed", None)],
+)
+def test_a_frozen_encoder_draws_in_the_precision_that_it_was_trained_beside(device, precision, dtype):
+    moved = []
+    model = nn.Module()  # without weights, so that no GPU is needed
+    model.text = SimpleNamespace(to=lambda *given: moved.append(given))
+    checkpoint = LoadedCheckpoint(Path("run"), {}, {"trainer": {"precision": precision}}, {})
+    ModelGenerator(model, 32, None, checkpoint, device)
+    assert moved == [(torch.device(device), dtype)]
