@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy import linalg
 from scipy.linalg import lapack
 from torch import Tensor
 
@@ -43,8 +44,8 @@ class Gaussian:
     @cached_property
     def lower(self) -> Tensor | None:
         """Cholesky's factor; None where the rank is not full, as with fewer samples than features."""
-        lower, failed = lapack.dpotrf(self.covariance.T.numpy(), lower=True)
-        return None if failed else torch.from_numpy(lower)
+        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        return None if failed else lower
 
     @cached_property
     def factor(self) -> Tensor:
@@ -69,9 +70,10 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of S1 S2, which are those of the symmetric L^T S2 L
     with S1 = L L^T: a Cholesky decomposition and a symmetric eigenvalue problem in the place of a matrix root.
     """
-    roots = torch.linalg.eigvalsh(first.around(second.covariance), UPLO="L").clamp_min(0).sqrt()
+    values = linalg.eigvalsh(first.around(second.covariance).numpy(), overwrite_a=True, check_finite=False)
+    roots = np.sqrt(values.clip(min=0))
     traces = first.covariance.trace() + second.covariance.trace()
-    squared = (first.mean - second.mean).square().sum() + traces - 2 * roots.sum()
+    squared = (first.mean - second.mean).square().sum() + traces - 2 * float(roots.sum())
     return float(squared.clamp_min(0))  # rounding can bring it below
 
 
