@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,14 +52,27 @@ class Pictures:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The pictures at any depth, links that lead nowhere included: whoever reads them says or counts it. Raises
-    DataError where there is none."""
+    """The pictures at any depth, behind links to folders too; links that lead nowhere are included: whoever reads them
+    says or counts it. Raises DataError where there is none."""
     endings = {f".{ending}" for ending in PICTURE_ENDINGS}
-    named = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings]
+    named = [path for path in sorted(_below(folder)) if path.suffix.lower() in endings]
     files = [path for path in named if path.is_file() or not path.exists()]
     if not files:
         raise DataError(f"{folder} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no folder, in each folder once, however many links lead to it."""
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # which of several links is followed
+        yield from (Path(place, name) for name in names)
 
 
 def generated_folder(folder: Path) -> Pictures:

@@ -19,7 +19,7 @@ from t2i.evaluation import distances, measure, statistics
 from t2i.evaluation.distances import Gaussian
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.measure import check_enough, figures, mean_figure, share_figure
-from t2i.evaluation.pictures import generated_folder, reference, shards_pictures
+from t2i.evaluation.pictures import folder_files, generated_folder, reference, shards_pictures
 from t2i.evaluation.statistics import Statistics, collect, reference_statistics
 from t2i.training.pictures import save_png
 
@@ -132,6 +132,16 @@ def test_a_link_that_leads_nowhere_is_counted_or_said(tmp_path):
     assert real.bad == {"file": 2}
     with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
         generated_folder(folder)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    folder, other = folder_of(tmp_path / "a", 2), folder_of(tmp_path / "b", 3)
+    (other / "up").symlink_to(folder)  # in a circle
+    for name in ("first", "second"):
+        (folder / name).symlink_to(other)
+    found = reference(str(folder), (24, 20), data_config("shapes", None))
+    assert (len(list(found.read())), found.bad) == (5, {})
+    assert [path.parent.name for path in folder_files(folder)] == 2 * ["a"] + 3 * ["first"]
 
 
 def test_a_reference_in_shards_needs_no_captions(tmp_path):
