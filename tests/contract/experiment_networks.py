@@ -8,7 +8,7 @@ from pathlib import Path
 from t2i import families
 from t2i.config import RunConfig
 from t2i.planned import PlannedNetwork
-from t2i_cli.plan import built_on, own_experiment
+from t2i_cli.plan import built_on, own_experiment, parts_below
 
 FOLDER = Path(__file__).parents[2] / "conf" / "experiment"
 # Where an experiment names none.
@@ -17,9 +17,8 @@ BUILT_ON = {"codec": "autoencoder/kl_f8", "token_codec": "autoencoder/tiny_vq"}
 
 def networks(config: RunConfig) -> list[PlannedNetwork]:
     """Those of the experiment, without memory."""
-    family = families.get(config.family)
-    codec = own_experiment(config) or next((BUILT_ON[part] for part in family.builds_on.values()), None)
-    return family.load_plan()(config, built_on(config, codec, None))
+    codec = own_experiment(config) or next((BUILT_ON[part] for part in parts_below(config).values()), None)
+    return families.get(config.family).load_plan()(config, built_on(config, codec, None))
 
 
 def trained_networks(
