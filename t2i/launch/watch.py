@@ -5,6 +5,7 @@ here asks the device."""
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import platform
@@ -167,7 +168,7 @@ class Watch:
             "count": _now.count,
             "doing": _now.doing,
             "host": platform.node(),
-            "place": place_of(sys._current_frames().get(self.main or 0)),
+            "place": place_of(frame_of(self.main or 0)),
         }
 
     def _hear(self, rank: int, told: bytes) -> None:
@@ -254,6 +255,19 @@ class _Seen:
     @property
     def order(self) -> tuple[int, int]:
         return self.beat["step"], self.beat["count"]
+
+
+def frame_of(thread: int) -> FrameType | None:
+    """Where the thread of this number stands. Without a collection of garbage meanwhile: Python 3.11 holds a lock that
+    starting a thread needs, and what a collection runs may let another thread start one: both would wait for ever
+    (python/cpython#106883)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def place_of(frame: FrameType | None) -> str:

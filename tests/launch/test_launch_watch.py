@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 
 import pytest
@@ -137,9 +139,23 @@ def test_what_is_being_done_reaches_the_others():
 
 
 def test_a_place_is_ours_and_what_it_called():
-    import sys
-
     assert place_of(sys._getframe()).startswith("tests.launch") or "test_launch_watch" in place_of(
         sys._getframe()
     )
     assert place_of(None) == ""
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_a_thread_is_looked_at(monkeypatch, collects):
+    """In Python 3.11 a process could wait for ever there."""
+    found, seen = sys._current_frames, list[bool]()
+    monkeypatch.setattr(sys, "_current_frames", lambda: (seen.append(gc.isenabled()), found())[1])
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        frame = module.frame_of(threading.get_ident())
+        assert (seen, gc.isenabled()) == ([False], collects)
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert frame is not None
+    assert module.frame_of(0) is None
