@@ -27,27 +27,7 @@ def run(arguments: list[str]) -> None:
     from .console import console
 
     if options.verb == "cancel":
-        asked = {run: _job(Path(run)) for run in options.run}
-        if without := [run for run, job in asked.items() if job is None]:
-            raise UserError(
-                f"{', '.join(first_few(without))} has no job ({JOB}), so that none is cancelled; allowed: run folders "
-                "that launch=slurm made."
-            )
-        failed = list[str]()
-        for run, job in asked.items():
-            assert job is not None
-            try:
-                state = queue.states([job["job"]]).get(job["job"], "")
-                if queue.has_ended(state):
-                    what = f"has ended before: {state}"
-                else:
-                    queue.cancel(job["job"])
-                    what = "is cancelled"
-                console.print(f"Job {job['job']} of {run} {what}.")
-            except UserError as error:
-                failed.append(f"job {job['job']} of {run}: {error}")
-        if failed:
-            raise UserError("; ".join(first_few(failed)))
+        _cancel(options.run)
         return
     folders = sorted(
         path.parent for path in Path(options.runs_dir).glob(f"*/*/{JOB}") if not path.parent.is_symlink()
@@ -83,6 +63,33 @@ def parser() -> argparse.ArgumentParser:
     cancel = verbs.add_parser("cancel", help="cancel the jobs of runs")
     cancel.add_argument("run", nargs="+", help="a run folder")
     return made
+
+
+def _cancel(runs: list[str]) -> None:
+    """Raises UserError for one that has no job, so that none is cancelled, or where SLURM refuses."""
+    from t2i.launch import queue
+
+    from .console import console
+
+    asked = {run: _job(Path(run)) for run in runs}
+    if without := [run for run, job in asked.items() if job is None]:
+        raise UserError(
+            f"{', '.join(first_few(without))} has no job ({JOB}), so that none is cancelled; allowed: run folders "
+            "that launch=slurm made."
+        )
+    jobs = {run: job["job"] for run, job in asked.items() if job is not None}
+    states, failed = queue.states(jobs.values()), list[str]()
+    for run, job in jobs.items():
+        if queue.has_ended(state := states.get(job, "")):
+            console.print(f"Job {job} of {run} has ended before: {state}.")
+            continue
+        try:
+            queue.cancel(job)
+            console.print(f"Job {job} of {run} is cancelled.")
+        except UserError as error:
+            failed.append(f"job {job} of {run}: {error}")
+    if failed:
+        raise UserError("; ".join(first_few(failed)))
 
 
 def _job(folder: Path) -> dict[str, Any] | None:

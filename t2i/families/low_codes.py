@@ -86,6 +86,12 @@ def check_low(config: LowConfig, builds_on: CodesBuildsOn, high: CodesModel, low
     check(ok, "resolution.size_px", high.size_px, allowed)
 
 
+def check_between(request: SampleRequest) -> None:
+    """Raises ConfigError for pictures between two seeds: what a model of codes draws is chosen, and not added up."""
+    ok = request.between is None or request.between.seeds is None
+    check(ok, "between", "two seeds", "two prompts with one seed with this model")
+
+
 def check_low_request(request: SampleRequest, low: Any, size_px: tuple[int, int]) -> None:
     """Raises ConfigError where `low`, the model at the lower resolution, cannot draw what the request asks of it.
 

@@ -17,7 +17,7 @@ from t2i.families.autoregressive.network import CodeTransformer
 from t2i.families.autoregressive.palette import PaletteCodec
 from t2i.families.autoregressive.words import TEXT_WEIGHT, WordNumbers, check_vocabulary
 from t2i.families.codec import decoded_tokens, token_codec
-from t2i.families.low_codes import CodesModel, check_low_request, with_low
+from t2i.families.low_codes import CodesModel, check_between, check_low_request, with_low
 from t2i.families.tokens import grid_of
 from t2i.interfaces import Progress, SampleRequest, TextFeatures, TokenCodec
 from t2i.nn.between import asked_text
@@ -71,15 +71,9 @@ class Autoregressive(CodesModel):
         for key in ("mask", "image", "noise"):
             check(getattr(request, key) is None, key, "given", allowed)
         check(not request.tile, "tile", request.tile, "none with this model")
-        between = request.between
-        check(
-            between is None or between.seeds is None,
-            "between",
-            "two seeds",
-            "two prompts with one seed with this model",
-        )
+        check_between(request)
         words = self.config.transformer.conditioning == "words"
-        check(not words or between is None, "between", "two prompts", "none with a model of words")
+        check(not words or request.between is None, "between", "two prompts", "none with a model of words")
         if self.low is not None:
             check_low_request(request, self.low, (self.low.size_px, self.low.size_px))
 

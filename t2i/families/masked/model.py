@@ -15,7 +15,7 @@ from t2i.config import RunConfig, check
 from t2i.data_config import BUCKETS
 from t2i.diffusion.inpainting import coarse_mask, pasted
 from t2i.families.codec import decoded_tokens, token_codec
-from t2i.families.low_codes import CodesModel, check_low_request, with_low
+from t2i.families.low_codes import CodesModel, check_between, check_low_request, with_low
 from t2i.families.masked.config import Config, MaskGITConfig, MuseConfig, SamplingConfig
 from t2i.families.masked.maskgit import MaskGIT
 from t2i.families.masked.muse import Muse
@@ -154,13 +154,7 @@ class MaskedModel(CodesModel):
                 allowed = f"{own * f} with this model, whose positions are those of its training size"
                 check(found == own, key, found * f, allowed)
         check(request.noise is None, "noise", "given", "none with this model, which starts from masks")
-        between = request.between
-        check(
-            between is None or between.seeds is None,
-            "between",
-            "two seeds",
-            "two prompts with one seed with this model",
-        )
+        check_between(request)
         check(not request.tile, "tile", request.tile, "none with this model, whose network knows its place")
         check_sampling(sampling, self.codec.num_codes, shape)
         if self.low is not None:
