@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "ViT-VQGAN of enhancing-transformers, diffusers' AutoencoderKL or VQModel, DALL-E's discrete VAE (a folder "
         "with encoder.pt and decoder.pt), or a t2i run. Out: a t2i run, a diffusers directory (of DALL-E's "
         "discrete VAE one of transformers' FlavaImageCodebook and the decoder), or one .safetensors with CompVis' "
-        "names.",
+        "names (of a ViT-VQGAN those of enhancing-transformers).",
     )
     made.add_argument("source", metavar="SOURCE", help="folder or file")
     made.add_argument("out", metavar="OUT", help="a name that is free: a folder, or a .safetensors file")

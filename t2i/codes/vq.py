@@ -30,8 +30,8 @@ class Codebook(Quantizer):
 
     ema_decay: gamma of 1711.00937, equation 6, per training step
     commitment_weight: beta of 1711.00937, equation 3
-    normalize: vectors and codes are brought to length 1, so that the nearest code is that of the largest cosine
-        (ViT-VQGAN: 2110.04627, section 3.2); a code is then its average's direction
+    normalize: vectors and codes are brought to length 1 where they are used, so that the nearest code is that of the
+        largest cosine (ViT-VQGAN: 2110.04627, section 3.2); `codes` may have any length
     restart_below: a code is dead when its averaged use falls below this share of uniform use. A dead code
         takes the place of one of the current batch's vectors. In the first batch every code is dead, and the
         restart is the initialisation.
@@ -63,8 +63,7 @@ class Codebook(Quantizer):
         self.restart_below = restart_below
         self.normalize = normalize
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
-        codes = torch.randn(num_codes, dim)
-        self.register_buffer("codes", F.normalize(codes) if normalize else codes)
+        self.register_buffer("codes", torch.randn(num_codes, dim))
         self.register_buffer("cluster_size", torch.zeros(num_codes))  # N_i
         self.register_buffer("cluster_sum", torch.zeros(num_codes, dim))  # m_i
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -114,13 +113,12 @@ class Codebook(Quantizer):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """(B, h, w) int64 in [0, num_codes) -> (B, D, h, w)."""
-        return F.embedding(indices, self.codes).permute(0, 3, 1, 2)
+        return F.embedding(indices, self._directions()).permute(0, 3, 1, 2)
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """E[H(q)] and H(E[q]), scalars in nats; z: (B, D, h, w). In training the mean is over all ranks."""
-        codes = (
-            self.codes.clone()
-        )  # those that the step's averages go on from change before the backward pass
+        # A copy: those that the step's averages go on from change before the backward pass.
+        codes = self._directions().clone()
         logits = -self._distance(z.movedim(1, -1).flatten(0, 2), codes) / self.entropy_temperature
         q = logits.softmax(dim=1)
         of_each = -(q * logits.log_softmax(dim=1)).sum(dim=1).mean()
@@ -129,8 +127,11 @@ class Codebook(Quantizer):
     def _vectors(self, latent: Tensor) -> Tensor:
         return F.normalize(widened(latent), dim=1) if self.normalize else widened(latent)
 
+    def _directions(self) -> Tensor:
+        return F.normalize(self.codes) if self.normalize else self.codes
+
     def _nearest(self, vectors: Tensor) -> Tensor:
-        return self._distance(vectors, self.codes).argmin(dim=1)
+        return self._distance(vectors, self._directions()).argmin(dim=1)
 
     @staticmethod
     def _distance(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -170,7 +171,6 @@ class Codebook(Quantizer):
         self.cluster_size.copy_(size.lerp(counts, 1.0 - self.ema_decay))
         self.cluster_sum.copy_(total.lerp(sums, 1.0 - self.ema_decay))
         codes = self.cluster_sum / self.cluster_size[:, None]
-        codes = F.normalize(codes) if self.normalize else codes
         # A code whose use has fallen to nothing (0 / 0) stays where it is until it is restarted.
         self.codes.copy_(torch.where(self.cluster_size[:, None] > 0, codes, self.codes))
         self.steps.add_(1)

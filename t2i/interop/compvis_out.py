@@ -16,13 +16,14 @@ from t2i.interop.gumbel import taming_weights
 from t2i.interop.names import compvis_codec
 from t2i.interop.parts import Parts
 from t2i.interop.scheduler import SCHEDULE
+from t2i.interop.vitvq import vitvq_weights
 from t2i.interop.weights import Weights, in_memory, renamed
 from t2i.interop.writing import Progress, write_safetensors
 
 
 def write_compvis(parts: Parts, path: Path, dtype: torch.dtype, progress: Progress) -> None:
-    """An autoencoder by itself is written with taming's names. Prediction and resolution stand in the header as
-    the ModelSpec of Stability has them."""
+    """An autoencoder by itself is written with taming's names, a ViT-VQGAN with those of enhancing-transformers.
+    Prediction and resolution stand in the header as the ModelSpec of Stability has them."""
     header = {"format": "pt"}
     if parts.denoiser is not None:
         size, prediction = parts.denoiser.size_px, parts.denoiser.prediction
@@ -36,6 +37,8 @@ def write_compvis(parts: Parts, path: Path, dtype: torch.dtype, progress: Progre
 
 def compvis_weights(parts: Parts) -> Weights:
     """All weights, with CompVis' names."""
+    if parts.codec.is_vit:
+        return vitvq_weights(parts.codec)
     if parts.codec.config["codec"]["name"] == "gumbel":
         return taming_weights(parts.codec.weights)
     names = compvis_codec(parts.codec.weights)

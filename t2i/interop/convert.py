@@ -96,10 +96,8 @@ def _check_foreign(parts: Parts, to: Format) -> None:
         amused_files(parts)
         _note_sampling(parts, "An AmusedPipeline", parts.transformer.sampling, SAMPLING)
         return
-    unit_range = parts.codec.config["backbone"].get("unit_range", False)
-    check(
-        not unit_range, "backbone.unit_range", True, "false but in an AmusedPipeline (no file would say so)"
-    )
+    said = parts.codec.is_vit or not parts.codec.config["backbone"].get("unit_range", False)
+    check(said, "backbone.unit_range", True, "false but in an AmusedPipeline (no file would say so)")
     if to == "compvis" and parts.denoiser is not None:
         _note_sampling(parts, "A single file", parts.denoiser.sampling, DEFAULTS)
 

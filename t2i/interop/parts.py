@@ -44,6 +44,10 @@ class CodecPart:
         return self.config["backbone"]["name"] == "dvae"
 
     @property
+    def is_vit(self) -> bool:
+        return self.config["backbone"]["name"] == "vit"
+
+    @property
     def kind(self) -> str:
         """For a person to read."""
         if self.is_dvae:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from t2i import families
 from t2i.config import (
@@ -28,7 +29,7 @@ from t2i.interop.card import UNKNOWN
 from t2i.interop.clip import ClipText
 from t2i.interop.ldm_bert import LDMBertText
 from t2i.interop.parts import CodecPart, Parts, formats_of
-from t2i.interop.weights import Weights, in_memory, renamed
+from t2i.interop.weights import Weight, Weights, in_memory, renamed
 from t2i.interop.writing import Progress, write_safetensors
 from t2i.training import run_folder
 from t2i.training.checkpoint import RUN_FOLDER
@@ -161,10 +162,13 @@ def codec_weights(codec: CodecPart) -> Weights:
     weights = codec.weights | {"latent_scale": in_memory(torch.tensor(codec.latent_scale))}
     if codec.quantised:
         codes = codec.weights["codebook.codes"]
+        sums = codes
+        if codec.config["codec"].get("normalize", False):  # whose averages are those of vectors of length 1
+            sums = Weight(codes.shape, torch.float64, lambda: F.normalize(codes.read().double()))
         # As if every code had been used alike: none is dead, and further training begins from these codes.
         weights |= {
             "codebook.cluster_size": in_memory(torch.ones(codes.shape[0])),
-            "codebook.cluster_sum": codes,
+            "codebook.cluster_sum": sums,
             "codebook.steps": in_memory(torch.zeros((), dtype=torch.int64)),
         }
     return weights

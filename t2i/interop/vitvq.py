@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
+from t2i.config import check
 from t2i.errors import CheckpointError
 from t2i.interop.compvis_shapes import Shapes
-from t2i.interop.parts import CodecPart, codec_shapes
-from t2i.interop.weights import Weight, Weights, fit
+from t2i.interop.parts import CodecPart, Parts, codec_shapes
+from t2i.interop.weights import Weight, Weights, fit, stacked
 
 HEAD_DIM = 64  # which no shape tells; in all of its configurations
 NAMES = (
@@ -36,8 +37,7 @@ def is_vitvq(weights: Weights) -> bool:
 
 
 def read_vitvq(weights: Weights, path: Path) -> CodecPart:
-    """The codec, its weights unread. Its networks see pictures in [0, 1]: the first and the last layer take that over.
-    Raises CheckpointError where it does not fit."""
+    """The codec, its weights unread. Raises CheckpointError where it does not fit."""
     config = infer(Shapes(weights, path))
     wanted = codec_shapes(config)
     names = {ours: published(ours) for ours in wanted}
@@ -47,7 +47,7 @@ def read_vitvq(weights: Weights, path: Path) -> CodecPart:
         path,
         "autoencoder",
     )
-    taken = {ours: _ours(ours, shape, found, names[ours]) for ours, shape in wanted.items()}
+    taken = {ours: _ours(ours, shape, found[names[ours]]) for ours, shape in wanted.items()}
     return CodecPart(config, taken, 1.0)
 
 
@@ -76,6 +76,7 @@ def infer(shapes: Shapes) -> dict[str, Any]:
             "patch_px": patch,
             "resolution_px": side * patch,
             "latent_channels": dim,
+            "unit_range": True,
             "encoder": transformer("encoder", shapes.size("encoder.to_patch_embedding.0.weight", 0, (4,))),
             "decoder": transformer("decoder", shapes.size("decoder.to_pixel.1.weight", 0, (4,))),
         },
@@ -97,27 +98,72 @@ def _their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if ours in ("quant_conv.weight", "post_quant_conv.weight") else shape
 
 
-def _ours(ours: str, shape: tuple[int, ...], found: Weights, name: str) -> Weight:
+def _ours(ours: str, shape: tuple[int, ...], weight: Weight) -> Weight:
     """The weight as our codec has it."""
-    weight = found[name]
-
-    def changed(change: Any) -> Weight:
-        return Weight(shape, torch.float64, lambda: change(weight.read().double()))
-
     if match := re.search(r"\.attn\.to_([qkv])\.weight$", ours):
         first = "qkv".index(match[1]) * shape[0]
         return weight.rows(first, first + shape[0])
     if ours.endswith(".positions"):
         return Weight(shape, weight.dtype, lambda: weight.read()[0].T.reshape(shape).contiguous())
-    if ours == "codebook.codes":  # looked up by cosine, and decoded at length 1
-        return changed(F.normalize)
-    if ours == "encoder.patches.weight":
-        return changed(lambda w: w / 2)
-    if ours == "encoder.patches.bias":
-        patches = found[published("encoder.patches.weight")]
-        return changed(lambda b: b + patches.read().double().flatten(1).sum(1) / 2)
-    if ours == "decoder.pixels.weight":
-        return changed(lambda w: 2 * w)
-    if ours == "decoder.pixels.bias":
-        return changed(lambda b: 2 * b - 1)
     return weight.reshaped(*shape)
+
+
+def check_vitvq(parts: Parts, to: str) -> None:
+    """Raises ConfigError where a codec of these networks has no form in what is written, or the file would say less
+    than its readers need to know."""
+    codec, backbone = parts.codec.config["codec"], parts.codec.config["backbone"]
+    alone = to == "compvis" and parts.is_codec
+    check(alone, "backbone.name", "vit", "ldm (vit by itself goes into one .safetensors file)")
+    as_published = "as a ViT-VQGAN has it"
+    check(codec["name"] == "vq", "codec.name", codec["name"], f"vq, {as_published}")
+    check(codec["normalize"], "codec.normalize", codec["normalize"], f"true, {as_published}")
+    latent, dim = backbone["latent_channels"], codec.get("code_dim")
+    check(dim in (None, latent), "codec.code_dim", dim, f"{latent}, as backbone.latent_channels")
+    for part in ("encoder", "decoder"):
+        sizes = backbone[part]
+        for key, value in {"head_dim": HEAD_DIM, "activation": "tanh"}.items():
+            check(sizes[key] == value, f"backbone.{part}.{key}", sizes[key], f"{value}, {as_published}")
+        # There attention whose only head is as wide as the network has no layer behind it.
+        ok = sizes["num_heads"] > 1 or sizes["width"] != HEAD_DIM
+        check(ok, f"backbone.{part}.num_heads", 1, f"2 or more with a width of {HEAD_DIM} in a ViT-VQGAN")
+
+
+def vitvq_weights(codec: CodecPart) -> Weights:
+    """Our weights as enhancing-transformers has them. Its pictures are in [0, 1]: of networks that know them in [-1, 1]
+    the first and the last layer take that over."""
+    ours = (
+        codec.weights if codec.config["backbone"].get("unit_range", False) else _of_unit_range(codec.weights)
+    )
+    found = {}
+    for name, weight in ours.items():
+        if ".to_q." in name:
+            kinds = (name, name.replace(".to_q.", ".to_k."), name.replace(".to_q.", ".to_v."))
+            found[published(name)] = stacked([ours[each] for each in kinds])
+        elif ".to_k." not in name and ".to_v." not in name:
+            found[published(name)] = _theirs(name, weight)
+    return found
+
+
+def _theirs(ours: str, weight: Weight) -> Weight:
+    shape = _their_shape(ours, weight.shape)
+    if ours.endswith(".positions"):
+        return Weight(shape, weight.dtype, lambda: weight.read().flatten(2).movedim(1, 2).contiguous())
+    return weight.reshaped(*shape)
+
+
+def _of_unit_range(weights: Weights) -> Weights:
+    """Those of networks that do in [0, 1] what these do in [-1, 1]."""
+
+    def read(name: str) -> Tensor:
+        return weights[name].read().double()
+
+    first, last = "encoder.patches", "decoder.pixels"
+    changed = {
+        f"{first}.weight": lambda: 2 * read(f"{first}.weight"),
+        f"{first}.bias": lambda: read(f"{first}.bias") - read(f"{first}.weight").flatten(1).sum(1),
+        f"{last}.weight": lambda: read(f"{last}.weight") / 2,
+        f"{last}.bias": lambda: (read(f"{last}.bias") + 1) / 2,
+    }
+    return weights | {
+        name: Weight(weights[name].shape, torch.float64, value) for name, value in changed.items()
+    }

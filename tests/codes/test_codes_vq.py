@@ -167,7 +167,9 @@ def test_autocast_does_not_change_the_codes(dtype):
 
 def test_codes_by_cosine():
     book = trained(normalize=True)
-    torch.testing.assert_close(book.codes.norm(dim=1), torch.ones(16))
+    book.codes.mul_(torch.linspace(0.5, 9, 16)[:, None])  # of any length, as published ones are
+    every = book.lookup(torch.arange(16)[None, None])
+    torch.testing.assert_close(every.norm(dim=1), torch.ones(1, 1, 16))
     book.eval()
     z = (3 * latents(1)[0]).requires_grad_()
     result = book(z)
@@ -183,6 +185,10 @@ def test_codes_by_cosine():
     torch.testing.assert_close((grad * z).sum(1), torch.zeros(4, 6, 6))
 
 
+def directions(book: Codebook) -> torch.Tensor:
+    return book.codes / book.codes.norm(dim=1, keepdim=True)
+
+
 def test_codes_by_cosine_are_directions_of_the_averages():
     gamma = 0.8
     book = trained(normalize=True, ema_decay=gamma, restart_below=1e-9)
@@ -193,7 +199,8 @@ def test_codes_by_cosine_are_directions_of_the_averages():
     mean = (gamma * total + (1 - gamma) * one_hot.T @ unit) / (gamma * size + (1 - gamma) * one_hot.sum(0))[
         :, None
     ]
-    torch.testing.assert_close(book.codes, mean / mean.norm(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)
+    unit_mean = mean / mean.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(directions(book), unit_mean, rtol=1e-9, atol=1e-9)
 
 
 def with_entropy(codes: torch.Tensor, temperature: float, weight: float = 0.1) -> Codebook:
@@ -229,7 +236,8 @@ def test_entropies_against_the_softmax_over_distances(normalize):
     plain.load_state_dict(book.state_dict())
     of_plain = plain.eval()(z)
     vectors = torch.nn.functional.normalize(flat(z), dim=1) if normalize else flat(z)
-    share = torch.softmax(-(torch.cdist(vectors, book.codes) ** 2) / 0.5, dim=1)
+    codes = directions(book) if normalize else book.codes
+    share = torch.softmax(-(torch.cdist(vectors, codes) ** 2) / 0.5, dim=1)
     of_each = torch.distributions.Categorical(share).entropy().mean()
     of_all = torch.distributions.Categorical(share.mean(0)).entropy()
     result = book.eval()(z)

@@ -196,7 +196,7 @@ def test_a_patch_autoencoder_has_no_foreign_form(compose_run, train, tmp_path):
         "experiment=autoencoder/tiny_kl", "trainer.num_images=8", f"runs_dir={tmp_path / 'runs'}"
     )
     with pytest.raises(
-        ConfigError, match=r"backbone\.name is 'patch'; allowed: ldm, dvae \(other kinds have no"
+        ConfigError, match=r"backbone\.name is 'patch'; allowed: ldm, vit, dvae \(other kinds have no"
     ):
         prepare(train(config).folder, tmp_path / "out", Options())
 

@@ -1,18 +1,24 @@
-"""ViT-VQGAN of enhancing-transformers comes in; its networks are written out here from the names of the checkpoint."""
+"""ViT-VQGAN of enhancing-transformers comes in and goes out; its networks are written out here from the names of the
+checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i import families
 from t2i.errors import UserError
-from t2i.interop.convert import Options, prepare
-from t2i.interop.vitvq import read_vitvq
+from t2i.interfaces import ImageCodec
+from t2i.interop.compvis_shapes import Shapes
+from t2i.interop.convert import Conversion, Options, prepare, write
+from t2i.interop.parts import CodecPart, Parts, codec_shapes
+from t2i.interop.vitvq import infer, read_vitvq
 from t2i.interop.weights import Weight, in_memory
 from t2i.training import checkpoint, run_folder
 
@@ -111,17 +117,94 @@ def test_tokens_and_pictures_are_those_of_the_original(weights, tmp_path, conver
     picture = 2 * theirs.picture(tokens) - 1
 
     torch.save({"state_dict": weights | {"loss.discriminator.x": torch.zeros(1)}}, tmp_path / "vitvq.ckpt")
-    loaded = checkpoint.load(run_folder.weights_file(convert(tmp_path / "vitvq.ckpt", "run")))
-    codec = families.get("autoencoder").load_codec()(loaded.config)
-    checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
-    codec.eval().double()
-    assert torch.equal(codec.tokens(image).flatten(1), expected)
-    # As it was read, before it was rounded to float32.
-    read = read_vitvq({name: in_memory(value) for name, value in weights.items()}, Path("vitvq.ckpt"))
-    codec.load_state_dict({name: weight.read() for name, weight in read.weights.items()}, strict=False)
+    codec = codec_of(convert(tmp_path / "vitvq.ckpt", "run"))
     assert torch.equal(codec.tokens(image).flatten(1), expected)
     found = codec.decode_tokens(tokens.unflatten(1, (SIDE, SIDE)))
     torch.testing.assert_close(found, picture, rtol=1e-10, atol=1e-10)
+
+
+def codec_of(run: Path) -> Any:
+    """In float64."""
+    loaded = checkpoint.load(run_folder.weights_file(run))
+    codec: ImageCodec = families.get("autoencoder").load_codec()(loaded.config)
+    checkpoint.load_into(codec, loaded.weights, loaded.path, prefix="codec.")
+    return codec.eval().double()
+
+
+def test_it_goes_out_as_it_came_in(weights, tmp_path, convert):
+    """To the byte, codes of any length too."""
+    save_file(weights, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    run = convert(tmp_path / "theirs.safetensors", "run")
+    for source, name in ((run, "back"), (tmp_path / "theirs.safetensors", "straight")):
+        out = convert(source, f"{name}.safetensors", to="compvis")
+        assert out.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    # Training goes on from averages of vectors of length 1.
+    lengths = load_file(run / "model.safetensors")["codec.codebook.cluster_sum"].double().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(CODES, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def run_with(weights: dict[str, Tensor], folder: Path, **changed: dict[str, Any]) -> Path:
+    """A run with other entries of codec and backbone, on random weights where the file's have another shape."""
+    config = infer(Shapes({name: in_memory(value) for name, value in weights.items()}, Path()))
+    for entry, values in changed.items():
+        if "name" in values:
+            config[entry] = {}
+        for key, value in values.items():
+            both = isinstance(value, dict)
+            config[entry][key] = {**config[entry][key], **value} if both else value
+    read = read_vitvq({name: in_memory(value) for name, value in weights.items()}, Path()).weights
+    taken = {
+        name: read[name] if name in read and read[name].shape == shape else in_memory(torch.randn(shape))
+        for name, shape in codec_shapes(config).items()
+    }
+    write(Conversion(Parts("a test's", CodecPart(config, taken, 1.0)), folder, "t2i", "fp32"))
+    return folder
+
+
+@torch.no_grad()
+def test_a_codec_that_was_trained_on_pictures_from_minus_one_to_one(weights, tmp_path, convert):
+    for name in ("encoder.to_patch_embedding.0", "decoder.to_pixel.1"):  # which float32 sums exactly
+        for each in (f"{name}.weight", f"{name}.bias"):
+            weights[each] = (weights[each] * 256).round() / 256
+    run = run_with(weights, tmp_path / "run", backbone={"unit_range": False})
+    codec, out = codec_of(run), convert(run, "out.safetensors")
+    theirs = Published(load_file(out))
+    image = torch.rand(5, 3, PATCH * SIDE, PATCH * SIDE, dtype=torch.float64) * 2 - 1
+    tokens = codec.tokens(image)
+    assert len(tokens.unique()) > 5
+    assert torch.equal(theirs.tokens((image + 1) / 2), tokens.flatten(1))
+    picture = 2 * theirs.picture(tokens.flatten(1)) - 1
+    torch.testing.assert_close(codec.decode_tokens(tokens), picture, rtol=1e-10, atol=1e-10)
+    again = convert(convert(out, "again"), "again.safetensors")
+    assert again.read_bytes() == out.read_bytes()
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "backbone.encoder.activation is 'gelu'; allowed: tanh": {"backbone": {"encoder": {"activation": "gelu"}}},
+    "backbone.decoder.head_dim is 32; allowed: 64": {"backbone": {"decoder": {"head_dim": 32}}},
+    "backbone.encoder.num_heads is 1; allowed: 2 or more": {
+        "backbone": {"encoder": {"num_heads": 1, "width": 64}}
+    },
+    "codec.normalize is False; allowed: true": {"codec": {"normalize": False}},
+    "codec.name is 'kl'; allowed: vq": {"codec": {"name": "kl"}},
+    "codec.code_dim is 3; allowed: 6, as backbone.latent_channels": {"codec": {"code_dim": 3}},
+}
+
+
+@pytest.mark.parametrize("sentence", OTHERS)
+def test_what_the_file_could_not_say_is_refused(sentence, weights, tmp_path):
+    run = run_with(weights, tmp_path / "run", **OTHERS[sentence])
+    with pytest.raises(UserError) as raised:
+        prepare(run, tmp_path / "out.safetensors", Options())
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_it_has_no_other_form(weights, tmp_path, sd1_single):
+    run = run_with(weights, tmp_path / "run")
+    for source, options in ((run, Options()), (sd1_single, Options(vae=str(run)))):
+        with pytest.raises(UserError, match=r"backbone.name is 'vit'; allowed: ldm \(vit by itself goes"):
+            prepare(source, tmp_path / "out", options)
 
 
 @pytest.mark.parametrize(("width", "depth", "heads"), [(512, 8, 8), (768, 12, 12)], ids=["small", "base"])

@@ -31,6 +31,7 @@ class ViTBackboneConfig:
     patch_px: f, side of the patch that one latent position stands for
     resolution_px: side of the training pictures, for which positions are learned
     latent_channels: C, to which a linear layer brings the encoder's width down (section 3.2, factorised codes)
+    unit_range: within the networks pictures are in [0, 1], as those of enhancing-transformers are, and not in [-1, 1]
     """
 
     name: Literal["vit"]
@@ -39,6 +40,7 @@ class ViTBackboneConfig:
     latent_channels: int
     encoder: ViTConfig
     decoder: ViTConfig
+    unit_range: bool = False
 
     def __post_init__(self) -> None:
         check(self.patch_px >= 1, "backbone.patch_px", self.patch_px, "1 or more")

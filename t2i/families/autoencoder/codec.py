@@ -216,7 +216,9 @@ class DiscreteCodec(Codec, TokenCodec):
         return self.codebook.indices(self.moments(image))
 
     def token_weights(self) -> dict[str, Tensor]:
-        return self.encoding_weights() | {"codes": self.code_vectors().T[None, :, None]}
+        book = self.codebook
+        codes = book.codes if isinstance(book, Codebook) else self.code_vectors()  # as stored, of any length
+        return self.encoding_weights() | {"codes": codes.T[None, :, None]}
 
     @torch.no_grad()
     def code_vectors(self) -> Tensor:

@@ -40,7 +40,7 @@ def to_run(entries: Mapping[str, Any]) -> Entries:
 
 def from_run(model: Mapping[str, Any]) -> Entries:
     name = model["backbone"]["name"]
-    check(name in ("ldm", "dvae"), "backbone.name", name, f"ldm, dvae {NO_FOREIGN_FORM}")
+    check(name in ("ldm", "vit", "dvae"), "backbone.name", name, f"ldm, vit, dvae {NO_FOREIGN_FORM}")
     for key in ("decoder_base_channels", "decoder_res_blocks"):
         value = model["backbone"].get(key)
         check(value is None, f"backbone.{key}", value, f"null {NO_FOREIGN_FORM}")
@@ -49,8 +49,13 @@ def from_run(model: Mapping[str, Any]) -> Entries:
     codec = model["codec"]
     names = ("kl", "vq", "gumbel")
     check(codec["name"] in names, "codec.name", codec["name"], f"{', '.join(names)} {NO_FOREIGN_FORM}")
-    ok = not codec.get("normalize", False)
-    check(ok, "codec.normalize", True, "false (no foreign form looks codes up by cosine)")
+    ok = name == "vit" or not codec.get("normalize", False)
+    check(
+        ok,
+        "codec.normalize",
+        True,
+        "false but with backbone.name=vit (other kinds do not look codes up by cosine)",
+    )
     return {"codec": model["codec"], "backbone": model["backbone"]}
 
 

@@ -65,11 +65,12 @@ class ViTEncoder(nn.Module):
     def __init__(self, config: ViTBackboneConfig) -> None:
         super().__init__()
         patch = config.patch_px
+        self.unit_range = config.unit_range
         self.patches = nn.Conv2d(3, config.encoder.width, patch, stride=patch)
         self.transformer = ViT(config.encoder, config.resolution_px // patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.transformer(self.patches(image))
+        return self.transformer(self.patches((image + 1) / 2 if self.unit_range else image))
 
 
 class ViTDecoder(nn.Module):
@@ -78,6 +79,7 @@ class ViTDecoder(nn.Module):
     def __init__(self, config: ViTBackboneConfig) -> None:
         super().__init__()
         patch = config.patch_px
+        self.unit_range = config.unit_range
         self.transformer = ViT(config.decoder, config.resolution_px // patch)
         self.pixels = nn.ConvTranspose2d(config.decoder.width, 3, patch, stride=patch)
 
@@ -87,4 +89,5 @@ class ViTDecoder(nn.Module):
         return self.pixels.weight
 
     def forward(self, latent: Tensor) -> Tensor:
-        return self.pixels(self.transformer(latent))
+        picture = self.pixels(self.transformer(latent))
+        return 2 * picture - 1 if self.unit_range else picture
