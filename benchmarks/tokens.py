@@ -4,7 +4,9 @@ machine lengthen least; the two sides take turns and have the same weights, and 
     python benchmarks/tokens.py [--rounds 5]
 
 sampling    256 codes drawn with keys and values kept, against a pass over all codes before each
-train step  against transformers' ImageGPT, and aMUSEd's U-ViT against diffusers': loss, gradients and AdamW
+train step  against transformers' ImageGPT, and aMUSEd's U-ViT against diffusers': loss, gradients and AdamW; and the
+            whole step as each trains, with clipped gradients and averaged weights, ours as `t2i train` takes it,
+            theirs as diffusers' own script for aMUSEd does
 masked      256 codes drawn in 8 steps, against one after the other, by transformers of one size
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UVit2DModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers.models.imagegpt.configuration_imagegpt import ImageGPTConfig
 from transformers.models.imagegpt.modeling_imagegpt import ImageGPTForCausalImageModeling
@@ -27,6 +30,7 @@ from t2i.codes.config import CodeSampling
 from t2i.codes.embedding import take_vectors
 from t2i.codes.masked import decode
 from t2i.codes.sampling import drawn
+from t2i.config import EMAConfig, OptimizerConfig
 from t2i.families.autoregressive.config import NetworkConfig
 from t2i.families.autoregressive.drawing import draw_codes
 from t2i.families.autoregressive.network import CodeTransformer
@@ -34,6 +38,9 @@ from t2i.families.masked.config import MuseConfig, UVitConfig
 from t2i.families.masked.muse import Muse
 from t2i.families.masked.uvit import UVit
 from t2i.interfaces import TextFeatures
+from t2i.training.ema import EMA
+from t2i.training.finite import any_not_finite
+from t2i.training.step import Turn, clip
 
 CODES, CODE_DIM, GRID, BATCH, CAPTION = 512, 8, (16, 16), 4, 8
 WIDTH, DEPTH, HEADS = 256, 8, 8
@@ -139,7 +146,37 @@ def step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     return take
 
 
-def uvit_step(rounds: int) -> tuple[float, float]:
+def whole_step_of_ours(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    turn = Turn("", [list(network.parameters())], OptimizerConfig(1e-4, warmup_images=0))
+    optimizer = turn.build_optimizer()
+    averages = EMA(dict(network.named_parameters()), EMAConfig(half_life_images=50_000, rampup_ratio=None))
+
+    def take() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.found_inf = any_not_finite(list(clip(turn, []).values()))  # type: ignore[attr-defined]
+        optimizer.step()
+        averages.update(BATCH, BATCH)
+
+    return take
+
+
+def whole_step_of_theirs(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    averages = EMAModel(network.parameters(), decay=0.9999)
+
+    def take() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.step(network.parameters())
+
+    return take
+
+
+def uvit_steps(rounds: int) -> list[float]:
+    """Seconds of ours and of theirs alike, and of both as each trains."""
     theirs = UVit2DModel(
         hidden_size=WIDTH,
         cond_embed_dim=WIDTH,
@@ -169,8 +206,13 @@ def uvit_step(rounds: int) -> tuple[float, float]:
         return F.cross_entropy(theirs(tokens, context, pooled, told), codes)
 
     torch.testing.assert_close(loss_of_ours(), loss_of_theirs(), rtol=1e-4, atol=1e-4)
-    first, second = medians(rounds, step(ours, loss_of_ours), step(theirs, loss_of_theirs))
-    return first, second
+    return medians(
+        rounds,
+        step(ours, loss_of_ours),
+        step(theirs, loss_of_theirs),
+        whole_step_of_ours(ours, loss_of_ours),
+        whole_step_of_theirs(theirs, loss_of_theirs),
+    )
 
 
 def masked(rounds: int) -> tuple[float, float]:
@@ -233,8 +275,9 @@ def main() -> None:
         )
     ours, theirs = train_step(rounds)
     print(f"train step: {ours:.2f} s, transformers' ImageGPT {theirs:.2f} s: {ours / theirs:.2f} times")
-    ours, theirs = uvit_step(rounds)
+    ours, theirs, whole, whole_of_theirs = uvit_steps(rounds)
     print(f"train step: {ours:.2f} s, diffusers' UVit2DModel {theirs:.2f} s: {ours / theirs:.2f} times")
+    print(f"as each trains: {whole:.2f} s, {whole_of_theirs:.2f} s: {whole / whole_of_theirs:.2f} times")
     steps, codes = masked(rounds)
     print(f"masked, 8 steps: {steps:.2f} s, code by code {codes:.2f} s: {codes / steps:.1f} times")
 
