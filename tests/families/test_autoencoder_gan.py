@@ -122,7 +122,7 @@ def test_the_stage_adds_the_terms_as_vqgan_does(compose_run, loss, weight):
     from t2i.families.autoencoder.stage import Stage
 
     arguments = [f"adversarial.loss={loss}", f"adversarial.weight={weight}", "adversarial.start_images=16"]
-    stage = Stage(compose_run("experiment=autoencoder/tiny_kl", *arguments))
+    stage = Stage(compose_run("experiment=autoencoder/tiny_vq", *arguments))
     real = torch.rand(2, 3, 32, 32) * 2 - 1
     fake = stage.codec.reconstruct(real).image
     l1 = (fake - real).abs().mean()
@@ -150,8 +150,49 @@ def test_the_stage_adds_the_terms_as_vqgan_does(compose_run, loss, weight):
     torch.testing.assert_close(total, weight * adaptive * generator + discriminator)
 
 
+@pytest.mark.parametrize(("scale", "at_the_limit"), [(1e-3, True), (1.0, False)])
+def test_the_stage_adds_the_terms_of_a_kl_codec_as_latent_diffusion_does(compose_run, scale, at_the_limit):
+    """CompVis/latent-diffusion, ldm/modules/losses/contperceptual.py: "nll_loss = torch.sum(nll_loss) /
+    nll_loss.shape[0]", the KL is a sum too, and "d_weight = torch.clamp(d_weight, 0.0, 1e4).detach()" of the gradients of
+    that sum. Here all of it is divided by the values of a picture, which Adam does not see.
+
+    scale: of the discriminator's last layer, so that its gradients are small or large
+    """
+    from t2i.families.autoencoder.stage import Stage
+
+    arguments = ["adversarial.start_images=0", "codec.kl_weight=1e-3"]
+    stage = Stage(compose_run("experiment=autoencoder/tiny_kl", *arguments))
+    stage.discriminator.layers[-1].weight.data *= scale
+    real = torch.rand(2, 3, 32, 32) * 2 - 1
+    reconstruction = stage.codec.reconstruct(real)
+    fake, last = reconstruction.image, stage.codec.last_layer
+    metrics = {}
+    total = reconstruction.distance + reconstruction.regularizer
+    total = total + stage.adversarial_loss(stage.discriminator, real, fake, reconstruction.distance, metrics)
+
+    nll = (real - fake).abs().sum() / len(real)
+    kl = stage.codec.posterior(real).kl().sum() / len(real)
+    generator = -stage.discriminator(fake).mean()
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, generator)]
+    assert (norms[0] / (norms[1] + 1e-4) > 1e4) == at_the_limit
+    d_weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+    expected = nll + 1e-3 * kl + 0.5 * d_weight * generator
+    torch.testing.assert_close((total - metrics["discriminator"]) * real[0].numel(), expected)
+    of_codec = list(stage.codec.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(total, of_codec, retain_graph=True, allow_unused=True),
+        torch.autograd.grad(expected, of_codec, allow_unused=True),
+        strict=True,
+    ):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours * real[0].numel(), theirs)
+
+
 def test_maskgits_recipe(compose_run):
-    """Non-saturating losses, a fixed weight of 0.1, and 10 / 2 of the squared gradients on real pictures."""
+    """Non-saturating losses, a fixed weight of 0.1, and 10 times the squared gradients on real pictures:
+    google-research/maskgit, maskgit/libml/losses.py has "penalty = jnp.mean(penalty) * penalty_cost" without a half, and
+    configs/vqgan_config.py "grad_penalty_cost = 10.0"."""
     from t2i.families.autoencoder.stage import Stage
 
     stage = Stage(compose_run("experiment=autoencoder/tiny_fsq", "adversarial=maskgit"))
@@ -166,6 +207,6 @@ def test_maskgits_recipe(compose_run):
     inputs = real.clone().requires_grad_()
     (grad,) = torch.autograd.grad(stage.discriminator(inputs).sum(), inputs)
     sides = bce(logits_real, ones) + bce(logits_fake, zeros)
-    expected = 0.1 * bce(logits_fake, ones) + sides + 5 * grad.square().sum((1, 2, 3)).mean()
+    expected = 0.1 * bce(logits_fake, ones) + sides + 10 * grad.square().sum((1, 2, 3)).mean()
     torch.testing.assert_close(total, expected)
     assert metrics["adaptive_weight"] == 1.0

@@ -25,6 +25,7 @@ from t2i.adversarial.losses import (
 from t2i.nn.precision import widened
 
 GRADIENT_SCALE = 2.0**10  # a power of two: but for float16 it changes no bit
+MAX_ADAPTIVE_WEIGHT = 1e4
 # adversarial.loss -> the discriminator's and the generator's.
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "hinge": (hinge_discriminator_loss, hinge_generator_loss),
@@ -34,7 +35,10 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], T
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, max_weight: float = 1e4
+    reconstruction_loss: Tensor,
+    generator_loss: Tensor,
+    last_layer: Tensor,
+    max_weight: float = MAX_ADAPTIVE_WEIGHT,
 ) -> Tensor:
     """Scalar without gradient: ||grad L_rec|| / (||grad L_gan|| + 1e-4) at the decoder's last layer, at most
     `max_weight` (2012.09841, equation 7, with VQGAN's delta and limit).

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from t2i.adversarial.losses import r1_penalty
 from t2i.config import RunConfig, check
 from t2i.data_config import BUCKETS
-from t2i.families.autoencoder.codec import build_codec
+from t2i.families.autoencoder.codec import KLCodec, build_codec
 from t2i.families.autoencoder.config import Config
 from t2i.families.autoencoder.discriminator import PatchDiscriminator
-from t2i.families.autoencoder.losses import adaptive_weight, gan_losses
+from t2i.families.autoencoder.losses import MAX_ADAPTIVE_WEIGHT, adaptive_weight, gan_losses
 from t2i.families.autoencoder.part_start import check_encodes_alike, check_same_kind, load_for_part
 from t2i.interfaces import Batch
 from t2i.nn.blocks import blocks_of
@@ -103,7 +103,11 @@ class Stage(BaseStage):
         gan = gan_losses(discriminator, real, fake, config.loss)
         weight = fidelity.new_ones(())
         if config.adaptive:
-            weight = adaptive_weight(fidelity, gan.generator, self.codec.last_layer)
+            # The loss that LDM's code limits it beside (contperceptual.py) is a sum over a picture's values, ours their
+            # mean. VQGAN's is a mean too (vqperceptual.py).
+            values = real[0].numel() if isinstance(self.codec, KLCodec) else 1
+            limit = MAX_ADAPTIVE_WEIGHT / values
+            weight = adaptive_weight(fidelity, gan.generator, self.codec.last_layer, limit)
         metrics |= {
             "generator": gan.generator,
             "discriminator": gan.discriminator,
