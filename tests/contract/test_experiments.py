@@ -35,6 +35,8 @@ def test_composes_and_builds(name, compose_run):
     assert (count < 2_000_000) == (
         name in SMALL or "/small_" in name
     )  # small_*: for trials, too long for tests
+    # One that takes over the optimizer of another recipe has an end of its own.
+    assert config.optimizer.warmup_images <= config.trainer.num_images / 2
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

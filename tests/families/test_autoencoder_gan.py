@@ -153,8 +153,8 @@ def test_the_stage_adds_the_terms_as_vqgan_does(compose_run, loss, weight):
 @pytest.mark.parametrize(("scale", "at_the_limit"), [(1e-3, True), (1.0, False)])
 def test_the_stage_adds_the_terms_of_a_kl_codec_as_latent_diffusion_does(compose_run, scale, at_the_limit):
     """CompVis/latent-diffusion, ldm/modules/losses/contperceptual.py: "nll_loss = torch.sum(nll_loss) /
-    nll_loss.shape[0]", the KL is a sum too, and "d_weight = torch.clamp(d_weight, 0.0, 1e4).detach()" of the gradients of
-    that sum. Here all of it is divided by the values of a picture, which Adam does not see.
+    nll_loss.shape[0]", the KL is a sum too, and "d_weight = torch.clamp(d_weight, 0.0, 1e4).detach()" of the
+    gradients of that sum. Here all of it is divided by the values of a picture, which Adam does not see.
 
     scale: of the discriminator's last layer, so that its gradients are small or large
     """
@@ -191,8 +191,8 @@ def test_the_stage_adds_the_terms_of_a_kl_codec_as_latent_diffusion_does(compose
 
 def test_maskgits_recipe(compose_run):
     """Non-saturating losses, a fixed weight of 0.1, and 10 times the squared gradients on real pictures:
-    google-research/maskgit, maskgit/libml/losses.py has "penalty = jnp.mean(penalty) * penalty_cost" without a half, and
-    configs/vqgan_config.py "grad_penalty_cost = 10.0"."""
+    google-research/maskgit, maskgit/libml/losses.py has "penalty = jnp.mean(penalty) * penalty_cost" without a
+    half, and configs/vqgan_config.py "grad_penalty_cost = 10.0"."""
     from t2i.families.autoencoder.stage import Stage
 
     stage = Stage(compose_run("experiment=autoencoder/tiny_fsq", "adversarial=maskgit"))
