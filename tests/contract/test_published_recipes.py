@@ -25,6 +25,13 @@ def assert_optimizer(optimizer: OptimizerConfig, expected: dict[str, Any]) -> No
     assert {name: getattr(optimizer, name) for name in expected} == expected
 
 
+def assert_all_is_drawn_from(config: RunConfig) -> None:
+    """Codes are drawn as the network says, none left out: 2102.12092, section 2.6, "without temperature reduction";
+    openai/image-gpt, src/run.py: "p = softmax(...) # logits to probas"."""
+    sampling = config.model.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, None, 1.0)
+
+
 def batch_of(config: RunConfig) -> int:
     return config.trainer.global_batch_size or config.trainer.batch_size * config.trainer.processes
 
@@ -136,17 +143,19 @@ def test_imagegpt(name, rate, compose_run):
         config.optimizer, expected | {"warmup_images": 1_281_167}
     )  # ImageNet's training pictures
     assert config.model.transformer.dropout == 0.0
+    assert_all_is_drawn_from(config)
     assert config.data.crop == "random"
 
 
 def test_the_transformer_of_vqgan(compose_run):
     """CompVis/taming-transformers: cond_transformer.py has AdamW (0.9, 0.95), decay 0.01, and no schedule; its
-    configurations 4.5e-6 for each picture of the batch; its README draws with k = 600 and p = 0.92."""
+    configurations 4.5e-6 for each picture of the batch; its README draws with k = 600, p = 0.92 and t = 1.0."""
     config = compose_run("experiment=vqgan/imagenet")
     assert_optimizer(config.optimizer, COMPVIS | {"betas": (0.9, 0.95), "weight_decay": 0.01})
     assert config.optimizer.learning_rate == pytest.approx(4.5e-6 * batch_of(config))
     assert config.trainer.num_images == 1_000_000 * batch_of(config)
-    assert (config.model.sampling.top_k, config.model.sampling.top_p) == (600, 0.92)
+    sampling = config.model.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 600, 0.92)
 
 
 def test_dall_e(compose_run):
@@ -160,6 +169,7 @@ def test_dall_e(compose_run):
     assert_optimizer(config.optimizer, expected | {"warmup_images": 5_000 * 1_024})
     assert decay_a_step(config.ema, 25 * 1_024) == pytest.approx(0.99, rel=1e-5)
     assert not config.data.horizontal_flip
+    assert_all_is_drawn_from(config)
 
 
 @pytest.mark.parametrize("name", ["350m", "750m", "3b", "20b"])
@@ -175,6 +185,7 @@ def test_parti(name, compose_run):
     assert_optimizer(config.optimizer, expected | {"warmup_images": 5_000 * 8_192})
     assert config.ema is None
     assert (config.model.transformer.dropout, config.model.text.max_tokens) == (0.1, 128)
+    assert_all_is_drawn_from(config)
 
 
 def test_maskgit(compose_run):

@@ -68,7 +68,8 @@ class WordPrefix(nn.Module):
 
     def loss(self, states: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """states: (B, L, width), of the words' slots -> scalar, the mean over captions of the mean of -log p of each
-        word but the first, given those before it."""
+        word but the first, given those before it. (DALL-E divides by the number of words in the batch, which parts of a
+        batch do not know.)"""
         target, told = tokens[:, 1:, 0].long(), mask[:, 1:]
         logits = widened(self.head(states[:, :-1])).flatten(0, 1)
         losses = F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
