@@ -18,6 +18,7 @@ from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, UNREAD_ENDINGS, m
 
 TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be anything
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
+PNG_SCALES = {"L;2": 85, "L;4": 17}  # Pillow's names of grey in 2 and 4 bits: to 255
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_ASPECT = 100  # longer side to shorter one: a crop shows next to nothing of a picture beyond
 MAX_SURPLUS = 8  # times the pixels of a crop that are resized and cut; of longer pictures, the crop alone
@@ -65,7 +66,18 @@ def open_image(data: bytes) -> Image.Image:
         formats.remove("TGA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of size, where MAX_PIXELS stands in its place
-        return Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=formats)
+    _scale_transparency(image)
+    return image
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """A PNG names its transparent colour in its own bits, and Pillow compares it with pixels of 8 bits."""
+    colour, kind = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    if image.format == "PNG" and colour is not None and kind in PNG_SCALES:
+        image.info["transparency"] = colour * PNG_SCALES[kind]
+    elif image.format == "PNG" and colour is not None and kind == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def decode_image(
@@ -135,8 +147,11 @@ def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        levels, transparent = np.asarray(image), image.info.get("transparency")
+        grey = levels.astype(np.float32).clip(0, 65535) / 257
         image = Image.fromarray(np.rint(grey).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         plain = rgba.getchannel("R") if image.mode in GREY_MODES else rgba.convert("RGB")

@@ -99,14 +99,19 @@ def _open_clip(
     name: str, weights: str | None, files: list[Path], device: torch.device, with_text: bool
 ) -> Clip:
     import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    from t2i.text.byte_pairs import of_any_length
 
     model = open_clip.create_model(name, pretrained=weights, require_pretrained=True, weights_only=True)
     model = model.eval().requires_grad_(False).to(device)
     visual: Any = model.visual
     config = PreprocessCfg(**visual.preprocess_cfg)
     preprocess = image_transform_v2(config, is_train=False)
-    tokenize = open_clip.get_tokenizer(name) if with_text else None
+    tokenize: Any = open_clip.get_tokenizer(name) if with_text else None
+    if isinstance(tokenize, SimpleTokenizer):
+        tokenize = of_any_length(tokenize)
     with torch.inference_mode():
         width = model.encode_image(torch.zeros(1, *config.input_size, device=device)).shape[1]
     return Clip(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import open_clip
 from open_clip.model import _build_text_tower
-from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError, ConfigError
 from t2i.interfaces import TextFeatures
 from t2i.nn.transfer import placed
+from t2i.text.byte_pairs import clip_tokenizer
 from t2i.text.frozen import FrozenTextEncoder, check_max_tokens, mask_up_to_end
 from t2i.weight_file import named_by_content
 
@@ -51,7 +51,7 @@ class OpenClipTextEncoder(FrozenTextEncoder):
             raise CheckpointError(f"text.weights {weights!r} do not load into {model}: {reason}.") from error
         tower = _shortened(clip.text, max_tokens)
         super().__init__(tower.width, pooled_width(tower), max_tokens)
-        self.tokenizer = SimpleTokenizer(context_length=max_tokens)
+        self.tokenizer = clip_tokenizer(max_tokens)
         self.tower = tower
         self.freeze()
 

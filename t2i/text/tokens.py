@@ -40,12 +40,11 @@ def token_counter(config: TextConfig) -> TokenCounter:
 
 def _count(config: TextConfig) -> Callable[[str], int]:
     if config.name == "open_clip":
-        from open_clip.tokenizer import SimpleTokenizer
-
+        from t2i.text.byte_pairs import clip_tokenizer
         from t2i.text.open_clip import check_architecture
 
         check_architecture(config.model, config.max_tokens)
-        simple = SimpleTokenizer()
+        simple = clip_tokenizer()
         return lambda text: len(simple.encode(text)) + 2
     if config.name == "learned":
         from t2i.text.learned import words_of

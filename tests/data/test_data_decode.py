@@ -35,8 +35,8 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png_16_bit(pixels: np.ndarray) -> bytes:
-    """A 16-bit PNG written by hand: (H, W) grey or (H, W, 3) RGB uint16."""
+def png_by_hand(pixels: np.ndarray, bits: int = 16, transparent: tuple[int, ...] = ()) -> bytes:
+    """(H, W) grey or, in 16 bits, (H, W, 3) RGB; W a multiple of 8 below 8 bits. transparent: the colour that is"""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -44,10 +44,13 @@ def png_16_bit(pixels: np.ndarray) -> bytes:
         )
 
     height, width = pixels.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    signature = b"\x89PNG\r\n\x1a\n"
-    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    values = pixels.astype(">u2").reshape(height, -1, 1).view(np.uint8)  # high and low bytes
+    packed = np.packbits(np.unpackbits(values, axis=-1)[..., 16 - bits :].reshape(height, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    colour = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    signature = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return signature + colour + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_rgb_comes_back_as_it_was():
@@ -70,12 +73,12 @@ def test_cmyk_jpeg(cmyk, rgb):
 def test_16_bit_grey_is_scaled_and_not_clipped():
     grey = np.random.default_rng(0).integers(0, 65536, (5, 7), dtype=np.uint16)
     wanted = np.rint(grey / 65535 * 255)[..., None].repeat(3, axis=2)
-    np.testing.assert_array_equal(decode(png_16_bit(grey)), wanted)
+    np.testing.assert_array_equal(decode(png_by_hand(grey)), wanted)
 
 
 def test_16_bit_rgb_is_scaled():
     rgb = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
-    np.testing.assert_allclose(decode(png_16_bit(rgb)), rgb / 65535 * 255, atol=1)
+    np.testing.assert_allclose(decode(png_by_hand(rgb)), rgb / 65535 * 255, atol=1)
 
 
 def test_alpha_is_composed_on_white():
@@ -89,6 +92,21 @@ def test_a_transparent_palette_colour_is_white():
     image.putpalette([0, 0, 0, 200, 0, 0])
     assert (decode(saved(image, "PNG", transparency=1)) == 255).all()
     assert (decode(saved(image, "PNG")) == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_of_any_bits_is_white(bits):
+    grey = np.random.default_rng(0).integers(0, 2**bits, (6, 8), dtype=np.uint16)
+    shown = decode(png_by_hand(grey, bits, (int(grey[0, 0]),)))[..., 0]
+    opaque = np.rint(grey / (2**bits - 1) * 255)
+    np.testing.assert_array_equal(shown, np.where(grey == grey[0, 0], 255, opaque))
+
+
+def test_a_transparent_colour_of_16_bits_is_white():
+    rgb = np.random.default_rng(0).integers(0, 65536, (5, 8, 3), dtype=np.uint16)
+    shown = decode(png_by_hand(rgb, 16, tuple(rgb[0, 0].tolist())))
+    assert (shown[0, 0] == 255).all()
+    np.testing.assert_allclose(shown[1:], rgb[1:] / 257, atol=1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
+import random
+import string
 
 import pytest
 import torch
 
 from t2i.config import TextConfig
 from t2i.errors import CheckpointError, ConfigError
+from t2i.evaluation.features import load
 from t2i.text import build_text_encoder
+from t2i.text.byte_pairs import clip_tokenizer
 from t2i.text.tokens import token_counter
 
 TEXTS = [
@@ -83,3 +88,27 @@ def test_a_folder_without_a_tokenizer_counts_nothing(request, tmp_path, name):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"tokens in its tokenizer|cannot be loaded"):
         token_counter(TextConfig(name, str(tmp_path), max_tokens=77))
+
+
+def test_words_of_any_length_become_the_byte_pairs_of_open_clip():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    drawn = random.Random(0)
+    alphabets = ["ab", string.ascii_letters, "a!1 ", "éüß漢字", "🎈🎉\u0301", string.printable]
+    texts = ["".join(drawn.choices(drawn.choice(alphabets), k=drawn.randrange(1, 200))) for _ in range(300)]
+    texts += ["", "<start_of_text> it's <end_of_text>", "I'LL", "&amp;amp;"]
+    theirs, ours = SimpleTokenizer(), clip_tokenizer(77)
+    assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
+    assert torch.equal(ours(texts), theirs(texts, 77))
+    assert pickle.loads(pickle.dumps(ours)).encode(texts[0]) == theirs.encode(texts[0])
+
+
+def test_no_use_of_them_takes_the_square_of_a_words_length(open_clip_weights, monkeypatch):
+    """That of open_clip looks at all pairs of a word for each of its tokens."""
+    monkeypatch.setattr("open_clip.tokenizer.get_pairs", None)
+    architecture, weights = open_clip_weights
+    config = TextConfig("open_clip", architecture, str(weights), max_tokens=16)
+    assert token_counter(config).count("supercalifragilistic" * 10) > 16
+    assert build_text_encoder(config)(["supercalifragilistic"]).mask.sum() > 3
+    clip = load(f"clip={architecture}:{weights}", "clean", torch.device("cpu")).clip
+    assert clip.tokenize(["supercalifragilistic"]).count_nonzero() > 3
