@@ -91,6 +91,7 @@ class Encoder:
         return [
             {
                 "size": torch.tensor([*sample.original_size, *sample.crop]),
+                "bytes": torch.tensor(sample.picture_bytes),
                 **{name: value[i].contiguous() for name, value in kept.items()},
                 **{stored: texts[stored] for caption in own for stored in self._names(caption).values()},
             }

@@ -18,6 +18,7 @@ from .rows import Row, Rows, source_of
 from .shard_writer import (
     Failure,
     Sample,
+    check_no_more,
     check_samples_per_shard,
     stats_of,
     whole_shard,
@@ -55,7 +56,7 @@ def pack(
     Raises DataError where a shard that is there was packed from other rows or for another extension.
     """
     check_samples_per_shard(samples_per_shard)
-    out.mkdir(parents=True, exist_ok=True)
+    check_no_more(out, -(-rows.count // samples_per_shard), "these rows")
     report = Report()
     for shard, part in enumerate(rows.parts(samples_per_shard)):
         path = out / f"{shard:05d}.tar"

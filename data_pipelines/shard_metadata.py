@@ -4,6 +4,7 @@ packed by hand, the JSON of its samples."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from t2i.data.compressed import MAX_UNPACKED_GIB, is_compressed, unpack
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.members import member
-from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes
+from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes, size
 from t2i.errors import DataError
 
 from .optional import need
 from .places import printable
 from .table_files import line, plain_type
 
+END_BYTES = 1 << 20
 TEXT = {"key", "caption", "text", "url", "status"}  # even as bytes
 
 
@@ -43,6 +45,22 @@ def local_copy(url: str) -> Iterator[Path]:
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t2i-"))) / "shard.tar"
+
+
+def identity(url: str) -> str:
+    """Changes with the shard: its size, and of a local one a digest of its ends, as small tar files of different
+    samples are padded to the same size. Raises SourceError, OSError."""
+    length = size(url)
+    if length is None:
+        return ""
+    if not is_local(url):
+        return f"{length} "
+    digest = hashlib.sha256()
+    with local_path(url).open("rb") as file:
+        digest.update(file.read(END_BYTES))
+        file.seek(max(0, length - END_BYTES))
+        digest.update(file.read(END_BYTES))
+    return f"{length} {digest.hexdigest()}"
 
 
 def scan(path: Path, url: str) -> ShardIndex:

@@ -121,6 +121,14 @@ def check_samples_per_shard(samples_per_shard: int) -> None:
         raise DataError(f"samples_per_shard is {samples_per_shard}; allowed: {allowed}.")
 
 
+def check_no_more(out: Path, shards: int, source: str) -> None:
+    """Makes the folder `out`. Raises DataError where it has more shards than those that `source` fills."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(out.glob("[0-9]" * 5 + ".tar")):
+        if int(path.stem) >= shards:
+            raise DataError(f"{path} is not of {source}, which fill {shards} shards; name another folder.")
+
+
 def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:
     """The statistics beside a shard that is there. Raises DataError, which says `otherwise`, where its "rows" are not
     `digest`: where it was made of something else."""

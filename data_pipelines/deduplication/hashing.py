@@ -15,11 +15,10 @@ from PIL import Image
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import original_size
-from t2i.data.sources import size
 from t2i.files import written_whole
 
 from ..optional import arrow_file, need
-from ..shard_metadata import first_rows, local_copy, scan
+from ..shard_metadata import first_rows, identity, local_copy, scan
 
 HASHES = ("phash", "dhash")
 DECODED_PX = (
@@ -76,7 +75,7 @@ def hash_shard(url: str, keys: Sequence[str] | None, algorithm: str, folder: Pat
     pa = need("pyarrow", "data")
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.arrow"
     wanted = "all" if keys is None else hashlib.sha256("\0".join(keys).encode()).hexdigest()
-    made_of = {"version": VERSION, "hash": algorithm, "bytes": str(size(url)), "keys": wanted}
+    made_of = {"version": VERSION, "hash": algorithm, "shard": identity(url), "keys": wanted}
     encoded = {name.encode(): value.encode() for name, value in made_of.items()}
     if path.exists():
         with arrow_file(path) as file:

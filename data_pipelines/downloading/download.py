@@ -26,7 +26,7 @@ from t2i.launch.ranks import ALONE, Rank
 
 from ..pictures import Picture, prepare
 from ..processes import cores
-from ..shard_writer import check_samples_per_shard, sample_key
+from ..shard_writer import check_no_more, check_samples_per_shard, sample_key
 from ..tables import Table, json_records
 from .fetch import FetchError, FetchLimits, fetch, open_session
 from .open_shard import OpenShard
@@ -119,11 +119,8 @@ def download(
     if shards > MAX_SHARDS:
         least = -(-table.rows // MAX_SHARDS)
         raise DataError(f"The table has {table.rows} rows, which takes {least} or more samples per shard.")
-    out.mkdir(parents=True, exist_ok=True)
+    check_no_more(out, shards, "the table's rows")
     _allow_open_files(4 * options.connections + 2 * MAX_OPEN_SHARDS)
-    for path in out.glob("[0-9]" * 5 + ".tar"):
-        if int(path.stem) >= shards:
-            raise DataError(f"{path} is not of this table, which fills {shards} shards; name another folder.")
     job = _Job(table, out, options, url_column, caption_column, rank)
     start = time.monotonic()
     try:

@@ -23,7 +23,7 @@ from t2i.data.selection import listed
 from ..optional import arrow_file, need
 from ..selection import spans
 from ..shard_metadata import first_rows, local_copy, metadata_of, scan
-from ..shard_writer import check_samples_per_shard, sample_key, stats_of, whole_shard
+from ..shard_writer import check_no_more, check_samples_per_shard, sample_key, stats_of, whole_shard
 
 
 @dataclass
@@ -50,10 +50,12 @@ def repack(
     there holds another selection's samples, or a source cannot be read.
     """
     check_samples_per_shard(samples_per_shard)
-    out.mkdir(parents=True, exist_ok=True)
+    selected = listed([str(selection)], pipes)
+    samples = sum(len(each.keys) for each in selected)
+    check_no_more(out, -(-samples // samples_per_shard), "these samples")
     report = Report()
     with _Sources() as sources:
-        for shard, run in enumerate(spans(listed([str(selection)], pipes), samples_per_shard)):
+        for shard, run in enumerate(spans(selected, samples_per_shard)):
             wanted = [(each.url, each.keys[start:stop].to_pylist()) for each, start, stop in run]
             digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
             path = out / f"{shard:05d}.tar"

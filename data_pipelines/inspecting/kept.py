@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from t2i.config import TextConfig
-from t2i.data.sources import size
+from t2i.errors import DataError
 from t2i.files import written_whole
 
+from ..shard_metadata import identity
 from .facts import Facts
 
 VERSION = 1
@@ -51,12 +52,12 @@ class Kept:
         }
 
     def read(self, url: str) -> ShardFacts | None:
-        """None where the shard has not been looked at so, or has another size now."""
+        """None where the shard has not been looked at so, is another one now, or cannot be read."""
         try:
             found = json.loads(self._place(url).read_text())
-        except (OSError, ValueError):
-            return None
-        if found.pop("made_of") != self._made_of(url):
+            if found.pop("made_of") != self._made_of(url):
+                return None
+        except (OSError, ValueError, DataError):
             return None
         found["keys"] = np.frombuffer(base64.b64decode(found["keys"]), dtype=np.uint64)
         found["facts"] = [_facts(each) for each in found["facts"]]
@@ -79,7 +80,7 @@ class Kept:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.json"
 
     def _made_of(self, url: str) -> dict[str, Any]:
-        return {**self.how, "size": size(url)}
+        return {**self.how, "shard": identity(url)}
 
 
 def _plain(facts: Facts) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
-from t2i.data.sources import is_local, local_path, size
+from t2i.data.sources import is_local
 from t2i.errors import DataError
 from t2i.files import written_whole
 from t2i.launch.ranks import Rank
@@ -22,11 +21,10 @@ from t2i.launch.ranks import Rank
 from ..inspecting.facts import CAPTION_KEYS, read_sample
 from ..optional import arrow_file, need
 from ..places import places
-from ..shard_metadata import local_copy, scan
+from ..shard_metadata import identity, local_copy, scan
 from .scorer import Loaded, Scorer
 
 SUFFIX = ".scores.parquet"
-END_BYTES = 1 << 20
 BATCHES_AHEAD = 2  # decoded while the networks work on another
 
 
@@ -65,7 +63,7 @@ def score_shards(
         for url in list(files)[rank.rank :: rank.world]:
             with contextlib.ExitStack() as stack:
                 try:
-                    known = _known(files[url], _identity(url))
+                    known = _known(files[url], identity(url))
                     missing = [c for c in scorer.columns if known is None or not _made_with(known, c, scorer)]
                     if not missing:
                         report.skipped += 1
@@ -78,9 +76,7 @@ def score_shards(
                     progress(1)
                     continue
                 keys, scores = _score(path, index, scorer, missing, batch_size, pool, report, progress)
-                _write(
-                    files[url], keys, scores, scorer, _identity(url if is_local(url) else str(path)), known
-                )
+                _write(files[url], keys, scores, scorer, identity(url if is_local(url) else str(path)), known)
                 report.scored += 1
                 report.samples += len(keys)
     if report.unreadable and not report.scored + report.skipped:
@@ -152,22 +148,6 @@ def _load(file: int, index: ShardIndex, row: int, scorer: Scorer, columns: Seque
         except BadSample as error:
             cause = error.cause
     return Loaded(*scorer.preprocess(picture, columns), caption, cause)
-
-
-def _identity(url: str) -> str:
-    """Changes with the shard: its size, and of a local one a digest of its ends, as small tar files of different
-    samples are padded to the same size. Raises SourceError, OSError."""
-    length = size(url)
-    if length is None:
-        return ""
-    if not is_local(url):
-        return f"{length} "
-    digest = hashlib.sha256()
-    with local_path(url).open("rb") as file:
-        digest.update(file.read(END_BYTES))
-        file.seek(max(0, length - END_BYTES))
-        digest.update(file.read(END_BYTES))
-    return f"{length} {digest.hexdigest()}"
 
 
 def _known(file: Path, shard: str) -> Any | None:

@@ -73,10 +73,12 @@ def open_image(data: bytes) -> Image.Image:
 
 def _scale_transparency(image: Image.Image) -> None:
     """A PNG names its transparent colour in its own bits, and Pillow compares it with pixels of 8 bits."""
-    colour, kind = image.info.get("transparency"), image.tile[0][3] if image.tile else None
-    if image.format == "PNG" and colour is not None and kind in PNG_SCALES:
+    colour, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or colour is None or not tiles:
+        return
+    if (kind := tiles[0][3]) in PNG_SCALES:
         image.info["transparency"] = colour * PNG_SCALES[kind]
-    elif image.format == "PNG" and colour is not None and kind == "RGB;16B":
+    elif kind == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 

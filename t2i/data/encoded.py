@@ -2,8 +2,9 @@
 
 A folder holds `encoded.json` (the record), `empty_caption.safetensors`, and for each shard `a/b/00000.tar` of pictures
 a shard `b/00000.tar` of `<key>.safetensors`: "size" (4,) int64, the height and width of the stored picture and the top
-and left of the crop; each tensor of the picture by its name ("moments"), and of the mirrored picture ("moments_flip");
-each tensor of a caption by the caption's hash and its name ("<hash>.tokens").
+and left of the crop; "bytes" () int64, how many the picture's file has; each tensor of the picture by its name
+("moments"), and of the mirrored picture ("moments_flip"); each tensor of a caption by the caption's hash and its name
+("<hash>.tokens").
 """
 
 from __future__ import annotations
@@ -231,14 +232,26 @@ class EncodedShards:
             self.empty_caption = self._read_empty()
 
     def sample(
-        self, shard_url: str, key: str, captions: Iterable[str], shape: tuple[int, int], flipped: bool
+        self,
+        shard_url: str,
+        key: str,
+        captions: Iterable[str],
+        shape: tuple[int, int],
+        flipped: bool,
+        picture_bytes: int | None = None,
     ) -> EncodedSample:
-        """Of a picture of `shape` (H, W). Raises BadSample."""
+        """Of a picture of `shape` (H, W). Raises BadSample.
+        picture_bytes: of its file; None where the shard no longer has it"""
         tensors = self._read(shard_url, key)
         names = {name: name + FLIP * flipped for name in self.of_pictures}
         where = f"{self.folder}/{shard_name(shard_url)}"
         if not {"size", *names.values()} <= tensors.keys():
             raise BadSample("missing", key, f"no {' and '.join([*names.values(), 'size'])} in {where}")
+        if self.of_pictures and picture_bytes is not None:
+            made_of = tensors.get("bytes", torch.tensor(picture_bytes))  # older folders do not say it
+            if made_of.numel() != 1 or made_of.item() != picture_bytes:
+                said = f"{where} holds features of another picture, remove it and encode again"
+                raise BadSample("damaged", key, said)
         size, image = tensors["size"], {name: tensors[stored] for name, stored in names.items()}
         layout = {name: layout_of(tensor, shape) for name, tensor in image.items()}
         ok = size.shape == (4,) and not size.is_floating_point() and None not in layout.values()

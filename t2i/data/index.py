@@ -23,7 +23,7 @@ import numpy as np
 from t2i.data.captions import parse_metadata
 from t2i.data.decode import BadSample, image_bytes, stored_size
 from t2i.data.grouping import Samples
-from t2i.data.members import SAMPLE_ENDINGS, among
+from t2i.data.members import PICTURE_ENDINGS, SAMPLE_ENDINGS, among, member
 from t2i.data.tar import BLOCK, members
 from t2i.errors import DataError
 
@@ -117,6 +117,16 @@ class ShardIndex:
                 )
             found[extension] = data[at : at + size]
         return found
+
+    def picture_bytes(self, row: int) -> int | None:
+        """Of the file of a sample's picture; None where it has none, and for row -1."""
+        if row < 0:
+            return None
+        there = [
+            e for e, offset in zip(self.extensions, self.offsets[row].tolist(), strict=True) if offset >= 0
+        ]
+        found = member(there, PICTURE_ENDINGS)
+        return None if found is None else int(self.sizes[row, self.extensions.index(found)])
 
     def fits(self, file: int) -> bool:
         """Whether the open file `file` is, by its size and the first and last member, the one that was indexed.

@@ -43,6 +43,7 @@ class Sample:
     crop: top and left after resizing
     features: of encoded data the picture's tensors by name, as stored
     of_captions: of encoded data those of each caption
+    picture_bytes: of the picture's file; 0 where it was encoded
     """
 
     picture: Tensor
@@ -54,6 +55,7 @@ class Sample:
     metadata: dict[str, Any]
     features: dict[str, Tensor] = field(default_factory=dict)
     of_captions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    picture_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,20 +173,39 @@ class SampleReader:
         shape = self.shape(wanted.index)
         features: dict[str, Tensor] = {}
         of_captions: dict[str, dict[str, Tensor]] = {}
+        picture_bytes = 0
         if self.encoded is not None:
-            shards, _ = self.places(np.array([wanted.index]))
-            url = self.shards.url(int(shards[0]))
-            found = self.encoded.sample(url, raw.key_in_shard, captions, shape, wanted.flipped)
+            shards, places = self.places(np.array([wanted.index]))
+            shard, place = int(shards[0]), int(places[0])
+            found = self.encoded.sample(
+                self.shards.url(shard),
+                raw.key_in_shard,
+                captions,
+                shape,
+                wanted.flipped,
+                self.shards.picture_bytes(shard, place),
+            )
             stored_size, crop = found.original_size, found.crop
             features, of_captions = found.image, found.captions
         if self.reads_pictures:
-            image, stored_size = decode_image(image_bytes(raw.members, raw.key), raw.key, shape)
+            data = image_bytes(raw.members, raw.key)
+            picture_bytes = len(data)
+            image, stored_size = decode_image(data, raw.key, shape)
             picture, crop = resize_and_crop(image, stored_size, shape, wanted.place)
         else:
             picture = torch.empty(3, 0, 0, dtype=torch.uint8)
         original = original_size(metadata) or stored_size
         sample = Sample(
-            picture, captions, raw.key, raw.key_in_shard, original, crop, metadata, features, of_captions
+            picture,
+            captions,
+            raw.key,
+            raw.key_in_shard,
+            original,
+            crop,
+            metadata,
+            features,
+            of_captions,
+            picture_bytes,
         )
         if self.encoded is None and wanted.place is None and len(self._cache) < self._room:
             self._cache[wanted.index] = sample

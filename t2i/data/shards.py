@@ -205,6 +205,11 @@ class Shards:
             answers += came
         return answers
 
+    def picture_bytes(self, shard: int, place: int) -> int | None:
+        """See `ShardIndex.picture_bytes`."""
+        opened = self._opened(shard)
+        return next((opened.index.picture_bytes(int(row)) for row in opened.rows[place : place + 1]), None)
+
     def prefetch(self, shard: int) -> None:
         """Begins to copy or to open a shard in the background; what goes wrong there comes up when it is asked for."""
         if shard not in self._open:

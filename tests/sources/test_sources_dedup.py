@@ -194,6 +194,11 @@ def test_hashes_are_imagehashs_and_computed_once(tmp_path, monkeypatch):
     write(tmp_path / "00000.tar", [("jpg", pictures[0], None)])  # another shard under the same name
     hashing.hash_shard(shard, None, "dhash", tmp_path / "hashes")
     assert len(calls) == 3
+    length = (tmp_path / "00000.tar").stat().st_size
+    write(tmp_path / "00000.tar", [("jpg", pictures[1], None)])  # of the same size, as tar fills up its files
+    assert (tmp_path / "00000.tar").stat().st_size == length
+    found = hashing.Hashes.open(hashing.hash_shard(shard, None, "dhash", tmp_path / "hashes"))
+    assert found.digests[0].tobytes() == digests[1]
 
 
 def test_the_command(tmp_path, capsys):

@@ -216,6 +216,28 @@ def test_a_sample_that_was_not_encoded_is_counted(run_of, train, tmp_path):
         train(run_of(f"data.encoded={tmp_path / 'cache'}"))
 
 
+def test_features_of_other_pictures_under_the_same_keys_count(run_of, train, tmp_path):
+    """As where shards were packed anew into the same folder, and what was encoded of the old ones is still there."""
+
+    def write(colour: str, path: Path, captions: list[str]) -> None:
+        pictures = [Image.new("RGB", (32, 32), colour)] * len(captions)
+        made = (png_sample(picture, text, {}) for picture, text in zip(pictures, captions, strict=True))
+        write_shards(made, path, len(captions))
+
+    shards, cache = tmp_path / "shards", tmp_path / "cache"
+    config = run_of(f"data.shards={shards}/00000.tar")
+    write("green", shards, ["a scene"] * 8)
+    encode_for(config, cache, text=False)
+    (shards / "00000.tar").unlink()
+    write("green", shards, ["other words"] * 8)
+    cached = run_of(f"data.shards={shards}/00000.tar", f"data.encoded={cache}", "name=again")
+    assert len(losses(train(cached).folder)) == 2  # the same pictures, and the captions are not encoded
+    (shards / "00000.tar").unlink()
+    write("#012345", shards, ["a scene"] * 8)
+    with pytest.raises(DataError, match="damaged: "):
+        train(dataclasses.replace(cached, name="other"))
+
+
 def test_the_command(shapes_overrides, runs_dir, tmp_path):
     arguments = [*shapes_overrides, *UNET, f"runs_dir={runs_dir}"]
     command = [sys.executable, "-m", "t2i_cli.main", "data", "encode", str(tmp_path / "out"), *arguments]

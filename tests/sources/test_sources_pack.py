@@ -117,6 +117,16 @@ def test_shards_of_other_rows_are_left_alone(tmp_path):
     assert (tmp_path / "out/00000.tar").read_bytes() == before
 
 
+def test_shards_of_rows_that_are_gone_are_not_passed_over(tmp_path):
+    """The first shard is still that of the first rows."""
+    for name in "abc":
+        picture(tmp_path / f"in/{name}.png", name)
+    pack(rows_of(tmp_path / "in"), tmp_path / "out", 2, lambda done: None)
+    (tmp_path / "in/c.png").unlink()
+    with pytest.raises(DataError, match=r"00001\.tar is not of these rows, which fill 1 shards"):
+        pack(rows_of(tmp_path / "in"), tmp_path / "out", 2, lambda done: None)
+
+
 def test_what_is_no_source(tmp_path):
     (tmp_path / "notes.doc").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"path": "a"\n')

@@ -98,6 +98,19 @@ def test_a_shard_that_was_looked_at_otherwise_is_looked_at_again(shards, tmp_pat
     Path(shards[1]).write_bytes(Path(shards[4]).read_bytes())
     inspect.run([shards[1], *parts])
     assert json.loads((tmp_path / "facts.json").read_text())["samples"] > fast["samples"]
+    longer = json.loads((tmp_path / "facts.json").read_text())
+    content = Path(shards[1]).read_bytes()  # of the same size
+    Path(shards[1]).write_bytes(content.replace(b"c" * 11 + b"\0", b" " * 11 + b"\0"))
+    inspect.run([shards[1], *parts])
+    assert json.loads((tmp_path / "facts.json").read_text()) != longer
+
+
+def test_a_shard_that_is_gone_counts_though_it_was_looked_at(shards, tmp_path):
+    parts = ["--parts", str(tmp_path / "parts"), "--json", str(tmp_path / "facts.json")]
+    inspect.run([*shards[:2], *parts])
+    Path(shards[1]).unlink()
+    inspect.run([*shards[:2], *parts])
+    assert list(json.loads((tmp_path / "facts.json").read_text())["shards"]["unreadable"]) == [shards[1]]
 
 
 def test_processes_that_share_need_a_place_for_what_they_find(shards, monkeypatch):

@@ -140,6 +140,12 @@ def test_repacked(tmp_path):
     (tmp_path / "out/00001.tar").unlink()  # as if it had been stopped
     assert repack(kept, tmp_path / "out", 3, done.append).skipped == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    write_selection(
+        kept, [str(tmp_path / "x/00000.tar"), str(tmp_path / "y/00000.tar")], [wanted[0], wanted[1][:1]]
+    )
+    with pytest.raises(DataError, match=r"00001\.tar is not of these samples, which fill 1 shards"):
+        repack(kept, tmp_path / "out", 3, done.append)
+    write_selection(kept, [str(tmp_path / "x/00000.tar"), str(tmp_path / "y/00000.tar")], wanted)
     with pytest.raises(DataError, match="holds another selection's samples"):
         repack(kept, tmp_path / "out", 2, done.append)
 
