@@ -20,9 +20,17 @@ from t2i.nn.transformer import Cache
 
 CODES, GRID, TEXT = 11, (4, 4), 5
 POSITIONS = ("learned", "rotary")
+KINDS = [  # positions, conditioning and attention
+    ("learned", "prefix", "full"),
+    ("rotary", "prefix", "full"),
+    ("rotary", "cross", "full"),
+    ("learned", "cross", "axial"),
+]
 
 
-def network(positions: str = "learned", conditioning: str = "prefix") -> CodeTransformer:
+def network(
+    positions: str = "learned", conditioning: str = "prefix", attention: str = "full"
+) -> CodeTransformer:
     """With weights of its own everywhere, also where training starts at zero."""
     torch.manual_seed(0)
     config = NetworkConfig(
@@ -35,6 +43,7 @@ def network(positions: str = "learned", conditioning: str = "prefix") -> CodeTra
         qk_norm=True,
         dropout=0.0,
         conditioning=conditioning,
+        attention=attention,
     )  # type: ignore[arg-type]
     transformer = CodeTransformer(config, CODES, GRID, text_dim=6, max_tokens=TEXT)
     for parameter in transformer.parameters():
@@ -56,10 +65,11 @@ def codes(batch: int, count: int = math.prod(GRID)) -> torch.Tensor:
     return torch.randint(CODES, (batch, count))
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_no_output_depends_on_a_later_code(positions, float64):
-    """The gradient of output i by the vector of code j is zero from j = i on, and not before."""
-    transformer, given = network(positions), text(1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_output_depends_on_a_later_code(kind, float64):
+    """The gradient of output i by the vector of code j is zero from j = i on, and not before (of DALL-E's masks the
+    square of the last block reaches all of so small a grid)."""
+    transformer, given = network(*kind), text(1)
     number = math.prod(GRID) - 1
     embedded = transformer.embedding(codes(1, number)).detach().requires_grad_()
     transformer.embedding.forward = lambda codes: embedded  # type: ignore[method-assign, assignment]
@@ -99,8 +109,9 @@ def sampling(**changes) -> CodeSampling:
     )
 
 
-def by_hand(transformer, given, grid, seeds) -> torch.Tensor:
-    """taming-transformers' sampling beyond the training size, code by code, each by a whole pass over its window."""
+def by_hand(transformer, given, negative, grid, seeds, guidance) -> torch.Tensor:
+    """taming-transformers' sampling beyond the training size, code by code, each by a whole pass over its window; with
+    guidance by one for each of the two texts (2203.13131, section 3.3)."""
 
     def start(i: int, size: int, window: int) -> int:
         if size <= window:
@@ -125,20 +136,26 @@ def by_hand(transformer, given, grid, seeds) -> torch.Tensor:
             places = torch.tensor([(r - top) * columns + c - left for r, c in window])
             before = torch.stack([codes[:, r, c] for r, c in window[:-1]] or [codes[:, :0, 0]], 1)
             before = before.reshape(len(seeds), -1)
-            logits = transformer(before, given.tokens, given.mask, places)[:, -1]
+            logits, without = (
+                transformer(before, t.tokens, t.mask, places)[:, -1] for t in (given, negative)
+            )
+            logits = without + guidance * (logits - without)
             numbers = torch.stack([each[row * grid[1] + column] for each in uniform])
             codes[:, row, column] = drawn(logits, numbers, sampling())
     return codes
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("grid", [GRID, (2, 4), (3, 3), (5, 6), (3, 7), (6, 2)])
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_each_code_is_drawn_in_its_window(positions, grid, float64):
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_code_is_drawn_in_its_window(kind, grid, guidance, float64):
     """Where the window covers all that is full attention, and what was kept is used."""
-    transformer, given = network(positions), text(2)
+    transformer, given, other = network(*kind), text(2), text(2, seed=1)
+    negative = None if guidance == 1 else other
     with torch.no_grad():
-        found, _ = draw_codes(transformer, given, None, grid, generators(3, 4), sampling())
-        assert torch.equal(found, by_hand(transformer, given, grid, [3, 4]))
+        options = sampling(guidance_scale=guidance)
+        found, _ = draw_codes(transformer, given, negative, grid, generators(3, 4), options)
+        assert torch.equal(found, by_hand(transformer, given, other, grid, [3, 4], guidance))
 
 
 def test_windows_are_in_the_middle_but_at_the_ends():
