@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
 from t2i.errors import ConfigError, UserError
-from t2i.generation.extension import keeping_its_size
+from t2i.generation.extension import check_whole
 from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
 
@@ -211,8 +211,8 @@ def together(
         sampling,
     )
     if options.extend is not None and (lines[0].height, lines[0].width) == (None, None):
-        with keeping_its_size("--height and --width"):
-            generator.check(request, sampling)
+        extend = sample_edit.parse_extension(options.extend)
+        check_whole(generator, request, sampling, extend, "--height {} --width {}")
     if lines[0].between:
         request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
     made_by = {**recipe, "sampling": to_dict(sampling)}

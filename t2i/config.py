@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
@@ -60,6 +60,10 @@ class TextConfig(Upgraded):
                 else "a local directory or a hub id"
             )
             check(self.model is not None, "text.model", self.model, f"{allowed} for {self.name}")
+        if self.name in ("minilm", "learned"):
+            check(self.model is None, "text.model", self.model, f"null for {self.name}")
+        if self.name != "open_clip":
+            check(self.weights is None, "text.weights", self.weights, f"null for {self.name}")
 
     @classmethod
     def upgraded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,7 +286,12 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(Upgraded):
-    """What a family's own dataclass derives from. Its `upgraded` is given the whole top-level mapping."""
+    """What a family's own dataclass derives from. Its `upgraded` is given the whole top-level mapping.
+
+    takes_muon: whether the turns of its stages name matrices between hidden layers
+    """
+
+    takes_muon: ClassVar[bool] = True
 
     def text_encoder(self) -> TextConfig | None:
         """Which text encoder the model needs."""
@@ -329,6 +338,9 @@ class RunConfig:
         for key in ("init_from", "resume"):
             place = getattr(self, key)
             check(place != "", key, place, "a run, or null (an empty variable of the shell?)")
+        scale = self.optimizer.muon_scale
+        ok = scale is None or self.model.takes_muon
+        check(ok, "optimizer.muon_scale", scale, f"null with stage={self.stage}, which AdamW alone trains")
         length = 0 if name is None else len(name.encode(errors="surrogateescape"))
         check(length <= MAX_NAME_BYTES, "name", name, f"{MAX_NAME_BYTES} bytes at most (this has {length})")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from t2i.data.decode import open_image
 from t2i.errors import UserError, shortened
 from t2i.files import written_whole
 from t2i.generation.batch_size import BatchSize
-from t2i.generation.extension import keeping_its_size
+from t2i.generation.extension import check_whole
 from t2i.generation.names import file_name
 from t2i.generation.prompts import Line
 from t2i.generation.recipes import Recipe, differences
@@ -76,8 +75,9 @@ class Service:
         check(steps <= MAX_STEPS, "sampling.steps", steps, f"at most {MAX_STEPS}")
         with self.reading:
             asked = wanted.request(self.generator.default_size_px, self.limits, self._kept_input)
-        keeps = wanted.extend and (wanted.height, wanted.width) == (None, None)
-        with keeping_its_size("height and width") if keeps else nullcontext():
+        if wanted.extend and (wanted.height, wanted.width) == (None, None):
+            check_whole(self.generator, asked.request, sampling, wanted.extend, "height {} and width {}")
+        else:
             self.generator.check(asked.request, sampling)
         return self.queue.add(asked, sampling, self._cut(wanted))
 

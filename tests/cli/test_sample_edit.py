@@ -107,8 +107,11 @@ def test_what_the_extended_size_cannot_be_is_one_sentence(t2i, weights: str) -> 
     done = t2i(*FLAGS, "--prompt", "x", "--image", "a.png", "--extend", "left=3", "--checkpoint", weights)
     assert "width is 35; allowed: multiples of" in done.sentence
     assert done.sentence.endswith(
-        ": extend by other pixels, or say --height and --width of the whole, to which the picture is cut."
+        ": extend by other pixels, or say --height 32 --width 32 of the whole, to which the picture is cut."
     )
+    whole = ("--height", "32", "--width", "32", "--num-images", "1", "--checkpoint", weights)
+    assert t2i(*FLAGS, "--prompt", "x", "--image", "a.png", "--extend", "left=3", *whole).code == 0
+    assert pixels(pngs()[0]).shape == (32, 32, 3)
     far = ("--extend", "left=16384", "--checkpoint", weights)
     done = t2i(*FLAGS, "--prompt", "x", "--image", "a.png", *far)
     assert "a.png, extended, is '32 x 16416 px'; allowed: up to 16,384 each" in done.sentence

@@ -115,6 +115,30 @@ CASES = {
         ("stage=autoencoder", "resolution.batch_size=7"),
         ("resolution.batch_size=7", "nothing in this run refers to it", "stage=autoencoder --cfg job"),
     ),
+    "Muon where no matrix is between hidden layers": (
+        ("stage=autoencoder", "optimizer.muon_scale=10"),
+        ("optimizer.muon_scale is 10.0; allowed: null with stage=autoencoder, which AdamW alone trains.",),
+    ),
+    "Muon for a GAN": (
+        ("stage=gan_int_cls", "optimizer.muon_scale=10"),
+        ("optimizer.muon_scale is 10.0; allowed: null with stage=gan_int_cls, which AdamW alone trains.",),
+    ),
+    "a place for what ships as a package": (
+        ("stage=ldm", "text.model=a/place"),
+        ("text.model is 'a/place'; allowed: null for minilm.",),
+    ),
+    "weights of OpenCLIP for another encoder": (
+        ("stage=ldm", "text=clip", "text.weights=laion2b"),
+        ("text.weights is 'laion2b'; allowed: null for clip.",),
+    ),
+    "a weight of no perceptual loss": (
+        ("stage=autoencoder", "perceptual=none", "perceptual.weight=1"),
+        ("perceptual.weight is 1.0; allowed: 0 with perceptual.name=none.",),
+    ),
+    "weights for no perceptual loss": (
+        ("stage=autoencoder", "perceptual=none", "perceptual.weights=vgg.pth"),
+        ("perceptual.weights is 'vgg.pth'; allowed: null with perceptual.name=none.",),
+    ),
     "a recipe that another key replaced": (
         ("stage=ldm", "resolution.batch_size=7", "trainer.batch_size=3"),
         ("resolution.batch_size=7",),

@@ -30,8 +30,10 @@ SMALL = [name for name in EXPERIMENTS if "/tiny_" in name]
 def test_composes_and_builds(name, compose_run):
     config = compose_run(f"experiment={name}")
     assert config.family in families.names()
-    count = sum(network.parameters for network in networks(config) if network.trained)
+    trained = [network for network in networks(config) if network.trained]
+    count = sum(network.parameters for network in trained)
     assert count > 0
+    assert any(network.hidden for network in trained) == config.model.takes_muon
     assert (count < 2_000_000) == (
         name in SMALL or "/small_" in name
     )  # small_*: for trials, too long for tests
@@ -103,8 +105,9 @@ def test_a_plan_reads_the_features_that_the_stage_names(name, text, compose_run,
     config = compose_run(f"experiment={name}", f"runs_dir={runs_dir}")
     if config.model.text_encoder() is not None:
         config = compose_run(f"experiment={name}", f"runs_dir={runs_dir}", *text)
-    features = families.get(config.family).load_stage(config.stage)(config).features()
-    planned = networks(config)
+    stage = families.get(config.family).load_stage(config.stage)(config)
+    features, planned = stage.features(), networks(config)
+    assert any(turn.hidden for turn in stage.turns()) == config.model.takes_muon
     assert {network.cached_as for network in planned} - {None} == features.keys()
     assert not [network.name for network in planned if network.trained and network.cached_as]
 

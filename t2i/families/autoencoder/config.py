@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from t2i.config import ModelConfig, check
 from t2i.families.autoencoder.backbone_config import DVAEBackboneConfig, ViTBackboneConfig
@@ -78,6 +78,9 @@ class PerceptualConfig:
     weights: str | None
 
     def __post_init__(self) -> None:
+        if self.name == "none":
+            check(self.weight == 0, "perceptual.weight", self.weight, "0 with perceptual.name=none")
+            check(self.weights is None, "perceptual.weights", self.weights, "null with perceptual.name=none")
         check(self.weight >= 0, "perceptual.weight", self.weight, "0 or more")
 
 
@@ -139,6 +142,7 @@ class Config(ModelConfig):
         whose pictures have 1 / upsampler.factor of resolution.size_px
     """
 
+    takes_muon: ClassVar[bool] = False
     codec: CodecConfig
     backbone: BackboneConfig
     perceptual: PerceptualConfig

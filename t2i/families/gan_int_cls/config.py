@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from t2i.config import TRAINED_ENCODERS, ModelConfig, TextConfig, check
 from t2i.schema import check_scale
@@ -70,6 +70,7 @@ class Config(ModelConfig):
         it is computed, with so many times the weight (1912.04958); weight 0 is without
     """
 
+    takes_muon: ClassVar[bool] = False
     generator: GeneratorConfig
     discriminator: DiscriminatorConfig
     text: TextConfig
