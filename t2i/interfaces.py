@@ -133,10 +133,12 @@ class ImageCodec(nn.Module, ABC):
     """Pictures to latents of C = latent_channels and back.
 
     downsampling: pixels of the picture per latent position along each side
+    has_latents: whether diffusion can learn what `encode` gives; logits of codes have no scale
     """
 
     downsampling: int
     latent_channels: int
+    has_latents = True
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f) scaled to about unit variance: a sample of the

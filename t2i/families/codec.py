@@ -56,3 +56,14 @@ def token_codec(values: Mapping[str, Any], place: str) -> TokenCodec:
             "has a codebook."
         )
     return codec
+
+
+def latent_codec(values: Mapping[str, Any], place: str) -> ImageCodec:
+    """The same for a family of latents. Raises ConfigError where the run's codec gives none."""
+    codec = image_codec(values)
+    if not codec.has_latents:
+        raise ConfigError(
+            f"builds_on.codec is {place!r}, whose encoder gives logits of codes and no latents; allowed: a run with "
+            "codec=kl, vq, lfq or fsq."
+        )
+    return codec

@@ -16,7 +16,7 @@ from t2i.config import RunConfig, check, to_dict
 from t2i.errors import CheckpointError
 from t2i.families.codec import image_codec
 from t2i.families.low_codes import CodesModel
-from t2i.families.tokens import check_codebook, coding_hash, has_tokens
+from t2i.families.tokens import check_codebook, coding_hash, has_part
 from t2i.interfaces import ImageCodec
 from t2i.training import run_folder
 from t2i.training.checkpoint import LoadedCheckpoint, load, load_into
@@ -179,14 +179,14 @@ def codec_config(found: LoadedCheckpoint) -> dict[str, Any]:
 
 
 def newest_codec(runs_dir: str, part: str) -> tuple[Path | None, list[Path]]:
-    """As `run_folder.newest_finished`, of the runs that have a "codec" or a "token_codec". Not of those that make the
-    pictures of another larger: what is trained at the size of that one would have fewer codes or latents."""
+    """As `run_folder.newest_finished`, of the runs that have a "codec" of latents or a "token_codec". Not of those that
+    make the pictures of another larger: what is trained at the size of that one would have fewer codes or latents."""
 
     def fits(folder: Path) -> bool:
         try:
             config = run_folder.read_config(folder)
         except CheckpointError:
             return part == "codec"  # whose weights may be there all the same
-        return config.get("trained") != "upsampler" and (part != "token_codec" or has_tokens(config))
+        return config.get("trained") != "upsampler" and has_part(config, part)
 
     return run_folder.newest_finished(runs_dir, families.stages_with(part), fits)

@@ -21,13 +21,15 @@ from t2i.schema import check
 from t2i.training.randomness import Randomness
 
 
-def has_tokens(values: Mapping[str, Any]) -> bool:
-    """Whether a run of this configuration (its top-level mapping) has a codec of codes."""
+def has_part(values: Mapping[str, Any], part: str) -> bool:
+    """Whether the codec of a run of this configuration (its top-level mapping) gives what others build on: latents as a
+    "codec", codes as a "token_codec"."""
     try:
         with torch.device("meta"):
-            return isinstance(image_codec(values), TokenCodec)
+            codec = image_codec(values)
     except (ConfigError, KeyError):
-        return False
+        return part == "codec"  # whose weights may be there all the same
+    return isinstance(codec, TokenCodec) if part == "token_codec" else codec.has_latents
 
 
 def smallest_integer(num_codes: int) -> torch.dtype:

@@ -75,10 +75,11 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
     for key in sorted(said.keys() - free):
         if saved.get(key) != said[key]:
             name, was, now = _difference(key, saved.get(key), said[key])
-            other = ", or allow_other_shards=true" if name.endswith("shards") else ""
+            kept = f" with {name}={was}" if isinstance(was, int | float) and not isinstance(was, bool) else ""
+            other = ", or allow_other_shards=true" if name.endswith(".shards") else ""
             raise CheckpointError(
                 f"{folder} was trained with {name}={was}, this command says {name}={now}; resume "
-                f"needs the run's own command{other}. To start a new run from its weights use init_from={folder}."
+                f"needs the run's own command{kept}{other}. To start a new run from its weights use init_from={folder}."
             )
 
 

@@ -9,7 +9,9 @@ from t2i.config import run_to_dict
 from t2i.errors import ConfigError
 from t2i.families.autoencoder.codec import DiscreteCodec
 from t2i.families.autoencoder.stage import Stage
-from t2i.families.codec import image_codec, token_codec
+from t2i.families.codec import image_codec, latent_codec, token_codec
+from t2i.families.latent_diffusion.model import build_model
+from t2i.families.latent_diffusion.plan import planned_networks
 from t2i.interfaces import Batch, TokenCodec
 
 PATCH, CONVOLUTIONS = [], ["backbone=ldm_small", "backbone.base_channels=8", "backbone.channel_mult=[1,2]"]
@@ -80,6 +82,25 @@ def test_a_run_without_tokens_is_refused_where_they_are_needed(compose_run):
         token_codec(kl, "runs/kl")
     assert str(refused.value) == said
     assert image_codec(kl).latent_channels == kl["backbone"]["latent_channels"]
+
+
+def test_logits_of_codes_are_refused_where_latents_are_needed(compose_run):
+    """Adding the same number to all logits changes nothing, so that they have no scale."""
+    run = run_to_dict(compose_run("stage=autoencoder", "codec=gumbel"))
+    with pytest.raises(ConfigError) as refused:
+        latent_codec(run, "runs/gumbel")
+    assert str(refused.value) == (
+        "builds_on.codec is 'runs/gumbel', whose encoder gives logits of codes and no latents; allowed: a run with "
+        "codec=kl, vq, lfq or fsq."
+    )
+    ldm = compose_run("experiment=latent_diffusion/tiny_dit_flow")
+    with pytest.raises(ConfigError, match="is 'latest', whose encoder gives logits"):
+        planned_networks(ldm, {"codec": run})
+    with pytest.raises(ConfigError, match="is 'latest', whose encoder gives logits"):
+        build_model(ldm.model, run)
+    for codec in ("kl", "vq", "lfq", "fsq"):
+        run = run_to_dict(compose_run("stage=autoencoder", f"codec={codec}"))
+        assert latent_codec(run, "runs/other").has_latents
 
 
 @pytest.mark.parametrize("channels", [3, 8])

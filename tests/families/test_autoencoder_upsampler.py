@@ -101,14 +101,16 @@ def test_what_was_trained_on_the_codes_draws_larger(compose_run, tmp_path):
 
 
 def test_the_newest_codec_is_one_without(compose_run, tmp_path):
-    for number, (name, typed) in enumerate({"codec": VQ, "larger": (*VQ, *LARGER)}.items()):
+    """Of latents, too, one that has some."""
+    newer = {"codec": VQ, "larger": (*VQ, *LARGER), "logits": ("codec=gumbel",)}
+    for number, (name, typed) in enumerate(newer.items()):
         folder = tmp_path / "autoencoder" / name
         folder.mkdir(parents=True)
         write_config(folder, run_to_dict(compose_run(*TINY, *typed)))
         (folder / FINAL_WEIGHTS).touch()
         os.utime(folder / FINAL_WEIGHTS, (number, number))
-    for part in ("codec", "token_codec"):
-        assert newest_codec(str(tmp_path), part) == (tmp_path / "autoencoder" / "codec", [])
+    for part, name in (("codec", "codec"), ("token_codec", "logits")):
+        assert newest_codec(str(tmp_path), part) == (tmp_path / "autoencoder" / name, [])
 
 
 def test_what_does_not_fit_is_said(compose_run, capsys):

@@ -222,13 +222,26 @@ def test_what_the_configuration_of_an_older_version_lacks_has_its_default(
     path.write_text(yaml.safe_dump(saved))
     longer = (*ARGUMENTS, "trainer.num_images=40", f"runs_dir={tmp_path}", "resume=latest")
     assert train(compose_run(*longer)).images_seen == 40
-    with pytest.raises(CheckpointError, match=r"data\.shuffle_window_shards=16, this command says .*=2;"):
+    said = r"shuffle_window_shards=2; resume needs the run's own command with data\.shuffle_window_shards=16\. To"
+    with pytest.raises(CheckpointError, match=said):
         train(compose_run(*longer, "data.shuffle_window_shards=2"))
     path.write_text(yaml.safe_dump(saved | {"of_another_version": 1}))
     with pytest.raises(
         CheckpointError, match=r"config\.yaml is not one .* of_another_version is not a known key"
     ):
         train(compose_run(*longer))
+
+
+def test_a_longer_run_keeps_the_key_that_followed_its_length(whole, compose_run, tmp_path):
+    """The temperature of Gumbel's codes falls over trainer.num_images unless another number is said."""
+    cut = copied(whole, tmp_path)
+    own = (*ARGUMENTS, "codec=gumbel", f"runs_dir={tmp_path}")
+    run_folder.write_config(cut, run_to_dict(compose_run(*own)))
+    longer = (*own, "trainer.num_images=40", "resume=latest")
+    with pytest.raises(CheckpointError) as refused:
+        resumed_run(compose_run(*longer))
+    assert "=40; resume needs the run's own command with codec.anneal_images=32. To" in str(refused.value)
+    assert resumed_run(compose_run(*longer, "codec.anneal_images=32")) == cut
 
 
 def test_another_kind_is_said_by_its_name(whole, compose_run, train):

@@ -200,6 +200,7 @@ class DiscreteCodec(Codec, TokenCodec):
         super().__init__(config, channels, codebook.in_channels, codebook.code_dim)
         self.num_codes, self.latent_channels = codebook.num_codes, codebook.in_channels
         self.codebook = codebook
+        self.has_latents = not isinstance(codebook, GumbelCodes)
 
     def bottleneck(self) -> list[nn.Module]:
         return [*super().bottleneck(), self.codebook]
@@ -229,8 +230,7 @@ class DiscreteCodec(Codec, TokenCodec):
         return self.picture(self.output(self.codebook.lookup(tokens)))
 
     def measure_scale(self, images: Iterable[Tensor]) -> None:
-        """Not of logits, which are many and no latents for diffusion."""
-        if not isinstance(self.codebook, GumbelCodes):
+        if self.has_latents:
             super().measure_scale(images)
 
     def noise(self, random: Randomness, height_px: int, width_px: int) -> Tensor | None:

@@ -18,7 +18,7 @@ from t2i.diffusion.objectives import Prediction, loss_weight, target, to_x0_eps
 from t2i.diffusion.sampler import Denoise
 from t2i.diffusion.samplers import check_walk, sample
 from t2i.diffusion.schedules import build_schedule
-from t2i.families.codec import decoded, image_codec
+from t2i.families.codec import decoded, latent_codec
 from t2i.families.latent_diffusion.config import (
     Config,
     PixArtConfig,
@@ -189,8 +189,8 @@ class LatentDiffusion(TextToImage):
 
 def build_model(config: Config, codec_config: Mapping[str, Any]) -> LatentDiffusion:
     """The model with a randomly initialised codec of the family and shape that `codec_config` (the top-level
-    mapping of the codec's run) says."""
-    return LatentDiffusion(config, image_codec(codec_config))
+    mapping of the codec's run) says. Raises ConfigError for one without latents."""
+    return LatentDiffusion(config, latent_codec(codec_config, config.builds_on.codec))
 
 
 def check_side(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.config import RunConfig
-from t2i.families.codec import image_codec
+from t2i.families.codec import latent_codec
 from t2i.families.latent_diffusion.config import Config, UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser, check_side
 from t2i.interfaces import ImageCodec
@@ -22,9 +22,8 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     """See `t2i.families.family.Family`."""
     model, size = config.model, config.resolution.size_px
     assert isinstance(model, Config)
-    values = builds_on["codec"]
     with torch.device("meta"):
-        codec = image_codec(values)
+        codec = latent_codec(builds_on["codec"], model.builds_on.codec)
         text = build_architecture(model.text)
         denoiser = build_denoiser(model.denoiser, codec.latent_channels, text.token_dim, text.pooled_dim)
     check_side(model.denoiser, codec, size, "resolution.size_px")
