@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from t2i import families
 from t2i.config import check, parse, parse_run
 from t2i.errors import UserError
+from t2i.few import plural
 from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.schema import MISSING
 
@@ -78,7 +79,7 @@ def run(arguments: list[str]) -> None:
     console.print(sweep_table(plans), soft_wrap=False)
     for plan in plans:
         for warning in plan.warnings:
-            console.print(f"Warning, {plan.cluster.num_gpus} GPUs: {warning}")
+            console.print(f"Warning, {plural(plan.cluster.num_gpus, 'GPU')}: {warning}")
     what = " ".join(each for each in overrides if not each.startswith("cluster"))
     heading = f"{what}: {cluster.gpu}, {plans[0].mfu:.1%} MFU"
     try:

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from t2i import families
+from t2i.few import plural
 
 if TYPE_CHECKING:
     from t2i.config import RunConfig
@@ -80,7 +81,7 @@ def memory_table(plan: Plan) -> Table:
     for label, memories in (("at most", plain), ("at most, checkpointed", checkpointed)):
         rows.append(row(label, (m.total for m in memories)))
         rows.append(("  fits", *("yes" if m.total <= usable else "NO" for m in memories)))
-    pictures = f"{plan.images_per_gpu} pictures per GPU"
+    pictures = f"{plural(plan.images_per_gpu, 'picture')} per GPU"
     if plan.images_at_a_time < plan.images_per_gpu:
         pictures += f", {plan.images_at_a_time} at a time"
     header = (f"Memory: GiB with {pictures}", *(s.upper() for s in STRATEGIES))
@@ -108,14 +109,14 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
     per_node = speed.images_per_second / cluster.nodes
     linear = speed.images_per_second / speed.ideal_images_per_second
     way = config.trainer.strategy.upper()
-    machines = f"{cluster.num_gpus} x {cluster.gpu} in {cluster.nodes} node{'s' * (cluster.nodes > 1)}"
+    machines = f"{cluster.num_gpus} x {cluster.gpu} in {plural(cluster.nodes, 'node')}"
     share = (
         f"{plan.mfu:.1%} of {cluster.peak_bf16_tflops:g} TFLOP/s, {work.flops / GIGA:,.1f} GFLOP per picture"
     )
     rows = [
         ("cluster", f"{machines} of {cluster.node_bandwidth_gbps:g} Gbit/s"),
         ("pictures", f"{work.num_images:,} at {config.resolution.size_px} px"),
-        ("steps", f"{work.num_images / work.global_batch:,.0f} of {work.global_batch:,} pictures"),
+        ("steps", f"{work.num_images / work.global_batch:,.0f} of {plural(work.global_batch, 'picture')}"),
         ("MFU", share),
         ("a step", f"{speed.compute_s + speed.exposed_s:.3f} s, {speed.compute_s:.3f} s of it computing"),
         (

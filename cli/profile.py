@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from t2i.few import plural
 from t2i.schema import check
 
 from .arguments import Parser, parse_with_overrides
@@ -47,7 +48,11 @@ def run(arguments: list[str]) -> None:
     step = sum(found.milliseconds.values())
     rows = [(part, f"{ms:,.2f}", f"{ms / step:.1%}") for part, ms in found.milliseconds.items()]
     rows.append(("a step", f"{step:,.2f}", f"{1:.1%}"))
-    header = (f"Mean of {options.steps} steps on {found.device}, after {WARM_UP} to warm up", "ms", "share")
+    header = (
+        f"Mean of {plural(options.steps, 'step')} on {found.device}, after {WARM_UP} to warm up",
+        "ms",
+        "share",
+    )
     console.print(table(header, rows), soft_wrap=False)
     console.print(f"The trace, for ui.perfetto.dev or chrome://tracing, is {found.trace}")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i.few import plural
 from t2i.schema import check
 
 from .arguments import Parser
@@ -59,7 +60,7 @@ def run(arguments: list[str]) -> None:
         loaded = checkpoint.load(run_folder.weights_file(folder))
         generator = families.get(loaded.config["family"]).load_generator()(loaded, None)
         request = SampleRequest.of_size(prompts, generator.default_size_px)
-        console.print(f"Drawing {len(prompts)} prompts with {folder}")
+        console.print(f"Drawing {plural(len(prompts), 'prompt')} with {folder}")
         return draw_with_bar(generator, request, batch_size=64)
 
     def commands(origin: Origin, prompt: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import check
 from t2i.errors import ConfigError, UserError
+from t2i.few import plural
 from t2i.generation.extension import check_whole
 from t2i.generation.prompts import Line, Prompts, read_prompts
 from t2i.launch.ranks import rank_of
@@ -112,7 +113,9 @@ def run(arguments: list[str]) -> None:
             draw_files(generator, drawings, folder, batch_size, bar, report, rank)
     except KeyboardInterrupt:
         kept = report.drawn + report.there
-        console.print(f"{kept:,} pictures are kept in {folder}: the same command goes on from there.")
+        console.print(
+            f"{plural(kept, 'picture is', 'pictures are')} kept in {folder}: the same command goes on from there."
+        )
         raise
     conclude(report, prompts, options, rank, generator.sampling)
     if film is not None and (said := film.finish(report)) is not None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2i.config import TextConfig
 from t2i.errors import UserError, shortened
-from t2i.few import first_few
+from t2i.few import first_few, plural
 from t2i.files import written_whole
 from t2i.generation import grid
 from t2i.generation.manifest import NAME
@@ -106,8 +106,10 @@ def conclude(
     """The grid, and what became of all pictures; of several processes the last to end says that. Raises UserError
     where some are not to be had."""
     folder = Path(options.out)
+    drawn = plural(report.drawn, "picture is", "pictures are")
+    there = plural(report.there, "was", "were")
     if rank.world > 1:
-        console.print(f"{report.drawn:,} pictures are drawn{part_of(rank)}; {report.there:,} were there.")
+        console.print(f"{drawn} drawn{part_of(rank)}; {there} there.")
     if not report.whole:
         return
     console.quiet = False
@@ -116,19 +118,21 @@ def conclude(
         console.print(f"{path}")
         if (count := sum("file" in line for line in lines)) > grid.MOST:
             console.print(f"It shows the first {grid.MOST} of {count:,} pictures.")
-    if options.interpolate is not None and len(drawn := [line for line in lines if "file" in line]) > 1:
-        for path in write_strip(folder, drawn):
+    if options.interpolate is not None and len(strip := [line for line in lines if "file" in line]) > 1:
+        for path in write_strip(folder, strip):
             console.print(f"{path}")
     if prompts.blank:
-        console.print(f"{options.prompts_file}: {prompts.blank:,} blank lines are passed over.")
-    if report.repeated:
-        console.print(f"{report.repeated:,} pictures were asked for more than once and are drawn once.")
-    if rank.world > 1:
-        console.print(f"All {len(lines):,} pictures are listed in {folder / NAME}.")
-    elif report.there or report.drawn > SAID_PATHS:
         console.print(
-            f"{report.drawn:,} pictures are drawn in {folder}; {report.there:,} were there already."
+            f"{options.prompts_file}: {plural(prompts.blank, 'blank line is', 'blank lines are')} passed over."
         )
+    if report.repeated:
+        console.print(
+            f"{plural(report.repeated, 'picture was', 'pictures were')} asked for more than once, and drawn once."
+        )
+    if rank.world > 1:
+        console.print(f"All {plural(len(lines), 'picture is', 'pictures are')} listed in {folder / NAME}.")
+    elif report.there or report.drawn > SAID_PATHS:
+        console.print(f"{drawn} drawn in {folder}; {there} there already.")
     bad = [line for line in lines if "error" in line]
     refused = {f"line {number}: {why}" for number, why in prompts.broken.items()}
     refused |= {line["error"] for line in bad if line["error"] != NOT_FINITE}
@@ -138,7 +142,7 @@ def conclude(
         for sentence in first_few(said):
             console.print(sentence)
         few = "; ".join(said[:3])
-        sentences.append(f"{len(said):,} lines of {options.prompts_file} are not drawn ({few}).")
+        sentences.append(f"{plural(len(said), 'line')} of {options.prompts_file} not drawn ({few}).")
     if odd := [f"{x['prompt']!r} seed {x['seed']}" for x in bad if x["error"] == NOT_FINITE]:
         sentences.append(not_finite(odd, len(lines), sampling))
     if sentences:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.errors import ConfigError, UserError
+from t2i.few import plural
 from t2i.schema import check, parse
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ def submit_data(job: str, arguments: list[str], launch: Launch) -> None:
         return
     path, number = _submitted(text(parts), place)
     named = f"{number}_%a" if parts > 1 else number
-    console.print(f"Job {number}: {parts * processes} processes, log {place}/{named}.log")
+    console.print(
+        f"Job {number}: {plural(parts * processes, 'process', 'processes')}, log {place}/{named}.log"
+    )
     if completed:
         try:
             _, last = _submitted(text(1), place, "completes.sh", number)
@@ -156,7 +159,7 @@ def submit_shared(command: Sequence[str], arguments: Sequence[str], launch: Laun
         print(text, end="")
         return
     path, number = _submitted(text, place)
-    console.print(f"Job {number}: {parts * processes} processes, log {log}")
+    console.print(f"Job {number}: {plural(parts * processes, 'process', 'processes')}, log {log}")
     console.print(f"Script: {path}")
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import ConfigError, SaidByFirst, UserError
-from t2i.few import first_few
+from t2i.few import first_few, plural
 from t2i.launch import outcome
 from t2i.launch.ranks import is_first, is_launched, rank_of
 from t2i.schema import check
@@ -138,7 +138,7 @@ def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
         result = fit(config, stage_class, console, mfu_per_rate(config), drawn_measure(config))
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(config)) from error
-    rate = f"{result.images_seen} images, {result.seconds:.0f} s of training"
+    rate = f"{plural(result.images_seen, 'image')}, {result.seconds:.0f} s of training"
     if result.complete:
         console.print(f"Done: {result.folder} ({rate}).")
     else:

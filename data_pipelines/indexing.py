@@ -25,6 +25,7 @@ from t2i.data.sources import Limits
 from t2i.data.statistics import samples_in
 from t2i.data.store import ShardStore
 from t2i.errors import DataError, UserError
+from t2i.few import plural
 from t2i.files import written_whole
 from t2i.launch.ranks import Rank
 
@@ -99,7 +100,7 @@ def index_shards(
         pool.shutdown(cancel_futures=True)
     if report.shards + report.skipped == 0:
         raise DataError(
-            f"None of {len(files)} shards can be read; of the first: {next(iter(report.unreadable.values()))}"
+            f"None of {plural(len(files), 'shard')} can be read; of the first: {next(iter(report.unreadable.values()))}"
         )
     return report
 

@@ -1,4 +1,4 @@
-"""A few of what there may be a million of."""
+"""Numbers of things in messages, and a few of what there may be a million of."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def first_few(lines: Sequence[str]) -> Iterator[str]:
     yield from lines[:FEW]
     if len(lines) > FEW:
         yield f"... and {len(lines) - FEW:,} more"
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 shard", "1,234 shards": a number and its noun. many: of other numbers, where that is not `one` and an s"""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"

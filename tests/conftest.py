@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is written to the cache of whoever runs the tests."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ |= {"XDG_CACHE_HOME": str(cache), "WANDB_CACHE_DIR": str(cache / "wandb")}
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from t2i.errors import DataError
+from t2i.few import plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> None:
             rank,
         )
         if rank.world > 1:
-            console.print(f"{len(shards)} shards are hashed{part_of(rank)}")
+            console.print(f"{plural(len(shards), 'shard is', 'shards are')} hashed{part_of(rank)}")
             return
         found = find(
             shards,
@@ -57,8 +58,8 @@ def run(arguments: list[str]) -> None:
     settings = {"hash": options.hash, "distance": options.distance, "tolerance": options.tolerance}
     write_report(found, settings, report)
     console.print(
-        f"Of {len(found.keeper):,} samples {found.exact:,} have the same bytes as another, and {found.near:,} more "
-        "are nearly the same as one"
+        f"Of {plural(len(found.keeper), 'sample')} {plural(found.exact, 'has', 'have')} the same bytes as another, and "
+        f"{plural(found.near, 'more is', 'more are')} nearly the same as one"
     )
     for cause, count in sorted(found.causes().items()):
         console.print(f"Not compared and kept, {cause}: {count:,} (named in {report})")
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> None:
         console.print(f"{report} names them, {report.with_suffix('.png')} shows them")
     if not kept:
         raise DataError(f"No sample is left, so {written} is not written.")
-    console.print(f"{kept:,} samples are kept, in {written}")
+    console.print(f"{plural(kept, 'sample is', 'samples are')} kept, in {written}")
     if written != Path(options.out):
         repack_with_bar(written, Path(options.out), options.samples_per_shard, kept, sources)
 

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from t2i.few import plural
+
 from ..arguments import Parser
 from ..console import console, part_of
 
@@ -56,7 +58,8 @@ def run(arguments: list[str]) -> None:
             stopped = True
     counts = report.statuses.copy()
     console.print(
-        f"{counts.pop('success', 0):,} of {report.statuses.total():,} pictures are in {report.shards} shards in {out}"
+        f"{counts.pop('success', 0):,} of {plural(report.statuses.total(), 'picture')} packed in "
+        f"{plural(report.shards, 'shard')} in {out}"
         + (f", {report.skipped} of which were there" if report.skipped else "")
         + part_of(rank),
     )
@@ -71,7 +74,7 @@ def run(arguments: list[str]) -> None:
     if report.fetched:
         rate, mib = report.fetched / report.seconds, report.fetched_bytes / (1 << 20)
         console.print(
-            f"Fetched {report.fetched:,} pictures, {mib:,.0f} MiB, in {report.seconds:,.0f} s: "
+            f"Fetched {plural(report.fetched, 'picture')}, {mib:,.0f} MiB, in {report.seconds:,.0f} s: "
             f"{rate:,.0f} pictures/s, {mib / report.seconds:,.1f} MiB/s"
         )
     if stopped:

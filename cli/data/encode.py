@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from t2i.few import plural
 from t2i.schema import check, check_number
 
 from ..arguments import Parser, parse_with_overrides
@@ -70,9 +71,10 @@ def run(arguments: list[str]) -> None:
                 rank,
                 lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
             )
-        there = f", {report.skipped} were there" if report.skipped else ""
+        there = f", {plural(report.skipped, 'was', 'were')} there" if report.skipped else ""
         who = f" by process {rank.rank} of {rank.world}" if rank.world > 1 else ""
-        console.print(f"{report.encoded} samples are encoded{who} in {report.shards} shards in {out}{there}")
+        encoded, shards = plural(report.encoded, "sample is", "samples are"), plural(report.shards, "shard")
+        console.print(f"{encoded} encoded{who} in {shards} in {out}{there}")
         for cause, count in report.bad.most_common():
             console.print(f"Left out, {cause}: {count}")
         console.print(f"To train on them, add to the training command: {key}.encoded={out}")

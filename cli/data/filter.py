@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i.errors import ConfigError, DataError
+from t2i.few import plural
 
 from ..arguments import Parser
 from ..console import console
@@ -80,8 +81,10 @@ def repack_with_bar(
         report = repack(
             selection, out, samples_per_shard, lambda done: bar.advance(task, done), pipes=sources
         )
-    there = f" ({report.skipped} were there)" if report.skipped else ""
-    console.print(f"{report.packed:,} samples are in {report.shards} shards{there} in {out}")
+    there = f" ({plural(report.skipped, 'was', 'were')} there)" if report.skipped else ""
+    console.print(
+        f"{plural(report.packed, 'sample is', 'samples are')} in {plural(report.shards, 'shard')}{there} in {out}"
+    )
     for cause, count in sorted(report.failed.items()):
         console.print(f"Left out, {cause}: {count:,} (named in {out}/*_stats.json)")
 
@@ -89,7 +92,7 @@ def repack_with_bar(
 def _print(report: Report) -> None:
     if report.from_members:
         console.print(
-            f"Without a .parquet, so read from the samples' own JSON: {len(report.from_members)} shards, "
+            f"Without a .parquet, so read from the samples' own JSON: {plural(len(report.from_members), 'shard')}, "
             f"{report.from_members[0]} the first",
         )
     if report.left_out:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from t2i.few import first_few
+from t2i.few import first_few, plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
@@ -33,9 +33,11 @@ def run(arguments: list[str]) -> None:
             report = index_share(urls, out, processes, rank, lambda done: bar.advance(task, done))
         else:
             report = index_shards(urls, out, processes, lambda done: bar.advance(task, done))
-    there = f", {report.skipped} were up to date" if report.skipped else ""
+    there = f", {plural(report.skipped, 'was', 'were')} up to date" if report.skipped else ""
     shards = report.shards + report.skipped
-    console.print(f"{report.samples} samples in {shards} shards are indexed{there}{part_of(rank)}")
+    console.print(
+        f"Indexed {plural(report.samples, 'sample')} in {plural(shards, 'shard')}{there}{part_of(rank)}"
+    )
     for cause, count in report.flaws.most_common():
         console.print(f"Lost by the tar files, {cause}: {count}")
     for line in first_few([f"Not indexed, {url}: {why}" for url, why in report.unreadable.items()]):

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.few import first_few
+from t2i.few import first_few, plural
 from t2i.schema import check
 
 from ..arguments import Parser, taken_out
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> None:
             rank,
         )
     if rank.world > 1:
-        console.print(f"{len(report.bytes)} shards are looked at{part_of(rank)}")
+        console.print(f"{plural(len(report.bytes), 'shard is', 'shards are')} looked at{part_of(rank)}")
         return
     facts = report.to_json()
     for table in tables(facts):
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
     if options.sheet and report.tiles:
         with written_whole(Path(options.sheet)) as unfinished:
             contact_sheet(report.tiles, TILE_PX).save(unfinished, format="PNG")
-        console.print(f"Wrote {len(report.tiles)} samples to {options.sheet}")
+        console.print(f"Wrote {plural(len(report.tiles), 'sample')} to {options.sheet}")
 
 
 def text_encoder(name: str | None, settings: list[str]) -> TextConfig | None:

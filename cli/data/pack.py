@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from t2i.few import plural
+
 from ..arguments import Parser
 from ..console import console
 
@@ -24,7 +26,9 @@ def run(arguments: list[str]) -> None:
         report = pack(
             rows, out, options.samples_per_shard, lambda done: bar.advance(task, done), options.format
         )
-    console.print(f"{report.packed} of {rows.count} pictures are in {report.shards} shards in {out}")
+    console.print(
+        f"{report.packed:,} of {plural(rows.count, 'picture')} packed in {plural(report.shards, 'shard')} in {out}"
+    )
     for cause, count in sorted(report.failed.items()):
         console.print(f"Left out, {cause}: {count} (named in {out}/*_stats.json)")
     for cause, count in sorted(rows.passed_by().items()):

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from t2i.few import first_few
+from t2i.few import first_few, plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
@@ -63,8 +63,8 @@ def run(arguments: list[str]) -> None:
         )
     part = part_of(rank)
     console.print(
-        f"Scored {report.samples} samples of {report.scored} shards on {device}; {report.skipped} of {mine} shards "
-        f"had their scores{part}"
+        f"Scored {plural(report.samples, 'sample')} of {plural(report.scored, 'shard')} on {device}; "
+        f"{report.skipped:,} of {plural(mine, 'shard')} had their scores{part}"
     )
     for cause, count in sorted(report.nulls.items()):
         _say(f"No score, {cause}: {count}{part}")

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from t2i.few import plural
+
 from .options import bar, statistics_of
 from .runs import Measured, judge_of, reference_of
 
@@ -81,7 +83,7 @@ def measure_codec(place: str, options: argparse.Namespace, extractors: Sequence[
     made += [mean_figure(name, torch.cat(parts), "pairs of pictures") for name, parts in values.items()]
     if tokens is not None:
         for name, value in zip(("codebook usage", "codebook perplexity"), codebook_use(counts), strict=True):
-            made.append(Figure(name, value, None, len(found[0]), f"{len(counts):,} codes"))
+            made.append(Figure(name, value, None, len(found[0]), plural(len(counts), "code")))
     made += attributes.figures() if attributes else []
     about: dict[str, Any] = {
         "run": str(place),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.errors import ConfigError, UserError
+from t2i.few import plural
 from t2i.schema import check
 
 from ..arguments import Parser, add_launch, launch_of
@@ -115,7 +116,7 @@ def run(arguments: list[str]) -> None:
         for path in write_curves(found, folder) if found else ():
             console.print(str(path))
     if missing := len(wanted) - len(found) - len(failed):
-        console.print(f"{missing} of {len(wanted)} points are still to come from other processes.")
+        console.print(f"Still to come from other processes: {missing:,} of {plural(len(wanted), 'point')}.")
     check_measured(failed, len(mine), "points")
 
 

@@ -22,6 +22,7 @@ from t2i.config import TextConfig
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local, local_path
 from t2i.errors import DataError
+from t2i.few import plural
 from t2i.launch.ranks import ALONE, Rank
 
 from ..processes import leave_interrupts
@@ -181,7 +182,7 @@ def inspect_shards(
         return report
     if not report.bytes:
         first = next(iter(report.unreadable.values()))
-        raise DataError(f"None of {len(urls)} shards can be read; of the first: {first}")
+        raise DataError(f"None of {plural(len(urls), 'shard')} can be read; of the first: {first}")
     all_keys = np.concatenate(keys)
     report.repeated_keys = len(all_keys) - len(np.unique(all_keys))
     report.tiles = choice.tiles()

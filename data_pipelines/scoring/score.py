@@ -15,6 +15,7 @@ from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local
 from t2i.errors import DataError
+from t2i.few import plural
 from t2i.files import written_whole
 from t2i.launch.ranks import Rank
 
@@ -81,7 +82,9 @@ def score_shards(
                 report.samples += len(keys)
     if report.unreadable and not report.scored + report.skipped:
         first = next(iter(report.unreadable.values()))
-        raise DataError(f"None of {len(report.unreadable)} shards can be read; of the first: {first}")
+        raise DataError(
+            f"None of {plural(len(report.unreadable), 'shard')} can be read; of the first: {first}"
+        )
     return report
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from t2i.errors import ConfigError
 from t2i.evaluation.clip import Clip, load_clip
+from t2i.few import plural
 from t2i.weight_file import sha256
 
 from .heads import for_watermark_detector, load_head, load_watermark_detector
@@ -87,7 +88,7 @@ class Scorer:
                     put("pwatermark", rows, self.watermark(pictures).float().softmax(dim=1)[:, 0])
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"{len(batch)} pictures at once do not fit {self.device}; lower --batch-size."
+                f"{plural(len(batch), 'picture')} at once: too many for {self.device}; lower --batch-size."
             ) from error
         return scores
 

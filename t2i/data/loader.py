@@ -19,7 +19,7 @@ from t2i.data.reader import Sample, Wanted, as_pair, causes, collate
 from t2i.data.stream import CaptionedStream, Part, Positions, Slots, build_stream
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
-from t2i.few import FewOfEach
+from t2i.few import FewOfEach, plural
 from t2i.interfaces import Batch
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ class CaptionedImages(Dataset[Batch | DataError]):
         bad, allowed = self._bad.total(), self.data.max_bad_share
         if self._reads >= MIN_READS_TO_JUDGE and bad > allowed * self._reads:
             raise DataError(
-                f"{part.reader.key}: {bad} of the {self._reads} samples read are bad ({causes(self._bad)}; the first: "
-                f"{', '.join(f'{cause} {key}' for cause, key in self._first.items())}); "
+                f"{part.reader.key}: {bad:,} of {plural(self._reads, 'sample')} read are bad "
+                f"({causes(self._bad)}; the first: {', '.join(map(' '.join, self._first.items()))}); "
                 f"allowed: a share of data.max_bad_share={allowed:g}."
             )
 

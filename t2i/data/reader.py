@@ -24,7 +24,7 @@ from t2i.data.sources import Limits
 from t2i.data.store import ShardStore
 from t2i.data_config import DataConfig
 from t2i.errors import DataError
-from t2i.few import FewOfEach
+from t2i.few import FewOfEach, plural
 from t2i.interfaces import Batch
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class SampleReader:
         largest = self.shards.keep(min_original_px)
         if not self.shards.sizes.sum():
             raise DataError(
-                f"{self.key}: all {found} samples are smaller than min_original_px={min_original_px} (the "
+                f"{self.key}: none of {plural(found, 'sample')} has min_original_px={min_original_px} (the "
                 f"largest has {largest} px); lower min_original_px, or set data.filter_by_size=false."
             )
 
@@ -301,7 +301,7 @@ def read_all(
         else:
             samples.append(sample)
     if not samples:
-        raise DataError(f"{reader.key}: none of {len(reader)} samples can be read ({causes(bad)}).")
+        raise DataError(f"{reader.key}: none of {plural(len(reader), 'sample')} can be read ({causes(bad)}).")
     return collate(
         samples, [next(iter(sample.captions)) for sample in samples], np.arange(len(samples)), dict(bad)
     ).to("cpu")

@@ -30,7 +30,7 @@ from t2i.data.sources import SourceError, within
 from t2i.data.statistics import samples_in, successes
 from t2i.data.store import ShardStore
 from t2i.errors import DataError
-from t2i.few import FewOfEach
+from t2i.few import FewOfEach, plural
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ class Shards:
         if row < 0:
             cause = "truncated" if "truncated" in opened.index.flaws.values() else "missing"
             name = self.listed[shard].key(place) or f"{_stem(self.url(shard))}[{place}]"
-            listed = f"which is listed with {self.sizes[shard]} samples"
+            listed = f"which is listed with {plural(int(self.sizes[shard]), 'sample')}"
             return BadSample(cause, name, f"not in {self.url(shard)}, {listed}")
         key_in_shard = opened.index.keys[row]
         if before := opened.index.repeated.get(row):  # else it would get what was encoded of the first
@@ -280,7 +280,7 @@ class Shards:
             self._say(
                 logging.WARNING,
                 "shards that hold more",
-                f"{self.url(shard)} holds {more} samples more than it is listed with: they are not read",
+                f"{self.url(shard)} holds {plural(more, 'sample')} more than it is listed with: not read",
             )
         return np.concatenate([rows[:size], np.full(max(0, size - len(rows)), -1, dtype=np.int64)])
 

@@ -14,6 +14,7 @@ from typing import Any
 from t2i.errors import DataError
 from t2i.evaluation.measure import Figure
 from t2i.evaluation.table import is_distance
+from t2i.few import plural
 from t2i.files import written_whole
 
 
@@ -121,7 +122,7 @@ def intervals(points: Sequence[Point]) -> list[list[float]]:
 def said_of(distance: Figure) -> str:
     """What stands at the axis of a distance."""
     interval = "" if distance.interval_95 is None else ", 95% interval"
-    return f"{distance.name}, {distance.count:,} pictures{interval}"
+    return f"{distance.name}, {plural(distance.count, 'picture')}{interval}"
 
 
 def encoders(points: Sequence[Point]) -> dict[str, tuple[int, Point]]:

@@ -25,6 +25,7 @@ from t2i.evaluation.distances import (
 )
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.statistics import Statistics
+from t2i.few import plural
 
 HALF_KID_SUBSETS = 20
 NORMAL_95 = 1.959964
@@ -52,11 +53,11 @@ def check_enough(extractor: Extractor, count: int, of: str, force: bool) -> None
     """Raises ConfigError for one picture, which has no covariance, and where a covariance would be of fewer pictures
     than features: the distance then says more of their number than of them."""
     if count < 2:
-        raise ConfigError(f"{of} has {count} picture; allowed: 2 or more.")
+        raise ConfigError(f"{of} has {plural(count, 'picture')}; allowed: 2 or more.")
     if count < extractor.width and not force:
         raise ConfigError(
-            f"{extractor.distance} compares {extractor.width:,} features, and {of} has {count:,} pictures; allowed: "
-            f"{extractor.width:,} or more, or --force, which gives the figure nevertheless."
+            f"{extractor.distance} compares {extractor.width:,} features, and {of} has {plural(count, 'picture')}; "
+            f"allowed: {extractor.width:,} or more, or --force, which gives the figure nevertheless."
         )
 
 

@@ -21,6 +21,7 @@ from t2i.evaluation.page import Page
 from t2i.evaluation.prompts import GroupScore, group_of, judge_for, score, score_groups
 from t2i.evaluation.reconstruction import psnr
 from t2i.evaluation.runs import LEFT_OUT, Origin, Run, prompts_hash
+from t2i.few import plural
 from t2i.training.pictures import grid
 
 NUM_SHOWN = 40
@@ -242,7 +243,7 @@ def say_scores(page: Page, scores: dict[str, GroupScore]) -> None:
     for name, each in scores.items():
         drawn, real, chance = each.drawn, each.real, each.chance
         page.paragraph(
-            f"{spoken(name)}: of {drawn.count} prompts never seen in training, "
+            f"{spoken(name)}: of {plural(drawn.count, 'prompt')} never seen in training, "
             f"{drawn.exact:.1%} of the pictures show exactly what was asked "
             f"(the real pictures: {real.exact:.1%}; real pictures of other prompts: "
             f"{share(chance.exact if chance else None)})."

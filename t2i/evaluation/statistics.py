@@ -18,6 +18,7 @@ from t2i.errors import ConfigError, DataError
 from t2i.evaluation.distances import Gaussian
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.pictures import Item, Pictures, batches, stacked
+from t2i.few import plural
 from t2i.files import user_cache, written_whole
 
 ENTRY = "t2i_statistics"
@@ -60,8 +61,9 @@ def collect(
     for extractor, features in zip(extractors, found, strict=True):
         if bad := int((~features.isfinite().all(1)).sum()):
             raise DataError(
-                f"{extractor.title} gives numbers that are not finite for {bad:,} of {len(features):,} pictures of "
-                f"{pictures.name}: its weights are no whole copy; allowed: --features with others."
+                f"{extractor.title} gives numbers that are not finite for {bad:,} of "
+                f"{plural(len(features), 'picture')} of {pictures.name}: its weights are no whole "
+                "copy; allowed: --features with others."
             )
     return found
 

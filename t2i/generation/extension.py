@@ -48,7 +48,9 @@ def check_whole(
         if not str(error).startswith(("height is ", "width is ")):
             raise
         size = _nearest(generator, request, sampling, around(extend))
-        cut = "" if size is None else f", or say {said.format(*size)} of the whole, to which the picture is cut"
+        cut = (
+            "" if size is None else f", or say {said.format(*size)} of the whole, to which the picture is cut"
+        )
         raise ConfigError(f"{str(error).removesuffix('.')}: extend by other pixels{cut}.") from error
 
 

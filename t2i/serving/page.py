@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from t2i.errors import UserError
+from t2i.few import plural
 from t2i.generation.extension import SIDES, STRENGTH
 from t2i.generation.starting import read_mask, size_of
 from t2i.interfaces import Tile
@@ -223,9 +224,9 @@ def spoken(service: Service, job: Job) -> str:
     done, count = len(job.pictures), job.count
     said = {
         "waiting": f"Waiting: {service.queue.ahead(job)} before this one.",
-        "drawing": f"Drawing: {done} of {count} pictures; step {job.step} of {job.steps}.",
-        "done": f"Done: {done} of {count} pictures.",
-        "stopped": f"Stopped: {done} of {count} pictures.",
+        "drawing": f"Drawing: {done} of {plural(count, 'picture')}; step {job.step} of {job.steps}.",
+        "done": f"Done: {done} of {plural(count, 'picture')}.",
+        "stopped": f"Stopped: {done} of {plural(count, 'picture')}.",
         "failed": f"Failed: {job.error}",
     }
     return f"{said[job.state]} {job.note}".strip()

@@ -28,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from t2i.few import plural
 from t2i.interfaces import Batch
 from t2i.launch import processes, signals
 from t2i.launch.ranks import Rank
@@ -291,7 +292,7 @@ class ProgressBar(Callback):
             self.progress.update(self.task, completed=done, rate=rate, told=told(self.metrics.latest))
         elif trainer.is_global_zero and time.monotonic() - self.last_line > 60:
             self.last_line = time.monotonic()
-            progress = f"{stage.images_seen} of {stage.config.trainer.num_images} images"
+            progress = f"{stage.images_seen:,} of {plural(stage.config.trainer.num_images, 'image')}"
             self.console.print(", ".join(filter(None, [progress, told(self.metrics.latest)])))
 
     def on_train_end(self, trainer: L.Trainer, stage: Any) -> None:

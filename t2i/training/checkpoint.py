@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from t2i.errors import CheckpointError
+from t2i.few import plural
 from t2i.files import written_whole
 from t2i.training import state_folder
 from t2i.training.finite import check_before_writing
@@ -88,7 +89,11 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: Path, pr
     missing, unknown = sorted(own.keys() - chosen.keys()), sorted(chosen.keys() - own.keys())
     if missing or unknown:
         counts = ((len(missing), "missing", missing), (len(unknown), "unknown", unknown))
-        said = [f"{n:,} weights are {kind} ({', '.join(names[:3])})" for n, kind, names in counts if n]
+        said = [
+            f"{plural(n, 'weight is', 'weights are')} {kind} ({', '.join(names[:3])})"
+            for n, kind, names in counts
+            if n
+        ]
         raise CheckpointError(f"{source} does not fit the model: {', '.join(said)}.")
     for name, value in chosen.items():
         if own[name].shape != value.shape:

@@ -10,6 +10,7 @@ from typing import Any
 from t2i.config import RunConfig, parse_run, run_to_dict
 from t2i.data.sources import is_local
 from t2i.errors import CheckpointError, ConfigError
+from t2i.few import plural
 from t2i.training import run_folder
 from t2i.training.checkpoint import load
 from t2i.training.state_folder import check_whole
@@ -52,7 +53,7 @@ def set_damaged_aside(folder: Path) -> None:
             log.warning("%s It is %s now, and does not count.", reason, aside)
         return
     raise CheckpointError(
-        f"{folder}: none of its {len(damaged)} checkpoints can be read; of the newest: {damaged[0][1]}"
+        f"{folder}: none of its {plural(len(damaged), 'checkpoint')} can be read; of the newest: {damaged[0][1]}"
     )
 
 

@@ -66,7 +66,7 @@ def test_every_job_names_a_folder_in_brackets(tmp_path, capsys):
     index([f"{out}/00000.tar"])
     inspect([f"{out}/00000.tar", "--json", f"{out}/[b].json"])
     said = capsys.readouterr().out
-    assert f"2 of 2 pictures are in 1 shards in {out}" in said
+    assert f"2 of 2 pictures packed in 1 shard in {out}" in said
     assert f"Wrote {out}/[b].json" in said
 
 

@@ -99,7 +99,7 @@ def test_a_conversion_says_what_it_did(t2i, vqgan):
     for words in (
         "an autoencoder of LDM or taming",
         "no EMA weights",
-        "1 weights of the training losses",
+        "1 weight of the training losses",
         "Wrote run",
     ):
         assert words in result.out

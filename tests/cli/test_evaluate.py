@@ -247,7 +247,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_is_shared(t2i, runs, plain_fea
     monkeypatch.setenv("RANK", "0")
     first = t2i(*arguments, str(runs["draws"].with_name("latest")))  # a run that is there already
     assert first.code == 0, first
-    assert "1 of 2 points are still to come from other processes." in first.out
+    assert "Still to come from other processes: 1 of 2 points." in first.out
     (point,) = Path("sweep/points").glob("*.json")
     written = point.stat().st_mtime_ns
     monkeypatch.setenv("RANK", "1")
@@ -278,7 +278,7 @@ def test_what_cannot_be_measured_is_said_and_the_others_are(t2i, runs, plain_fea
     assert f"1 of 2 {'runs' if job == 'compare' else 'points'} are not measured: {run}" in done.sentence
     assert "6 of 6 pictures came out with numbers that are not finite" in done.sentence
     assert len(Path(f"table/{job}.csv").read_text().splitlines()) == 2
-    assert "still to come" not in done.out
+    assert "Still to come" not in done.out
     if job == "sweep":  # it goes on with what failed alone
         assert t2i("evaluate", job, *words, "--rounds", "0", "--count", "6", "--out", "table").code == 0
         assert len(drawn) == 3
@@ -341,7 +341,7 @@ def test_a_process_without_a_point_draws_no_curve(t2i, runs, plain_features, mon
     monkeypatch.setenv("RANK", "1")
     done = t2i("evaluate", "sweep", str(runs["draws"]), "--rounds", "0")
     assert done.code == 0, done
-    assert "1 of 1 points are still to come from other processes." in done.out
+    assert "Still to come from other processes: 1 of 1 point." in done.out
 
 
 @pytest.mark.parametrize("job", ["compare", "sweep"])

@@ -328,7 +328,7 @@ def test_a_picture_counts_by_what_is_in_its_file(t2i, weights: str) -> None:
     Path("elsewhere").mkdir()
     Path("room.png").rename("elsewhere/r.png")
     moved = t2i(*flags, "--image", "elsewhere/r.png", "--mask", "mask.png")
-    assert "0 pictures are drawn in samples; 1 were there already." in moved.out
+    assert "0 pictures are drawn in samples; 1 was there already." in moved.out
     Image.fromarray(255 - pixels(Path("mask.png"))).save("mask.png")
     assert t2i(*flags, "--image", "elsewhere/r.png", "--mask", "mask.png").code == 0
     assert len(pngs()) == 2

@@ -302,7 +302,7 @@ def test_ctrl_c_while_drawing(t2i, ldm_file, monkeypatch):
     result = t2i(*PROMPT, "--checkpoint", ldm_file, "--batch-size", "1")
     assert (result.code, result.err) == (130, "t2i sample: stopped by Ctrl-C.\n")
     assert [path.name for path in Path("samples").glob("*.png")] == ["a-red-circle_0.png"]
-    assert "1 pictures are kept in samples: the same command goes on from there." in result.out
+    assert "1 picture is kept in samples: the same command goes on from there." in result.out
 
 
 def test_a_full_disk(t2i, ldm_file, monkeypatch):

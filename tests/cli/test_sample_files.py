@@ -35,11 +35,9 @@ def test_a_file_of_text(t2i, ldm_file):
     Path("p.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\n  a blue square \na caf\xe9\na red circle\n")
     result = t2i("sample", "--prompts-file", "p.txt", "--checkpoint", ldm_file, *FEW)
     assert sorted(pngs()) == ["a-blue-square_0.png", "a-red-circle_0.png", "grid.png"]
-    assert result.sentence == (
-        "t2i sample: 1 lines of p.txt are not drawn (line 4: it is not text in UTF-8)."
-    )
+    assert result.sentence == ("t2i sample: 1 line of p.txt not drawn (line 4: it is not text in UTF-8).")
     assert "p.txt: 1 blank lines are passed over." in result.out
-    assert "1 pictures were asked for more than once and are drawn once." in result.out
+    assert "1 picture was asked for more than once, and drawn once." in result.out
 
 
 BROKEN = {
@@ -68,7 +66,7 @@ def test_broken_lines_are_named_and_the_rest_runs(t2i, ldm_file, monkeypatch):
     Path("p.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "good"})]))
     result = t2i("sample", "--prompts-file", "p.jsonl", "--checkpoint", ldm_file, *FEW)
     assert [*pngs()] == ["good_0.png"]
-    assert f"{len(BROKEN)} lines of p.jsonl are not drawn (line " in result.sentence
+    assert f"{len(BROKEN)} lines of p.jsonl not drawn (line " in result.sentence
     said = result.out + result.err
     assert len(said) < 10_000
     for number, (_, words) in enumerate(BROKEN.values(), 1):
@@ -87,7 +85,7 @@ def test_a_line_that_does_not_go_with_a_flag_breaks_alone(t2i, ldm_file):
     lines = ({"prompt": "a"}, {"prompt": "b", "height": 40, "width": 40}, {"prompt": "c", "height": 56})
     flags = ("--prompts-file", jsonl("p.jsonl", *lines), "--image", "a.png", "--checkpoint", ldm_file, *FEW)
     result = t2i("sample", *flags, "--extend", "top=40")
-    assert "1 lines of p.jsonl are not drawn (line 2: --extend is 'top=40'; allowed: less" in result.sentence
+    assert "1 line of p.jsonl not drawn (line 2: --extend is 'top=40'; allowed: less" in result.sentence
     assert sorted(pngs()) == ["a_0.png", "c_0.png", "grid.png"]
 
 
@@ -150,7 +148,7 @@ def test_what_is_there_is_said_and_not_drawn_again(t2i, ldm_file):
     out = t2i(*arguments).out
     assert "0 pictures are drawn in samples; 2 were there already." in out
     assert pngs() == before
-    assert "1 pictures are drawn in samples; 2 were there already." in t2i(*arguments, "--prompt", "c").out
+    assert "1 picture is drawn in samples; 2 were there already." in t2i(*arguments, "--prompt", "c").out
     t2i(*arguments, "--guidance-scale", "3")  # another recipe
     assert before.items() <= pngs().items()
     assert len(pngs()) == len(before) + 1 + 1 + 2 + 1
@@ -358,7 +356,7 @@ def test_two_processes_draw_what_one_does(t2i, ldm_file, monkeypatch):
 def test_two_processes_of_torchrun_of_which_one_speaks(t2i, ldm_file):
     arguments = ["sample", "--prompts-file", jsonl("p.jsonl", *MANY), "--checkpoint", ldm_file, *FEW]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += ["-m", "t2i_cli.main", *arguments, "--device", "cpu"]
+    command += ["--log-dir=logs", "-m", "t2i_cli.main", *arguments, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert len(pngs()) == 8

@@ -12,7 +12,7 @@ from open_shards import opened, take
 
 from t2i.data.reader import read_all
 from t2i.data.shards import SCANNING
-from t2i.few import FEW, FewOfEach, first_few
+from t2i.few import FEW, FewOfEach, first_few, plural
 from t2i_cli.data import index as index_command
 from t2i_cli.data import inspect as inspect_command
 
@@ -91,6 +91,16 @@ def test_first_few():
     assert list(first_few(["a"] * FEW)) == ["a"] * FEW
     assert list(first_few([])) == []
     assert list(first_few([str(i) for i in range(FEW + 1234)]))[FEW:] == ["... and 1,234 more"]
+
+
+def test_a_number_and_its_noun():
+    assert [plural(count, "shard") for count in (0, 1, 2, 1234)] == [
+        "0 shards",
+        "1 shard",
+        "2 shards",
+        "1,234 shards",
+    ]
+    assert [plural(count, "shard is", "shards are") for count in (1, 2)] == ["1 shard is", "2 shards are"]
 
 
 def test_each_message_counts_once_and_it_travels_to_other_processes(caplog):

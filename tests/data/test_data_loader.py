@@ -240,7 +240,7 @@ def test_few_bad_samples_are_no_reason_to_stop(write_tar):
 def test_where_nothing_can_be_read_the_run_stops(write_tar):
     path = str(write_tar("s.tar", {str(i): {"txt": b"x"} for i in range(150)}))
     with pytest.raises(
-        DataError, match=r"100 of the 100 samples read are bad \(image: 100; the first: image \d+\)"
+        DataError, match=r"100 of 100 samples read are bad \(image: 100; the first: image \d+\)"
     ):
         load(data_config(shards=path), 1, batch_size=100)
     with pytest.raises(DataError, match="none of the samples that follow it can be read \\(image: 150\\)"):
@@ -263,7 +263,9 @@ def test_small_samples_are_left_out_when_asked(write_tar, caplog):
 
 
 def test_where_every_sample_is_too_small_the_run_stops(make_data):
-    with pytest.raises(DataError, match=r"all 3 samples are smaller .* 120 px.*filter_by_size=false"):
+    with pytest.raises(
+        DataError, match=r"none of 3 samples has min_original_px=.* 120 px.*filter_by_size=false"
+    ):
         load(make_data([2, 1]), 1, min_original_px=121)
 
 

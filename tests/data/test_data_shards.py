@@ -188,7 +188,7 @@ def test_statistics_that_promise_more_or_less_than_there_is(shard, server, tmp_p
     keys, bad = everything(shards)
     assert len(keys) == 7
     assert bad == {"missing": 2}
-    assert "holds 1 samples more than it is listed with" in caplog.text
+    assert "holds 1 sample more than it is listed with" in caplog.text
 
 
 @pytest.mark.parametrize("now", [1, 12])
@@ -219,7 +219,7 @@ def test_a_shard_replaced_by_one_of_the_same_size_in_bytes_is_noticed(write_tar,
     assert keys == ["a0", "a1", "a2", "a3", "a4"]  # as many as index.json lists
     assert bad == {}
     assert "`t2i data index` again" in caplog.text
-    assert "1 samples more than it is listed with" in caplog.text
+    assert "1 sample more than it is listed with" in caplog.text
 
 
 def test_a_sample_that_is_not_where_its_index_says_is_not_taken_for_another(write_tar, tmp_path):

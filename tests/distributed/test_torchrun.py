@@ -17,7 +17,7 @@ RUN += ["trainer.batch_size=4", "trainer.log_every_steps=1"]
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "t2i_cli.main", "train", *RUN, *arguments]
+    command += [f"--log-dir={folder / 'logs'}", "-m", "t2i_cli.main", "train", *RUN, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 

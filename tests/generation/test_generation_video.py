@@ -55,7 +55,7 @@ def test_what_is_no_film_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty has 0 frames; allowed: 2 to 1,000\."):
         read_frames(tmp_path / "empty", (8, 8))
     save_png(torch.zeros(3, 8, 8), tmp_path / "one.png")
-    with pytest.raises(UserError, match=r"^\S*one\.png has 1 frames; allowed: 2 to 1,000\.$"):
+    with pytest.raises(UserError, match=r"^\S*one\.png has 1 frame; allowed: 2 to 1,000\.$"):
         read_frames(tmp_path / "one.png", (8, 8))
     (tmp_path / "film").write_bytes(b"\0\0\0\x18ftypmp42")
     with pytest.raises(UserError, match=r"film is not a film that can be read.*allowed: a folder of pict"):

@@ -323,7 +323,7 @@ def test_a_taming_checkpoint(tmp_path, convert):
     }
     torch.save({"state_dict": taming | losses, "callbacks": {}}, tmp_path / "last.ckpt")
     notes = prepare(tmp_path / "last.ckpt", tmp_path / "x", Options()).parts.notes
-    assert "2 weights of the training losses (loss.*) were left out." in notes
+    assert "2 weights of the training losses (loss.*) left out." in notes
     run = convert(tmp_path / "last.ckpt", "run")
     assert same_weights(load_file(convert(run, "back.safetensors")), taming)
 

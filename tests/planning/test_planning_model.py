@@ -17,7 +17,9 @@ PARAMETERS = 2 * WIDTH * HIDDEN
 @pytest.fixture(scope="module")
 def config(compose_run):
     return compose_run(
-        "experiment=pixel_diffusion/tiny_flow_dit", "trainer.precision=bf16-mixed", "optimizer.muon_scale=10.0"
+        "experiment=pixel_diffusion/tiny_flow_dit",
+        "trainer.precision=bf16-mixed",
+        "optimizer.muon_scale=10.0",
     )
 
 

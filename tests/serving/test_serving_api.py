@@ -101,8 +101,8 @@ def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
         ({"extend": {"left": 0}}, "extend.left is 0; allowed: 1 to 1024."),
         (
             {"extend": {"top": 1}},
-            "height is 9; allowed: multiples of 4: extend by other pixels, or say height 8 and width 8 of the whole, to "
-            "which the picture is cut.",
+            "height is 9; allowed: multiples of 4: extend by other pixels, or say height 8 and width 8 of the whole, "
+            "to which the picture is cut.",
         ),
         ({"extend": {"top": 1}, "height": 9, "width": 8}, "height is 9; allowed: multiples of 4."),
         ({"extend": {"left": 8}, "height": 8, "width": 8}, "less than the whole, 8 x 8 px"),

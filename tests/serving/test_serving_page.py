@@ -100,7 +100,7 @@ def test_pictures_appear_as_they_are_drawn_and_draw_again_by_their_recipe(served
     assert shown.count() == 2
     assert shown.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
     draw(served, "a blue square", steps=3)
-    page.get_by_text("Done: 1 of 1 pictures.").wait_for()
+    page.get_by_text("Done: 1 of 1 picture.").wait_for()
     first, second, _ = served.files()
 
     page.get_by_role("tab", name="Gallery").click()
@@ -123,7 +123,7 @@ def test_the_stop_button_stops(served):
     draw(served, "a green star", steps=1000)
     served.page.get_by_text(re.compile(r"step \d+ of 1000")).wait_for()
     served.page.locator("#stop").click()
-    served.page.get_by_text("Stopped: 0 of 1 pictures.").wait_for()
+    served.page.get_by_text("Stopped: 0 of 1 picture.").wait_for()
     assert not list(served.pictures.glob("a-green-star*"))
 
 
@@ -162,7 +162,7 @@ def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
     page.mouse.move(0, 0)
     until(lambda: seen() == (255, 255, 255))
     draw(served, "a pink star", steps=3)
-    page.get_by_text("Done: 1 of 1 pictures.").wait_for()
+    page.get_by_text("Done: 1 of 1 picture.").wait_for()
     until(lambda: list(served.pictures.glob("a-pink-star*")))
     drawn = Image.open(next(served.pictures.glob("a-pink-star*")))
     assert drawn.getpixel((0, 0)) == green
@@ -185,7 +185,7 @@ def test_the_page_gives_out_no_other_file(served):
 
 def test_a_gallery_of_many_pictures_shows_more_when_asked(served):
     draw(served, "a red circle", steps=3)  # it may be there already
-    served.page.get_by_text("Done: 1 of 1 pictures.").wait_for()
+    served.page.get_by_text("Done: 1 of 1 picture.").wait_for()
     for i in range(70):
         shutil.copy(served.files()[-1], served.pictures / f"copy_{i}.png")
     shown = served.page.locator("#gallery button img")

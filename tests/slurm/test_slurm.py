@@ -163,7 +163,7 @@ def test_a_data_job_is_one_array(slurm, reference):
     job = said.split()[1].rstrip(":")
     for part in ("0", "1"):
         assert slurm.wait(f"{job}_{part}")["JobState"] == "COMPLETED", slurm.log(job)
-    assert "64 samples are encoded by process 0 of 2 in 1 shards" in slurm.log(job)
+    assert "64 samples are encoded by process 0 of 2 in 1 shard in" in slurm.log(job)
     assert (slurm.folder / "encoded" / "encoded.json").is_file()
 
 

@@ -184,7 +184,7 @@ def test_the_command_refuses_unless_told(server, tmp_path, capsys):
     assert "Left out, private_address: 1" in capsys.readouterr().out
     assert not server.calls
     run([str(table), str(tmp_path / "out"), "--allow-private-addresses"])
-    assert "1 of 1 pictures are in 1 shards" in capsys.readouterr().out
+    assert "1 of 1 picture packed in 1 shard" in capsys.readouterr().out
 
 
 def test_it_is_said_how_private_addresses_are_fetched(server, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_ctrl_c_leaves_complete_shards_and_says_how_to_go_on(server, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all its processes
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "4 of 4 pictures are in 2 shards" in said
+    assert "4 of 4 pictures packed in 2 shards" in said
     assert "the same command goes on after them" in said
     assert "Traceback" not in said
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]

@@ -243,7 +243,7 @@ def test_the_command(shapes_overrides, runs_dir, tmp_path):
     command = [sys.executable, "-m", "t2i_cli.main", "data", "encode", str(tmp_path / "out"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "64 samples are encoded in 1 shards" in done.stdout
+    assert "64 samples are encoded in 1 shard in" in done.stdout
     assert f"data.encoded={tmp_path / 'out'}" in done.stdout
     done = subprocess.run(
         [*command, "--dtype", "fp32"], capture_output=True, text=True, timeout=300, cwd=tmp_path

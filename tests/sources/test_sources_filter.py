@@ -349,7 +349,7 @@ def test_the_command(tmp_path, capsys):
     assert "downloaded (status = success): removes 3; 9 left" in said
     assert "similarity >= 0.3: removes 3; 6 left" in said
     assert "key > '000000001': removes 1; 5 left" in said
-    assert "5 samples are in 1 shards" in said
+    assert "5 samples are in 1 shard in" in said
     with tarfile.open(tmp_path / "out/00000.tar") as tar:
         assert tar.getnames() == [f"00000000{i}.json" for i in range(5)]
     with pytest.raises(ConfigError, match=r"allowed for shards: a name that ends in \.arrow, or a folder"):

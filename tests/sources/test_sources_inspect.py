@@ -165,7 +165,7 @@ def test_broken_tar_files(tmp_path, in_threads):
     assert [Path(url).name for url in report.unreadable] == ["no.tar", "absent.tar"]
     assert report.shard_samples == [8, 4, 8]
     with pytest.raises(
-        DataError, match=r"None of 1 shards can be read; of the first: .*no\.tar is not an unc"
+        DataError, match=r"None of 1 shard can be read; of the first: .*no\.tar is not an unc"
     ):
         looked(tmp_path / "no.tar")
 

@@ -195,7 +195,7 @@ def test_without_pyarrow_there_is_no_table_and_that_is_said(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     run([str(tmp_path / "in"), str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "1 of 1 pictures are in 1 shards" in said
+    assert "1 of 1 picture packed in 1 shard" in said
     assert "No .parquet beside the shards, as pyarrow is missing: pip install 't2i[data]'" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"00000.tar", "00000_stats.json"}
     assert (tmp_path / "out/00000.tar").read_bytes() == (tmp_path / "whole/00000.tar").read_bytes()

@@ -147,7 +147,7 @@ def test_rows_without_a_path_or_a_caption_are_left_out_by_name(tmp_path, capsys)
     pq.write_table(table, tmp_path / "t.parquet")
     run([str(tmp_path / "t.parquet"), str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "1 of 6 pictures are in 1 shards" in said
+    assert "1 of 6 pictures packed in 1 shard" in said
     assert "Left out, caption: 2 " in said
     assert "Left out, image: 2 " in said
     assert "Left out, path: 1 " in said
@@ -160,7 +160,7 @@ def test_rows_that_cannot_be_read_are_said(tmp_path, capsys):
     (tmp_path / "t.csv").write_bytes(b"path,caption\na.png,good\na.png\na.png,\xff\n")
     run([str(tmp_path / "t.csv"), str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "1 of 2 pictures are in 1 shards" in said
+    assert "1 of 2 pictures packed in 1 shard" in said
     assert ": 1 rows with another number of columns" in said
     assert ": 1 values that are not UTF-8" in said
     assert "Left out, caption: 1 " in said

@@ -80,7 +80,7 @@ def test_a_shard_named_twice_is_indexed_once(tmp_path, capsys):
 
     path = str(shard(tmp_path / "0.tar", 2))
     run([path, path, "--processes", "1"])
-    assert "2 samples in 1 shards are indexed" in capsys.readouterr().out
+    assert "Indexed 2 samples in 1 shard" in capsys.readouterr().out
 
 
 def test_a_shard_named_twice_is_refused_however_it_is_spelt(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def test_places_and_flags_that_are_refused(tmp_path, weights):
     report = scored(similarity, tmp_path / "no.tar", one, tmp_path / "absent.tar")
     assert [Path(url).name for url in report.unreadable] == ["no.tar", "absent.tar"]
     assert report.scored == 1
-    with pytest.raises(DataError, match="None of 1 shards can be read"):
+    with pytest.raises(DataError, match="None of 1 shard can be read"):
         scored(similarity, tmp_path / "no.tar")
     for files, words in (
         (ScorerFiles(), "No score is asked for"),
@@ -272,7 +272,7 @@ def test_the_command(tmp_path, weights, capsys):
     assert "aesthetic: linear" in said
     assert "Scored 2 samples of 1 shards" in said
     verb.run(arguments)
-    assert "1 of 1 shards had their scores" in capsys.readouterr().out
+    assert "1 of 1 shard had their scores" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -286,7 +286,8 @@ def test_the_true_size_in_the_published_files(tmp_path):
     torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     for i in range(2):
         shard(tmp_path / f"{i:05d}.tar", samples=2, seed=i)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "t2i"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [f"--log-dir={tmp_path / 'logs'}", "--no-python", "t2i"]
     command += ["data", "score", f"{tmp_path}/{{00000..00001}}.tar", "--clip", "ViT-L-14-quickgelu"]
     command += ["--clip-weights", str(tmp_path / "clip.pt")]
     command += ["--aesthetic", str(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")]

@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit_are_named():
     module, source = nn.Linear(3, 2), Path("some.ckpt")
     with pytest.raises(
         CheckpointError,
-        match=r"some\.ckpt .*: 1 weights are missing \(bias\), 1 weights are unknown \(gain\)",
+        match=r"some\.ckpt .*: 1 weight is missing \(bias\), 1 weight is unknown \(gain\)",
     ):
         load_into(module, {"weight": torch.zeros(2, 3), "gain": torch.zeros(2)}, source)
     with pytest.raises(CheckpointError, match=r"weight has shape \(3, 2\), the model wants \(2, 3\)"):
