@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from t2i.planning.plan import Plan
 
 GIGA, GIB = 1e9, 2**30
+# The largest first.
+TIME = {"days": 86_400.0, "h": 3_600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "µs": 1e-6}
+BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 LABELS = {
     "copies": "16-bit weights",
     "buffers": "gradient buckets",
@@ -29,8 +33,8 @@ def networks_table(plan: Plan) -> Table:
     """Parameters and FLOPs of one training picture, by part."""
     rows = []
     for part in plan.model.parts:
-        forward = f"{part.flops.forward / GIGA:,.1f}" if part.flops else "-"
-        backward = f"{part.flops.backward / GIGA:,.1f}" if part.flops and part.flops.backward else "-"
+        forward = giga(part.flops.forward) if part.flops else "-"
+        backward = giga(part.flops.backward) if part.flops and part.flops.backward else "-"
         rows.append((part.name, "yes" if part.trained else "no", f"{part.parameters:,}", forward, backward))
     rows.append(("together", "", "", "", together(plan.model.parts)))
     if features := plan.model.cacheable:
@@ -42,7 +46,7 @@ def networks_table(plan: Plan) -> Table:
 
 def together(parts: Iterable[Part]) -> str:
     """GFLOP of one training picture."""
-    return f"{sum(part.flops.total for part in parts if part.flops) / GIGA:,.1f}"
+    return giga(sum(part.flops.total for part in parts if part.flops))
 
 
 def drawing_table(plan: Plan) -> Table | None:
@@ -55,13 +59,13 @@ def drawing_table(plan: Plan) -> Table | None:
             sum(c.seconds(plan.cluster) for c in calls),
         )
         cached = max(c.cache_bytes for c in calls)
-        return name, count, f"{flops / GIGA:,.1f}", f"{cached / 2**20:,.1f}", f"{seconds:.4f}"
+        return name, count, giga(flops), f"{cached / 2**20:,.1f}", measure(seconds, TIME)
 
     every = [calls for part in plan.model.parts for calls in part.drawing]
     if not every:
         return None
     rows = [row(calls.name, f"{calls.count:,}", [calls]) for calls in every]
-    header = ("Drawing: a picture on one GPU", "calls", "GFLOP", "keys, values: MiB", "seconds, at least")
+    header = ("Drawing: a picture on one GPU", "calls", "GFLOP", "keys, values: MiB", "time, at least")
     return table(header, [*rows, row("together", "", every)])
 
 
@@ -110,27 +114,24 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
     linear = speed.images_per_second / speed.ideal_images_per_second
     way = config.trainer.strategy.upper()
     machines = f"{cluster.num_gpus} x {cluster.gpu} in {plural(cluster.nodes, 'node')}"
-    share = (
-        f"{plan.mfu:.1%} of {cluster.peak_bf16_tflops:g} TFLOP/s, {work.flops / GIGA:,.1f} GFLOP per picture"
-    )
+    share = f"{plan.mfu:.1%} of {cluster.peak_bf16_tflops:g} TFLOP/s, {giga(work.flops)} GFLOP per picture"
+    step, computing = (measure(each, TIME) for each in (speed.compute_s + speed.exposed_s, speed.compute_s))
+    between, of_it = (measure(each, TIME) for each in (speed.communication_s, hidden))
     rows = [
         ("cluster", f"{machines} of {cluster.node_bandwidth_gbps:g} Gbit/s"),
         ("pictures", f"{work.num_images:,} at {config.resolution.size_px} px"),
         ("steps", f"{work.num_images / work.global_batch:,.0f} of {plural(work.global_batch, 'picture')}"),
         ("MFU", share),
-        ("a step", f"{speed.compute_s + speed.exposed_s:.3f} s, {speed.compute_s:.3f} s of it computing"),
-        (
-            "between nodes",
-            f"{speed.communication_s:.3f} s a step by {way}, {hidden:.3f} s of it while computing",
-        ),
+        ("a step", f"{step}, {computing} of it computing"),
+        ("between nodes", f"{between} a step by {way}, {of_it} of it while computing"),
         ("images/s", f"{speed.images_per_second:,.0f}, {linear:.0%} of linear scaling"),
         ("per GPU", f"{speed.images_per_second / cluster.num_gpus:,.1f} images/s"),
-        ("days", f"{speed.days:,.2f}"),
-        ("GPU-hours", f"{speed.gpu_hours:,.0f}"),
-        ("USD", f"{speed.usd:,.0f} at {cluster.usd_per_gpu_hour:.2f} per GPU-hour"),
+        ("time", measure(speed.days * TIME["days"], TIME)),
+        ("GPU-hours", whole(speed.gpu_hours)),
+        ("USD", f"{whole(speed.usd)} at {cluster.usd_per_gpu_hour:.2f} per GPU-hour"),
         (
             "read",
-            f"{plan.total_bytes / 1e12:,.2f} TB, {plan.bytes_per_second_per_node / 1e6:,.1f} MB/s per node",
+            f"{measure(plan.total_bytes, BYTES)}, {measure(plan.bytes_per_second_per_node, BYTES)}/s per node",
         ),
         (
             "loaders",
@@ -158,6 +159,7 @@ def run_table(plan: Plan, config: RunConfig) -> Table:
 
 def sweep_table(plans: Sequence[Plan]) -> Table:
     """One row per number of nodes: pictures per GPU and step, share of linear scaling, GiB on a GPU."""
+    unit = unit_of(max(plan.speed.days for plan in plans) * TIME["days"], TIME)
     rows = [
         (
             f"{plan.cluster.nodes}",
@@ -165,15 +167,41 @@ def sweep_table(plans: Sequence[Plan]) -> Table:
             f"{plan.images_per_gpu}",
             f"{plan.speed.images_per_second:,.0f}",
             f"{plan.speed.images_per_second / plan.speed.ideal_images_per_second:.0%}",
-            f"{plan.speed.days:,.2f}",
-            f"{plan.speed.gpu_hours:,.0f}",
-            f"{plan.speed.usd:,.0f}",
+            f"{plan.speed.days * TIME['days'] / TIME[unit]:,.2f}",
+            whole(plan.speed.gpu_hours),
+            whole(plan.speed.usd),
             f"{plan.ours.total / GIB:.1f}",
         )
         for plan in plans
     ]
-    header = ("Nodes", "GPUs", "batch", "images/s", "linear", "days", "GPU-hours", "USD", "GiB")
+    header = ("Nodes", "GPUs", "batch", "images/s", "linear", unit, "GPU-hours", "USD", "GiB")
     return table(header, rows)
+
+
+def unit_of(value: float, units: Mapping[str, float]) -> str:
+    """The largest of the units in which it is not below 0.1."""
+    return next((unit for unit, size in units.items() if value >= 0.1 * size), list(units)[-1])
+
+
+def measure(value: float, units: Mapping[str, float]) -> str:
+    """ "0.338 s", "93.4 MB": three digits or more, in the unit that fits."""
+    if value == 0:
+        return f"0 {next((unit for unit, size in units.items() if size == 1), list(units)[-1])}"
+    number = value / units[unit := unit_of(value, units)]
+    return f"{number:,.{max(0, 2 - math.floor(math.log10(number)))}f} {unit}"
+
+
+def giga(flops: float) -> str:
+    """In GFLOP."""
+    number = flops / GIGA
+    return f"{number:,.1f}" if number >= 1 or number == 0 else f"{number:.2g}"
+
+
+def whole(number: float) -> str:
+    """Without decimals where it is large."""
+    if 0 < number < 0.01:
+        return "<0.01"
+    return f"{number:,.0f}" if number >= 10 or number == 0 else f"{number:.2f}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> Table:

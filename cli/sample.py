@@ -20,7 +20,7 @@ from t2i.launch.ranks import rank_of
 from . import sample_edit, sample_video
 from .arguments import launch_of, parse_with_overrides
 from .generators import CODEC, Loaded, device_named, load, weights_path
-from .sample_flags import as_overrides, check_flags, filled, parser, take_recipes
+from .sample_flags import as_overrides, check_flags, check_same_kind, filled, parser, take_recipes
 from .submit import submit_shared
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def run(arguments: list[str]) -> None:
     changes = [*as_overrides(options), *overrides]
     loaded = load(path, device, changes, options.precision)
     generator = loaded.generator
+    check_same_kind(prompts.lines, options, path, generator.sampling)
     recipe: dict[str, Any] = {
         "checkpoint": str(path),
         "weights": loaded.weights,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from t2i.config import Precision, check
 from t2i.diffusion.config import SamplerName
-from t2i.errors import ConfigError, UserError
+from t2i.errors import ConfigError, UserError, shortened
 from t2i.generation.prompts import MAX_PX, MAX_SEED, Line
 from t2i.schema import MAX_NUMBER, check_number, check_scale, is_unicode
 
@@ -136,6 +136,17 @@ def take_recipes(options: argparse.Namespace, overrides: Sequence[str]) -> list[
             lines.append(Line(**own | {"prompt": prompt}))
     check_flags(argparse.Namespace(**vars(options) | {"prompt": [line.prompt for line in lines]}))
     return lines
+
+
+def check_same_kind(lines: Sequence[Line], options: argparse.Namespace, path: Path, sampling: Any) -> None:
+    """Raises ConfigError where --recipe is of a model with other options of sampling than that of `path`."""
+    own = {field.name for field in dataclasses.fields(sampling)}
+    others = [f"sampling.{key}" for key in sorted({key for line in lines for key in line.sampling} - own)]
+    if options.recipe is not None and others:
+        raise ConfigError(
+            f"{options.recipe} was drawn by another kind of model than {path}, which has no "
+            f"{shortened(', '.join(others))}; allowed: --checkpoint with one of its kind."
+        )
 
 
 def _entry(recipe: dict[str, Any], name: str, kind: type, path: Path) -> Any:

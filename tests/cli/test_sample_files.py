@@ -206,7 +206,14 @@ def with_recipe(name: str, **changes: object) -> str:
         ({"prompt": None}, ("prompt in odd.png",)),
         ({"height_px": 10**7}, ("height", "16,384")),
         ({"sampling": {"sampler": "os.system"}}, ("sampling.sampler", "os.system")),
-        ({"sampling": {"_target_": "os.system"}}, ("sampling._target_", "not a known key")),
+        ({"sampling": {"_target_": "os.system"}}, ("sampling._target_", "another kind of model")),
+        (
+            {"sampling": {"noise_scale": 1.0, "steps": 2}},
+            (
+                "odd.png was drawn by another kind of model than ",
+                "has no sampling.noise_scale; allowed: --checkpoint",
+            ),
+        ),
         ({"pictures": 5}, ("pictures",)),
         ({"precision": "evil"}, ("precision", "evil")),
         ({"strength": 0.5}, ("--strength",)),

@@ -20,7 +20,7 @@ from t2i.planning.speed import Work, sent_s, speed
 from t2i.planning.traffic import traffic
 from t2i.text.cache import MAX_BYTES
 from t2i_cli.plan import planned_run
-from t2i_cli.plan_tables import memory_table, run_table
+from t2i_cli.plan_tables import BYTES, TIME, measure, memory_table, run_table, sweep_table
 
 CLUSTER = ClusterConfig(
     gpu="A",
@@ -181,6 +181,39 @@ def test_features_of_captions_that_are_kept_take_memory_of_the_host(config):
     console = Console(width=160, file=io.StringIO())
     console.print(run_table(online, config))
     assert "up to 16 GiB per node for features of captions" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "units", "said"),
+    [
+        (0, TIME, "0 s"),
+        (1.7e-5, TIME, "17.0 µs"),
+        (0.01234, TIME, "12.3 ms"),
+        (0.338, TIME, "0.338 s"),
+        (59, TIME, "0.983 min"),
+        (80_000, TIME, "0.926 days"),
+        (86_400_000, TIME, "1,000 days"),
+        (1e-9, TIME, "0.00100 µs"),
+        (24_200, BYTES, "24.2 kB"),
+        (11.77e12, BYTES, "11.8 TB"),
+    ],
+)
+def test_units_are_those_that_fit(value, units, said):
+    assert measure(value, units) == said
+
+
+def test_a_tiny_run_takes_some_time_and_money(config):
+    tiny = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_images=320))
+    plan, console = (
+        make_plan(tiny, MODEL, CLUSTER, Assumptions()),
+        Console(width=160, file=io.StringIO()),
+    )
+    console.print(run_table(plan, tiny))
+    console.print(sweep_table([plan]))
+    text = console.file.getvalue()
+    assert "0.400 s" in text  # 1 step of 320 pictures at 800 a second
+    assert "<0.01" in text
+    assert "0.00 " not in text
 
 
 def test_files(config):
