@@ -7,10 +7,13 @@ import dataclasses
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -75,7 +78,8 @@ def run(arguments: list[str]) -> None:
 
     try:
         # Of a sweep Hydra writes a multirun.yaml: the run folders say all of it.
-        with explained(own.config_dir), tempfile.TemporaryDirectory() as beside:
+        once = composed_once() if "launch=slurm" in arguments else nullcontext()
+        with explained(own.config_dir), once, tempfile.TemporaryDirectory() as beside:
             sys.argv = [program, *([f"hydra.sweep.dir={beside}"] if own.multirun else []), *words]
             hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
     except ValueError as error:
@@ -97,6 +101,18 @@ def run(arguments: list[str]) -> None:
         from .submit import submit
 
         submit(to_submit, own.config_dir, own.dry_run)
+
+
+@contextmanager
+def composed_once() -> Iterator[None]:
+    """Within this context Hydra does not compose all jobs of a sweep before it runs the first, and each again then:
+    what is submitted together is composed before anything is."""
+    checked_first = Sweeper.validate_batch_is_legal
+    Sweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = checked_first  # type: ignore[method-assign]
 
 
 def flags_last(arguments: list[str]) -> list[str]:

@@ -126,12 +126,23 @@ def overrides_of(chosen: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def parsed(word: str) -> list[tuple[str, str]]:
-    """key=a,b as [(key, a), (key, b)]. Raises ConfigError for what has no values."""
+    """key=a,b as [(key, a), (key, b)], of equal numbers the first. Raises ConfigError for what has no values."""
     key, _, values = word.partition("=")
     key = key.removeprefix("sampling.")
     given = [value for value in values.split(",") if value]
     check(bool(key and given), "sweep", word, "key=value,value,..., such as guidance_scale=1.5,3,5")
-    return [(key, value) for value in dict.fromkeys(given)]
+    different = dict[float | str, str]()
+    for value in given:
+        different.setdefault(_number(value), value)
+    return [(key, value) for value in different.values()]
+
+
+def _number(value: str) -> float | str:
+    """What is typed as 1, 1.0 or 1e0 is one number; other text is itself."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def name_of(

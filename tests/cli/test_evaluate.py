@@ -20,6 +20,7 @@ from t2i.evaluation.prompts import judge_for, score
 from t2i.evaluation.runs import Run
 from t2i.families.generator import ModelGenerator
 from t2i.training.checkpoint import save_final
+from t2i_cli.evaluate.sweep import parsed
 
 
 def folder_of(path: Path, count: int, level: int, side: int = 16) -> Path:
@@ -291,6 +292,18 @@ def test_a_reason_that_all_points_have_is_said_once(t2i, runs, plain_features):
     assert "noise_scale=1" in done.sentence
     assert "noise_scale=2" in done.sentence
     assert done.sentence.count("--force") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("guidance_scale=1,1.0,2,1e0,2.5", ["1", "2", "2.5"]),
+        ("sampling.sampler=ddim,euler,ddim", ["ddim", "euler"]),
+        ("top_k=null,10", ["null", "10"]),
+    ],
+)
+def test_equal_values_are_one_point(word, values):
+    assert [value for _, value in parsed(word)] == values
 
 
 def test_a_sweep_is_a_job_of_slurm(t2i):

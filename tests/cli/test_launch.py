@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from two_nodes import TWO_NODES
 
 RUN = ("experiment=autoencoder/tiny_kl", "trainer.precision=bf16-mixed")
@@ -56,8 +57,16 @@ def test_a_submission_names_job_script_and_log_and_makes_the_folder(t2i, shapes_
     assert "name=a-2 resume=auto" in Path("got").read_text()
 
 
-def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs):
+def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs, monkeypatch):
+    """Each job is composed once."""
     programs(sbatch='cat "$2" >> got; echo 7')
+    composed, compose = [], ConfigLoaderImpl.load_sweep_config
+
+    def counted(self, config, overrides):
+        composed.append(overrides[-1])
+        return compose(self, config, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     outcome = t2i("train", "-m", *SLURM, *shapes_overrides, "name=s", "seed=0,1,2")
     assert outcome.code == 0, outcome
     said = [line.split(",")[0] for line in outcome.out.splitlines() if line.startswith("Job")]
@@ -65,6 +74,14 @@ def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs):
     text = Path("got").read_text()
     assert text.count("#SBATCH --array=0-2") == 1
     assert [f"seed={i} name=s-{i} resume=auto" in text for i in range(3)] == [True] * 3
+    assert composed == ["seed=0", "seed=1", "seed=2"]
+
+
+def test_of_a_sweep_nothing_is_submitted_where_one_job_cannot_be_composed(t2i, programs):
+    programs(sbatch="touch submitted; echo 7")
+    typed = ("stage=ldm", "cluster=h100x8", "launch=slurm", "experiment=sd-v1/256,sd-v1/521")
+    assert "experiment is 'sd-v1/521'; allowed: " in t2i("train", "-m", *typed).sentence
+    assert not Path("submitted").exists()
 
 
 def test_a_sweep_over_names_keeps_them(t2i, shapes_overrides, programs):

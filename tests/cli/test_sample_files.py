@@ -36,7 +36,7 @@ def test_a_file_of_text(t2i, ldm_file):
     result = t2i("sample", "--prompts-file", "p.txt", "--checkpoint", ldm_file, *FEW)
     assert sorted(pngs()) == ["a-blue-square_0.png", "a-red-circle_0.png", "grid.png"]
     assert result.sentence == ("t2i sample: 1 line of p.txt not drawn (line 4: it is not text in UTF-8).")
-    assert "p.txt: 1 blank lines are passed over." in result.out
+    assert "p.txt: 1 blank line is passed over." in result.out
     assert "1 picture was asked for more than once, and drawn once." in result.out
 
 
