@@ -91,9 +91,9 @@ def _of_folder(folder: Path) -> Rows:
     passed_by: Counter[str] = Counter()
     paths = sorted(_pictures(folder, passed_by))
     if not paths:
-        there = ", ".join(f"{count:,} {cause}" for cause, count in sorted(passed_by.items()))
+        there = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(passed_by.items()))
         raise DataError(
-            f"{folder} holds no pictures{f' but {there}' if there else ''}; allowed: {', '.join(PICTURE_ENDINGS)}."
+            f"{folder} holds no pictures{f' ({there})' if there else ''}; allowed: {', '.join(PICTURE_ENDINGS)}."
         )
 
     def parts(count: int) -> Iterator[Part]:

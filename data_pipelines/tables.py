@@ -109,8 +109,8 @@ def open_table(
     kept = pa.schema([each for each in schema if each.name not in left_out])
     table = Table(files, kept, rows, left_out)
     if rows == 0:
-        causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(table.unusable.items()))
-        raise DataError(f"{source} has no rows" + (f" that can be read: {causes}." if causes else "."))
+        causes = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(table.unusable.items()))
+        raise DataError(f"{source} has no rows" + (f" that can be read ({causes})." if causes else "."))
     return table
 
 

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
         + part_of(rank),
     )
     for cause, count in sorted(table.unusable.items()):
-        console.print(f"Of the table, not read: {count:,} {cause}")
+        console.print(f"Of the table, not read, {cause}: {count:,}")
     for cause, count in sorted(counts.items()):
         console.print(f"Left out, {cause}: {count:,} (named in {out}/*.parquet)")
     if counts["private_address"] and not options.allow_private_addresses:

@@ -98,7 +98,7 @@ def _print(report: Report) -> None:
     if report.left_out:
         console.print(f"Columns of bytes, not written: {', '.join(report.left_out)}")
     for cause, count in sorted(report.unusable.items()):
-        console.print(f"Of the table, not read: {count:,} {cause}")
+        console.print(f"Of the table, not read, {cause}: {count:,}")
     if report.absent:
         console.print(f"In the selection, but not in the metadata: {report.absent:,}")
     left = report.rows

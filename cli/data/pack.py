@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     for cause, count in sorted(report.failed.items()):
         console.print(f"Left out, {cause}: {count} (named in {out}/*_stats.json)")
     for cause, count in sorted(rows.passed_by().items()):
-        console.print(f"Passed by in {options.source}: {count:,} {cause}")
+        console.print(f"Passed by in {options.source}, {cause}: {count:,}")
     if len(report.formats) > 1:
         mixed = ", ".join(f"{count:,} {extension}" for extension, count in report.formats.most_common())
         console.print(

@@ -352,7 +352,7 @@ def test_training_goes_on_from_the_codes_of_a_vqgan(tmp_path, convert):
         (
             "control_model.input_blocks.0.0.weight",
             (4,),
-            "1 weights that no part of the model has: control_model",
+            "1 weight that no part of the model has: control_model",
         ),
         ("model.diffusion_model.label_emb.0.0.weight", (4, 4), "label_emb.0.0.weight] is unknown"),
         ("model.diffusion_model.input_blocks.0.0.weight", (32, 8, 3, 3), "shape (32, 8, 3, 3)"),

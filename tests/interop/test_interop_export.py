@@ -146,10 +146,16 @@ FLOW = {"schedule": {"name": "flow", "shift": 1.0}, "objective": {"prediction": 
         (FLOW, "schedule.name is 'flow'; allowed: linear, scaled_linear, cosine"),
         ({"mask_padding": True}, "mask_padding is True; allowed: false"),
         (
-            {"text__name": "learned", "text__width": 8, "text__depth": 1, "text__heads": 1},
+            {
+                "text__name": "learned",
+                "text__model": None,
+                "text__width": 8,
+                "text__depth": 1,
+                "text__heads": 1,
+            },
             "text.name is 'learned'; allowed: clip, open_clip",
         ),
-        ({"text__name": "minilm"}, "text.name is 'minilm'"),
+        ({"text__name": "minilm", "text__model": None}, "text.name is 'minilm'"),
         ({"text__model": "openai/clip-vit-large-patch14"}, "is not a local folder with a CLIP text model"),
         (
             {"text__name": "open_clip", "text__weights": "a_tag"},

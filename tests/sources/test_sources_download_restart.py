@@ -126,6 +126,6 @@ def test_another_table_or_size_is_refused(server, tmp_path):
         downloaded(table_of(server, tmp_path, ["ok/1", "ok/3"]), out, samples_per_shard=1)
     with pytest.raises(DataError, match="was not downloaded from these rows"):
         downloaded(table_of(server, tmp_path, ["ok/1", "ok/2"]), out, samples_per_shard=1, image_size_px=8)
-    with pytest.raises(DataError, match=r"00001\.tar is not of the table's rows, which fill 1 shards"):
+    with pytest.raises(DataError, match=r"00001\.tar is not of the table's rows, which fill 1 shard;"):
         downloaded(table_of(server, tmp_path, ["ok/1"]), out, samples_per_shard=1)
     assert files(out) == before

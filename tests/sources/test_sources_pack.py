@@ -134,7 +134,7 @@ def test_what_is_no_source(tmp_path):
     for name, words in (
         ("absent.csv", "does not exist"),
         ("notes.doc", "allowed: a folder"),
-        ("bad.jsonl", "has no rows that can be read: 1 lines that are no JSON objects"),
+        ("bad.jsonl", r"has no rows that can be read \(lines that are no JSON objects: 1\)"),
         ("empty", "holds no pictures"),
     ):
         with pytest.raises(DataError, match=words):

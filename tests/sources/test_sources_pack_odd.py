@@ -58,10 +58,10 @@ def test_every_kind_of_picture_and_what_is_none(tmp_path, capsys):
     run([str(tmp_path / "in"), str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert sources(tmp_path / "out") == ["a.jfif", "b.avif", "c.JPE", "d.jp2", "e.tga"]
-    assert f"Passed by in {tmp_path / 'in'}: 2 pictures of a kind that is not read (.heic)" in said
-    assert "1 pictures of a kind that is not read (.svg)" in said
-    assert ": 1 captions without a picture" in said
-    assert ": 2 files that are no pictures" in said
+    assert f"Passed by in {tmp_path / 'in'}, pictures of a kind that is not read (.heic): 2" in said
+    assert "pictures of a kind that is not read (.svg): 1" in said
+    assert ", captions without a picture: 1" in said
+    assert ", files that are no pictures: 2" in said
 
 
 def test_linked_folders_are_followed_once_and_not_in_circles(tmp_path):
@@ -161,8 +161,8 @@ def test_rows_that_cannot_be_read_are_said(tmp_path, capsys):
     run([str(tmp_path / "t.csv"), str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "1 of 2 pictures packed in 1 shard" in said
-    assert ": 1 rows with another number of columns" in said
-    assert ": 1 values that are not UTF-8" in said
+    assert ", rows with another number of columns: 1" in said
+    assert ", values that are not UTF-8: 1" in said
     assert "Left out, caption: 1 " in said
 
 

@@ -270,7 +270,7 @@ def test_the_command(tmp_path, weights, capsys):
     verb.run(arguments)
     said = capsys.readouterr().out
     assert "aesthetic: linear" in said
-    assert "Scored 2 samples of 1 shards" in said
+    assert "Scored 2 samples of 1 shard on" in said
     verb.run(arguments)
     assert "1 of 1 shard had their scores" in capsys.readouterr().out
 

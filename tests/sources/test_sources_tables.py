@@ -142,9 +142,9 @@ def test_a_table_elsewhere_is_copied_once(tmp_path):
         ("t.parquet", "x", "t.parquet cannot be read"),
         ("t.csv", "", "t.csv cannot be read: Empty CSV file"),
         ("t.csv", "url\n", "has no rows"),
-        ("t.csv", "a,b\n1\n3\n", "has no rows that can be read: 2 rows with another number of columns"),
+        ("t.csv", "a,b\n1\n3\n", r"has no rows that can be read \(rows with another number of columns: 2\)"),
         ("t.csv", "a,a\n1,2\n", "two columns of one name: a, a"),
-        ("t.jsonl", '[1]\n{"a"\n', "has no rows that can be read: 2 lines that are no JSON objects"),
+        ("t.jsonl", '[1]\n{"a"\n', r"has no rows that can be read \(lines that are no JSON objects: 2\)"),
     ],
 )
 def test_what_is_no_table(tmp_path, name, content, words):
