@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from t2i.errors import DataError
+from t2i.few import plural
 from t2i.files import written_whole
 
 from .optional import arrow_file, need
@@ -126,7 +127,9 @@ def check_no_more(out: Path, shards: int, source: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.glob("[0-9]" * 5 + ".tar")):
         if int(path.stem) >= shards:
-            raise DataError(f"{path} is not of {source}, which fill {shards} shards; name another folder.")
+            raise DataError(
+                f"{path} is not of {source}, which fill {plural(shards, 'shard')}; name another folder."
+            )
 
 
 def stats_of(shard: Path, digest: str, otherwise: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_shards_of_rows_that_are_gone_are_not_passed_over(tmp_path):
         picture(tmp_path / f"in/{name}.png", name)
     pack(rows_of(tmp_path / "in"), tmp_path / "out", 2, lambda done: None)
     (tmp_path / "in/c.png").unlink()
-    with pytest.raises(DataError, match=r"00001\.tar is not of these rows, which fill 1 shards"):
+    with pytest.raises(DataError, match=r"00001\.tar is not of these rows, which fill 1 shard;"):
         pack(rows_of(tmp_path / "in"), tmp_path / "out", 2, lambda done: None)
 
 

@@ -143,7 +143,7 @@ def test_repacked(tmp_path):
     write_selection(
         kept, [str(tmp_path / "x/00000.tar"), str(tmp_path / "y/00000.tar")], [wanted[0], wanted[1][:1]]
     )
-    with pytest.raises(DataError, match=r"00001\.tar is not of these samples, which fill 1 shards"):
+    with pytest.raises(DataError, match=r"00001\.tar is not of these samples, which fill 1 shard;"):
         repack(kept, tmp_path / "out", 3, done.append)
     write_selection(kept, [str(tmp_path / "x/00000.tar"), str(tmp_path / "y/00000.tar")], wanted)
     with pytest.raises(DataError, match="holds another selection's samples"):
