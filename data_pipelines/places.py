@@ -11,6 +11,7 @@ from pathlib import Path
 
 from t2i.data.sources import beside, is_local, local_path, stem
 from t2i.errors import ConfigError
+from t2i.files import named
 
 
 def places(urls: Sequence[str], suffix: str, out: Path | None) -> dict[str, Path]:
@@ -54,5 +55,5 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
+    with named(path), tempfile.TemporaryFile(dir=path.parent):
         pass

@@ -54,7 +54,10 @@ def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
             raise
         raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(
+            OSError
+        ):  # where nothing can be written, nothing can be removed, and the cause was another
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +28,7 @@ from t2i.interfaces import Batch
 
 log = logging.getLogger(__name__)
 
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 MIN_READS_TO_JUDGE = 100  # before that a share of bad samples says little
 MAX_TRIES = 1000  # samples that are decoded in vain to replace one bad one
 MAX_DEADLINES = 10  # and how long that may take, as a multiple of data.deadline_s
@@ -245,5 +250,21 @@ def build_loader(
         sampler=Positions(stream, start, batch_size, rank, world_size, batches),
         batch_size=None,  # the dataset's items are batches
         num_workers=data.num_workers,
+        worker_init_fn=_leave_signals,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Clusters, `timeout` and terminals ask all processes of a run to stop, and a worker that did would take the step
+    in progress with it: only the process that trains ends its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOPPING).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_TEXT = 500  # letters of a value
 MAX_WANDB_ID = 100  # of the 128 letters that wandb takes
 WANDB = "wandb.json"  # in a run folder
+LATER = "training goes on, and the rows are written when they can be"
 
 
 class MetricsCSV(Logger):
@@ -74,8 +76,7 @@ class MetricsCSV(Logger):
             self.behind = False
         except OSError as error:
             if not self.behind:
-                said = "training goes on, and the rows are written when they can be"
-                log.warning("%s is not written: %s; %s", self.path, error.strerror, said)
+                log.warning("%s is not written: %s; %s", self.path, error.strerror, LATER)
             self.behind = True
 
     def _rewrite(self) -> None:
@@ -116,12 +117,64 @@ class Wandb(WandbLogger):
             super().log_metrics(metrics, step)
 
 
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's files in `folder`/tensorboard. What a resumed run repeats takes the place of what was there before.
+
+    from_step: the step that the run goes on from; 0 for a new one
+    """
+
+    def __init__(self, folder: Path, from_step: int = 0) -> None:
+        again: dict[str, Any] = {"purge_step": from_step + 1} if from_step else {}
+        super().__init__(folder, name="", version="tensorboard", **again)
+        if is_first(os.environ):
+            writer = self.experiment._get_file_writer()
+            writer.event_writer.close()
+            writer.event_writer = EventFile(Path(writer.event_writer._file_name))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        self.experiment.flush()
+
+    def save(self) -> None:
+        """Lightning's own writes a file of hyperparameters too; they are in config.yaml."""
+        self.experiment.flush()
+
+
+class EventFile:
+    """Takes the place of tensorboard's EventFileWriter, whose thread ends the run where the disk is full. What is
+    refused is written later, from the byte on at which it stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting, self.behind = path, b"", False
+
+    def add_event(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.waiting += record.getvalue()
+
+    def flush(self) -> None:
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting) :]
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                log.warning("%s is not written: %s; %s", self.path, error.strerror, LATER)
+            self.behind = True
+
+    def close(self) -> None:
+        self.flush()
+
+
 def build_loggers(config: RunConfig, folder: Path, from_step: int) -> list[Logger]:
     """metrics.csv first, then what config.logger asks for."""
     metrics = MetricsCSV(folder, from_step)
     loggers: list[Logger] = [metrics]
     if config.logger.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        loggers.append(TensorBoard(folder, from_step))
     if config.logger.wandb != "off":
         run_id, told_step = _wandb_run(folder, metrics.reached)
         try:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import unicodedata
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
@@ -21,12 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from t2i.errors import CheckpointError
-from t2i.files import written_whole
+from t2i.files import NO_LINKS, written_whole
 from t2i.launch.lock import locked
 from t2i.launch.processes import from_first
 from t2i.launch.ranks import is_first, job_name
 from t2i.schema import check
 from t2i.training import state_folder
+from t2i.training.checkpoint import images_seen
 
 RUN_FOLDER_VARIABLE = "T2I_RUN_FOLDER"
 FINAL_WEIGHTS = "model.safetensors"
@@ -150,9 +152,14 @@ def enter(folder: Path) -> Path:
     for sub in ("checkpoints", "samples"):
         (folder / sub).mkdir(exist_ok=True)
     link = folder.parent / "latest"
-    fresh = link.with_name(f".latest.{os.getpid()}")
-    fresh.symlink_to(folder.name)
-    fresh.replace(link)
+    fresh = link.with_name(f".latest.{uuid.uuid4().hex[:8]}")  # processes in containers have the same numbers
+    try:
+        fresh.symlink_to(folder.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    else:
+        fresh.replace(link)
     return folder
 
 
@@ -299,11 +306,20 @@ def weights_file(place: str | Path) -> Path:
         )
     saved = checkpoints(path)
     final = path / FINAL_WEIGHTS
-    if final.is_file() and (not saved or final.stat().st_mtime >= saved[-1].stat().st_mtime):
+    if final.is_file() and (not saved or _is_of_the_end(final, saved[-1])):
         return final
     if not saved:
         raise CheckpointError(f"{path} holds no checkpoint yet (checkpoints/step_*, {FINAL_WEIGHTS}).")
     return saved[-1]
+
+
+def _is_of_the_end(final: Path, checkpoint: Path) -> bool:
+    """Whether the run did not go on since: by the images that both have seen, as a copy's files have other times; by
+    these where an older version wrote them."""
+    said, seen = images_seen(final), images_of(checkpoint)
+    if said is not None and seen:
+        return said >= seen
+    return final.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

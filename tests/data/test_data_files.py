@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from t2i.files import LEFT_AFTER_S, user_cache, written_whole
+from t2i_pipelines.places import check_writable
 
 
 def test_the_name_is_given_when_all_is_written(tmp_path):
@@ -136,6 +139,23 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, write):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_read_only_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    """There nothing can be removed either, not even what is not there."""
+
+    def refused(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OSError, match="Read-only") as raised, written_whole(tmp_path / "file"):
+        pass
+    assert raised.value.filename == str(tmp_path / "file")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: refused(Path(dir, "tmpabc")))
+    with pytest.raises(OSError, match="Read-only") as raised:
+        check_writable(tmp_path / "file")
+    assert raised.value.filename == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize("letter", ["n", "\u732b"])

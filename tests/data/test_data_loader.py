@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import json
 import logging
+import multiprocessing
+import subprocess
 
 import numpy as np
 import pytest
@@ -70,6 +72,25 @@ def test_workers_do_not_change_anything(make_data, options):
     for workers in (1, 2):
         batches = load(dataclasses.replace(data, num_workers=workers), 6)
         assert all(same(a, b) for a, b in zip(alone, batches, strict=True))
+
+
+def test_a_signal_to_all_processes_of_a_run_ends_no_worker(make_data):
+    """As clusters and terminals send it: the process that trains decides, and may need the next batch to end a step."""
+    data = make_data([5, 4], num_workers=2)
+    whole = load(data, 8)
+    batches = iter(
+        build_loader(data, size_px=(8, 10), batch_size=4, text_dropout=0.3, min_original_px=0, seed=5)
+    )
+    assert same(next(batches), whole[0])
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for name in ("INT", "TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert all(same(next(batches), batch) for batch in whole[1:])
+    for worker in workers:
+        worker.terminate()  # their own parent
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("options", [{}, RANDOM])

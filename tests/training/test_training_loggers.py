@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import errno
 import re
+import resource
 import shlex
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 
 from t2i.errors import ConfigError
-from t2i.training.loggers import MetricsCSV, _wandb_id, _wandb_run, log_config, sync_command
+from t2i.training.loggers import MetricsCSV, TensorBoard, _wandb_id, _wandb_run, log_config, sync_command
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -136,7 +137,7 @@ def test_tensorboard_compares_runs_by_their_settings(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    logger = TensorBoard(tmp_path)
     log_config([MetricsCSV(tmp_path), logger], SETTINGS)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -150,6 +151,44 @@ def test_tensorboard_compares_runs_by_their_settings(tmp_path):
     assert told["name"].string_value == "None"
     assert told["seed"].string_value == str(10**30)
     assert len(told["data.shards"].string_value) <= 500
+
+
+def told_to_tensorboard(folder: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_tensorboard_has_each_step_once_however_often_a_run_is_started(tmp_path):
+    """Each start but the last is killed: nothing is closed."""
+    for from_step, steps in ((0, range(1, 7)), (4, range(5, 8)), (4, range(5, 10))):
+        logger = TensorBoard(tmp_path, from_step)
+        for step in steps:
+            logger.log_metrics({"loss": float(step)}, step)
+    assert told_to_tensorboard(tmp_path) == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_what_a_full_disk_refuses_of_tensorboards_files_is_written_later(tmp_path, caplog):
+    """And training goes on; the disk takes a part of a record."""
+    logger = TensorBoard(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    (path,) = (tmp_path / "tensorboard").glob("events.*")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+        for step in (2, 3):
+            logger.log_metrics({"loss": float(step)}, step)
+            logger.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.message for record in caplog.records] == [
+        f"{path} is not written: File too large; training goes on, and the rows are written when they can be"
+    ]
+    assert told_to_tensorboard(tmp_path) == [(1, 1.0)]
+    logger.finalize("success")
+    assert told_to_tensorboard(tmp_path) == [(step, float(step)) for step in (1, 2, 3)]
 
 
 def test_a_run_folder_is_one_run_at_wandb_and_no_other_one(tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from t2i.errors import CheckpointError, UserError
 from t2i.launch.lock import locked
 from t2i.training import run_folder, state_folder
+from t2i.training.checkpoint import save_final
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +172,39 @@ def test_weights_are_the_final_ones_unless_the_run_went_on(tmp_path):
     file = folder / "checkpoints" / "step_0000001"
     assert run_folder.weights_file(file) == file
     assert run_folder.weights_file(tmp_path / "ldm" / "latest").resolve().parent.parent == folder.resolve()
+
+
+def test_a_copy_of_a_run_has_the_same_final_weights(tmp_path):
+    """Files of a copy have the times at which they were copied, in any order."""
+    folder = new_run(tmp_path, "a")
+
+    def saved_with(images: int, time_s: int) -> Path:
+        path = folder / "checkpoints" / f"step_{images:07d}"
+        path.mkdir()
+        (path / state_folder.MARK).write_text(json.dumps({"files": {}, "t2i": {"images_seen": images}}))
+        os.utime(path, (time_s, time_s))
+        return path
+
+    saved_with(64, 2_000)
+    final = folder / run_folder.FINAL_WEIGHTS
+    save_final({"a": torch.ones(1)}, {"config": {}, "extra": {}, "images_seen": 64}, final)
+    os.utime(final, (1_000, 1_000))
+    assert run_folder.weights_file(folder) == final
+    later = saved_with(96, 500)  # the run was made longer, and the clock set back
+    assert run_folder.weights_file(folder) == later
+
+
+def test_the_link_to_the_latest_is_made_wherever_there_are_links(tmp_path, monkeypatch):
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm" / f".latest.{os.getpid()}").symlink_to("killed")  # of a process with this one's number
+    assert new_run(tmp_path, "a").samefile(tmp_path / "ldm" / "latest")
+
+    def refused(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)  # as exFAT
+    assert new_run(tmp_path, "b").is_dir()
+    assert (tmp_path / "ldm" / "latest").resolve().name == "a"
 
 
 def test_what_cannot_be_found_is_one_sentence(tmp_path):
