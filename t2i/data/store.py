@@ -88,7 +88,7 @@ class ShardStore:
         """Copies a remote shard, if no other process does that now. Raises SourceError."""
         copied = self._place(url)
         if not copied.exists():
-            with _locked(copied, wait=None) as mine:
+            with _locked(url, copied, wait=None) as mine:
                 if mine:
                     self._make_locked(url, copied, partial(self._fetch, url))
 
@@ -111,7 +111,7 @@ class ShardStore:
             return
         # Whoever copies has deadlines of its own; no growth for longer than these says that it hangs nevertheless.
         wait_s = self.limits.deadline_s * (self.limits.attempts + 1)
-        with _locked(copied, wait_s) as mine:
+        with _locked(url, copied, wait_s) as mine:
             if copied.exists():
                 return
             if not mine:
@@ -126,7 +126,7 @@ class ShardStore:
             make(part)
             part.replace(copied)
         except OSError as error:  # of this machine's disk
-            raise SourceError(url, f"{copied.parent} takes no copy: {error.strerror or error}") from error
+            raise _takes_none(url, copied, error) from error
         finally:
             part.unlink(missing_ok=True)
         self._evict(but=copied)
@@ -170,16 +170,24 @@ def read_ahead(file: IO[bytes]) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
+def _takes_none(url: str, copied: Path, error: OSError) -> SourceError:
+    return SourceError(url, f"{copied.parent} takes no copy: {error.strerror or error}")
+
+
 def _part(copied: Path) -> Path:
     return copied.with_name(copied.name + ".part")
 
 
 @contextlib.contextmanager
-def _locked(copied: Path, wait: float | None) -> Iterator[bool]:
+def _locked(url: str, copied: Path, wait: float | None) -> Iterator[bool]:
     """True with the lock of `copied`; False without it, at once where `wait` is None, else once `copied` is there or
-    has not grown for `wait` seconds. The system frees the lock of a process that dies."""
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    with copied.with_name(copied.name + ".lock").open("w") as lock:
+    has not grown for `wait` seconds. The system frees the lock of a process that dies. Raises SourceError."""
+    try:
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        opened = copied.with_name(copied.name + ".lock").open("w")
+    except OSError as error:
+        raise _takes_none(url, copied, error) from error
+    with opened as lock:
         size, since = -1, time.monotonic()
         while True:
             try:

@@ -157,7 +157,7 @@ def enter(folder: Path) -> Path:
         fresh.symlink_to(folder.name)
     except OSError as error:
         if error.errno not in NO_LINKS:
-            raise
+            raise OSError(error.errno, error.strerror, str(link)) from error
     else:
         fresh.replace(link)
     return folder

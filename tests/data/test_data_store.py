@@ -158,3 +158,17 @@ def test_a_full_or_forbidden_disk_is_said(server, monkeypatch):
     monkeypatch.setattr(sources, "copy", no_room)
     with pytest.raises(SourceError, match="takes no copy: No space left on device"):
         ShardStore(QUICK).path(f"{url}/a.tar")
+
+
+@pytest.mark.parametrize("method", ["mkdir", "open"])
+def test_a_cache_that_cannot_be_written_is_said(server, monkeypatch, method):
+    url, folder, _ = server
+    (folder / "a.tar").write_bytes(b"x")
+
+    def refused(path, *args, **kwargs):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, method, refused)
+    cannot = rf"^{url}/a\.tar cannot be read: {cache_folder()} takes no copy: Read-only file system\.$"
+    with pytest.raises(SourceError, match=cannot):
+        ShardStore(QUICK).path(f"{url}/a.tar")

@@ -199,11 +199,16 @@ def test_the_link_to_the_latest_is_made_wherever_there_are_links(tmp_path, monke
     (tmp_path / "ldm" / f".latest.{os.getpid()}").symlink_to("killed")  # of a process with this one's number
     assert new_run(tmp_path, "a").samefile(tmp_path / "ldm" / "latest")
 
-    def refused(*args):
-        raise OSError(errno.EPERM, "Operation not permitted")
+    def refused(link, target):
+        raise OSError(number, os.strerror(number), target, None, str(link))
 
-    monkeypatch.setattr(Path, "symlink_to", refused)  # as exFAT
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    number = errno.EPERM  # as exFAT
     assert new_run(tmp_path, "b").is_dir()
+    number = errno.EROFS
+    with pytest.raises(OSError, match="Read-only") as raised:
+        new_run(tmp_path, "c")
+    assert raised.value.filename == str(tmp_path / "ldm" / "latest")
     assert (tmp_path / "ldm" / "latest").resolve().name == "a"
 
 
