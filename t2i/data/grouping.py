@@ -64,7 +64,7 @@ class Samples:
             self._end_run()
             if found.cause == "truncated":
                 if self._last is None:
-                    self._last = self._new_row(self.name, 0)
+                    self._last = self._new_row(self.name)
                 self.flaws[self._last] = found.cause
             if found.size:
                 self._gaps.append(_Gap(found.size, self._last, found.cause == "truncated", found.cut))
@@ -118,9 +118,9 @@ class Samples:
         flat = rows * len(extensions) + columns
         return extensions, offsets, sizes, frozenset(flat[self.linked].tolist())
 
-    def _new_row(self, key: str, has: int) -> int:
+    def _new_row(self, key: str) -> int:
         self.keys.append(key)
-        self._has.append(has)
+        self._has.append(0)
         return len(self.keys) - 1
 
     def _end_run(self) -> None:
@@ -151,7 +151,7 @@ class Samples:
         if fitting and not self._repeats:
             self._joined += 1
             return fitting[0]
-        row = self._new_row(key, 0)
+        row = self._new_row(key)
         self._rows_of[key] = [*rows, row] if rows else row
         if self._repeats:
             self.flaws[row] = "duplicate"
@@ -201,7 +201,7 @@ class Samples:
             given += here
             place = "at its end" if gap.after is None else f"before {self.keys[gap.after]}"
             for number in range(1, here + 1):
-                row = self._new_row(f"{self.name} {place}" + (f", {number}" if number > 1 else ""), 0)
+                row = self._new_row(f"{self.name} {place}" + (f", {number}" if number > 1 else ""))
                 self.flaws[row] = "damaged"
 
     def _lost(self) -> int:

@@ -121,11 +121,11 @@ class Manifolds:
     coverage: float
 
 
-def manifolds(generated: Tensor, real: Tensor, nearest: int = NEAREST) -> Manifolds:
-    """As the package prdc has them: a ball reaches to the `nearest`-th neighbour, its border left out. Of more than
+def manifolds(generated: Tensor, real: Tensor) -> Manifolds:
+    """As the package prdc has them: a ball reaches to the NEAREST-th neighbour, its border left out. Of more than
     MOST_NEIGHBOURS pictures the first ones."""
     generated, real = (each[:MOST_NEIGHBOURS].double() for each in (generated, real))
-    of_real, of_generated = _reach(real, nearest), _reach(generated, nearest)
+    of_real, of_generated = _reach(real), _reach(generated)
     hit = torch.zeros(len(generated), dtype=torch.int64)  # by how many real balls
     reached = covered = 0
     for start in range(0, len(real), BLOCK):
@@ -137,19 +137,19 @@ def manifolds(generated: Tensor, real: Tensor, nearest: int = NEAREST) -> Manifo
     return Manifolds(
         precision=float((hit > 0).double().mean()),
         recall=reached / len(real),
-        density=float(hit.double().mean()) / nearest,
+        density=float(hit.double().mean()) / NEAREST,
         coverage=covered / len(real),
     )
 
 
-def _reach(features: Tensor, nearest: int) -> Tensor:
-    """(N,) squared distances to the nearest-th neighbour; each is the first of its own."""
+def _reach(features: Tensor) -> Tensor:
+    """(N,) squared distances to the NEAREST-th neighbour; each is the first of its own."""
     parts = []
     for start in range(0, len(features), BLOCK):
         square = _squares(features[start : start + BLOCK], features)
         rows = torch.arange(len(square))
         square[rows, start + rows] = 0.0
-        parts.append(square.kthvalue(nearest + 1).values)
+        parts.append(square.kthvalue(NEAREST + 1).values)
     return torch.cat(parts)
 
 

@@ -15,17 +15,18 @@ from t2i.generation.prompts import Line
 from t2i.generation.recipes import Recipe, chunk, found_in, identity
 from t2i.training.pictures import save_picture
 
+MAX_SLUG = 60  # bytes
 TAKEN = "{} is there and is not the picture that this recipe makes; allowed: an --out without that file."
 
 
-def slug(prompt: str, length: int = 60) -> str:
-    """The words of the prompt, in any script, as part of a file name of at most `length` bytes: in lower case, as some
+def slug(prompt: str) -> str:
+    """The words of the prompt, in any script, as part of a file name of at most MAX_SLUG bytes: in lower case, as some
     systems take A and a for the same. One that is too long ends in a digest of the whole prompt, so that prompts with
     the same beginning have names of their own; one without a word is the digest."""
     name = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt.lower())).strip("-")
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-    if len(name.encode()) > length:
-        name = f"{name.encode()[: length - 9].decode(errors='ignore').strip('-')}-{digest}"
+    if len(name.encode()) > MAX_SLUG:
+        name = f"{name.encode()[: MAX_SLUG - 9].decode(errors='ignore').strip('-')}-{digest}"
     return name or (digest if prompt else "empty")
 
 

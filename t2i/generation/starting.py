@@ -55,12 +55,8 @@ def read_start(
         words = [f"{height} x {width} pixels" for height, width in (found, stored)]
         check(found == stored, f"--mask {mask}", words[0], f"{words[1]}, as {image} has (height x width)")
         marked = read_mask(mask, size_px)
-        check(
-            bool(marked.any()),
-            f"--mask {mask}",
-            "black or transparent all over",
-            "white where the picture is drawn anew",
-        )
+        allowed = "white (128 or more of 255) where the picture is drawn anew"
+        check(bool(marked.any()), f"--mask {mask}", "white nowhere", allowed)
     if extend is not None:
         sides = tuple(extend.get(side, 0) for side in SIDES)
         marked = F.pad(torch.zeros(1, *size_px) if marked is None else marked, sides, value=1.0)

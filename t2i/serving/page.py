@@ -73,7 +73,7 @@ class Fields:
         size_px, limits = service.generator.default_size_px, service.limits
         with gr.Row():
             with gr.Column(scale=2):
-                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+                self.prompt = gr.Textbox(label="Prompt (Shift+Enter draws)", lines=2, elem_id="prompt")
                 self.negative = gr.Textbox(label="Negative prompt", elem_id="negative")
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
@@ -121,24 +121,29 @@ class Fields:
         self.job = gr.State("")
         inputs = [self.prompt, self.negative, self.seed, self.count, self.height, self.width]
         self.inputs = [*inputs, self.image, self.strength, self.tile, *self.extend, *self.of_options]
-        outputs = [self.job, self.status, self.pictures]
+        outputs = [self.job, self.status, self.pictures, draw]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         together: dict[str, Any] = private | {"concurrency_limit": None}
-        gr.on([draw.click, self.prompt.submit], self.draw, self.inputs, outputs, **together)
+        drawn = gr.on([draw.click, self.prompt.submit], self.draw, self.inputs, outputs, **together)
+        drawn.then(lambda: gr.Button(interactive=True), None, draw, queue=False, **private)
         stop.click(self.stop, self.job, None, queue=False, **private)
 
-    def draw(self, *given: Any) -> Iterator[tuple[str, str, list[str]]]:
-        """(job, status, pictures), again and again until the job has ended."""
+    def draw(self, *given: Any) -> Iterator[tuple[str, str, list[str], gr.Button]]:
+        """(job, status, pictures, the button that draws), again and again until the job has ended: until then a press
+        would draw nothing."""
         try:
             job = self.service.ask(self.wanted(*given))
         except UserError as error:
-            yield "", str(error), []
+            yield "", str(error), [], gr.Button(interactive=True)
             return
         try:
-            while not job.ended:
-                yield job.id, spoken(self.service, job), [offered(path) for path in job.pictures]
+            while True:
+                ended = job.ended
+                pictures = [offered(path) for path in job.pictures]
+                yield job.id, spoken(self.service, job), pictures, gr.Button(interactive=ended)
+                if ended:
+                    return
                 time.sleep(LOOK_S)
-            yield job.id, spoken(self.service, job), [offered(path) for path in job.pictures]
         finally:  # the page was closed
             self.service.queue.stop(job)
 

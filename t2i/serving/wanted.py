@@ -50,7 +50,7 @@ class Wanted:
     image: a picture file (PNG, JPEG, WebP) in base64, to start from; resized and cut to fit, on white
         where it is transparent
     strength: how far from `image`, above 0, at most 1; null: 0.8, or 1 with `mask` or `extend`
-    mask: a picture file in base64, of the size of `image`: white where it is drawn anew, black or
+    mask: a picture file in base64, of the size of `image`: white (128 or more of 255) where it is drawn anew, black or
         transparent where it is kept
     extend: pixels by side (left, right, top, bottom) that are drawn around `image`
     tile: the axes along which the pictures continue on their other side: "x", "y", "xy" or "" for none

@@ -22,6 +22,7 @@ from t2i.training.stage import BaseStage
 from t2i.training.waits import DataWait
 
 NUM_PREVIEW_PICTURES = 16
+NUM_SOME_IMAGES = 512
 
 
 class ShardData(L.LightningDataModule):
@@ -102,7 +103,7 @@ def preview_batch(config: RunConfig) -> Batch:
     return read_all(first, shards, config.resolution.size_px, NUM_PREVIEW_PICTURES, allow_pipes=True)
 
 
-def some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
+def some_images(config: RunConfig) -> Iterator[Tensor]:
     """Square pictures (B, 3, H, W) from the start of the training data, the same in every process, as many at a time as
     in training."""
     mixture = {name: dataclasses.replace(part, encoded=None) for name, part in config.data.mixture.items()}
@@ -110,5 +111,5 @@ def some_images(config: RunConfig, num_images: int = 512) -> Iterator[Tensor]:
     size = config.trainer.images_at_a_time
     trainer = dataclasses.replace(config.trainer, batch_size=size, micro_batches=1, global_batch_size=None)
     loader = iter(loader_from(dataclasses.replace(config, data=data, trainer=trainer)))
-    for _ in range(-(-num_images // size)):
+    for _ in range(-(-NUM_SOME_IMAGES // size)):
         yield next(loader).to("cpu").image

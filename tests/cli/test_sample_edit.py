@@ -308,7 +308,8 @@ def test_an_out_without_a_name_is_not_this_folder(t2i) -> None:
     ("size", "value", "sentence"),
     [
         ((32, 40), 255, "--mask m.png is '32 x 40 pixels'; allowed: 32 x 32 pixels, as a.png has"),
-        ((32, 32), 0, "--mask m.png is 'black or transparent all over'; allowed: white where"),
+        ((32, 32), 0, "--mask m.png is 'white nowhere'; allowed: white (128"),
+        ((32, 32), 127, "--mask m.png is 'white nowhere'; allowed: white (128"),
     ],
 )
 def test_a_mask_that_does_not_do_is_one_sentence(t2i, weights, size, value, sentence) -> None:

@@ -23,7 +23,7 @@ def test_vqgan_f16(compose_run, num_codes):
     with torch.device("meta"):
         codec = build_codec(model)
         adversarial = model.adversarial
-        discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
+        discriminator = PatchDiscriminator(adversarial.base_channels, adversarial.num_layers)
     assert (count(codec.encoder), count(codec.decoder)) == (29_298_176, 42_449_795)
     assert count(codec) + codec.codebook.codes.numel() == 72_141_699 + (num_codes - 1_024) * 256
     assert count(discriminator) == 2_765_633

@@ -78,7 +78,9 @@ def test_draws(model):
     request = SampleRequest(CAPTIONS, [0, 1, 2], 32, 32)
     images = model.eval().generate(request, dataclasses.replace(model.config.sampling, guidance_scale=2.0))
     assert images.shape == (3, 3, 32, 32)
-    with pytest.raises(ConfigError, match="between is 'two prompts'; allowed: none with a model of words"):
+    with pytest.raises(
+        ConfigError, match="between is 'given'; allowed: none with this model: nothing lies between two words"
+    ):
         model.check(
             dataclasses.replace(request, between=Between([0.5] * 3, prompts=CAPTIONS)), model.config.sampling
         )

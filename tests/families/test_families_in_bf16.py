@@ -84,7 +84,7 @@ def test_how_well_captions_fit_pictures(bf16):
 def test_logits_of_discriminators(bf16):
     image, pooled = torch.randn(2, 3, 32, 32), torch.randn(2, 16)
     judged = Discriminator(DiscriminatorConfig(8, 4, "none", "projection"), 16, 32)
-    assert PatchDiscriminator(3, 8, 2)(image).dtype == torch.float32
+    assert PatchDiscriminator(8, 2)(image).dtype == torch.float32
     assert judged(image, pooled).dtype == torch.float32
 
 

@@ -62,7 +62,9 @@ def test_a_pipe_holds_no_recipe(tmp_path: Path) -> None:
 def test_a_mask_that_paints_nothing_white_is_one_sentence(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "m.png")
-    with pytest.raises(ConfigError, match=r"m\.png is 'black or transparent all over'; allowed: white where"):
+    with pytest.raises(
+        ConfigError, match=r"m\.png is 'white nowhere'; allowed: white \(128 or more of 255\) where"
+    ):
         read_start(tmp_path / "a.png", None, tmp_path / "m.png")
 
 

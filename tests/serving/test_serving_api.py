@@ -108,7 +108,7 @@ def test_a_picture_is_extended_and_a_part_of_it_drawn_anew(ask, body, size):
         ({"extend": {"left": 8}, "height": 8, "width": 8}, "less than the whole, 8 x 8 px"),
         ({"extend": {"left": 1020}}, "height x width is '8 x 1028'; allowed: at most 1024 each."),
         ({"mask": png((4, 8), 255)}, "is '8 x 4 pixels'; allowed: 8 x 8 pixels"),
-        ({"mask": png((8, 8))}, "mask is 'black or transparent all over'; allowed: white where"),
+        ({"mask": png((8, 8))}, "mask is 'white nowhere'; allowed: white (128"),
         ({"extend": {"left": 1}, "image": png((2000, 2000))}, "height x width is '2000 x 2001'"),
         ({"image": png((5000, 5000))}, "image is '5000 x 5000 px'; allowed: at most 16,777,216 pixels."),
         ({"image": "héé"}, "image is not a picture file in base64"),

@@ -122,8 +122,10 @@ def test_pictures_appear_as_they_are_drawn_and_draw_again_by_their_recipe(served
 def test_the_stop_button_stops(served):
     draw(served, "a green star", steps=1000)
     served.page.get_by_text(re.compile(r"step \d+ of 1000")).wait_for()
+    assert served.page.locator("#draw").is_disabled()  # a press would draw nothing
     served.page.locator("#stop").click()
     served.page.get_by_text("Stopped: 0 of 1 picture.").wait_for()
+    until(served.page.locator("#draw").is_enabled)
     assert not list(served.pictures.glob("a-green-star*"))
 
 

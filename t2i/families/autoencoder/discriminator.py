@@ -9,7 +9,7 @@ from t2i.nn.precision import widened
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, in_channels, H, W) in [-1, 1] -> logits (B, 1, h, w), one per patch, in float32 at least.
+    """(B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), one per patch, in float32 at least.
 
     Patches overlap, and are 70 px wide for 3 layers. H and W are 3 * 2^num_layers px or more. Normalised by
     GroupNorm where the paper has BatchNorm: its statistics belong to one picture, so they are the same
@@ -17,9 +17,9 @@ class PatchDiscriminator(nn.Module):
     start as N(0, 0.02) (1611.07004, section 6.2).
     """
 
-    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, base_channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
-        first = nn.Conv2d(in_channels, base_channels, 4, stride=2, padding=1)
+        first = nn.Conv2d(3, base_channels, 4, stride=2, padding=1)
         layers: list[nn.Module] = [first, nn.LeakyReLU(0.2)]
         width = base_channels
         for i in range(1, num_layers + 1):

@@ -28,7 +28,7 @@ def planned_networks(config: RunConfig, builds_on: Mapping[str, Mapping[str, Any
     with torch.device("meta"):
         codec = build_codec(model)
         perceptual = build_architecture(model.perceptual.name)
-        discriminator = PatchDiscriminator(3, adversarial.base_channels, adversarial.num_layers)
+        discriminator = PatchDiscriminator(adversarial.base_channels, adversarial.num_layers)
     code_shape = (codec.code_channels, *codec.latent_shape(size, size)[1:])
 
     def image(batch: int, side: int = size, learned: bool = False) -> Tensor:

@@ -59,7 +59,7 @@ class Stage(BaseStage):
         self.discriminator: nn.Module | None = None
         if model.adversarial.start_images is not None:
             self.discriminator = PatchDiscriminator(
-                3, model.adversarial.base_channels, model.adversarial.num_layers
+                model.adversarial.base_channels, model.adversarial.num_layers
             )
 
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:

@@ -38,9 +38,7 @@ def seen_before(pattern: Pattern, query: Tensor, key: Tensor, columns: int, kern
     return (back >= 0) & (up <= half) & (across.abs() <= half)
 
 
-def axial_mask(
-    pattern: Pattern, query: Tensor, key: Tensor, columns: int, first: int, kernel: int = KERNEL
-) -> Tensor:
+def axial_mask(pattern: Pattern, query: Tensor, key: Tensor, columns: int, first: int) -> Tensor:
     """(n, m) bool, True where slot i of the queries sees slot j of the keys. Slots that hold no code, those of the text
     and the start, are seen by all after them, and see all before them.
 
@@ -50,4 +48,4 @@ def axial_mask(
     slots = torch.arange(len(key), device=key.device)
     before = slots[None] <= first + torch.arange(len(query), device=key.device)[:, None]
     without = (query < 0)[:, None] | (key < 0)[None]
-    return before & (without | seen_before(pattern, query, key, columns, kernel))
+    return before & (without | seen_before(pattern, query, key, columns))

@@ -71,9 +71,10 @@ class Autoregressive(CodesModel):
         for key in ("mask", "image", "noise"):
             check(getattr(request, key) is None, key, "given", allowed)
         check(not request.tile, "tile", request.tile, "none with this model")
-        check_between(request)
         words = self.config.transformer.conditioning == "words"
-        check(not words or request.between is None, "between", "two prompts", "none with a model of words")
+        allowed = "none with this model: nothing lies between two words, or two choices of a code"
+        check(not words or request.between is None, "between", "given", allowed)
+        check_between(request)
         if self.low is not None:
             check_low_request(request, self.low, (self.low.size_px, self.low.size_px))
 

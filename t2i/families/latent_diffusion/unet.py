@@ -115,7 +115,7 @@ class UNet(Denoiser):
         self.time_embed = time_network(config.model_channels)
 
         def residual(in_channels: int, out_channels: int) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, time_dim, config.dropout, zero_init_out=True)
+            return ResidualBlock(in_channels, out_channels, time_dim, config.dropout)
 
         def residual_and_attention(in_channels: int, out_channels: int, level: int) -> list[nn.Module]:
             layers: list[nn.Module] = [residual(in_channels, out_channels)]

@@ -42,7 +42,7 @@ class ResBlock(ResidualBlock):
         config: UNetConfig,
         resample: Literal["up", "down"] | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, time_dim, config.dropout, zero_init_out=True)
+        super().__init__(in_channels, out_channels, time_dim, config.dropout)
         self.in_layers[0], self.out_layers[0] = (
             config_norm(config, in_channels),
             config_norm(config, out_channels),
@@ -57,9 +57,8 @@ class ResBlock(ResidualBlock):
             return F.avg_pool2d(x, 2)
         return doubled(x) if self.resample == "up" else x
 
-    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
         """x: (B, in_channels, h, w), time_embedding: (B, time_dim) -> (B, out_channels, h', w')."""
-        assert self.emb_layers is not None
         norm, activation, conv = self.in_layers
         h = conv(self._resampled(activation(norm(x))))
         embedding = self.emb_layers(time_embedding)[:, :, None, None]
