@@ -46,7 +46,7 @@ class FetchError(Exception):
     """
 
     def __init__(self, cause: str, detail: str, may_pass: bool = False, after_s: float | None = None) -> None:
-        super().__init__(f"{cause}: {detail}")
+        super().__init__(f"{cause}: {' '.join(detail.split())}")
         self.cause = cause
         self.may_pass = may_pass
         self.after_s = after_s
@@ -75,7 +75,8 @@ def open_session(connections: int, allow_private_addresses: bool) -> aiohttp.Cli
 async def fetch(session: aiohttp.ClientSession, url: str | None, limits: FetchLimits) -> bytes:
     """The body of `url`. Tries again after connection errors, 429 and 5xx, with growing pauses or the one that the
     server asks for, as long as the deadline leaves time. Raises FetchError."""
-    if not url or not url.lower().startswith(("http://", "https://")):
+    url = (url or "").strip()  # as browsers do
+    if not url.lower().startswith(("http://", "https://")):
         raise FetchError("url", "neither http:// nor https://" if url else "there is none")
     loop = asyncio.get_running_loop()
     last = ""

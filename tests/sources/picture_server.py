@@ -92,7 +92,10 @@ class Server:
                 await response.write(bytes(1 << 16))
         if what == "zipped":
             headers = {"Content-Encoding": "gzip"}
-            return web.Response(body=gzip.compress(bytes(50 << 20)), headers=headers)
+            plain = bytes(50 << 20)
+            return web.Response(
+                body=b"not gzip" if rest == "badly" else gzip.compress(plain), headers=headers
+            )
         if what == "cut":
             response = web.StreamResponse(headers={"Content-Length": "10000"})
             await response.prepare(request)

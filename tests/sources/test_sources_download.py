@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from picture_server import CountingServer, Server, downloaded, encoded, files, read, rows, table_of
@@ -132,6 +133,15 @@ def test_what_fails_is_in_the_table_with_its_cause(server, tmp_path):
     assert {path: server.calls[path] for path in ("status/404", "status/503", "busy/", "cut/", "robots/noai")} == {
         "status/404": 1, "status/503": 2, "busy/": 1, "cut/": 2, "robots/noai": 1
     }  # fmt: skip
+
+
+def test_space_around_a_url_is_no_part_of_it(server, tmp_path):
+    url, broken = server.url("ok/1"), server.url("zipped/badly")
+    urls = [f" {url}", f"{url}\n", f"\t{url} ", broken, " "]
+    pq.write_table(pa.table({"url": urls, "caption": list("abcde")}), tmp_path / "table.parquet")
+    report = downloaded(tmp_path / "table.parquet", tmp_path / "out")
+    assert report.statuses == {"success": 3, "connection": 1, "url": 1}
+    assert "\n" not in rows(tmp_path / "out")[3]["error_message"]
 
 
 def test_what_passes_is_tried_again(server, tmp_path):
