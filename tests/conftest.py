@@ -149,3 +149,28 @@ def compose_small(compose_run, tiny_vq) -> Callable[..., RunConfig]:
         return compose_run(*arguments, *(f"builds_on.{key}={tiny_vq}" for key in builds_on))
 
     return compose_small
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP with random weights, as transformers saves one."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from t2i.interop import clip
+    from t2i.interop.run_out import write_files
+
+    folder = tmp_path_factory.mktemp("clip")
+    write_files(folder, clip.tokenizer_files(77))
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=width | {"vocab_size": 49408, "eos_token_id": 49407},
+        vision_config=width | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = CLIPModel(config)
+    for projection in (model.visual_projection, model.text_projection):
+        torch.nn.init.orthogonal_(projection.weight)
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder

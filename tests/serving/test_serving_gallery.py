@@ -63,32 +63,7 @@ def test_likeness_is_of_the_pictures(features, folder):
     assert names(gallery.like(torch.tensor((-1.0, 0.8, -1.0))[:, None, None].expand(3, 4, 4), 1)) == ["green"]
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A small CLIP with random weights, as transformers saves one."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    from t2i.interop import clip
-    from t2i.interop.run_out import write_files
-
-    folder = tmp_path_factory.mktemp("clip")
-    write_files(folder, clip.tokenizer_files(77))
-    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=width | {"vocab_size": 49408, "eos_token_id": 49407},
-        vision_config=width | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    model = CLIPModel(config)
-    for projection in (model.visual_projection, model.text_projection):
-        torch.nn.init.orthogonal_(projection.weight)
-    model.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return folder
-
-
-def test_clip_finds_what_pictures_show(clip_folder, tmp_path):
+def test_clip_finds_what_pictures_show(small_clip, tmp_path):
     """In the order of the cosines that transformers computes; what has the words in its prompt comes first."""
     from transformers import CLIPModel, CLIPProcessor
 
@@ -100,15 +75,15 @@ def test_clip_finds_what_pictures_show(clip_folder, tmp_path):
         image = torch.rand(3, 4, 4, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
         prompt = "a fox" if i == 3 else "no word of it"
         save_png(2 * image - 1, path, **{RECIPE_KEY: json.dumps({"prompt": prompt, "seed": i})})
-    gallery = Gallery(tmp_path, clip_features(str(clip_folder), torch.device("cpu")))
+    gallery = Gallery(tmp_path, clip_features(str(small_clip), torch.device("cpu")))
 
-    processor = CLIPProcessor.from_pretrained(clip_folder)
+    processor = CLIPProcessor.from_pretrained(small_clip)
     pictures = [Image.open(path) for path in paths]
     inputs = processor(
         text=["a dog in the snow", "a fox"], images=pictures, return_tensors="pt", padding=True
     )
     with torch.inference_mode():
-        out = CLIPModel.from_pretrained(clip_folder).eval()(**inputs)
+        out = CLIPModel.from_pretrained(small_clip).eval()(**inputs)
     orders = out.logits_per_text.argsort(dim=1, descending=True).tolist()
     assert orders[0] != orders[1]
     assert names(gallery.search("a dog in the snow", 10)) == [str(i) for i in orders[0]]
