@@ -116,7 +116,7 @@ def read(path: Path) -> Statistics:
             features, mean, covariance = (
                 file.get_tensor(name) for name in ("features", "mean", "covariance")
             )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as statistics of a reference: {error}.") from error
     if not isinstance(about, dict):
         raise DataError(f"{path} was not written by `t2i evaluate`: it does not say what it is of.")

@@ -66,7 +66,7 @@ def _coco(text: str, path: Path, rng: random.Random) -> list[Prompt]:
         by_picture: dict[Any, list[str]] = {}
         for each in annotations:
             by_picture.setdefault(each["image_id"], []).append(each["caption"].strip())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"--prompts {path} is not COCO's captions ({type(error).__name__}: {error}); allowed: "
             '{"annotations": [{"image_id": 1, "caption": "..."}, ...]}.'

@@ -6,6 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from t2i.errors import ConfigError
+from t2i.weight_file import reason_of
+
+MOST_WEIGHTS = (
+    2**15
+)  # of a network: a stranger's file may claim any depth, and a module takes time and memory
 Entries = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,6 +43,32 @@ class Formats:
     shapes: Callable[[Mapping[str, Any]], Shapes]
     to_run: Callable[[Mapping[str, Any]], Entries]
     from_run: Callable[[Mapping[str, Any]], Entries]
+
+
+def shapes_of(build: Callable[[], nn.Module], key: str) -> Shapes:
+    """Of the module's state dict; nothing of its sizes is allocated. Raises ConfigError, which names `key`, where it
+    would have more than MOST_WEIGHTS weights, or numbers than can be counted."""
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_WEIGHTS:
+            raise ConfigError(
+                f"{key} describes a network of more than {MOST_WEIGHTS:,} weights; allowed: fewer."
+            )
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what torch counts
+        raise ConfigError(
+            f"{key} describes a network of sizes that cannot be: {reason_of(error)}."
+        ) from error
+    finally:
+        hook.remove()
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 NO_FOREIGN_FORM = "(other kinds have no foreign form)"

@@ -83,7 +83,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Line]]:
             try:
                 line = json.loads(text)
                 yield str(line["id"]), line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
 

@@ -141,6 +141,13 @@ def _scheduler(
             if isinstance(named, list) and len(named) == 2:
                 values = values | {"_class_name": named[1]}
         scheduler = read_scheduler(values, str(root / file), stable_diffusion)
+        said = scheduler.prediction
+        check(
+            options.prediction in (None, said),
+            "--prediction",
+            options.prediction,
+            f"{said}, as {root / file} says",
+        )
         parts.notes += scheduler.notes
         return scheduler
     parts.notes.append("There is no scheduler's configuration: Stable Diffusion's noise schedule is assumed.")

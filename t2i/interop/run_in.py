@@ -98,7 +98,7 @@ def _weights(path: Path, ema: bool) -> tuple[Weights, dict[str, Any], list[str]]
         weights, metadata = read_safetensors(path)
         try:
             header = json.loads(metadata.get("t2i", "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             header = {}
         notes = (
             [] if ema else [f"{path.name} holds the final weights only: averaged where the run had an EMA."]

@@ -61,7 +61,8 @@ def read(source: Path, options: Options) -> tuple[Parts, bool]:
         notes = []
         parts = read_single_file(source, weights, metadata, options, *_given(options, notes))
     parts.notes += notes
-    for flag, value in {"--vae": options.vae, "--text": options.text_model}.items():
+    given = {"--vae": options.vae, "--text": options.text_model, "--prediction": options.prediction}
+    for flag, value in given.items():
         check(value is None or parts.denoiser is not None, flag, value, "only with a source that has a UNet")
     return parts, False
 
@@ -79,8 +80,12 @@ def _autoencoder(source: Path, options: Options, notes: list[str]) -> CodecPart:
 
 
 def _run(source: Path, options: Options) -> Parts:
-    check(options.vae is None, "--vae", options.vae, "only with a source that t2i did not make")
-    return read_run(source, options.ema, options.text_model)
+    for flag, value in {"--vae": options.vae, "--prediction": options.prediction}.items():
+        check(value is None, flag, value, "only with a source that t2i did not make")
+    parts = read_run(source, options.ema, options.text_model)
+    ok = options.text_model is None or parts.text is not None
+    check(ok, "--text", options.text_model, "only with a source that has a text encoder")
+    return parts
 
 
 def _class_name(folder: Path) -> object:

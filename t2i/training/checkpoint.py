@@ -76,7 +76,7 @@ def number_in_header(path: Path, key: str) -> float | None:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("t2i", "{}")).get(key)
-    except (SafetensorError, OSError, ValueError, AttributeError):
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, int | float) else None
 
@@ -110,7 +110,7 @@ def _load_safetensors(path: Path) -> LoadedCheckpoint:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("t2i", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
     return _checked(path, (weights, {}), header)
 

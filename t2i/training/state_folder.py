@@ -207,7 +207,7 @@ def _shards(path: Path) -> Shards:
 def _mark(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / MARK).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: its {MARK} cannot be read.") from error
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise CheckpointError(f"{path / MARK} names no files.")

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from t2i.config import run_to_dict
 from t2i.errors import CheckpointError, UserError
 from t2i.interop.convert import Options, prepare, write
 from t2i.interop.reading import LightningCallback, read_pickle, read_safetensors, read_weights
+from t2i.training import checkpoint, run_folder
 
 CANARY = Path("ran-code")
 
@@ -324,3 +326,35 @@ def test_a_class_to_import_is_only_a_word(sd1_folder, tmp_path):
     assert "evil" not in (tmp_path / "run/text_encoder/config.json").read_text()
     assert "evil" not in (tmp_path / "run/config.yaml").read_text()
     assert "evil" not in (tmp_path / "run/text_encoder/tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"config": ' + "1" * 5000 + "}", "7"], ids=["deep", "long", "7"]
+)
+def test_a_file_that_says_it_is_ours(tmp_path, text):
+    """To `t2i convert` and to all that loads a run."""
+    save_file({"w": torch.ones(1)}, tmp_path / "ours.safetensors", metadata={"t2i": text})
+    assert "ours.safetensors" in refused(tmp_path / "ours.safetensors")
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "ours.safetensors")
+    assert checkpoint.images_seen(tmp_path / "ours.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (
+            {"num_res_blocks": 10**8},
+            "backbone describes a network of more than 32,768 weights; allowed: fewer",
+        ),
+        ({"base_channels": 2**61}, "backbone describes a network of sizes that cannot be"),
+        ({"base_channels": 2**70}, "backbone describes a network of sizes that cannot be"),
+    ],
+    ids=str,
+)
+def test_a_run_that_claims_any_size(tmp_path, compose_run, sizes, words):
+    values = run_to_dict(compose_run("experiment=autoencoder/tiny_vq"))
+    values["backbone"] |= sizes
+    header = {"t2i": json.dumps({"config": run_folder.as_saved(values), "extra": {}})}
+    save_file({"codec.latent_scale": torch.ones(())}, tmp_path / "ours.safetensors", metadata=header)
+    assert words in refused(tmp_path / "ours.safetensors")

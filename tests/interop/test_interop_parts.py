@@ -114,3 +114,31 @@ def test_parts_that_do_not_fit_or_are_none(in_parts, tmp_path):
     save_pipeline(tmp_path / "sd2", "sd2")
     sentence = refused(in_parts / "no_text.safetensors", text_model=str(tmp_path / "sd2"))
     assert "takes is 64; allowed: 128, as its text encoder has" in sentence
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (
+            "run",
+            {"prediction": "v"},
+            "--prediction is 'v'; allowed: only with a source that t2i did not make",
+        ),
+        ("folder", {"prediction": "v"}, "--prediction is 'v'; allowed: eps, as"),
+        ("codec", {"prediction": "v"}, "--prediction is 'v'; allowed: only with a source that has a UNet"),
+        (
+            "codec run",
+            {"text_model": "x"},
+            "--text is 'x'; allowed: only with a source that has a text encoder",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 10 else "",
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    sd1_folder, sd1_run, convert, tmp_path, source, options, words
+):
+    places = {"run": sd1_run, "folder": sd1_folder, "codec": sd1_folder / "vae"}
+    place = places[source] if source in places else convert(sd1_folder / "vae", "codec")
+    with pytest.raises(UserError) as raised:
+        prepare(place, tmp_path / "out", Options(**options))
+    assert words in str(raised.value)

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from t2i.config import check
 from t2i.families.autoencoder.codec import from_checkpoint
-from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes
+from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes, shapes_of
 
 
 def shapes(entries: Mapping[str, Any]) -> Shapes:
     """Of the codec's whole state dict."""
-    with torch.device("meta"):
-        codec = from_checkpoint(to_run(entries))
-    return {name: tuple(value.shape) for name, value in codec.state_dict().items()}
+    return shapes_of(lambda: from_checkpoint(to_run(entries)), "backbone")
 
 
 def to_run(entries: Mapping[str, Any]) -> Entries:

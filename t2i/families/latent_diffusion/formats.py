@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from t2i.config import check, parse
-from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes
+from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes, shapes_of
 from t2i.families.latent_diffusion.config import UNetDenoiserConfig
 from t2i.families.latent_diffusion.model import build_denoiser
 
@@ -16,9 +14,8 @@ from t2i.families.latent_diffusion.model import build_denoiser
 def shapes(denoiser: Mapping[str, Any]) -> Shapes:
     """Of the UNet."""
     config = parse(UNetDenoiserConfig, denoiser, "denoiser.")
-    with torch.device("meta"):
-        unet = build_denoiser(config, config.out_channels, config.context_dim, config.context_dim)
-    return {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    sizes = (config.out_channels, config.context_dim, config.context_dim)
+    return shapes_of(lambda: build_denoiser(config, *sizes), "denoiser")
 
 
 def to_run(entries: Mapping[str, Any]) -> Entries:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from t2i.config import check, parse
-from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes
+from t2i.families.formats import NO_FOREIGN_FORM, Entries, Formats, Shapes, shapes_of
 from t2i.families.masked.config import UVitConfig
 from t2i.families.masked.uvit import UVit
 
@@ -16,9 +14,8 @@ from t2i.families.masked.uvit import UVit
 def shapes(entries: Mapping[str, Any]) -> Shapes:
     """Of the transformer."""
     config = parse(UVitConfig, entries["transformer"], "transformer.")
-    with torch.device("meta"):
-        network = UVit(config, entries["num_codes"], entries["context_dim"], entries["pooled_dim"], 1)
-    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    sizes = (entries["num_codes"], entries["context_dim"], entries["pooled_dim"])
+    return shapes_of(lambda: UVit(config, *sizes, 1), "transformer")
 
 
 def to_run(entries: Mapping[str, Any]) -> Entries:
