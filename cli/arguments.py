@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from t2i.errors import ConfigError
 from t2i.schema import check
@@ -35,10 +36,13 @@ class _WithDefaults(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the flags of a verb."""
+    """Of the flags of a verb. What it cannot read raises ConfigError, a sentence in place of all flags."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**{"formatter_class": _WithDefaults} | how)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`.")
 
 
 def parse_with_overrides(
@@ -48,8 +52,19 @@ def parse_with_overrides(
     options, overrides = parser.parse_known_args(arguments)
     for override in overrides:
         if override.startswith("-") or "=" not in override:
-            raise ConfigError(f"{override!r} is neither a flag (see `{parser.prog} --help`) nor key=value.")
+            said = f"{override!r} is neither a flag (see `{parser.prog} --help`) nor key=value"
+            raise ConfigError(f"{said}; {_hint(parser, override)}")
     return options, overrides
+
+
+def _hint(parser: argparse.ArgumentParser, word: str) -> str:
+    """The end of a sentence about a word that is neither a flag nor key=value."""
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    if not word.startswith("-"):
+        example = '--prompt "a cat"' if "--prompt" in flags else "key=value"
+        return f"allowed: as in {example}."
+    near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=0.8)
+    return f"did you mean {near[0]}?" if near else "a key has no dashes."
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +81,7 @@ def launch_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tupl
 
     parser: of the command, with `add_launch`
     """
-    flags = argparse.ArgumentParser(add_help=False)
+    flags = Parser(prog=parser.prog, add_help=False)
     add_launch(flags)
     asked, others = taken_out(parser, arguments, LAUNCH, ("dry_run", "config_dir"))
     options, words = flags.parse_known_args(asked)

@@ -200,7 +200,9 @@ def explained(config_dir: str | None = None) -> Iterator[None]:
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         if unknown := re.search(r"Could not find 'experiment/([^']*)'", str(error)):
-            check(False, "experiment", unknown[1], ", ".join(experiments(config_dir)))
+            known, folder = experiments(config_dir), unknown[1].partition("/")[0]
+            near = [name for name in known if name.startswith(f"{folder}/")]
+            check(False, "experiment", unknown[1], ", ".join(near or known))
         raise ConfigError(sentence(error)) from error
 
 

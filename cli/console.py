@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
 from t2i.launch.ranks import Rank, is_first
@@ -66,12 +67,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         console.print(f" {'  '.join(cells)}".rstrip())
 
 
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar that goes when it has ended. Where no terminal shows it, rich would leave an empty line."""
+    return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
+
+
 def draw_with_bar(generator: Generator, request: SampleRequest, batch_size: int) -> Tensor:
     """`t2i.generation.text_to_image.draw` under a progress bar."""
-    from rich.progress import Progress
-
     from t2i.generation.text_to_image import draw
 
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("pictures", total=len(request.prompts))
         return draw(generator, request, batch_size, lambda done: bar.advance(task, done))

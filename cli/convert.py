@@ -16,11 +16,11 @@ def run(arguments: list[str]) -> None:
     for name, given in {"SOURCE": options.source, "OUT": options.out}.items():
         check(given != "", name, given, "the name of a folder or of a file")
     # Heavy imports only now: a wrong flag is reported at once.
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from t2i.interop.convert import Options, prepare, write
 
-    from .console import console
+    from .console import console, progress_bar
 
     chosen = Options(options.to, options.dtype, options.ema, options.prediction, options.text, options.vae)
     conversion = prepare(Path(options.source), Path(options.out), chosen)
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     for note in conversion.parts.notes:
         console.print(note)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(*columns) as bar:
         task = bar.add_task("weights", total=conversion.num_bytes)
         write(conversion, lambda done: bar.advance(task, done))
     gigabytes = conversion.num_bytes / 1e9

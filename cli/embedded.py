@@ -50,8 +50,7 @@ def with_embedded_data(config: RunConfig) -> RunConfig:
         check(given is None or given == {}, f"data.{key}", given, allowed)
     if source == "emoji" and not folder_of("emoji").is_dir():
         print(
-            "t2i train: the emoji are not made yet (`t2i data make emoji` fetches them by npm); "
-            "training on data=shapes instead.",
+            "The emoji are not made yet (`t2i data make emoji` fetches them by npm); data=shapes is taken instead.",
             file=sys.stderr,
         )
         source = "shapes"

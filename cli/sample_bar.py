@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from t2i.config import TextConfig
 from t2i.errors import UserError, shortened
@@ -23,7 +23,7 @@ from t2i.generation.text_to_image import NOT_FINITE, Drawing, Listener, Report, 
 from t2i.interfaces import Generator
 from t2i.launch.ranks import Rank
 
-from .console import console, part_of
+from .console import console, part_of, progress_bar
 
 SAID_PATHS = 64  # pictures whose files are named; of more only the folder is
 
@@ -33,7 +33,7 @@ class Bar(Listener):
 
     def __init__(self, rank: Rank) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar = progress_bar(*columns)
         self._pictures = self._bar.add_task(f"pictures{part_of(rank)}", total=None)
         self._steps = self._bar.add_task("steps", total=None)
         self._named = 0

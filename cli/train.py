@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
@@ -24,6 +24,7 @@ from t2i.launch.ranks import is_first, is_launched, rank_of
 from t2i.schema import check
 
 from . import hub
+from .arguments import Parser, parse_with_overrides
 from .composition import check_own_cluster, checked, explained, launched, quoted, sentence
 from .train_help import help_text
 
@@ -42,13 +43,15 @@ def run(arguments: list[str]) -> None:
         print(help_text(), end="")
         return
     rank_of(os.environ)  # Lightning reads the same numbers while it is imported, and would say less
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = Parser(prog="t2i train", add_help=False, allow_abbrev=False)
     flags.add_argument("--config-dir", "-cd", nargs="?")
     flags.add_argument("--multirun", "-m", action="store_true")
     flags.add_argument("--dry-run", action="store_true")
     own, _ = flags.parse_known_args(arguments)
     check_own_cluster(arguments, own.config_dir)
     arguments = flags_last([each for each in arguments if each != "--dry-run"])
+    of_hydra = Parser(prog="t2i train", parents=[get_args_parser()], add_help=False)
+    parse_with_overrides(of_hydra, arguments)  # Hydra itself would print all of its flags
     typed = sys.argv
     program = (
         "t2i" if COMPLETION & set(arguments) else "t2i train"
@@ -130,7 +133,14 @@ def flags_last(arguments: list[str]) -> list[str]:
 def train(values: dict[str, Any], cluster: dict[str, Any]) -> None:
     """One run, on this machine or in the processes that were started for it, of the plain values that were composed.
     cluster: the machines, as composed; empty where they are not given"""
-    config = typed_run(values)
+    from .embedded import with_embedded_data
+
+    config = parsed_run(values)
+    if config.resume is not None and not is_launched(os.environ):  # before data is made for it
+        from t2i.training.run_folder import resumed
+
+        resumed(config.runs_dir, config.stage, config.name, config.resume)
+    config = with_embedded_data(config)
     if cluster:
         from .submit import cluster_of, on_cluster
 
@@ -255,12 +265,17 @@ def built_on(config: RunConfig) -> dict[str, Any]:
 
 def typed_run(values: dict[str, Any]) -> RunConfig:
     """The typed configuration, its embedded data in place, of what was composed. Raises ConfigError."""
+    from .embedded import with_embedded_data
+
+    return with_embedded_data(parsed_run(values))
+
+
+def parsed_run(values: dict[str, Any]) -> RunConfig:
+    """The typed configuration of what was composed. Raises ConfigError."""
     from t2i import families
     from t2i.config import parse_run
-
-    from .embedded import with_embedded_data
 
     config = parse_run(values, families.get(values["family"]).load_config())
     if (text := config.model.text_encoder()) and text.allow_download:
         hub.allow()
-    return with_embedded_data(config)
+    return config

@@ -11,7 +11,7 @@ from t2i.few import plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
-from ..console import console, part_of
+from ..console import console, part_of, progress_bar
 from .filter import repack_with_bar, selection_path
 
 
@@ -19,8 +19,6 @@ def run(arguments: list[str]) -> None:
     """Hashes and groups under progress bars, writes the selection and the report, and says what was found."""
     options = parser().parse_args(arguments)
     check_number("--workers", options.workers)
-    from rich.progress import Progress
-
     from t2i.data.sources import expand
     from t2i.files import written_whole
     from t2i.launch.ranks import rank_of
@@ -34,7 +32,7 @@ def run(arguments: list[str]) -> None:
     for place in (written, report):
         check_writable(place)
     sources, rank = expand(options.shards, "SHARDS"), rank_of(os.environ)
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         hashing, grouping = bar.add_task("shards", total=None), bar.add_task("compared", total=None)
         shards, hashes = hash_shards(
             sources,

@@ -9,14 +9,12 @@ from pathlib import Path
 from t2i.few import plural
 
 from ..arguments import Parser
-from ..console import console, part_of
+from ..console import console, part_of, progress_bar
 
 
 def run(arguments: list[str]) -> None:
     """Downloads under a progress bar and reports what was left out. Ctrl-C leaves complete shards only."""
     options = parser().parse_args(arguments)
-    from rich.progress import Progress
-
     from t2i.launch.ranks import rank_of
     from t2i_pipelines.downloading import download as job
     from t2i_pipelines.downloading.fetch import FetchLimits
@@ -41,7 +39,7 @@ def run(arguments: list[str]) -> None:
         console.print(f"Column {name} is left out: it holds bytes")
     report = job.Report()
     stopped = False
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("pictures", total=-(-table.rows // rank.world))
         try:
             job.download(

@@ -10,7 +10,7 @@ from t2i.few import plural
 from t2i.schema import check, check_number
 
 from ..arguments import Parser, parse_with_overrides
-from ..console import console, say_what_is_logged
+from ..console import console, progress_bar, say_what_is_logged
 
 
 def run(arguments: list[str]) -> None:
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> None:
     config = typed_run(composed_run(overrides))
     say_what_is_logged()
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from t2i import families
     from t2i.data.encoded import lacking_of_pictures
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> None:
             config.trainer.precision,
         )
         columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
+        with progress_bar(*columns) as bar:
             task = bar.add_task("samples", total=None)
             report = encode(
                 encoder,

@@ -11,7 +11,7 @@ from t2i.errors import ConfigError, DataError
 from t2i.few import plural
 
 from ..arguments import Parser
-from ..console import console
+from ..console import console, progress_bar
 
 if TYPE_CHECKING:
     from t2i_pipelines.filtering.filter import Report
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> None:
     """Filters under a progress bar and reports what each rule removed."""
     options = parser().parse_args(arguments)
-    from rich.progress import Progress
-
     from t2i.data.sources import expand
     from t2i_pipelines.filtering.filter import filter_shards, filter_table
     from t2i_pipelines.filtering.presets import QUANTITIES, Rule, bound, languages, preset
@@ -36,7 +34,7 @@ def run(arguments: list[str]) -> None:
     is_table = [source.lower().endswith(SUFFIXES) for source in options.source]
     if any(is_table) != all(is_table):
         raise ConfigError("SOURCE names tables and shards; allowed: one kind.")
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("rows" if is_table[0] else "shards", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -72,11 +70,9 @@ def repack_with_bar(
 ) -> None:
     """`t2i_pipelines.filtering.repack.repack` under a progress bar, and what it left out.
     sources: what the command line names"""
-    from rich.progress import Progress
-
     from t2i_pipelines.filtering.repack import repack
 
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("samples", total=total)
         report = repack(
             selection, out, samples_per_shard, lambda done: bar.advance(task, done), pipes=sources

@@ -10,15 +10,13 @@ from t2i.few import first_few, plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
-from ..console import console, part_of
+from ..console import console, part_of, progress_bar
 
 
 def run(arguments: list[str]) -> None:
     """Indexes under a progress bar and reports what the tar files lost."""
     options = parser().parse_args(arguments)
     check_number("--processes", options.processes)
-    from rich.progress import Progress
-
     from t2i.data.sources import expand
     from t2i.launch.ranks import rank_of
     from t2i_pipelines.indexing import index_shards, index_share
@@ -26,7 +24,7 @@ def run(arguments: list[str]) -> None:
 
     urls, rank = list(dict.fromkeys(expand(options.shards, "SHARDS"))), rank_of(os.environ)
     processes = options.processes or cores()
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("shards", total=len(urls[rank.rank :: rank.world]))
         out = Path(options.out) if options.out else None
         if rank.world > 1:

@@ -13,7 +13,7 @@ from t2i.few import first_few, plural
 from t2i.schema import check
 
 from ..arguments import Parser, taken_out
-from ..console import console, part_of
+from ..console import console, part_of, progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,8 +27,6 @@ def run(arguments: list[str]) -> None:
     """Looks at every sample under a progress bar, prints, and writes what was asked for."""
     settings, others = taken_out(parser(), arguments, re.compile(r"text(\.\w+)+="))
     options = parser().parse_args(others)
-    from rich.progress import Progress
-
     from t2i.data.sources import expand
     from t2i.errors import ConfigError
     from t2i.files import written_whole
@@ -50,7 +48,7 @@ def run(arguments: list[str]) -> None:
         if place:
             check_writable(Path(place))
     num_tiles = options.samples if options.sheet else 0
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("shards", total=len(urls[rank.rank :: rank.world]))
         report = inspect_shards(
             urls,

@@ -8,20 +8,18 @@ from pathlib import Path
 from t2i.few import plural
 
 from ..arguments import Parser
-from ..console import console
+from ..console import console, progress_bar
 
 
 def run(arguments: list[str]) -> None:
     """Packs under a progress bar and reports what was left out."""
     options = parser().parse_args(arguments)
-    from rich.progress import Progress
-
     from t2i_pipelines.pack import pack
     from t2i_pipelines.rows import rows_of
 
     rows = rows_of(Path(options.source), options.path_column, options.caption_column)
     out = Path(options.out)
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("pictures", total=rows.count)
         report = pack(
             rows, out, options.samples_per_shard, lambda done: bar.advance(task, done), options.format

@@ -11,7 +11,7 @@ from t2i.few import first_few, plural
 from t2i.schema import check_number
 
 from ..arguments import Parser
-from ..console import console, is_first_process, part_of
+from ..console import console, is_first_process, part_of, progress_bar
 
 
 def run(arguments: list[str]) -> None:
@@ -19,7 +19,6 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     check_number("--batch-size", options.batch_size)
     import torch
-    from rich.progress import Progress
 
     from t2i.data.sources import expand
     from t2i.launch.processes import own_device
@@ -50,7 +49,7 @@ def run(arguments: list[str]) -> None:
         console.print(f"{column}: {name}")
     mine = len(urls[rank.rank :: rank.world])
     threads = max(1, cores() // rank.local_world)
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("shards", total=mine)
         report = score_shards(
             urls,

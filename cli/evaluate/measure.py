@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2i.errors import ConfigError
 from t2i.schema import check
 
 from ..arguments import Parser
@@ -36,8 +37,8 @@ def run(arguments: list[str]) -> None:
     is_run = not target.is_dir() or any(
         (target / name).exists() for name in ("config.yaml", "weights.safetensors")
     )
-    given = options.reference is not None or is_run
-    check(given, "--reference", options.reference, "a folder of pictures, or shards")
+    if options.reference is None and not is_run:
+        raise ConfigError("--reference is not given; allowed: a folder of pictures, or shards.")
     check_draws_nothing(is_run, options, "only with a run")
     check(is_run or options.lpips is None, "--lpips", options.lpips, "only with a codec")
     # Heavy imports only now: a wrong flag is reported at once.

@@ -93,13 +93,11 @@ def plain_data() -> DataConfig:
 @contextmanager
 def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; what is given is called with the number of pictures that are done since."""
-    from rich.progress import Progress
+    from ..console import progress_bar
 
-    from ..console import console, is_first_process
-
-    with Progress(console=console, transient=True, disable=not is_first_process) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.advance(task, done)
+    with progress_bar() as shown:
+        task = shown.add_task(name, total=total)
+        yield lambda done: shown.advance(task, done)
 
 
 def statistics_of(

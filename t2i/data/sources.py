@@ -55,14 +55,29 @@ def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
     """Paths and URLs with webdataset's brace expansion (`{00000..00009}.tar`, `a.tar::b.tar`).
     key: the configuration key that DataError names."""
     try:
-        expanded = [
-            url for text in ([shards] if isinstance(shards, str) else shards) for url in expand_urls(text)
-        ]
+        texts = [expand_urls(text) for text in ([shards] if isinstance(shards, str) else shards)]
     except (AssertionError, ValueError) as error:
         raise DataError(f"{key} {shards!r} cannot be expanded: {error}.") from error
+    for urls in texts:
+        if len(urls) == 1:
+            _check_shard(urls[0], key)
+    expanded = [url for urls in texts for url in urls]
     if not expanded:
         raise DataError(f"{key} is {shards!r}; allowed: at least one path or URL.")
     return expanded
+
+
+def _check_shard(url: str, key: str) -> None:
+    """Raises DataError for a local folder and for a pattern of the shell. A name that ends as shards do is not looked
+    for: there may be many, far away."""
+    if not is_local(url) or (TAR_ENDING.search(url) and "*" not in url):
+        return
+    path = local_path(url)
+    braces = "in braces, as in {00000..00004}.tar"
+    if within(Limits().deadline_s, path.is_dir):
+        raise DataError(f"{key} is {url!r}, a folder; allowed: the shards in it, {braces}.")
+    if "*" in url and not within(Limits().deadline_s, path.exists):
+        raise DataError(f"{key} is {url!r}, which does not exist; allowed: names {braces}, in place of *.")
 
 
 def is_local(url: str) -> bool:

@@ -62,6 +62,7 @@ def resumed(runs_dir: str, stage: str, name: str | None, resume: str | None) -> 
             raise CheckpointError(f"resume=latest found no run with a checkpoint in {runs_dir}/{stage}.")
         return found
     folder = Path(resume)
+    check(folder.is_dir(), "resume", resume, "latest, auto or the folder of a run")
     if not written(folder):
         raise CheckpointError(f"{folder} holds no checkpoint to resume from (checkpoints/step_*).")
     return folder

@@ -12,9 +12,15 @@ import pytest
 from PIL import Image
 from rich.table import Table
 
-from t2i_cli.console import console, say_what_is_logged
+from t2i_cli.console import console, progress_bar, say_what_is_logged
 
 TEXTS = ["a[/b].tar", "[red]a[/red]", "[bold]", "x[/]", "[link=http://a]b[/link]", ":cat: :100:", "[0-9]{2}"]
+
+
+def test_a_bar_leaves_nothing_in_a_file(capsys):
+    with progress_bar() as bar:
+        bar.advance(bar.add_task("pictures", total=1))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -71,7 +71,7 @@ CASES = {
     ),
     "resume from no run": (
         ("stage=autoencoder", *OWN_SHARDS, "resume=nowhere"),
-        ("nowhere", "no checkpoint"),
+        ("resume", "'nowhere'", "latest, auto or the folder of a run"),
     ),
     "start from nothing": (
         ("stage=autoencoder", *OWN_SHARDS, "init_from=nowhere"),
@@ -86,8 +86,16 @@ CASES = {
     ),
     "mistyped experiment": (
         ("stage=ldm", "experiment=sd-v1/521"),
-        ("experiment", "'sd-v1/521'", "sd-v1/512-v1-1", "latent_diffusion/tiny_dit_flow"),
+        ("experiment", "'sd-v1/521'", "allowed: sd-v1/256, sd-v1/512-v1-1"),
     ),
+    "mistyped folder of experiments": (
+        ("stage=ldm", "experiment=sdv1/256"),
+        ("experiment", "'sdv1/256'", "sd-v1/512-v1-1", "latent_diffusion/tiny_dit_flow"),
+    ),
+    "a key with dashes": (("stage=ldm", "--resume", "latest"), ("'--resume'", "a key has no dashes")),
+    "a flag of another verb": (("stage=ldm", "--prompt", "a cat"), ("'--prompt'", "`t2i train --help`")),
+    "mistyped flag": (("stage=ldm", "--multirum"), ("'--multirum'", "did you mean --multirun?")),
+    "what a flag does not take": (("stage=ldm", "--cfg", "jobs"), ("--cfg", "'jobs'", "`t2i train --help`")),
     "a family is no experiment": (("stage=ldm", "experiment=sd-v1"), ("experiment", "'sd-v1'", "sd-v1/256")),
     "mistyped experiment, printed": (
         ("stage=ldm", "experiment=sd-v1/521", "--cfg", "job"),
@@ -203,11 +211,16 @@ def test_experiments_of_ones_own_are_among_the_choices(t2i, flag):
     own = Path("mine/experiment/trial")
     own.mkdir(parents=True)
     (own / "tiny.yaml").write_text("# @package _global_\nseed: 17\n")
-    sentence = t2i("train", *flag, "stage=ldm", "experiment=trial/tinny").sentence
-    assert sentence.startswith("t2i train: experiment is 'trial/tinny'; allowed: ")
+    sentence = t2i("train", *flag, "stage=ldm", "experiment=tiny").sentence
+    assert sentence.startswith("t2i train: experiment is 'tiny'; allowed: ")
     for word in ("trial/tiny", "sd-v1/256"):
         assert word in sentence
     assert [path.name for path in Path().iterdir()] == ["mine"]
+
+
+def test_no_data_is_made_for_a_run_that_cannot_be_gone_on_with(t2i, tmp_path):
+    assert "resume=latest found no run" in t2i("train", "stage=ldm", "resume=latest").sentence
+    assert not (tmp_path / "cache").exists()
 
 
 def test_in_a_real_process(tmp_path):

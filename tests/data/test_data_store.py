@@ -13,6 +13,7 @@ from servers import web_server
 from t2i.data import sources
 from t2i.data.sources import Limits, SourceError
 from t2i.data.store import ShardStore, cache_folder
+from t2i.errors import DataError
 
 QUICK = Limits(deadline_s=0.5, attempts=2)
 
@@ -40,6 +41,18 @@ def test_braces_lists_and_pipes():
     ]
     assert sources.expand("a{1..2}.tar::b.tar") == ["a1.tar", "a2.tar", "b.tar"]
     assert sources.expand("pipe:cat a{1..2}.tar") == ["pipe:cat a1.tar", "pipe:cat a2.tar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("folder", "SHARDS is '.*folder', a folder"), ("*.tar", r"SHARDS is '.*\*\.tar', which does not exist")],
+)
+def test_folders_and_patterns_are_no_shards(tmp_path, name, said):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=said + r"; allowed: .*\{00000\.\.00004\}\.tar"):
+        sources.expand([str(tmp_path / name)], "SHARDS")
+    (tmp_path / "a*.tar").touch()
+    assert sources.expand(str(tmp_path / "a*.tar")) == [str(tmp_path / "a*.tar")]
 
 
 @pytest.mark.parametrize("trouble", ["", "no_ranges", "drop_once"])
