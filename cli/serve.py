@@ -50,9 +50,6 @@ def run(arguments: list[str]) -> None:
 
 
 def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socket) -> None:
-    from .generators import weights_path
-
-    path = weights_path(options.checkpoint, options.runs_dir)  # before what takes longer to import
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would ask another machine at once
     try:
         import uvicorn
@@ -70,14 +67,14 @@ def serve(options: argparse.Namespace, overrides: list[str], taken: socket.socke
     from t2i.text.tokens import token_counter
 
     from .console import console
-    from .generators import device_named, load
+    from .generators import device_named, load, weights_path
 
     folder = Path(options.out)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = device_named(options.device, ALONE)
     features = features_at_hand() if options.clip is None else clip_features(options.clip, device)
-    loaded = load(path, device, overrides)
+    loaded = load(weights_path(options.checkpoint, options.runs_dir), device, overrides)
     limits = Limits(options.max_side, options.max_images, options.max_waiting)
     if features is None:
         console.print(f"The gallery is searched by words alone; by more with {NETWORKS}.")

@@ -90,7 +90,9 @@ def open_table(
     Raises DataError where a file is missing or not what its name says, or files disagree on a column's type.
     """
     pa = need("pyarrow", "data")
-    paths = itertools.chain.from_iterable(_files(url, copies) for url in expand(source, "table"))
+    paths = itertools.chain.from_iterable(
+        _files(url, copies) for url in expand(source, "table", may_be_folders=True)
+    )
     files = tuple(TableFile(path, frozenset(text_columns), frozenset(path_columns)) for path in paths)
     schemas, rows = [], 0
     for file in files:

@@ -56,10 +56,11 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if start[8:9] == b"{":
         return "safetensors"
-    allowed = "a file of weights (.safetensors, .ckpt, .bin, .pt)"
     for first, what in NOT_WEIGHTS.items():
         if _plain(start).startswith(first):
-            raise CheckpointError(f"{path} is {what}; allowed: {allowed}.")
+            raise CheckpointError(
+                f"{path} is {what}; allowed: a file of weights (.safetensors, .ckpt, .bin, .pt)."
+            )
     if start[257:262] == b"ustar":
         raise CheckpointError(f"{path} is a tar archive; unpack it, and give what is inside.")
     if start.startswith(ZIP) and not _saved_by_torch(path):
@@ -68,9 +69,7 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
         )
     if start.startswith((ZIP, b"\x80")):
         return "pickle"
-    if path.suffix.lower() == ".safetensors":
-        return "safetensors"
-    raise CheckpointError(f"{path} is neither safetensors nor a file of torch.save; allowed: {allowed}.")
+    return "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
 
 
 def _saved_by_torch(path: Path) -> bool:

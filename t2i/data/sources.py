@@ -51,15 +51,16 @@ class SourceError(DataError):
         self.missing = missing
 
 
-def expand(shards: str | Sequence[str], key: str = "data.shards") -> list[str]:
+def expand(shards: str | Sequence[str], key: str = "data.shards", may_be_folders: bool = False) -> list[str]:
     """Paths and URLs with webdataset's brace expansion (`{00000..00009}.tar`, `a.tar::b.tar`).
-    key: the configuration key that DataError names."""
+    key: the configuration key that DataError names.
+    may_be_folders: folders and the shell's patterns are taken too"""
     try:
         texts = [expand_urls(text) for text in ([shards] if isinstance(shards, str) else shards)]
     except (AssertionError, ValueError) as error:
         raise DataError(f"{key} {shards!r} cannot be expanded: {error}.") from error
     for urls in texts:
-        if len(urls) == 1:
+        if len(urls) == 1 and not may_be_folders:
             _check_shard(urls[0], key)
     expanded = [url for urls in texts for url in urls]
     if not expanded:

@@ -36,7 +36,7 @@ def sources() -> None:
         (("absent", "out"), ("absent", "does not exist")),
         (("", "out"), ("SOURCE is ''",)),
         (("other.ckpt", ""), ("OUT is ''",)),
-        (("text.ckpt", "out"), ("text.ckpt", "neither safetensors nor a file of torch.save")),
+        (("text.ckpt", "out"), ("text.ckpt", "cannot be read")),
         (("text.safetensors", "out"), ("text.safetensors", "cannot be read as safetensors")),
         (("evil.ckpt", "out"), ("evil.ckpt", "without running code")),
         (("other.ckpt", "out"), ("other.ckpt", "layer.weight", "of no model that is known")),

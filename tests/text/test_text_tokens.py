@@ -34,7 +34,8 @@ def config(request, clip_folder, open_clip_weights, t5_folder) -> TextConfig:
         pytest.skip("the optional package with MiniLM's vocabulary is not there")
     architecture, weights = open_clip_weights
     model = {"clip": str(clip_folder), "t5": str(t5_folder), "open_clip": architecture}.get(request.param)
-    return TextConfig(request.param, model, str(weights), max_tokens=16, width=32, depth=1, heads=2)
+    own = str(weights) if request.param == "open_clip" else None
+    return TextConfig(request.param, model, own, max_tokens=16, width=32, depth=1, heads=2)
 
 
 def test_counts_are_the_lengths_that_encoders_read(config):
