@@ -44,7 +44,7 @@ OF_A_PROCESS = {
     "gan_int_cls/tiny_r1": "wrong captions and batch norm's statistics are those of a process's micro-batch",
     "pixel_diffusion/tiny_linear_x0_classifier": "a process's micro-batch tells its captions from one another",
 }
-# Kinds of codecs that the small experiments have not. In a transformer's code no two places are alike: of codes that
+# Kinds that the small experiments have not. Of codecs: in a transformer's code no two places are alike: of codes that
 # are the same vector rounding would choose one.
 VIT = ["experiment=autoencoder/tiny_kl", "~backbone.depth", "~backbone.width", "backbone=vit"]
 COSINE = ["codec=vq", "codec.num_codes=32", "codec.normalize=true", "codec.entropy_weight=0.1"]
@@ -55,7 +55,33 @@ CODECS = {
         *("experiment=autoencoder/tiny_kl", "~backbone.depth", "backbone=dvae"),
         *("codec=gumbel", "codec.num_codes=32"),
     ],
+    "lfq, DALL-E's networks": [
+        *("experiment=autoencoder/tiny_kl", "~backbone.depth", "backbone=dvae", "codec=lfq"),
+    ],
+    "fsq, DALL-E's networks": [
+        *("experiment=autoencoder/tiny_kl", "~backbone.depth", "backbone=dvae", "codec=fsq"),
+    ],
+    "fsq, ViT": [*VIT, "codec=fsq"],
+    "gumbel, ViT": [*VIT, "codec=gumbel", "codec.num_codes=32"],
+    "gumbel, patches": ["experiment=autoencoder/tiny_kl", "codec=gumbel", "codec.num_codes=32"],
 }
+AR, MASKED = "experiment=autoregressive/tiny_ar", "experiment=masked/tiny_masked"
+MODELS_OF_CODES = {
+    "MaskGIT": [MASKED, "transformer=maskgit", "transformer.dropout=0.0"],
+    "U-ViT": [
+        *(MASKED, "transformer=uvit", "transformer.hidden=64", "transformer.channels=16"),
+        *("transformer.conv_blocks=1", "transformer.conv_heads=2", "transformer.embedding_dim=16"),
+    ],
+    "DALL-E": [
+        AR,
+        "text=minilm",
+        "text.max_tokens=8",
+        "transformer.conditioning=words",
+        "transformer.attention=axial",
+    ],
+    "palette": [AR, "builds_on=null", "palette=16", "transformer.code_vectors=false"],
+}
+OTHERS = CODECS | MODELS_OF_CODES
 OVER_ALL |= dict.fromkeys(CODECS, "codebook, entropies and adaptive weight are those of a micro-batch")
 NO_MEANS = (
     "images_per_second",
@@ -87,10 +113,9 @@ def worker(
 
 
 def arguments_of(name: str, compose_run, tiny_vq: Path) -> list[str]:
-    if name in CODECS:
-        return CODECS[name]
-    builds_on = families.get(compose_run(f"experiment={name}").family).builds_on
-    return [f"experiment={name}", *(f"builds_on.{key}={tiny_vq}" for key in builds_on)]
+    typed = OTHERS.get(name, [f"experiment={name}"])
+    builds_on = () if "builds_on=null" in typed else families.get(compose_run(*typed).family).builds_on
+    return [*typed, *(f"builds_on.{key}={tiny_vq}" for key in builds_on)]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +160,7 @@ def of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [*SMALL, *CODECS])
+@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
 def test_the_same_losses(name, way, of_one, of_two):
     of_a_process = 4 if way.endswith("2 x 4") else 2
     together = of_a_process if name in OF_A_PROCESS else 2 * of_a_process if name in OVER_ALL else 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.codes.embedding import take_vectors
 from t2i.config import RunConfig, check
@@ -13,6 +13,7 @@ from t2i.data_config import BUCKETS
 from t2i.families.autoregressive.config import Config
 from t2i.families.autoregressive.model import Autoregressive, model_of
 from t2i.families.autoregressive.palette import PaletteCodec
+from t2i.families.autoregressive.words import WordPrefix
 from t2i.families.codes_stage import CodesStage
 from t2i.interfaces import Batch
 from t2i.training.checkpoint import LoadedCheckpoint
@@ -33,6 +34,10 @@ class Stage(CodesStage):
     def losses(self, turn: str, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         codes, low, text = self.given(batch, random)
         return self.model.losses(codes, text, low)
+
+    def blocks_to_gather(self) -> list[nn.Module]:
+        """Not that of the words, whose loss is computed after its pass."""
+        return [block for block in self.blocks() if not isinstance(block, WordPrefix)]
 
     def before_training(self, images: Iterable[Tensor]) -> None:
         if isinstance(self.model.codec, PaletteCodec):
