@@ -54,9 +54,8 @@ def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
             raise
         raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
     finally:
-        with suppress(
-            OSError
-        ):  # where nothing can be written, nothing can be removed, and the cause was another
+        # Where nothing can be written, nothing can be removed, and the cause was another.
+        with suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 

@@ -13,9 +13,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from t2i.errors import ConfigError
 from t2i.weight_file import reason_of
 
-MOST_WEIGHTS = (
-    2**15
-)  # of a network: a stranger's file may claim any depth, and a module takes time and memory
+# Of a network: a stranger's file may claim any depth, and a module takes time and memory.
+MOST_WEIGHTS = 2**15
 Entries = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
