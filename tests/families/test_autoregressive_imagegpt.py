@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -62,9 +63,9 @@ def test_sizes_of_parti(name, published_millions, ours, compose_run):
     assert ours / (published_millions * 1e6) < 1.18
 
 
-def theirs() -> ImageGPTForCausalImageModeling:
+def theirs(depth: int, heads: int) -> ImageGPTForCausalImageModeling:
     config = ImageGPTConfig(
-        vocab_size=COLOURS + 1, n_positions=math.prod(GRID), n_embd=16, n_layer=2, n_head=2
+        vocab_size=COLOURS + 1, n_positions=math.prod(GRID), n_embd=2 * heads, n_layer=depth, n_head=heads
     )
     torch.manual_seed(0)
     model = ImageGPTForCausalImageModeling(config).double().eval()
@@ -73,7 +74,7 @@ def theirs() -> ImageGPTForCausalImageModeling:
     return model
 
 
-def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def renamed(weights: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
     """transformers' weights by our names."""
     table = weights["transformer.wte.weight"]
     found = {
@@ -83,7 +84,7 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "norm.weight": weights["transformer.ln_f.weight"],
         "head.weight": weights["lm_head.weight"],
     }
-    for i in range(2):
+    for i in range(depth):
         theirs, ours = f"transformer.h.{i}.", f"blocks.{i}."
         for kind in ("weight", "bias"):
             parts = weights[f"{theirs}attn.c_attn.{kind}"].chunk(3, dim=-1)
@@ -97,22 +98,13 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_the_logits_are_those_of_transformers(float64):
-    """Without a caption: of no slots."""
-    model = theirs()
-    config = NetworkConfig(
-        width=16,
-        depth=2,
-        heads=2,
-        positions="learned",
-        norm="rms",
-        bias=True,
-        qk_norm=False,
-        dropout=0.0,
-        activation="quick_gelu",
-    )
+@pytest.mark.parametrize(("name", "depth", "heads"), [("small", 24, 8), ("medium", 36, 8), ("large", 48, 16)])
+def test_the_logits_are_those_of_transformers(name, depth, heads, compose_run, float64):
+    """As deep as published and with as many heads, but narrow. Without a caption: of no slots."""
+    model = theirs(depth, heads)
+    config = dataclasses.replace(published(f"imagegpt/{name}", compose_run), width=2 * heads)
     ours = CodeTransformer(config, COLOURS, GRID, text_dim=4, max_tokens=0)
-    missing, unexpected = ours.load_state_dict(renamed(model.state_dict()), strict=False)
+    missing, unexpected = ours.load_state_dict(renamed(model.state_dict(), depth), strict=False)
     assert (unexpected, [name for name in missing if not name.startswith("text.")]) == ([], [])
     codes = torch.randint(COLOURS, (2, math.prod(GRID) - 1))
     with torch.no_grad():

@@ -19,13 +19,20 @@ from t2i.nn.guidance import both_texts
 from t2i.nn.transformer import Cache
 
 CODES, GRID, TEXT = 11, (4, 4), 5
-POSITIONS = ("learned", "rotary")
 KINDS = [  # positions, conditioning and attention
     ("learned", "prefix", "full"),
     ("rotary", "prefix", "full"),
     ("rotary", "cross", "full"),
     ("learned", "cross", "axial"),
 ]
+PUBLISHED = (
+    "imagegpt/small",
+    "imagegpt/medium",
+    "imagegpt/large",
+    "vqgan/imagenet",
+    "parti/350m",
+    "dalle/12b",
+)
 
 
 def network(
@@ -49,6 +56,26 @@ def network(
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return transformer
+
+
+@pytest.fixture
+def of_recipe(request, compose_run) -> CodeTransformer:
+    """With the norms, activations, masks and text of a published recipe, as deep as it is up to a dozen blocks."""
+    config = compose_run(f"experiment={request.param}").model.transformer
+    small = {"width": 2 * config.heads, "depth": min(config.depth, 12), "vocabulary": CODES}
+    torch.manual_seed(0)
+    transformer = CodeTransformer(
+        dataclasses.replace(config, **small), CODES, GRID, text_dim=6, max_tokens=TEXT
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return transformer.eval()
+
+
+def words(batch: int, seed: int = 0) -> TextFeatures:
+    """Numbers of words where there are others' states."""
+    given = text(batch, seed)
+    return dataclasses.replace(given, tokens=torch.randint(CODES, (batch, TEXT, 1)).double())
 
 
 def text(batch: int, seed: int = 0) -> TextFeatures:
@@ -91,16 +118,35 @@ def test_the_start_is_the_loss_of_uniform_codes(float64):
     assert loss.item() == pytest.approx(math.log(CODES), abs=1e-14)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_with_what_is_kept_the_logits_are_the_same(positions, float64):
-    transformer, given, target = network(positions), text(2), codes(2)
+def check_kept(transformer: CodeTransformer, given: TextFeatures) -> None:
+    """Logits of one code after the other, with what the caches keep, are those of a whole pass."""
+    target = codes(len(given))
     with torch.no_grad():
         whole = transformer(target[:, :-1], given.tokens, given.mask)
         caches = [Cache(TEXT + math.prod(GRID)) for _ in transformer.blocks]
         parts = [transformer(target[:, :0], given.tokens, given.mask, torch.tensor([0]), caches)]
         for i in range(math.prod(GRID) - 1):
             parts.append(transformer.following(target[:, i], torch.arange(i + 2), caches))
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_what_is_kept_the_logits_are_the_same(kind, float64):
+    check_kept(network(*kind), text(2))
+
+
+@pytest.mark.parametrize("of_recipe", PUBLISHED, indirect=True)
+def test_with_what_is_kept_published_models_say_and_draw_the_same(float64, of_recipe):
+    """Whole, and in a sliding window."""
+    with_text = words if of_recipe.config.conditioning == "words" else text
+    given, negative = with_text(2), with_text(2, seed=1)
+    check_kept(of_recipe, given)
+    with torch.no_grad():
+        for grid in (GRID, (5, 4)):
+            found, _ = draw_codes(
+                of_recipe, given, negative, grid, generators(3, 4), sampling(guidance_scale=2.5)
+            )
+            assert torch.equal(found, by_hand(of_recipe, given, negative, grid, [3, 4], 2.5))
 
 
 def sampling(**changes) -> CodeSampling:
