@@ -1,4 +1,4 @@
-"""The HTTP part of the plug-in for GIMP, against a server that listens."""
+"""The plug-in for GIMP: its HTTP part against a server that listens, and all of it where GIMP 3 is installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ast
 import importlib.util
 import io
 import json
+import os
+import shutil
 import socket
+import subprocess
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -122,8 +125,73 @@ def test_a_canvas_is_drawn_at_whole_units(plug_in, size_px, canvas, size):
     assert plug_in.size_for(model, *canvas) == size
 
 
+# Run by GIMP's own Python: a green layer that is not shown, whose right half is selected.
+IN_GIMP = """
+import gi, json, os
+gi.require_version("Gimp", "3.0")
+from gi.repository import Gegl, Gimp
+
+def draw(image, layer, **wanted):
+    procedure = Gimp.get_pdb().lookup_procedure("t2i-draw")
+    config = procedure.create_config()
+    config.set_core_object_array("drawables", [layer])
+    for key, value in {"run-mode": Gimp.RunMode.NONINTERACTIVE, "image": image, **wanted}.items():
+        config.set_property(key, value)
+    status = procedure.run(config).index(0).value_nick
+    return status, Gimp.get_pdb().get_last_error()
+
+image = Gimp.Image.new(32, 16, Gimp.ImageBaseType.RGB)
+layer = Gimp.Layer.new(image, "below", 32, 16, Gimp.ImageType.RGBA_IMAGE, 20, Gimp.LayerMode.NORMAL)
+image.insert_layer(layer, None, 0)
+Gimp.context_set_foreground(Gegl.Color.new("lime"))
+layer.fill(Gimp.FillType.FOREGROUND)
+layer.set_visible(False)
+image.select_rectangle(Gimp.ChannelOps.REPLACE, 16, 0, 16, 16)
+address = os.environ["ADDRESS"]
+told = {
+    "drawn": draw(image, layer, address=address, token="secret", prompt="red", start=True, strength=1.0),
+    "refused": draw(image, layer, address=address, token="", prompt="red", start=True),
+}
+top = image.get_layers()[0]
+told["layers"] = [each.get_name() for each in image.get_layers()]
+told["size"] = [top.get_width(), top.get_height()]
+told["colour"] = list(top.get_pixel(4, 4).get_rgba())[:3]
+with open(os.environ["TOLD"], "w") as file:
+    json.dump(told, file)
+"""
+
+
+@pytest.mark.skipif(shutil.which("gimp-console-3.0") is None, reason="GIMP 3 is not installed")
+def test_gimp_itself_draws_what_is_selected(listen, tmp_path):
+    service, address = listen(token="secret")
+    shutil.copytree(PLUG_IN, tmp_path / "gimp" / "plug-ins" / PLUG_IN.name)
+    told = tmp_path / "told.json"
+    given = {"HOME": tmp_path, "GIMP3_DIRECTORY": tmp_path / "gimp", "ADDRESS": address, "TOLD": told}
+    command = [
+        "gimp-console-3.0",
+        "-n",
+        "-i",
+        "--quit",
+        "--batch-interpreter",
+        "python-fu-eval",
+        "-b",
+        IN_GIMP,
+    ]
+    subprocess.run(command, env=os.environ | {key: str(value) for key, value in given.items()}, timeout=300)
+    answer = json.loads(told.read_text())
+    assert answer["drawn"][0] == "success", answer
+    assert (answer["layers"], answer["size"], answer["colour"]) == (["red", "below"], [32, 16], [1, 0, 0])
+    status, sentence = answer["refused"]
+    assert (status, "The token is missing or wrong" in sentence) == ("execution-error", True)
+    (picture,) = (tmp_path / "pictures").glob("*.png")
+    recipe = json.loads(Image.open(picture).text["t2i"])
+    start, mask = (Image.open(service.input_picture(recipe[name])) for name in ("image", "mask"))
+    assert [start.convert("RGB").getpixel((x, 2)) for x in (1, start.width - 2)] == [(0, 255, 0)] * 2
+    assert [mask.convert("L").getpixel((x, 2)) for x in (1, mask.width - 2)] == [0, 255]
+
+
 def test_the_plug_in_is_as_gimp_wants_it():
-    """Its folder has its name and it may be run; GIMP itself is not at hand here."""
+    """Its folder has its name and it may be run."""
     path = PLUG_IN / f"{PLUG_IN.name}.py"
     assert path.stat().st_mode & 0o111
     assert "client" in {

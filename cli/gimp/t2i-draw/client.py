@@ -80,7 +80,8 @@ class Client:
         except urllib.error.HTTPError as error:
             raise Refused(_sentence(error.read()) or f"{self.address} answers {error.code}.") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise Refused(f"{self.address} cannot be reached: {error}.") from error
+            reason = getattr(error, "reason", error)
+            raise Refused(f"{self.address} cannot be reached: {reason}.") from error
 
 
 def _sentence(body: bytes) -> str | None:

@@ -17,6 +17,7 @@ from gi.repository import Gimp, GimpUi, Gio, GLib, GObject  # noqa: E402
 
 NAME = "t2i-draw"
 QUIETLY = Gimp.RunMode.NONINTERACTIVE
+TEXTS = ("prompt", "negative-prompt", "address", "token")
 
 
 class Draw(Gimp.PlugIn):
@@ -36,8 +37,8 @@ class Draw(Gimp.PlugIn):
         both = GObject.ParamFlags.READWRITE
         made.add_string_argument("prompt", "_Prompt", "What to draw", "", both)
         made.add_string_argument("negative-prompt", "_Negative prompt", "What to move away from", "", both)
-        made.add_int_argument("seed", "_Seed", "Of the noise", 0, 2**31 - 1, 0, both)
-        made.add_boolean_argument("start", "Start from this _layer", "Or else from noise", True, both)
+        made.add_int_argument("seed", "See_d", "Of the noise", 0, 2**31 - 1, 0, both)
+        made.add_boolean_argument("start", "Start _from this layer", "Or else from noise", True, both)
         made.add_double_argument("strength", "_How far from it", "Above 0, at most 1", 0.05, 1.0, 0.8, both)
         made.add_string_argument("address", "_Address", "Of t2i serve", "http://127.0.0.1:7860", both)
         made.add_string_argument("token", "_Token", "Where the server asks for one", "", both)
@@ -52,9 +53,10 @@ class Draw(Gimp.PlugIn):
             dialog.destroy()
             if not wanted:
                 return procedure.new_return_values(Gimp.PDBStatusType.CANCEL, GLib.Error())
-        keys = ("prompt", "negative-prompt", "seed")
-        body = {key.replace("-", "_"): config.get_property(key) for key in keys}
-        client = Client(config.get_property("address"), config.get_property("token"))
+        # GIMP keeps an empty text of the last call as None.
+        prompt, negative, address, token = (config.get_property(key) or "" for key in TEXTS)
+        body = {"prompt": prompt, "negative_prompt": negative, "seed": config.get_property("seed")}
+        client = Client(address, token)
         Gimp.progress_init("Drawing with t2i")
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +74,7 @@ class Draw(Gimp.PlugIn):
                 layer = Gimp.file_load_layer(QUIETLY, image, Gio.File.new_for_path(str(path)))
         except Refused as refused:
             return procedure.new_return_values(Gimp.PDBStatusType.EXECUTION_ERROR, GLib.Error(str(refused)))
-        layer.set_name(body["prompt"] or "t2i")
+        layer.set_name(prompt or "t2i")
         image.undo_group_start()
         image.insert_layer(layer, None, 0)
         layer.scale(image.get_width(), image.get_height(), False)
@@ -88,6 +90,10 @@ def exported(image, drawable, size, path):
     alone.insert_layer(layer, None, 0)
     _, left, top = drawable.get_offsets()
     layer.set_offsets(left, top)
+    # Its pixels count, however it is shown.
+    layer.set_visible(True)
+    layer.set_opacity(100)
+    layer.set_mode(Gimp.LayerMode.NORMAL)
     alone.flatten()
     alone.scale(*size)
     Gimp.file_save(QUIETLY, alone, Gio.File.new_for_path(str(path)), None)
