@@ -52,10 +52,14 @@ def main() -> None:
 
     from .trouble import sentence_of
 
+    command = verb
     try:
-        importlib.import_module(f"t2i_cli.{verb}").run(arguments[1:])
+        module = importlib.import_module(f"t2i_cli.{verb}")
+        if arguments[1:] and arguments[1] in getattr(module, "JOBS", ()):
+            command = f"{verb} {arguments[1]}"
+        module.run(arguments[1:])
     except KeyboardInterrupt:
-        _leave(verb, "stopped by Ctrl-C.", STOPPED)
+        _leave(command, "stopped by Ctrl-C.", STOPPED)
     except BrokenPipeError:  # as in `t2i plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # SIGPIPE, as the shell has it
@@ -67,11 +71,12 @@ def main() -> None:
             outcome.tell(outcome.FAILED, f"{_speaker()[1]}: {sentence or repr(error)}")
         if sentence is None:
             raise
-        _leave(verb, sentence, 2)
+        _leave(command, sentence, 2)
 
 
-def _leave(verb: str, sentence: str, code: int) -> None:
-    """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it."""
+def _leave(command: str, sentence: str, code: int) -> None:
+    """Called while an error is handled: says why, and exits. Ctrl-C reaches all processes, of which one says it.
+    command: the verb, with its job where it has any"""
     if os.environ.get("T2I_TRACEBACK"):
         raise
     first, name = _speaker()
@@ -79,7 +84,7 @@ def _leave(verb: str, sentence: str, code: int) -> None:
         from .trouble import one_line
 
         of = "" if first else f" ({name})"
-        print(f"t2i {verb}{of}: {one_line(sentence)}", file=sys.stderr)
+        print(f"t2i {command}{of}: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

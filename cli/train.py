@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,8 +82,7 @@ def run(arguments: list[str]) -> None:
 
     try:
         # Of a sweep Hydra writes a multirun.yaml: the run folders say all of it.
-        once = composed_once() if "launch=slurm" in arguments else nullcontext()
-        with explained(own.config_dir), once, tempfile.TemporaryDirectory() as beside:
+        with explained(own.config_dir), composed_once(), tempfile.TemporaryDirectory() as beside:
             sys.argv = [program, *([f"hydra.sweep.dir={beside}"] if own.multirun else []), *words]
             hydra.main(version_base="1.3", config_path="pkg://t2i_conf", config_name="train")(task)()
     except ValueError as error:
@@ -108,14 +108,21 @@ def run(arguments: list[str]) -> None:
 
 @contextmanager
 def composed_once() -> Iterator[None]:
-    """Within this context Hydra does not compose all jobs of a sweep before it runs the first, and each again then:
-    what is submitted together is composed before anything is."""
-    checked_first = Sweeper.validate_batch_is_legal
-    Sweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
+    """Within this context Hydra composes each job of a sweep once. It composes all of them before it runs the first, so
+    that a wrong one is met before anything is trained, and would compose each again when its turn comes."""
+    compose, made = ConfigLoaderImpl.load_sweep_config, dict[tuple[str, ...], DictConfig]()
+
+    def once(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        job = tuple(sweep_overrides)
+        if job not in made:
+            made[job] = compose(self, master_config, sweep_overrides)
+        return copy.deepcopy(made[job])  # what runs is changed by Hydra
+
+    ConfigLoaderImpl.load_sweep_config = once  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Sweeper.validate_batch_is_legal = checked_first  # type: ignore[method-assign]
+        ConfigLoaderImpl.load_sweep_config = compose  # type: ignore[method-assign]
 
 
 def flags_last(arguments: list[str]) -> list[str]:

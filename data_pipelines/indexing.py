@@ -31,6 +31,7 @@ from t2i.launch.ranks import Rank
 
 from .places import places
 from .processes import leave_interrupts
+from .selection import NothingToWrite
 
 VERSION = 1
 TOGETHER = 32  # shards that a process takes at a time
@@ -80,8 +81,6 @@ def index_shards(
     DataError where no shard can be read, OSError where an index cannot be written; those before it stay.
     """
     files = places(urls, SUFFIX, out)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     folders: dict[Path, list[str]] = defaultdict(list)
     for url, place in files.items():
         folders[place.parent].append(url)
@@ -112,8 +111,6 @@ def index_share(
     of them, keeps those and writes what it is about whole folders. Raises as it does, but for shards that cannot be
     read."""
     files = places(urls, SUFFIX, out)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     mine, report = urls[rank.rank :: rank.world], Report()
     pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
     try:
@@ -168,14 +165,16 @@ def _index_folder(
 
     entries: dict[str, dict[str, Any]] = {}
     digits = uuid.uuid4().hex[:16]
-    with written_whole(folder / sizes_name(digits)) as unfinished, unfinished.open("wb") as file:
-        for name, entry, sizes_px in shards():
-            entries[name] = {key: value for key, value in entry.items() if key != "first"}
-            if sizes_px is not None:
-                entries[name]["first"] = file.tell() // SAMPLE_BYTES
-                file.write(sizes_px.tobytes())
+    with suppress(NothingToWrite), written_whole(folder / sizes_name(digits)) as unfinished:
+        with unfinished.open("wb") as file:
+            for name, entry, sizes_px in shards():
+                entries[name] = {key: value for key, value in entry.items() if key != "first"}
+                if sizes_px is not None:
+                    entries[name]["first"] = file.tell() // SAMPLE_BYTES
+                    file.write(sizes_px.tobytes())
+        if not entries:
+            raise NothingToWrite
     if not entries:
-        (folder / sizes_name(digits)).unlink()
         return
     with written_whole(folder / SUMMARY) as unfinished:
         written = {"version": VERSION, "sizes": digits, "shards": entries}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from t2i.data.sources import beside, is_local, local_path, stem
 from t2i.errors import ConfigError
-from t2i.files import named
+from t2i.files import made_folder, named
 
 
 def places(urls: Sequence[str], suffix: str, out: Path | None) -> dict[str, Path]:
@@ -54,6 +54,5 @@ def check_writable(path: Path) -> None:
     """Raises OSError where nothing can be written at `path`: before the work is done rather than after."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with named(path), tempfile.TemporaryFile(dir=path.parent):
+    with made_folder(path.parent), named(path), tempfile.TemporaryFile(dir=path.parent):
         pass

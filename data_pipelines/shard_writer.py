@@ -123,8 +123,7 @@ def check_samples_per_shard(samples_per_shard: int) -> None:
 
 
 def check_no_more(out: Path, shards: int, source: str) -> None:
-    """Makes the folder `out`. Raises DataError where it has more shards than those that `source` fills."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Raises DataError where the folder `out` has more shards than those that `source` fills."""
     for path in sorted(out.glob("[0-9]" * 5 + ".tar")):
         if int(path.stem) >= shards:
             raise DataError(

@@ -28,6 +28,20 @@ def user_cache() -> Path:
 
 
 @contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes `folder` where it is not there. What it made of it and of those above goes again when the block ends with
+    nothing in it."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+@contextmanager
 def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
     """Another name beside `path`, to write to; what is written there becomes `path` when the block ends without an
     error, and is removed otherwise. Several processes may do so at once: the last one stays. The file's mode is the
@@ -35,28 +49,28 @@ def written_whole(path: Path, is_new: bool = False) -> Iterator[Path]:
 
     is_new: raise FileExistsError where `path` is there by then, and leave it alone
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path.parent)
-    unfinished = path.with_name(f".{path.name[:SHORT_NAME]}.{uuid.uuid4().hex[:8]}.unfinished")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        if unfinished.stat().st_mode != mode:  # safetensors puts a file of mode 0600 in its place
-            unfinished.chmod(mode)
-        if is_new:
-            _move_to_new(unfinished, path)
-        else:
-            unfinished.replace(path)
-    except Exception as error:
-        system = system_error(error)
-        if system is None or (system.errno not in NOT_WRITTEN and system.filename != str(unfinished)):
-            raise
-        raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
-    finally:
-        # Where nothing can be written, nothing can be removed, and the cause was another.
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with made_folder(path.parent):
+        _remove_left(path.parent)
+        unfinished = path.with_name(f".{path.name[:SHORT_NAME]}.{uuid.uuid4().hex[:8]}.unfinished")
+        try:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            yield unfinished
+            if unfinished.stat().st_mode != mode:  # safetensors puts a file of mode 0600 in its place
+                unfinished.chmod(mode)
+            if is_new:
+                _move_to_new(unfinished, path)
+            else:
+                unfinished.replace(path)
+        except Exception as error:
+            system = system_error(error)
+            if system is None or (system.errno not in NOT_WRITTEN and system.filename != str(unfinished)):
+                raise
+            raise OSError(system.errno, os.strerror(system.errno or 0), str(path)) from error
+        finally:
+            # Where nothing can be written, nothing can be removed, and the cause was another.
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

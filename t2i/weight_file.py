@@ -4,7 +4,10 @@ numbers."""
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import pickletools
+import re
 import tempfile
 import textwrap
 import warnings
@@ -69,7 +72,31 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"]:
         )
     if start.startswith((ZIP, b"\x80")):
         return "pickle"
+    if _is_text(start) and not _is_pickle(path):
+        raise CheckpointError(f"{path} is text; allowed: a file of weights (.safetensors, .ckpt, .bin, .pt).")
     return "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file that begins so is text in UTF-8; the last letter may be cut."""
+    try:
+        text = start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:
+            return False
+        text = start[: error.start].decode("utf-8-sig")
+    return re.search(r"[^\s\x20-\x7e\xa0-\U0010ffff]", text) is None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle from its beginning to its end, as far as can be told without obeying it. Those of the
+    oldest protocol are text."""
+    try:
+        with path.open("rb") as file, open(os.devnull, "w") as nowhere:
+            pickletools.dis(file, nowhere)
+    except Exception:  # whatever text leads it to
+        return False
+    return True
 
 
 def _saved_by_torch(path: Path) -> bool:

@@ -72,7 +72,6 @@ class Kept:
             "keys": base64.b64encode(shard.keys.tobytes()).decode(),
             "facts": [_plain(each) for each in shard.facts],
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         with written_whole(self._place(url)) as unfinished:
             unfinished.write_text(json.dumps(values))
 

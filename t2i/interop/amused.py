@@ -19,7 +19,7 @@ from t2i.interop.diffusers_in import (
 )
 from t2i.interop.folder import component_weights, read_json
 from t2i.interop.options import Options
-from t2i.interop.parts import CodecPart, Parts, TransformerPart, bounded, transformer_shapes
+from t2i.interop.parts import CodecPart, Parts, TransformerPart, bounded, is_one_of, transformer_shapes
 from t2i.interop.weights import fit
 
 TRANSFORMER_CLASS = "UVit2DModel"
@@ -88,7 +88,7 @@ def read_amused(root: Path, options: Options) -> Parts:
     }
     for key, (default, value) in others.items():
         found = values.get(key, default)
-        check(found == value, place + key, found, f"{value}, as its other parts have")
+        check(is_one_of(found, [value]), place + key, found, f"{value}, as its other parts have")
     weights, listed_in = component_weights(root, "transformer", STEM, options.ema, notes)
     found_weights = fit(weights, transformer_shapes(config, num_codes, text), listed_in, "transformer")
     size_px = bounded(values.get("sample_size", 64), f"{place}sample_size", 4096) * codec.downsampling
@@ -125,7 +125,7 @@ def _check_scheduler(root: Path, mask_token: int) -> None:
     for key, value in wanted.items():
         found = values.get(key, "cosine" if key == "masking_schedule" else None)
         words = f"{value}, the last row of the table of codes" if key == "mask_token_id" else str(value)
-        check(found == value, f"{root / SCHEDULER_FILE}: {key}", found, words)
+        check(is_one_of(found, [value]), f"{root / SCHEDULER_FILE}: {key}", found, words)
 
 
 def check_writable(codec: CodecPart) -> None:

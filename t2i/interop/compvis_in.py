@@ -38,7 +38,7 @@ from t2i.interop.parts import (
 )
 from t2i.interop.scheduler import ASSUMED_EPS, SAMPLING, SCHEDULE
 from t2i.interop.vitvq import is_vitvq, read_vitvq
-from t2i.interop.weights import Weight, Weights, fit, renamed, under
+from t2i.interop.weights import Weight, Weights, check_floating, fit, renamed, under
 
 UNET, CODEC, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model."
@@ -114,6 +114,7 @@ def _latent_diffusion(
             raise lacking(path, f"autoencoder ({CODEC}*)", "--vae FILE or DIR")
         codec = _codec(under(weights, CODEC), path, LATENT_SCALE)
         if (saved := weights.get("scale_factor")) is not None and not saved.shape:
+            check_floating("scale_factor", saved, path)
             codec.latent_scale = scale(nearby(saved, LATENT_SCALE), f"scale_factor in {path}")
     parts = Parts("a single file with CompVis' names", codec)
     unet = _chosen(under(weights, UNET), weights, "diffusion_model.", options.ema, parts)
@@ -291,6 +292,7 @@ def read_schedule(weights: Weights, path: Path) -> dict[str, Any]:
         return dict(SCHEDULE)
     if len(table.shape) != 1 or not 2 <= table.shape[0] <= 100_000:
         raise CheckpointError(f"betas in {path} have shape {table.shape}; allowed: 2 to 100,000 numbers.")
+    check_floating("betas", table, path)
     start, end = (nearby(table.rows(i, i + 1), None) for i in (0, table.shape[0] - 1))
     theirs = table.read().double()
     names: tuple[BetaName, ...] = ("scaled_linear", "linear", "cosine")

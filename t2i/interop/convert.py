@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from t2i.config import check
 from t2i.diffusion.config import GridConfig
 from t2i.errors import CheckpointError
+from t2i.files import made_folder
 from t2i.interop.amused import SAMPLING, amused_files
 from t2i.interop.codec_form import check_codec
 from t2i.interop.compvis_out import write_compvis
@@ -67,6 +67,9 @@ def prepare(source: Path, out: Path, options: Options) -> Conversion:
     check(options.dtype in DTYPES, "--dtype", options.dtype, ", ".join(DTYPES))
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already; give a name that is free.")
+    for place in (source, *(Path(given) for given in (options.vae, options.text_model) if given)):
+        inside = place.is_dir() and out.resolve().is_relative_to(place.resolve())
+        check(not inside, "OUT", str(out), f"a name outside of {place}, which is read")
     single = out.suffix.lower() == ".safetensors"
     check(
         out.suffix.lower() not in OTHER_FILES,
@@ -113,21 +116,18 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
     """Writes beside the final name, then renames: under that name there is all of it or nothing."""
     out = conversion.out
     try:
-        made = [folder for folder in out.absolute().parents if not folder.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-        _remove(unfinished)
-        try:
-            WRITERS[conversion.to](conversion.parts, unfinished, DTYPES[conversion.dtype], progress)
-            if out.exists() or out.is_symlink():
-                raise CheckpointError(f"{out} was made by someone else meanwhile; give a name that is free.")
-            unfinished.rename(out)
-        finally:
+        with made_folder(out.parent):
+            unfinished = out.with_name(f".{out.name}.{os.getpid()}")
             _remove(unfinished)
-            if not out.exists():
-                for folder in made:
-                    with suppress(OSError):
-                        folder.rmdir()
+            try:
+                WRITERS[conversion.to](conversion.parts, unfinished, DTYPES[conversion.dtype], progress)
+                if out.exists() or out.is_symlink():
+                    raise CheckpointError(
+                        f"{out} was made by someone else meanwhile; give a name that is free."
+                    )
+                unfinished.rename(out)
+            finally:
+                _remove(unfinished)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}.") from error
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i.config import check
-from t2i.interop.parts import bounded, input_channels, scale
+from t2i.interop.parts import bounded, input_channels, is_one_of, scale
 
 UNET_CLASS, KL_CLASS, VQ_CLASS = "UNet2DConditionModel", "AutoencoderKL", "VQModel"
 
@@ -62,7 +62,7 @@ def check_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]],
     """Raises ConfigError where an entry asks for what our models do not have."""
     for key, allowed in fixed.items():
         value = values.get(key, allowed[0])
-        check(value in allowed, f"{place}: {key}", value, " or ".join(map(repr, allowed)))
+        check(is_one_of(value, allowed), f"{place}: {key}", value, " or ".join(map(repr, allowed)))
 
 
 def _levels(values: Mapping[str, Any], place: str, kinds: tuple[str, str], up: tuple[str, str]) -> list[bool]:
@@ -110,11 +110,14 @@ def read_unet(values: Mapping[str, Any], place: str) -> dict[str, Any]:
         values, place, ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     )
     base, mult = _widths(values, place)
-    heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
+    heads = values.get("num_attention_heads")
+    heads = values.get("attention_head_dim", 8) if heads is None else heads
     per_level = heads if isinstance(heads, list) else [heads] * len(mult)
     key = f"{place}: attention_head_dim"
     check(len(per_level) == len(mult), key, heads, f"one number, or {len(mult)}")
     per_level = [bounded(number, key, 1024) for number in per_level]
+    linear = values.get("use_linear_projection", False)
+    check(type(linear) is bool, f"{place}: use_linear_projection", linear, "true or false")
     config: dict[str, Any] = {
         "name": "unet",
         "in_channels": bounded(values.get("in_channels", 4), f"{place}: in_channels", 1024),
@@ -129,7 +132,7 @@ def read_unet(values: Mapping[str, Any], place: str) -> dict[str, Any]:
         "context_dim": bounded(
             values.get("cross_attention_dim", 1280), f"{place}: cross_attention_dim", 16_384
         ),
-        "use_linear_in_transformer": bool(values.get("use_linear_projection", False)),
+        "use_linear_in_transformer": linear,
         "dropout": 0.0,
     }
     if len(set(per_level)) == 1:

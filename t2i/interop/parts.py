@@ -6,7 +6,7 @@ Configurations are plain mappings as config.yaml has them, weights are unread an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -152,6 +152,11 @@ def bounded(value: Any, key: str, most: int) -> int:
     """A whole number from 1 to `most`, so that no file can ask for a model of any size."""
     check(type(value) is int and 1 <= value <= most, key, value, f"a whole number from 1 to {most:,}")
     return value
+
+
+def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+    """Whether a file says one of these values. In Python true is 1 and false 0; in a file they are not."""
+    return any(value == each and (type(value) is bool) == (type(each) is bool) for each in allowed)
 
 
 def scale(value: Any, key: str) -> float:

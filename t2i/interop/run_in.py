@@ -29,7 +29,7 @@ from t2i.interop.parts import (
     transformer_shapes,
 )
 from t2i.interop.reading import only_weights, read_pickle, read_safetensors, read_weights
-from t2i.interop.weights import Weights, fit, in_memory, under
+from t2i.interop.weights import Weights, check_floating, fit, in_memory, under
 from t2i.training import run_folder, state_folder
 from t2i.training.checkpoint import placed
 from t2i.weight_file import weights_format
@@ -120,6 +120,7 @@ def _codec(config: dict[str, Any], weights: Weights, path: Path) -> CodecPart:
     saved = weights.get("latent_scale")
     if saved is None or saved.shape:
         raise CheckpointError(f"{path} lacks the codec's latent_scale.")
+    check_floating("latent_scale", saved, path)
     published = {name: weight for name, weight in weights.items() if name not in OWN_BUFFERS}
     # The shortest decimal of the stored float32: 0.18215, and not 0.1821500062942505.
     latent_scale = scale(float(str(saved.read().float().numpy())), f"latent_scale in {path}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from t2i.config import check
 from t2i.diffusion.samplers import SAMPLERS
-from t2i.interop.parts import bounded
+from t2i.interop.parts import bounded, is_one_of
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -98,11 +98,11 @@ def read_scheduler(values: Mapping[str, Any], place: str, stable_diffusion: bool
     steps = bounded(values.get("num_train_timesteps", 1000), f"{place}: num_train_timesteps", 100_000)
     schedule: dict[str, Any] = {"name": SCHEDULES[name], "num_train_steps": steps}
     if name != "squaredcos_cap_v2":
-        schedule |= {
-            "beta_start": values.get("beta_start", 0.0001),
-            "beta_end": values.get("beta_end", 0.02),
-        }
-    if values.get("rescale_betas_zero_snr", False):
+        for key, default in {"beta_start": 0.0001, "beta_end": 0.02}.items():
+            schedule[key] = beta = values.get(key, default)
+            ok = type(beta) in (int, float) and 0 < beta < 1
+            check(ok, f"{place}: {key}", beta, "a number above 0 and below 1")
+    if _flag(values, "rescale_betas_zero_snr", place):
         schedule["zero_terminal_snr"] = True
     kind = values.get("_class_name")
     sampler = CLASSES.get(kind) if isinstance(kind, str) else None
@@ -123,17 +123,15 @@ def _grid(values: Mapping[str, Any], place: str, sampler: str, stable_diffusion:
     """The entries of `t2i.diffusion.config.GridConfig`."""
     spacing = values.get("timestep_spacing")
     check(spacing in (None, *SPACINGS), f"{place}: timestep_spacing", spacing, ", ".join(SPACINGS))
-    if spacing is None and values.get("rescale_betas_zero_snr", False):
+    if spacing is None and _flag(values, "rescale_betas_zero_snr", place):
         spacing = SAMPLERS[sampler].spacing  # as diffusers does; ours would be "trailing"
     offset = 1 if stable_diffusion else values.get("steps_offset", 0)
     check(type(offset) is int and offset >= 0, f"{place}: steps_offset", offset, "a whole number, 0 or more")
     final = values.get("final_sigmas_type", "zero")
     check(final in ("zero", "sigma_min"), f"{place}: final_sigmas_type", final, "zero, sigma_min")
     alpha_one = values.get("set_alpha_to_one")
-    check(alpha_one in (None, True, False), f"{place}: set_alpha_to_one", alpha_one, "true, false")
-    levels = {key: values.get(key) or False for key in ("use_karras_sigmas", "use_exponential_sigmas")}
-    for key, used in levels.items():
-        check(used in (True, False), f"{place}: {key}", used, "true, false")
+    check(is_one_of(alpha_one, (None, True, False)), f"{place}: set_alpha_to_one", alpha_one, "true, false")
+    levels = {key: _flag(values, key, place) for key in ("use_karras_sigmas", "use_exponential_sigmas")}
     return {
         "timestep_spacing": spacing,
         "steps_offset": offset,
@@ -141,6 +139,13 @@ def _grid(values: Mapping[str, Any], place: str, sampler: str, stable_diffusion:
         "final_sigmas_type": final,
         **levels,
     }
+
+
+def _flag(values: Mapping[str, Any], key: str, place: str) -> bool:
+    """An entry that is false where it is not there or null."""
+    found = values.get(key)
+    check(is_one_of(found, (None, True, False)), f"{place}: {key}", found, "true, false")
+    return found is True
 
 
 def _left_out(values: Mapping[str, Any], place: str, stable_diffusion: bool) -> list[str]:
@@ -155,7 +160,7 @@ def _left_out(values: Mapping[str, Any], place: str, stable_diffusion: bool) -> 
         values = {"clip_sample": True} | dict(values)
     notes = []
     for key, value in values.items():
-        if key in fixed and value not in fixed[key]:
+        if key in fixed and not is_one_of(value, fixed[key]):
             notes.append(
                 f"{place}: {key} is {value!r}, which t2i's samplers cannot do: {fixed[key][0]!r} is used."
             )

@@ -117,12 +117,16 @@ def fit(
                 f"{source} does not fit the {part} that it describes: {name} has shape {weight.shape}; "
                 f"allowed: {tuple(shape)}."
             )
-        if weight.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{name} in {source} is stored as {_plain(weight.dtype)}; allowed: "
-                f"{', '.join(map(_plain, FLOATS))}."
-            )
+        check_floating(name, weight, source)
     return {name: found[name] for name in wanted}
+
+
+def check_floating(name: str, weight: Weight, source: Path) -> None:
+    """Raises CheckpointError for one that is stored as whole numbers or truth values."""
+    if weight.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{name} in {source} is stored as {_plain(weight.dtype)}; allowed: {', '.join(map(_plain, FLOATS))}."
+        )
 
 
 def under(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:

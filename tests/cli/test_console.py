@@ -55,7 +55,7 @@ def test_an_error_is_one_line_whatever_it_names():
     command = [sys.executable, "-m", "t2i_cli.main", "data", "pack", "a\nb\x1b[31m.csv", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "t2i data: a\\nb\\x1b[31m.csv does not exist.\n"
+    assert done.stderr == "t2i data pack: a\\nb\\x1b[31m.csv does not exist.\n"
 
 
 def test_every_job_names_a_folder_in_brackets(tmp_path, capsys):

@@ -21,6 +21,10 @@ def sources() -> None:
     """What people have lying about, in the folder that the command runs in."""
     Path("text.ckpt").write_text("not a checkpoint")
     Path("text.safetensors").write_text("not a checkpoint")
+    Path("config.yaml").write_text("stage: ldm\nname: tomorrow.\n")
+    Path("long.py").write_text(
+        "\N{SNOWMAN}" * 1000 + "a."
+    )  # 3 bytes each: the 512 that are looked at end within one
     torch.save({"state_dict": {"evil": Evil()}}, "evil.ckpt")
     torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, "other.ckpt")
     save_file({"layer.weight": torch.zeros(2)}, "other.safetensors")
@@ -36,8 +40,13 @@ def sources() -> None:
         (("absent", "out"), ("absent", "does not exist")),
         (("", "out"), ("SOURCE is ''",)),
         (("other.ckpt", ""), ("OUT is ''",)),
-        (("text.ckpt", "out"), ("text.ckpt", "cannot be read")),
-        (("text.safetensors", "out"), ("text.safetensors", "cannot be read as safetensors")),
+        (("text.ckpt", "out"), ("text.ckpt is text; allowed: a file of weights (.safetensors,",)),
+        (("text.safetensors", "out"), ("text.safetensors is text; allowed: ",)),
+        (("config.yaml", "out"), ("config.yaml is text; allowed: ",)),
+        (("long.py", "out"), ("long.py is text; allowed: ",)),
+        (("flux", "flux/inside"), ("OUT is 'flux/inside'; allowed: a name outside of flux",)),
+        (("flux", "empty/../flux/deep/in.safetensors"), ("allowed: a name outside of flux",)),
+        (("other.ckpt", "empty/out", "--text", "empty"), ("allowed: a name outside of empty",)),
         (("evil.ckpt", "out"), ("evil.ckpt", "without running code")),
         (("other.ckpt", "out"), ("other.ckpt", "layer.weight", "of no model that is known")),
         (("other.safetensors", "out"), ("other.safetensors", "Stable Diffusion")),

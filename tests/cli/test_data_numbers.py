@@ -19,4 +19,4 @@ def test_numbers_out_of_range(t2i, job, flag, allowed):
     for number in ("-1", "0"):
         if (flag, number) != ("--seed", "0"):
             said = t2i("data", job, *places, flag, number).sentence
-            assert said == f"t2i data: {flag} is {number}; allowed: {allowed}."
+            assert said == f"t2i data {job}: {flag} is {number}; allowed: {allowed}."

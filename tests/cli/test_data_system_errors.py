@@ -100,7 +100,7 @@ def test_a_full_disk(job, sources, tmp_path, monkeypatch, capsys):
         assert call(job, sources, tmp_path / "out", monkeypatch) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1, said
-    assert said[0].startswith("t2i data: ")
+    assert said[0].startswith(f"t2i data {job.split()[0]}: ")
     assert f"{tmp_path / 'out'}" in said[0]
     assert "File too large" in said[0]
     assert files(tmp_path / "out") <= WHOLE
@@ -141,3 +141,25 @@ def test_what_was_finished_stays(sources, tmp_path, monkeypatch, finished):
     monkeypatch.setattr(module, "write_shard", real)
     assert call("pack", sources, tmp_path / "out", monkeypatch) == 0
     assert files(tmp_path / "out") == {f"{i:05d}{end}" for i in range(3) for end in endings}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "pack none out/deep",
+        "download none.csv out/deep",
+        "filter none.tar out/deep",
+        "filter none.csv out/deep.parquet",
+        "dedup none.tar out/deep",
+        "dedup none.tar out/deep/kept.arrow --report out/other/report.json",
+        "score none.tar --out out/deep",
+        "index none.tar --out out/deep",
+        "inspect none.tar --parts out/parts --json out/json/a.json --sheet out/sheet/a.png",
+        "encode out/deep stage=ldm data=shards data.shards=none.tar",
+    ],
+)
+def test_no_folder_is_left_of_a_job_that_fails_at_once(t2i, arguments):
+    """The sentence begins with the job's name."""
+    said = t2i("data", *arguments.split()).sentence
+    assert said.startswith(f"t2i data {arguments.split()[0]}: ")
+    assert list(Path().iterdir()) == []

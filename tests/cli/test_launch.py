@@ -57,16 +57,37 @@ def test_a_submission_names_job_script_and_log_and_makes_the_folder(t2i, shapes_
     assert "name=a-2 resume=auto" in Path("got").read_text()
 
 
-def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs, monkeypatch):
-    """Each job is composed once."""
-    programs(sbatch='cat "$2" >> got; echo 7')
-    composed, compose = [], ConfigLoaderImpl.load_sweep_config
+@pytest.fixture
+def composed(monkeypatch) -> list[str]:
+    """The last override of each job of a sweep that Hydra composes."""
+    seen, compose = [], ConfigLoaderImpl.load_sweep_config
 
     def counted(self, config, overrides):
-        composed.append(overrides[-1])
+        seen.append(overrides[-1])
         return compose(self, config, overrides)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    return seen
+
+
+def test_a_sweep_on_this_machine_composes_all_its_jobs_first_and_each_once(
+    t2i, shapes_overrides, composed, monkeypatch
+):
+    trained = []
+    monkeypatch.setattr(
+        "t2i_cli.train.train", lambda values, _: trained.append((values["seed"], len(composed)))
+    )
+    for i in range(2):  # nothing is kept for the next sweep
+        composed.clear()
+        assert t2i("train", "-m", "stage=autoencoder", *shapes_overrides, f"seed={i},7,7").code == 0
+        assert composed == [f"seed={i}", "seed=7"]
+        assert trained == [(i, 2), (7, 2), (7, 2)]
+        trained.clear()
+
+
+def test_a_sweep_is_one_submission(t2i, shapes_overrides, programs, composed):
+    """Each job is composed once."""
+    programs(sbatch='cat "$2" >> got; echo 7')
     outcome = t2i("train", "-m", *SLURM, *shapes_overrides, "name=s", "seed=0,1,2")
     assert outcome.code == 0, outcome
     said = [line.split(",")[0] for line in outcome.out.splitlines() if line.startswith("Job")]
@@ -365,5 +386,5 @@ def test_a_data_job_on_a_cluster_of_ones_own(t2i, programs):
     assert "--config-dir is 'none'; allowed: an existing folder." in nowhere
     programs(sbatch="printf 'sbatch: error: no such thing\nsbatch: fatal: nor that\n' >&2; exit 1")
     refused = t2i(*words).sentence
-    assert refused.startswith("t2i data: sbatch refused ")
+    assert refused.startswith("t2i data index: sbatch refused ")
     assert refused.endswith(": no such thing; nor that")

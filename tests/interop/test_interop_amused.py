@@ -192,6 +192,7 @@ def edited(source: Path, to: Path, file: str, **values: Any) -> Path:
             "mask_token_id is 40; allowed: 47, the",
         ),
         ("transformer/config.json", {"codebook_size": 41}, "codebook_size is 41; allowed: 40, as its other"),
+        ("transformer/config.json", {"attention_dropout": False}, "attention_dropout is False; allowed: 0.0"),
         ("transformer/config.json", {"use_bias": True}, "use_bias is True; allowed: False"),
         ("transformer/config.json", {"upsample": False}, "upsample is False; allowed: True, as downsample"),
         (

@@ -78,7 +78,8 @@ KINDS = {
     '{"error": "Repository not found"}': "is JSON text",
     "\x1f\x8b\x08": "is a gzip archive",
     "GGUF\x03": "is a GGUF file",
-    "Entry not found": "cannot be read",
+    "Entry not found": "is text; allowed: a file of weights",
+    "stage: ldm\nname: a.": "is text; allowed: a file of weights",
 }
 
 
@@ -125,7 +126,7 @@ def test_what_is_no_weights_is_one_sentence_in_all_readers(tmp_path, recwarn, co
     """As pickles, some of these texts lead the reader to a KeyError, and a protocol to a warning."""
     path = tmp_path / "x.pth"
     path.write_bytes(content)
-    said = r"x\.pth (cannot be read (as|without) |was not written by t2i)"
+    said = r"x\.pth (is text; |cannot be read (as|without) |was not written by t2i)"
     for read in (read_weights, checkpoint.load, reading.read_weights):
         with pytest.raises(CheckpointError, match=said):
             read(path)

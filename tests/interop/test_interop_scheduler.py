@@ -110,6 +110,7 @@ def test_pictures_are_those_of_diffusers(sd1_folder, tmp_path, said, kind, chang
         ({"solver_order": 3}, "solver_order is 3"),
         ({"use_beta_sigmas": True}, "use_beta_sigmas is True"),
         ({"interpolation_type": "log_linear"}, "interpolation_type is 'log_linear'"),
+        ({"thresholding": 0}, "thresholding is 0"),
         ({"thresholding": True}, "thresholding is True"),
         ({"skip_prk_steps": False}, "skip_prk_steps is False"),
         ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler is no sampler of t2i's: ddim"),

@@ -9,9 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from t2i.errors import CheckpointError
+from t2i.interop.convert import Options, prepare
 from t2i.interop.reading import SAFETENSORS_DTYPES, read_pickle, read_safetensors, read_weights
 from t2i.interop.weights import fit, in_memory, stacked, stored
 from t2i.interop.writing import write_safetensors
@@ -194,3 +196,28 @@ def test_numbers_that_are_not_finite_are_named_when_they_are_read(tmp_path, dtyp
 def test_whole_numbers_are_finite(tmp_path):
     save_file({"n": torch.arange(3)}, tmp_path / "x.safetensors")
     assert torch.equal(read_weights(tmp_path / "x.safetensors")["n"].read(), torch.arange(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("name", ["betas", "scale_factor"])
+def test_schedule_and_scale_are_floating_numbers(pipeline_single, tmp_path, name, dtype):
+    weights = load_file(pipeline_single)
+    value = {"betas": torch.linspace(0.0001, 0.02, 500), "scale_factor": torch.tensor(1.0)}[name]
+    save_file(weights | {name: value.to(dtype)}, tmp_path / "other.safetensors")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        CheckpointError, match=rf"{name} in .*other\.safetensors is stored as {kind}; allowed: float32"
+    ):
+        prepare(tmp_path / "other.safetensors", tmp_path / "x", Options(prediction="eps"))
+
+
+def test_the_scale_of_a_run_is_a_floating_number(sd1_run, tmp_path):
+    with safe_open(sd1_run / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(sd1_run / "model.safetensors")
+    weights["model.codec.latent_scale"] = torch.tensor(True)
+    save_file(weights, tmp_path / "ours.safetensors", metadata)
+    with pytest.raises(
+        CheckpointError, match=r"latent_scale in .*ours\.safetensors is stored as bool; allowed: float"
+    ):
+        prepare(tmp_path / "ours.safetensors", tmp_path / "x", Options())
