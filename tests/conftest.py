@@ -152,6 +152,22 @@ def compose_small(compose_run, tiny_vq) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
+def super_resolution(compose_small, train, tmp_path_factory) -> dict[str, list[str]]:
+    """By stage what `compose_small` takes, on `tiny_vq` and a run at 16 px."""
+    folder = tmp_path_factory.mktemp("low")
+    found = {}
+    for stage, experiment, own in (
+        ("masked_sr", "masked/tiny_masked", ["low.depth=1"]),
+        ("ar_sr", "autoregressive/tiny_ar", []),
+    ):
+        few = ("resolution.size_px=16", "trainer.num_images=16", f"runs_dir={folder}")
+        low = train(compose_small(experiment, *few)).folder
+        codes = ["low.num_codes=64", "low.side=4", *own]
+        found[stage] = [experiment, f"stage={stage}", f"builds_on.low={low}", *codes]
+    return found
+
+
+@pytest.fixture(scope="session")
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP with random weights, as transformers saves one."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel

@@ -143,15 +143,18 @@ def stage_of(config: RunConfig) -> BaseStage:
     return families.get(config.family).load_stage(config.stage)(config)
 
 
-QUANTISERS = [
-    f"autoencoder/tiny_vq {other}" for other in ("codec.normalize=true", "codec=lfq", "codec=gumbel")
+CODECS = [
+    *(f"autoencoder/tiny_vq {other}" for other in ("codec.normalize=true", "codec=lfq", "codec=gumbel")),
+    *(f"autoencoder/tiny_kl ~backbone.depth backbone=dvae codec={codec}" for codec in ("gumbel", "vq", "kl")),
+    "autoencoder/tiny_kl ~backbone.depth ~backbone.width backbone=vit codec=fsq",
 ]
+SUPER_RESOLUTION = ["masked_sr", "ar_sr"]
 
 
-@pytest.mark.parametrize("asked", [*SMALL, *QUANTISERS])
-def test_two_steps_and_a_preview(asked, compose_small, gpu):
+@pytest.mark.parametrize("asked", [*SMALL, *CODECS, *SUPER_RESOLUTION])
+def test_two_steps_and_a_preview(asked, compose_small, super_resolution, gpu):
     """Forward, optimizer and average; gradients are taken as given."""
-    name, *others = asked.split()
+    name, *others = super_resolution.get(asked, asked.split())
     config = compose_small(name, *others, "trainer.num_images=800", "trainer.precision=bf16-mixed")
     stage = stage_of(config)
     stage.images_seen = 160  # a discriminator that waits has begun
@@ -192,9 +195,12 @@ def requests(size: int) -> list[SampleRequest]:
     return [plain, pictured, dataclasses.replace(pictured, mask=mask)]
 
 
-@pytest.mark.parametrize("name", [each for each in SMALL if not each.startswith("autoencoder/")])
-def test_drawing(name, compose_small, gpu):
-    config = compose_small(name)
+@pytest.mark.parametrize(
+    "asked", [*(each for each in SMALL if not each.startswith("autoencoder/")), *SUPER_RESOLUTION]
+)
+def test_drawing(asked, compose_small, super_resolution, gpu):
+    name, *others = super_resolution.get(asked, [asked])
+    config = compose_small(name, *others)
     model = stage_of(config).model.eval().to(GPU)
     model.text.to(GPU)
     sampling = config.model.sampling
