@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,64 @@ def test_another_number_of_ranks_goes_on_where_the_others_stopped(shards, step):
     ]
     assert len(flat) == done
     assert flat == wanted[:done]
+
+
+@pytest.mark.parametrize("step", [None, 4])
+def test_counted_by_hand_each_position_and_each_epoch_is_read_once_however_it_is_resumed(shards, step):
+    """Through processes that read ahead. In a cycle of the mixture, 1,000 runs in each of two columns, a part has its
+    share of the runs exactly."""
+    weights, batch_size = {"a": 3, "b": 1}, 2
+    captions = {"txt": 1.0, "json:tags": 2.0}
+    data = mixed(shards, {name: {"weight": w} for name, w in weights.items()}, caption_keys=captions)
+    data = replace(data, bucket_step_px=step, crop="random", shuffle_window_shards=2)
+    total = 2 * 1000 * (1 if step is None else batch_size)
+    # Processes, pictures of each at a time, readers and steps, of runs that are each stopped somewhere in an epoch.
+    runs = [(1, 2, 0, 35), (2, 2, 1, 21), (1, 2, 2, 40)] + ([(3, 2, 0, 9)] if step else [(3, 5, 0, 8)])
+    found: dict[int, tuple] = {}
+    while len(found) < total:
+        world, each, workers, steps = runs.pop(0) if runs else (1, 2, 0, (total - len(found)) // 2)
+        done = len(found)
+        options = {"batch_size": each, "world_size": world, "start_images": done, "text_dropout": 0.2}
+        for rank in range(world):
+            made = loader(replace(data, num_workers=workers), steps, rank=rank, **options)
+            for number, batch in enumerate(made):
+                first = done + number * each * world
+                wanted = [
+                    first + (i // batch_size * world + rank) * batch_size + i % batch_size
+                    if step
+                    else first + i * world + rank
+                    for i in range(each)
+                ]
+                assert batch.position.tolist() == wanted
+                shape = tuple(batch.image.shape[2:])
+                rows = zip(
+                    batch.position.tolist(), seen([batch]), batch.caption, batch.crop.tolist(), strict=True
+                )
+                for position, name, caption, crop in rows:
+                    assert position not in found
+                    found[position] = (*name, caption, *crop, shape)
+    assert sorted(found) == list(range(total))
+    begin = loader(data, 450 // batch_size, batch_size=batch_size, text_dropout=0.2)
+    alone = [
+        (*name, caption, *crop, tuple(batch.image.shape[2:]))
+        for batch in begin
+        for name, caption, crop in zip(seen([batch]), batch.caption, batch.crop.tolist(), strict=True)
+    ]
+    assert alone == [found[position] for position in range(len(alone))]
+    for part, weight in weights.items():
+        counts = Counter(number for name, number, *_ in found.values() if name == part)
+        assert counts.total() == total * weight // 4
+        shapes = {number: shape for name, number, *_, shape in found.values() if name == part}
+        of_shape = Counter(shapes.values())
+        filled = {shape: -(-many // batch_size) * batch_size for shape, many in of_shape.items()}
+        epochs = counts.total() // (sum(filled.values()) if step else len(counts))
+        assert sorted(counts) == list(range(sum(SIZES[part])))
+        assert min(counts.values()) >= epochs
+        if step is None:
+            assert max(counts.values()) <= epochs + 1
+        for shape, places in filled.items() if step else ():
+            came = sum(counts[number] for number in counts if shapes[number] == shape)
+            assert epochs * places <= came <= (epochs + 1) * places
 
 
 def test_in_buckets_every_batch_has_one_shape_and_its_own_crops(shards):
