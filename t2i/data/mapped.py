@@ -118,9 +118,9 @@ def _at_hand(file: int, size: int) -> mmap.mmap:
 
 
 def _is_local(file: int, device: int) -> bool:
-    """By the mount that the file was opened on."""
+    """By the mount that the file was opened on; no where the system does not say, as within chroot."""
     with open(f"/proc/self/fdinfo/{file}", encoding="ascii") as lines:
-        mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+        mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
     return _file_system(mount, device) in LOCAL
 
 
@@ -128,4 +128,6 @@ def _is_local(file: int, device: int) -> bool:
 def _file_system(mount: str, device: int) -> str:
     """device: of a file there, as the number of a mount may be given again"""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return next(line.partition(" - ")[2].split()[0] for line in lines if line.startswith(f"{mount} "))
+        return next(
+            (line.partition(" - ")[2].split()[0] for line in lines if line.startswith(f"{mount} ")), ""
+        )

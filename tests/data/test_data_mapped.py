@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 import time
@@ -80,7 +81,28 @@ def no_proc(monkeypatch):
     monkeypatch.setattr(mapped, "_is_local", missing)
 
 
-@pytest.mark.parametrize("why_not", [not_local, too_large, refused, never_comes, no_proc])
+def in_a_chroot(monkeypatch):
+    proc("mnt_id:\t70001\n", monkeypatch)
+
+
+def no_number_of_a_mount(monkeypatch):
+    proc("pos:\t0\n", monkeypatch)
+
+
+def proc(file, monkeypatch):
+    """As /proc is where only the mount 1 is seen."""
+    told = {"fdinfo": file, "mountinfo": "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"}
+
+    def opened(path, **how):
+        return io.StringIO(told["fdinfo" if "fdinfo" in path else "mountinfo"])
+
+    monkeypatch.setattr(mapped, "open", opened, raising=False)
+
+
+NOT_MAPPED = [not_local, too_large, refused, never_comes, no_proc, in_a_chroot, no_number_of_a_mount]
+
+
+@pytest.mark.parametrize("why_not", NOT_MAPPED)
 def test_what_is_not_mapped_is_read_all_the_same(shard, monkeypatch, why_not):
     paths = [shard(0, 4), shard(1, 4)]
     whole = opened(paths)
