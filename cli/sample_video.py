@@ -155,7 +155,7 @@ class Film:
         path = write_film([pictures], self.folder / name, self.source.shown_ms)
         return (
             f"{path}: {len(self.source)} frames, {len(self.keys)} of them drawn; neighbours differ by "
-            f"{more:+.2f} of 255 more than those of {self.path}."
+            f"{abs(more):.2f} of 255 {'more' if more > 0 else 'less'} than those of {self.path}."
         )
 
     def _frame(self, place: int) -> Tensor:

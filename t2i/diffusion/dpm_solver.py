@@ -36,7 +36,12 @@ class DPMSolverPlusPlus2M(Sampler):
         if spacing == "trailing" or not isinstance(schedule, DiscreteSchedule):
             return super().times(schedule, steps, spacing, steps_offset)
         limit = schedule.num_train_steps - (1 + steps_offset if spacing == "leading" else 1)
-        check(1 <= steps <= limit, "steps", steps, f"1 to {limit} for dpmpp_2m with the {spacing} spacing")
+        check(
+            1 <= steps <= limit,
+            "sampling.steps",
+            steps,
+            f"1 to {limit} for dpmpp_2m with the {spacing} spacing",
+        )
         return super().times(schedule, steps + 1, spacing, steps_offset)[:-1].round()
 
     @classmethod

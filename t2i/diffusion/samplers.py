@@ -274,18 +274,18 @@ def beginning(
     generators: Sequence[torch.Generator] | None = None,
 ) -> tuple[Sampler, Spacing, int]:
     """What walks, how its grid is spaced, and the step that it begins with; see `sample`, which raises as this does."""
-    check(sampler in SAMPLERS, "sampler", sampler, ", ".join(SAMPLERS))
+    check(sampler in SAMPLERS, "sampling.sampler", sampler, ", ".join(SAMPLERS))
     cls = SAMPLERS[sampler]
     grid = grid or GridConfig()
     spacing = grid.timestep_spacing or schedule.spacing or cls.spacing
     solver = cls(noise_levels(cls, schedule, steps, spacing, grid), generators)
     if eta > 0:
-        check(cls is DDIM, "eta", eta, "0 but with ddim")
+        check(cls is DDIM, "sampling.eta", eta, "0 but with ddim")
         assert isinstance(solver, DDIM)
         solver.eta = eta
     check(0 < strength <= 1, "strength", strength, "above 0, at most 1")
     first = steps - int(steps * strength)
-    check(first < steps, "strength", strength, f"{1 / steps:.3g} or more with steps={steps}")
+    check(first < steps, "strength", strength, f"{1 / steps:.3g} or more with sampling.steps={steps}")
     return solver, spacing, first
 
 

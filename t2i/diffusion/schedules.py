@@ -158,7 +158,7 @@ class DiscreteSchedule(Schedule):
         between training steps."""
         total = self.num_train_steps
         limit = total - steps_offset if spacing == "leading" else total
-        check(1 <= steps <= limit, "steps", steps, f"1 to {limit} with the {spacing} spacing")
+        check(1 <= steps <= limit, "sampling.steps", steps, f"1 to {limit} with the {spacing} spacing")
         if spacing == "linspace":
             return torch.linspace(total - 1, 0, steps, dtype=torch.float64)
         index = torch.arange(steps, dtype=torch.float64)
@@ -167,7 +167,7 @@ class DiscreteSchedule(Schedule):
             allowed = f"such that the last of {steps} steps lies below {total}"
             check(times[0].item() < total, "sampling.steps_offset", steps_offset, allowed)
             return times
-        check(spacing == "trailing", "spacing", spacing, ", ".join(get_args(Spacing)))
+        check(spacing == "trailing", "sampling.timestep_spacing", spacing, ", ".join(get_args(Spacing)))
         return (total - index * (total / steps)).round() - 1
 
 
@@ -206,9 +206,14 @@ class FlowSchedule(Schedule):
 
     def times(self, steps: int, spacing: Spacing, steps_offset: int = 1) -> Tensor:
         """ "trailing": 1, 1 - 1/steps, ..., 1/steps. "linspace": from 1 to 1/T, as diffusers spaces SD3."""
-        check(steps >= 1, "steps", steps, "1 or more")
+        check(steps >= 1, "sampling.steps", steps, "1 or more")
         allowed = ("trailing", "linspace")
-        check(spacing in allowed, "spacing", spacing, ", ".join(allowed) + " with the flow schedule")
+        check(
+            spacing in allowed,
+            "sampling.timestep_spacing",
+            spacing,
+            ", ".join(allowed) + " with the flow schedule",
+        )
         last = 1 / (steps if spacing == "trailing" else self.num_train_steps)
         return self._shifted(torch.linspace(1, last, steps, dtype=torch.float64))
 

@@ -228,6 +228,8 @@ def test_the_same_noise_for_each_frame_flickers_less_than_noise_of_its_own(
     }
     shown = {name: flicker(frames, source) for name, frames in films.items()}
     assert max(shown["keys"], shown["all"]) < shown["apart"] / 10, shown
+    more = "more" if shown["all"] > 0 else "less"
+    assert f"differ by {abs(shown['all']):.2f} of 255 {more} than those" in " ".join(said["all"].split())
     frame = read_image(Path("all/frame_00002.png"), (32, 32))
     assert torch.equal(frame, films["all"][2])
     assert t2i(*base, "--video", "in.webp", "--out", "keys", "--key-every", "4").code == 0  # all is there

@@ -172,16 +172,24 @@ def test_what_older_runs_say_of_a_schedule_is_read(name):
 @pytest.mark.parametrize(
     ("schedule", "options", "said"),
     [
-        ("linear", {"sampler": "plms"}, "sampler is 'plms'; allowed: ddim, ddpm, pndm, euler"),
-        ("linear", {"steps": 0}, "steps is 0; allowed: 1 to 999 with the leading spacing"),
-        ("linear", {"steps": 1000}, "steps is 1000; allowed: 1 to 999"),
+        ("linear", {"sampler": "plms"}, "sampling.sampler is 'plms'; allowed: ddim, ddpm, pndm, euler"),
+        ("linear", {"steps": 0}, "sampling.steps is 0; allowed: 1 to 999 with the leading spacing"),
+        ("linear", {"steps": 1000}, "sampling.steps is 1000; allowed: 1 to 999"),
         (
             "linear",
             {"steps": 1001, "grid": GridConfig(timestep_spacing="trailing")},
-            "steps is 1001; allowed: 1 to 1000",
+            "sampling.steps is 1001; allowed: 1 to 1000",
         ),
-        ("linear", {"steps": 0, "sampler": "dpmpp_2m"}, "steps is 0; allowed: 1 to 999 for dpmpp_2m"),
-        ("linear", {"steps": 1000, "sampler": "dpmpp_2m"}, "steps is 1000; allowed: 1 to 999 for dpmpp_2m"),
+        (
+            "linear",
+            {"steps": 0, "sampler": "dpmpp_2m"},
+            "sampling.steps is 0; allowed: 1 to 999 for dpmpp_2m",
+        ),
+        (
+            "linear",
+            {"steps": 1000, "sampler": "dpmpp_2m"},
+            "sampling.steps is 1000; allowed: 1 to 999 for dpmpp_2m",
+        ),
         (
             "linear",
             {"steps": 999, "sampler": "dpmpp_2m", "grid": GridConfig(timestep_spacing="leading")},
@@ -190,7 +198,7 @@ def test_what_older_runs_say_of_a_schedule_is_read(name):
         (
             "linear",
             {"grid": GridConfig(timestep_spacing="karras")},
-            "spacing is 'karras'; allowed: leading, linspace, trailing",
+            "sampling.timestep_spacing is 'karras'; allowed: leading, linspace, trailing",
         ),
         (
             "linear",
@@ -198,13 +206,17 @@ def test_what_older_runs_say_of_a_schedule_is_read(name):
             "strength is 0.0; allowed: above 0, at most 1",
         ),
         ("linear", {"init": torch.zeros(1, 2), "strength": 1.1}, "strength is 1.1; allowed"),
-        ("linear", {"init": torch.zeros(1, 2), "strength": 0.09}, "allowed: 0.1 or more with steps=10"),
+        (
+            "linear",
+            {"init": torch.zeros(1, 2), "strength": 0.09},
+            "allowed: 0.1 or more with sampling.steps=10",
+        ),
         (
             "flow",
             {"grid": GridConfig(timestep_spacing="leading")},
-            "spacing is 'leading'; allowed: trailing, linspace",
+            "sampling.timestep_spacing is 'leading'; allowed: trailing, linspace",
         ),
-        ("flow", {"steps": 0}, "steps is 0; allowed: 1 or more"),
+        ("flow", {"steps": 0}, "sampling.steps is 0; allowed: 1 or more"),
     ],
 )
 def test_sample_refuses(schedule, options, said):

@@ -40,6 +40,11 @@ def point(
     return Point(run, options, about, figures)
 
 
+def test_every_kind_that_draws_has_a_published_row():
+    kinds = {"latent diffusion", "pixel diffusion", "autoregressive codes", "masked codes", "GAN"}
+    assert kinds <= {each.type for each in PUBLISHED}
+
+
 def test_a_row_for_each_run_and_the_published_ones_marked(tmp_path):
     other = ABOUT | {"run": "runs/c", "size_px": 64, "training_images": 5000}
     runs = [(ABOUT, FIGURES), (other, FIGURES[1:])]
