@@ -161,7 +161,7 @@ def measure_generator(
     from t2i.evaluation.attributes import Attributes
     from t2i.evaluation.cost import Cost
     from t2i.evaluation.features import clip_scores
-    from t2i.evaluation.measure import check_enough, figures, mean_figure
+    from t2i.evaluation.measure import check_enough, figures, score_figures
     from t2i.evaluation.runs import prompts_hash
     from t2i.evaluation.statistics import collect
     from t2i.schema import to_dict
@@ -197,7 +197,8 @@ def measure_generator(
         made += figures(extractor, features, statistics, options.rounds)
         if extractor.clip is not None:
             scores = clip_scores(extractor.clip, features, [prompt.text for prompt in prompts], device)
-            made.append(mean_figure("CLIP score", scores, extractor.title))
+            categories = [prompt.category for prompt in prompts]
+            made += score_figures("CLIP score", scores, categories, extractor.title)
     made += attributes.figures() if attributes else []
     trained = sum(size for name, size in loaded.sizes.items() if draws(name))
     folder = run_folder.run_of(place)

@@ -110,6 +110,18 @@ def mean_figure(name: str, values: Tensor, features: str = "") -> Figure:
     return Figure(name, mean, interval, count, features)
 
 
+def score_figures(name: str, values: Tensor, categories: Sequence[str], features: str) -> list[Figure]:
+    """The mean over all pictures, and that of each category.
+
+    values: (N,); categories: of each picture, "" where it has none
+    """
+    made = [mean_figure(name, values, features)]
+    for category in dict.fromkeys(filter(None, categories)):
+        places = [i for i, each in enumerate(categories) if each == category]
+        made.append(mean_figure(f"{name}, category {category}", values[places], features))
+    return made
+
+
 def share_figure(name: str, right: Sequence[bool], features: str = "") -> Figure:
     """A share of pictures, with Wilson's interval (1927), which is none of width 0 where all or none are right."""
     count, share = len(right), sum(right) / len(right)

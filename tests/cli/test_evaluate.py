@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +162,22 @@ def test_a_run_draws_the_compositional_suite(t2i, runs, plain_features):
     )
     assert about["parameters"] > 1000
     assert about["seconds_per_picture"] > 0
+
+
+def test_the_clip_score_of_each_category_of_a_table(t2i, runs, plain_features, monkeypatch):
+    made = dataclasses.replace(features.load("plain", "clean", None), clip=SimpleNamespace())
+    monkeypatch.setattr(features, "load", lambda spec, resize, device: made)
+    scores = torch.tensor([0.1, 0.2, 0.4])
+    monkeypatch.setattr(features, "clip_scores", lambda clip, features, texts, device: scores)
+    Path("parti.tsv").write_text("Prompt\tCategory\na cat\tAnimals\na man\tPeople\na dog\tAnimals\n")
+    done = t2i("evaluate", str(runs["draws"]), "--prompts", "parti.tsv", "--force", "--out", "b.json")
+    assert done.code == 0, done
+    found = figures_in("b.json")
+    of_category = {name: found[f"CLIP score, category {name}"] for name in ("Animals", "People")}
+    assert {name: each["count"] for name, each in of_category.items()} == {"Animals": 2, "People": 1}
+    assert of_category["Animals"]["value"] == pytest.approx(0.25)
+    assert of_category["People"]["value"] == pytest.approx(0.2)
+    assert found["CLIP score"]["count"] == 3
 
 
 def test_a_codec_gives_pictures_back(t2i, runs, plain_features):

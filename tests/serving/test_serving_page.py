@@ -22,6 +22,7 @@ BROWSERS = [
 ]
 pytestmark = pytest.mark.skipif(not BROWSERS, reason="a page for tests needs Chromium, not found here")
 PATIENCE_S = 60
+GREEN = (30, 160, 60)
 
 
 @dataclass
@@ -118,6 +119,11 @@ def test_pictures_appear_as_they_are_drawn_and_draw_again_by_their_recipe(served
     assert same(first, before)
     assert not same(first, second)
 
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#alike").click()  # the most like the chosen one is itself
+    page.wait_for_function("document.querySelectorAll('#gallery button img').length == 3")
+    page.wait_for_function("document.querySelector('#gallery button img')?.src.includes('a-red-circle_0')")
+
 
 def test_the_stop_button_stops(served):
     draw(served, "a green star", steps=1000)
@@ -130,45 +136,33 @@ def test_the_stop_button_stops(served):
 
 
 def test_what_is_painted_over_is_drawn_anew(served, tmp_path):
-    green = (30, 160, 60)
-    Image.new("RGB", (256, 256), green).save(tmp_path / "green.png")
     page = served.page
-    page.goto(served.address)
-    page.get_by_role("button", name="All options of this model").click()  # what is empty there stays so
-    page.get_by_role("button", name="Start from a picture").click()
-    canvas = page.locator("#image canvas").first
-
-    def middle() -> tuple[float, float]:
-        canvas.scroll_into_view_if_needed()
-        box = canvas.bounding_box()
-        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-
-    def seen() -> tuple[int, ...]:
-        x, y = middle()
-        shot = page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
-        return Image.open(io.BytesIO(shot)).convert("RGB").getpixel((0, 0))
-
-    def uploaded() -> bool:
-        """An editor that is not ready yet takes no file."""
-        page.locator("#image input[type=file]").first.set_input_files(tmp_path / "green.png")
-        page.wait_for_timeout(2000)
-        return seen() == green
-
-    canvas.wait_for()
-    until(uploaded)
-    x, y = middle()
+    start_from(served, tmp_path / "green.png", size=256)
+    x, y = middle(page)
     page.mouse.move(x - 4, y)
     page.mouse.down()
     page.mouse.move(x + 4, y, steps=4)
     page.mouse.up()
     page.mouse.move(0, 0)
-    until(lambda: seen() == (255, 255, 255))
+    until(lambda: seen(page) == (255, 255, 255))
     draw(served, "a pink star", steps=3)
     page.get_by_text("Done: 1 of 1 picture.").wait_for()
     until(lambda: list(served.pictures.glob("a-pink-star*")))
     drawn = Image.open(next(served.pictures.glob("a-pink-star*")))
-    assert drawn.getpixel((0, 0)) == green
-    assert drawn.getpixel((16, 16)) != green
+    assert drawn.getpixel((0, 0)) == GREEN
+    assert drawn.getpixel((16, 16)) != GREEN
+
+
+def test_what_is_added_is_drawn_and_the_picture_kept(served, tmp_path):
+    page = served.page
+    start_from(served, tmp_path / "green.png", size=32)
+    page.locator("#extend_left input").fill("32")
+    draw(served, "a pink heart", steps=3)
+    page.get_by_text("Done: 1 of 1 picture.").wait_for()
+    drawn = Image.open(next(served.pictures.glob("a-pink-heart*")))
+    assert drawn.size == (64, 32)
+    assert drawn.crop((32, 0, 64, 32)).getcolors() == [(32 * 32, GREEN)]
+    assert drawn.crop((0, 0, 32, 32)).getcolors() != [(32 * 32, GREEN)]
 
 
 def test_what_is_not_allowed_is_said_on_the_page(served):
@@ -201,6 +195,38 @@ def test_a_gallery_of_many_pictures_shows_more_when_asked(served):
 
 def test_the_page_asks_no_other_machine(served):
     assert served.elsewhere == []
+
+
+def start_from(served: Served, path: Path, size: int) -> None:
+    """A green square of so many pixels on the canvas of a fresh page."""
+    Image.new("RGB", (size, size), GREEN).save(path)
+    page = served.page
+    page.goto(served.address)
+    page.get_by_role("button", name="All options of this model").click()  # what is empty there stays so
+    page.get_by_role("button", name="Start from a picture").click()
+    page.locator("#image canvas").first.wait_for()
+
+    def uploaded() -> bool:
+        """An editor that is not ready yet takes no file."""
+        page.locator("#image input[type=file]").first.set_input_files(path)
+        page.wait_for_timeout(2000)
+        return seen(page) == GREEN
+
+    until(uploaded)
+
+
+def middle(page) -> tuple[float, float]:
+    canvas = page.locator("#image canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def seen(page) -> tuple[int, ...]:
+    """The colour in the middle of the canvas."""
+    x, y = middle(page)
+    shot = page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
+    return Image.open(io.BytesIO(shot)).convert("RGB").getpixel((0, 0))
 
 
 def same(one: Path, other: Path) -> bool:
