@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
-from t2i.config import RECIPE
+from t2i.config import RECIPE, parse_model
 from t2i.errors import ConfigError
 from t2i.schema import check, nearest
 
@@ -124,6 +124,7 @@ def checked(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(composed, resolve=True)
     check_experiment(values)
     check_recipe(composed, overrides)
+    check_unused(values, overrides)
     check_pipes(values, overrides)
     for key in ("launch", "cluster"):  # see `launched`
         values.pop(key, None)
@@ -142,6 +143,24 @@ def check_recipe(composed: DictConfig, overrides: list[str]) -> None:
             raise ConfigError(
                 f"{given.key_or_group}={given.value()} would change nothing: nothing in this run refers to it; "
                 f"`t2i train stage={composed.get('stage')} --cfg job` prints the keys that count."
+            )
+
+
+def check_unused(values: dict[str, Any], overrides: list[str]) -> None:
+    """Raises ConfigError where a key of the model is given that changes nothing beside the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from t2i import families
+
+    if "family" not in values:
+        return
+    config = families.get(values["family"]).load_config()
+    unused = parse_model(config.upgraded(values), config).unused()
+    for given in OverridesParser.create().parse_overrides(overrides):
+        if given.key_or_group in unused and not given.is_delete():
+            raise ConfigError(
+                f"{given.key_or_group}={given.value()} would change nothing: it counts with "
+                f"{unused[given.key_or_group]}."
             )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from t2i.data_config import DataConfig
 from t2i.errors import ConfigError
@@ -297,6 +297,16 @@ class ModelConfig(Upgraded):
         """Which text encoder the model needs."""
         return None
 
+    def unused(self) -> dict[str, str]:
+        """Keys that change nothing in this configuration, each with what it counts with."""
+        text = self.text_encoder()
+        if text is None or text.name in TRAINED_ENCODERS:
+            return {}
+        return dict.fromkeys(("text.width", "text.depth", "text.heads"), "text=learned or text=ldm_bert")
+
+
+M = TypeVar("M", bound=ModelConfig)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -357,8 +367,14 @@ def parse_run(values: Mapping[str, Any], model_class: type[ModelConfig]) -> RunC
         if key not in model_keys | shared:
             hint = nearest(key, model_keys | shared)
             raise ConfigError(f"{key} is not a known key of stage {values.get('stage')}; {hint}")
-    model = parse(model_class, {k: v for k, v in values.items() if k in model_keys})
+    model = parse_model(values, model_class)
     return parse(RunConfig, {k: v for k, v in values.items() if k in shared} | {"model": model})
+
+
+def parse_model(values: Mapping[str, Any], model_class: type[M]) -> M:
+    """The family's part of a composed top-level mapping that is today's."""
+    keys = {f.name for f in dataclasses.fields(model_class)}
+    return parse(model_class, {key: value for key, value in values.items() if key in keys})
 
 
 def run_to_dict(config: RunConfig) -> dict[str, Any]:

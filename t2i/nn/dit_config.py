@@ -42,3 +42,8 @@ class DiTConfig:
         check(
             self.width % 4 == 0, "denoiser.width", self.width, "a multiple of 4, for the position embedding"
         )
+
+    def unused(self) -> dict[str, str]:
+        """See `t2i.config.ModelConfig`."""
+        keys = ("denoiser.refiner_width", "denoiser.refiner_patch_size")
+        return {} if self.refiner_depth else dict.fromkeys(keys, "denoiser.refiner_depth above 0")

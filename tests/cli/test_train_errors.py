@@ -147,6 +147,42 @@ CASES = {
         ("stage=autoencoder", "perceptual=none", "perceptual.weights=vgg.pth"),
         ("perceptual.weights is 'vgg.pth'; allowed: null with perceptual.name=none.",),
     ),
+    "channels of no upsampler": (
+        ("stage=autoencoder", "upsampler.channels=16"),
+        ("upsampler.channels=16 would change nothing: it counts with trained=upsampler.",),
+    ),
+    "a discriminator that there is not": (
+        ("stage=autoencoder", "adversarial=none", "adversarial.r1_weight=1"),
+        (
+            "adversarial.r1_weight=1 would change nothing: it counts with adversarial.start_images, which is null.",
+        ),
+    ),
+    "the temperature of no entropy": (
+        ("stage=autoencoder", "codec=vq", "codec.entropy_temperature=1"),
+        ("codec.entropy_temperature=1 would change nothing: it counts with codec.entropy_weight above 0.",),
+    ),
+    "words that nothing reads": (
+        ("stage=ar", "transformer.vocabulary=40000"),
+        (
+            "transformer.vocabulary=40000 would change nothing: it counts with transformer.conditioning=words.",
+        ),
+    ),
+    "the width of an encoder that is frozen": (
+        ("experiment=autoregressive/tiny_ar", "text=minilm", "text.width=8"),
+        ("text.width=8 would change nothing: it counts with text=learned or text=ldm_bert.",),
+    ),
+    "a text width without a UNet": (
+        ("stage=pixel_diffusion", "text_width=8"),
+        ("text_width=8 would change nothing: it counts with a UNet (denoiser.name=adm).",),
+    ),
+    "convolutions that there are not": (
+        ("stage=ldm", "denoiser.refiner_depth=0", "denoiser.refiner_width=8"),
+        ("denoiser.refiner_width=8 would change nothing: it counts with denoiser.refiner_depth above 0.",),
+    ),
+    "how often nothing is computed": (
+        ("stage=gan_int_cls", "r1_weight=0", "r1_every=4"),
+        ("r1_every=4 would change nothing: it counts with r1_weight above 0.",),
+    ),
     "a recipe that another key replaced": (
         ("stage=ldm", "resolution.batch_size=7", "trainer.batch_size=3"),
         ("resolution.batch_size=7",),

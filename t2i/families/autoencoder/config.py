@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from t2i.config import ModelConfig, check
@@ -166,6 +166,19 @@ class Config(ModelConfig):
         if isinstance(self.codec, VQConfig) and self.codec.code_dim is not None:
             dim = self.codec.code_dim
             check(dim <= most, "codec.code_dim", dim, f"1 to {most}, backbone.latent_channels")
+
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.adversarial.start_images is None:
+            others = {f"adversarial.{f.name}" for f in fields(self.adversarial)} - {
+                "adversarial.start_images"
+            }
+            found |= dict.fromkeys(others, "adversarial.start_images, which is null")
+        if self.upsampler.factor == 1:
+            found |= dict.fromkeys(("upsampler.channels", "upsampler.blocks"), "trained=upsampler")
+        if isinstance(self.codec, VQConfig) and self.codec.entropy_weight == 0:
+            found["codec.entropy_temperature"] = "codec.entropy_weight above 0"
+        return found
 
     def check_resolution(self, size_px: int, key: str = "resolution.size_px") -> None:
         """Raises ConfigError, with this key, where pictures of this side do not divide into latent positions."""

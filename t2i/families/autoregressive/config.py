@@ -57,3 +57,8 @@ class Config(ModelConfig):
 
     def text_encoder(self) -> TextConfig:
         return self.text
+
+    def unused(self) -> dict[str, str]:
+        words = self.transformer.conditioning == "words"
+        without = {} if words else {"transformer.vocabulary": "transformer.conditioning=words"}
+        return super().unused() | without

@@ -103,3 +103,6 @@ class Config(ModelConfig):
 
     def text_encoder(self) -> TextConfig:
         return self.text
+
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.r1_weight > 0 else {"r1_every": "r1_weight above 0"})

@@ -103,3 +103,6 @@ class Config(ModelConfig):
 
     def text_encoder(self) -> TextConfig:
         return self.text
+
+    def unused(self) -> dict[str, str]:
+        return super().unused() | (self.denoiser.unused() if isinstance(self.denoiser, DiTConfig) else {})

@@ -122,3 +122,8 @@ class Config(ModelConfig):
 
     def text_encoder(self) -> TextConfig:
         return self.text
+
+    def unused(self) -> dict[str, str]:
+        if isinstance(self.denoiser, UNetConfig):
+            return super().unused()
+        return super().unused() | {"text_width": "a UNet (denoiser.name=adm)"} | self.denoiser.unused()
