@@ -242,7 +242,8 @@ class Forecast(Callback):
             if encoding and text.keeps(samples := trainer.train_dataloader.num_samples):  # type: ignore[union-attr]
                 still = min(1.0, max(0.0, samples / len(batch) - self.steps) / max(1.0, left))
             step_s = seconds - encoding * (1 - still)
-            log.info("about %s at %.1f s a step; Ctrl-C saves and stops", duration(left * step_s), step_s)
+            if left * step_s >= 1:
+                log.info("about %s at %.1f s a step; Ctrl-C saves and stops", duration(left * step_s), step_s)
             self.began = None
 
 

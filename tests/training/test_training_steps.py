@@ -96,6 +96,20 @@ def test_the_forecast_waits_for_the_work_of_a_gpu(monkeypatch, caplog, clock):
     assert "about 5 minutes at 3.0 s a step" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"), [(10, []), (12, ["about 6 seconds at 3.0 s a step; Ctrl-C saves and stops"])]
+)
+def test_a_run_that_is_over_by_then_has_no_forecast(caplog, clock, steps, said):
+    stage, forecast = a_stage("cpu", 8, steps), Forecast()
+    with caplog.at_level("INFO", logger="t2i"):
+        forecast.on_train_start(None, stage)
+        for step in range(10):
+            clock.wait(0.1 if step < 5 else 3.0)
+            stage.images_seen += 8
+            forecast.on_train_batch_end(None, stage, None, None, step)
+    assert caplog.messages[1:] == said
+
+
 class SlowEncoder:
     """A quarter of a second for each caption."""
 
