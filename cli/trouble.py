@@ -21,6 +21,10 @@ KNOWN = (
         "A process that reads data was ended by the system, mostly for lack of memory or of /dev/shm; a smaller "
         "data.num_workers takes less",
     ),
+    (
+        r"No working C\+\+ compiler|C\+\+ compile error|Failed to find C compiler|Command '\['\S*(cc|clang)'",
+        "Compiling (trainer.compile, --compile) needs a C++ compiler, such as g++, and Python's headers",
+    ),
     (r"busy or unavailable|no kernel image|NVIDIA driver", "The GPU cannot be used"),
     (
         r"closed by peer|Connection re(fused|set)|NCCL|TCPStore|ProcessGroup|[Tt]imed out",

@@ -41,7 +41,7 @@ def system_sentence(error: OSError) -> str:
     """What the system refused, as a sentence with the names of the files: "a/b cannot be used: Not a directory."."""
     given = (error.filename, error.filename2)
     names = " to ".join(os.fsdecode(name) for name in given if isinstance(name, str | bytes | os.PathLike))
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or str(error).removesuffix(".") or type(error).__name__
     if isinstance(error, FileExistsError):
         reason = "it is there already" + ("" if os.path.isdir(names) else ", as a file")
     return f"{names} cannot be used: {reason}." if names else f"{reason}."

@@ -35,6 +35,10 @@ REFUSED = {
         "a to b cannot be used: Invalid",
     ),
     "of a library": (OSError("3 of 4 bytes came"), "3 of 4 bytes came."),
+    "a sentence": (
+        OSError("There is no home folder; set XDG_CACHE_HOME."),
+        "There is no home folder; set XDG_CACHE_HOME.",
+    ),
 }
 
 
@@ -65,6 +69,24 @@ LIBRARIES = {
     "a reader that was killed": (
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
         "A process that reads data was ended by the system",
+    ),
+    "a compiler": (
+        RuntimeError(
+            "InvalidCxxCompiler: No working C++ compiler found in (None, 'g++')\n\nSet TORCHDYNAMO_VERBOSE=1"
+        ),
+        "Compiling (trainer.compile, --compile) needs a C++ compiler, such as g++, and Python's headers (InvalidCxx",
+    ),
+    "Python's headers": (
+        RuntimeError(
+            "CppCompileError: C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nfatal error: Python.h"
+        ),
+        "Compiling (trainer.compile, --compile) needs a C++ compiler, such as g++, and Python's headers (CppCompile",
+    ),
+    "a compiler, by Triton": (
+        RuntimeError(
+            "CalledProcessError: Command '['/usr/bin/gcc', '/tmp/a/cuda_utils.c']' returned non-zero"
+        ),
+        "Compiling (trainer.compile, --compile) needs a C++ compiler, such as g++, and Python's headers (CalledPro",
     ),
     "a driver": (
         RuntimeError("The NVIDIA driver on your system is too old"),
