@@ -44,6 +44,8 @@ def sentence_of(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return system_sentence(error)
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "A name of a file or folder has a NUL character in it, which the system does not allow."
     if isinstance(error, MemoryError):
         return f"This machine's memory is not enough ({str(error) or 'MemoryError'})."
     if isinstance(error, RuntimeError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +35,13 @@ from t2i.nn.precision import mixed
 
 from .places import first_same
 
+LEFT_OUT = ".left_out.json"  # beside an encoded shard: how many samples of the other are not in it, by cause
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
 class Report:
-    """encoded: samples; shards: written now; skipped: shards that were there; bad: samples left out, by cause"""
+    """encoded: samples; shards: written now; skipped: shards that were there; bad: samples that these lack, by cause"""
 
     encoded: int = 0
     shards: int = 0
@@ -160,6 +162,8 @@ def encode(
     own = range(rank.rank, len(names), rank.world)
     todo = [shard for shard in own if not (out / names[shard]).exists()]
     report = Report(skipped=len(own) - len(todo))
+    for shard in sorted(set(own) - set(todo)):
+        report.bad.update(_left_out(out / names[shard]))
     total = int(reader.shards.sizes[todo].sum())
     done = 0
     with torch.inference_mode():
@@ -167,10 +171,11 @@ def encode(
             _read(reader, todo, encoder.batch_size), lambda read: read.shard
         ):
             path = out / names[shard]
-            beside = path.with_name(path.name.removesuffix(".tar") + SUFFIX)
+            bad = Counter[str]()
             with (
                 written_whole(path) as unfinished,
-                written_whole(beside) as unfinished_index,
+                written_whole(_beside(path, LEFT_OUT)) as unfinished_causes,
+                written_whole(_beside(path, SUFFIX)) as unfinished_index,
             ):  # the tar comes last
                 with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
                     for read in reads:
@@ -178,12 +183,26 @@ def encode(
                         for sample, tensors in zip(read.samples, features, strict=True):
                             _add(tar, f"{sample.key_in_shard}.safetensors", save(tensors))
                         report.encoded += len(read.samples)
-                        report.bad.update(read.bad)
+                        bad.update(read.bad)
                         done += len(read.samples) + read.bad.total()
                         progress(done, total)
                 unfinished_index.write_bytes(ShardIndex.scan(unfinished).to_bytes())
+                unfinished_causes.write_text(json.dumps(bad))
             report.shards += 1
+            report.bad.update(bad)
     return report
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name.removesuffix(".tar") + suffix)
+
+
+def _left_out(path: Path) -> Counter[str]:
+    """What an earlier start left out of a shard, by cause. Older versions did not write it down."""
+    try:
+        return Counter(json.loads(_beside(path, LEFT_OUT).read_text()))
+    except (OSError, ValueError):
+        return Counter()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -113,6 +113,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     check(ok, key, value, _described(hint))
+    check(hint is not str or "\0" not in value, key, value, "text without NUL characters, which no name has")
     return value
 
 

@@ -191,8 +191,10 @@ def is_zip(path: Path) -> bool:
 
 
 def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
-    """Raises CheckpointError that names the first of `weights` with a number that is NaN or infinite."""
+    """Raises CheckpointError that names the first of `weights` with a number that is NaN or infinite, or with none."""
     for name, value in weights.items():
+        if value.is_meta:
+            raise CheckpointError(f"{name} in {source} was saved without its numbers (torch's device meta).")
         if not value.is_floating_point() or not value.numel():
             continue
         least, most = (

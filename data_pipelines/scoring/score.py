@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ BATCHES_AHEAD = 2  # decoded while the networks work on another
 @dataclass
 class Report:
     """scored, skipped: shards of this process; samples: rows written
-    nulls: what is wrong -> rows that lack a score, or samples that have no row
+    nulls: what is wrong -> rows that lack a score, or samples that have no row, of both
     unreadable: shard -> why"""
 
     scored: int = 0
@@ -68,6 +69,7 @@ def score_shards(
                     missing = [c for c in scorer.columns if known is None or not _made_with(known, c, scorer)]
                     if not missing:
                         report.skipped += 1
+                        report.nulls.update(_nulls(known))
                         progress(1)
                         continue
                     path = stack.enter_context(local_copy(url))
@@ -76,8 +78,12 @@ def score_shards(
                     report.unreadable[url] = str(error) or type(error).__name__
                     progress(1)
                     continue
-                keys, scores = _score(path, index, scorer, missing, batch_size, pool, report, progress)
-                _write(files[url], keys, scores, scorer, identity(url if is_local(url) else str(path)), known)
+                nulls = Counter[str]()
+                keys, scores = _score(path, index, scorer, missing, batch_size, pool, nulls, progress)
+                nulls |= _nulls(known)  # of a picture that has no score each column says so
+                made_of = identity(url if is_local(url) else str(path))
+                _write(files[url], keys, scores, nulls, scorer, made_of, known)
+                report.nulls.update(nulls)
                 report.scored += 1
                 report.samples += len(keys)
     if report.unreadable and not report.scored + report.skipped:
@@ -95,15 +101,15 @@ def _score(
     columns: Sequence[str],
     batch_size: int,
     pool: ThreadPoolExecutor,
-    report: Report,
+    nulls: Counter[str],
     progress: Callable[[float], None],
 ) -> tuple[list[str], dict[str, list[float | None]]]:
     rows: dict[str, int] = {}
     for row, key in enumerate(index.keys):
         if not (index.offsets[row] >= 0).any():  # it stands in for samples that the tar file lost
-            report.nulls[index.flaws[row]] += 1
+            nulls[index.flaws[row]] += 1
         elif key in rows:
-            report.nulls["duplicate"] += 1
+            nulls["duplicate"] += 1
         else:
             rows[key] = row
     scores: dict[str, list[float | None]] = {column: [] for column in columns}
@@ -113,7 +119,7 @@ def _score(
             return _load(file.fileno(), index, row, scorer, columns)
 
         for batch in _batches(pool, load, list(rows.values()), batch_size):
-            report.nulls.update(loaded.cause for loaded in batch if loaded.cause)
+            nulls.update(loaded.cause for loaded in batch if loaded.cause)
             for column, values in scorer.score(batch, columns).items():
                 scores[column].extend(values)
             progress(len(batch) / len(rows))
@@ -165,6 +171,12 @@ def _known(file: Path, shard: str) -> Any | None:
     return table if then.startswith(shard) and "key" in table.column_names else None
 
 
+def _nulls(known: Any | None) -> Counter[str]:
+    """What was wrong when a table of scores was made. Older versions did not write it down."""
+    said = None if known is None else (known.schema.metadata or {}).get(b"t2i.nulls")
+    return Counter(json.loads(said)) if said else Counter()
+
+
 def _made_with(table: Any, column: str, scorer: Scorer) -> bool:
     if column not in table.column_names:
         return False
@@ -176,6 +188,7 @@ def _write(
     file: Path,
     keys: list[str],
     scores: Mapping[str, list[float | None]],
+    nulls: Counter[str],
     scorer: Scorer,
     shard: str,
     known: Any | None,
@@ -191,6 +204,6 @@ def _write(
     for name, values in scores.items():
         fields.append(pa.field(name, pa.float32(), metadata={"t2i.weights": scorer.weights[name]}))
         columns.append(pa.array(values, pa.float32()))
-    schema = pa.schema(fields, metadata={"t2i.shard": shard})
+    schema = pa.schema(fields, metadata={"t2i.shard": shard, "t2i.nulls": json.dumps(nulls)})
     with written_whole(file) as unfinished, arrow_file(unfinished, "wb") as sink:
         parquet.write_table(pa.table(columns, schema=schema), sink)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from t2i.config import check
 from t2i.errors import CheckpointError
 from t2i.interop.compvis_shapes import Shapes
 from t2i.interop.folder import component_weights, inside, read_json
-from t2i.interop.parts import CodecPart, Parts, codec_shapes
+from t2i.interop.parts import CodecPart, Parts, codec_shapes, is_one_of
 from t2i.interop.reading import read_weights
 from t2i.interop.weights import Weight, Weights, fit
 
@@ -50,6 +51,8 @@ def read_dalle(folder: Path) -> Parts:
             "latent_channels": latents.size("blocks.input.weight", 0, (4,)),
         },
     }
+    if _is_flava(folder):
+        _check_said(folder, config)
     wanted = codec_shapes(config)
     encoder_wanted, decoder_wanted = {}, {}
     for ours, shape in wanted.items():
@@ -104,6 +107,24 @@ def _as_codes(weight: Weight) -> Weight:
 
 def _is_flava(folder: Path) -> bool:
     return (folder / "config.json").exists() and read_json(folder, "config.json").get("model_type") == FLAVA
+
+
+def _check_said(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ConfigError where FLAVA's configuration says other sizes than its weights have."""
+    said, backbone = read_json(folder, "config.json"), config["backbone"]
+    sizes = {
+        "hidden_size": backbone["width"],
+        "num_blocks_per_group": backbone["blocks_per_group"],
+        "vocab_size": config["codec"]["num_codes"],
+    }
+    for key, size in sizes.items():
+        found = said.get(key, size)
+        check(
+            is_one_of(found, [size]),
+            f"{folder / 'config.json'}: {key}",
+            found,
+            f"{size}, as its weights have",
+        )
 
 
 def _file(folder: Path, part: str) -> str | None:

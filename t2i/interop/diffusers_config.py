@@ -184,6 +184,7 @@ def read_codec(values: Mapping[str, Any], place: str) -> tuple[dict[str, Any], f
     if quantised:
         dim = values.get("vq_embed_dim")
         num_codes = bounded(values.get("num_vq_embeddings", 256), f"{place}: num_vq_embeddings", 2**24)
+        check(num_codes > 1, f"{place}: num_vq_embeddings", num_codes, "2 or more")
         codec = {"name": "vq", "num_codes": num_codes}
         if dim is not None:
             codec["code_dim"] = bounded(dim, f"{place}: vq_embed_dim", 4096)

@@ -12,6 +12,7 @@ from typing import Any
 from t2i.errors import CheckpointError
 from t2i.interop.reading import read_weights
 from t2i.interop.weights import Weights
+from t2i.schema import is_unicode
 from t2i.weight_file import check_no_page
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -117,7 +118,8 @@ def _sharded(root: Path, where: str, index: str) -> Weights:
     kind = ".bin" if ".bin.index." in index.lower() else ".safetensors"
     shards: dict[str, Weights] = {}
     for file in sorted(set(places.values())):
-        if Path(file).name != file or not file.endswith(kind):
+        odd = "\0" in file or not is_unicode(file)
+        if odd or Path(file).name != file or not file.endswith(kind):
             raise CheckpointError(
                 f"{root / index} names {file!r}; allowed: {kind} files beside it, without a path."
             )

@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ REFUSED = {
         OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"),
         "a to b cannot be used: Invalid",
     ),
+    "a NUL in a name": (ValueError("embedded null byte"), "A name of a file or folder has a NUL"),
     "of a library": (OSError("3 of 4 bytes came"), "3 of 4 bytes came."),
     "a sentence": (
         OSError("There is no home folder; set XDG_CACHE_HOME."),
@@ -160,3 +162,29 @@ def test_a_reader_that_went_away_ends_it_silently():
     assert process.wait(60) == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert a@b out",
+        "convert config.json out --vae a@b",
+        "sample --prompt x --checkpoint a@b",
+        "sample --recipe a@b",
+        "evaluate a@b",
+        "train stage=autoencoder runs_dir=a@b",
+        "train stage=autoencoder data=shards data.shards=a@b.tar",
+        "data pack a@b.csv out",
+        "data download a@b.csv out",
+        "data filter a@b.tar out",
+        "data dedup a@b.tar out",
+        "data index none.tar --out a@b",
+        "data inspect none.tar --json a@b",
+        "data encode a@b stage=ldm data=shards data.shards=x.tar",
+    ],
+)
+def test_a_nul_in_a_name_is_one_sentence(t2i, words):
+    """No shell can give one, a file can."""
+    before = list(Path().rglob("*"))
+    assert t2i(*(word.replace("@", "\0") for word in words.split())).sentence
+    assert list(Path().rglob("*")) == before

@@ -143,6 +143,13 @@ def test_anything_else_is_refused_by_its_full_key(changes, words):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(("key", "value"), [("title", "a\0b"), ("note", "\0"), ("places", ["here", "a\0"])])
+def test_text_without_nul(key, value):
+    """Which no name of a file can have."""
+    with pytest.raises(ConfigError, match=rf"^drawing\.{key}(\[1\])? is .*allowed: text without NUL"):
+        parse(Drawing, {"width": 1, "title": "a", "shape": {"name": "box"}, key: value}, "drawing.")
+
+
 @pytest.mark.parametrize("key", ["width", "title", "shape"])
 def test_a_key_without_a_default_is_needed(key):
     with pytest.raises(ConfigError, match=f"^{key} is missing"):

@@ -3,6 +3,7 @@ the names of the published checkpoint."""
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -161,6 +162,18 @@ def test_what_does_not_fit_is_named(tmp_path, flava):
         "has no decoder of DALL-E's discrete VAE; allowed: decoder.safetensors, decoder.pt."
     )
     assert "is one half of DALL-E's discrete VAE; give the folder" in refused(folder / "encoder.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", 7), ("num_blocks_per_group", True), ("vocab_size", "20")]
+)
+def test_a_configuration_says_what_its_weights_have(tmp_path, flava, key, value):
+    save(tmp_path / "dalle", "flava", flava)
+    path = tmp_path / "dalle/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    sentence = refused(tmp_path / "dalle")
+    assert f"{path}: {key} is {value!r}; allowed: " in sentence
+    assert ", as its weights have" in sentence
 
 
 def test_it_goes_out_as_it_came_in(tmp_path, convert, flava):

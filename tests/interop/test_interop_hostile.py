@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from t2i import weight_file
 from t2i.config import run_to_dict
 from t2i.errors import CheckpointError, UserError
 from t2i.interop.convert import Options, prepare, write
@@ -243,7 +244,17 @@ def test_weights_in_a_dtype_that_is_none(tmp_path, sd1_single, dtype):
 
 
 @pytest.mark.parametrize(
-    "file", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", "", 7]
+    "file",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "x.bin",
+        "",
+        7,
+        "a\0.safetensors",
+        "\ud800.safetensors",
+    ],
 )
 def test_an_index_that_leads_elsewhere(sd1_folder, tmp_path, file):
     folder = tmp_path / "sd1"
@@ -306,6 +317,13 @@ def test_json_that_is_none(sd1_folder, tmp_path, file, text):
 def test_a_pickle_that_is_no_dictionary(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
     assert "holds a list" in refused(tmp_path / "list.ckpt")
+
+
+@pytest.mark.parametrize("read", [read_weights, weight_file.read_weights], ids=lambda read: read.__module__)
+def test_a_weight_without_numbers(tmp_path, read):
+    torch.save({"w": torch.zeros(2), "gone": torch.zeros(2, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(CheckpointError, match=r"^gone in .*meta\.pt was saved without its numbers"):
+        read(tmp_path / "meta.pt")["gone"].read()
 
 
 def test_a_class_to_import_is_only_a_word(sd1_folder, tmp_path):

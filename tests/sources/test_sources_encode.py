@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -349,21 +350,25 @@ def test_a_shard_above_the_working_folder_is_encoded_within_the_named_one(run_of
     assert {path.name for path in (tmp_path / "shards/cache/shards").iterdir()} == {
         "00000.tar",
         "00000.index.npz",
+        "00000.left_out.json",
     }
 
 
-def test_keys_of_any_length_are_encoded(run_of, tmp_path):
+def test_keys_of_any_length_are_encoded_and_what_was_left_out_is_said_again(run_of, tmp_path):
     config = run_of()
     long = "ä" * 130
     with tarfile.open(tmp_path / "long.tar", "w") as new, tarfile.open(config.data.shards[0]) as old:
-        for member in old.getmembers()[:3]:
-            content = old.extractfile(member)
-            member.name = f"{long}.{member.name.partition('.')[2]}"
-            member.pax_headers = {}
-            new.addfile(member, content)
+        for i, member in enumerate(old.getmembers()[:6]):
+            content = old.extractfile(member).read() if i < 3 else b"no picture, no caption"
+            member.name = f"{long}{i // 3}.{member.name.partition('.')[2]}"
+            member.size, member.pax_headers = len(content), {}
+            new.addfile(member, io.BytesIO(content))
     data = dataclasses.replace(config.data, shards=[str(tmp_path / "long.tar")])
-    report = encode_for(dataclasses.replace(config, data=data), tmp_path / "cache")
-    assert (report.encoded, report.bad) == (1, {})
+    for encoded, skipped in ((1, 0), (0, 1)):
+        report = encode_for(dataclasses.replace(config, data=data), tmp_path / "cache")
+        assert (report.encoded, report.skipped, report.bad.total()) == (encoded, skipped, 1)
+    next((tmp_path / "cache").rglob("*.left_out.json")).unlink()  # as older versions
+    assert not encode_for(dataclasses.replace(config, data=data), tmp_path / "cache").bad
 
 
 def test_where_nothing_can_be_written(run_of, tmp_path, monkeypatch):
@@ -383,9 +388,10 @@ def test_where_nothing_can_be_written(run_of, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "cache/in").iterdir()} == {
         "0.tar",
         "0.index.npz",
+        "0.left_out.json",
         "1.index.npz",
     }
     (tmp_path / "cache/in/1.index.npz").rmdir()
     report = encode_for(config, tmp_path / "cache")
     assert (report.shards, report.skipped) == (1, 1)
-    assert len(list((tmp_path / "cache/in").iterdir())) == 4
+    assert len(list((tmp_path / "cache/in").iterdir())) == 6

@@ -121,6 +121,13 @@ def test_samples_without_a_score_are_null_and_counted(tmp_path, weights):
     assert [value is None for value in table["aesthetic"].to_pylist()] == [False, True, False, True, False]
     assert [value is None for value in table["similarity"].to_pylist()] == [False, True, True, True, False]
     assert dict(report.nulls) == {"image": 2, "caption": 1, "duplicate": 1}
+    again = scored(files, path)
+    assert (again.skipped, again.nulls) == (1, report.nulls)
+    other = scored(
+        ScorerFiles("ViT-tiny-quickgelu", str(weights), aesthetic=linear_head(tmp_path / "b.pth", seed=7)),
+        path,
+    )
+    assert (other.scored, other.nulls) == (1, report.nulls)  # captions too, whose similarity stays
 
 
 def test_what_is_there_is_not_made_again(tmp_path, weights, monkeypatch):
