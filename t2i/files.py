@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import time
@@ -31,7 +32,7 @@ def user_cache() -> Path:
 def made_folder(folder: Path) -> Iterator[None]:
     """Makes `folder` where it is not there. What it made of it and of those above goes again when the block ends with
     nothing in it."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
