@@ -124,6 +124,7 @@ def download(
     job = _Job(table, out, options, url_column, caption_column, rank)
     start = time.monotonic()
     try:
+        out.mkdir(parents=True, exist_ok=True)
         asyncio.run(job.run(progress, report))
     except BaseExceptionGroup as group:
         error = _first(group)

@@ -142,7 +142,7 @@ def test_heads_that_are_refused(tmp_path):
         ("two", r"layers\.7\.weight is \(2, 9\); allowed: \(1, 9\)"),
         ("code", "cannot be read as weights"),
         ("list", "is a list; allowed: a state dict"),
-        ("text", "cannot be read as weights"),
+        ("text", "is text; allowed: a file of weights"),
         ("absent", "cannot be read: No such file"),
     ):
         with pytest.raises(CheckpointError, match=words):
