@@ -57,10 +57,10 @@ def classifier_free(
             if not (low * alpha < sigma and (high == math.inf or sigma <= high * alpha)):
                 return model(x, t, cond)
         out_uncond, out_cond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        kept = out_cond[:, : out_cond.shape[1] if channels is None else channels]
-        out = guided(kept, out_uncond[:, : kept.shape[1]], sampling.guidance_scale)
+        kept = out_cond[:, :channels]
+        out = guided(kept, out_uncond[:, :channels], sampling.guidance_scale)
         if sampling.guidance_rescale > 0:
             out = rescaled(out, kept, sampling.guidance_rescale)
-        return torch.cat([out, out_cond[:, kept.shape[1] :]], dim=1)
+        return out if channels is None else torch.cat([out, out_cond[:, channels:]], dim=1)
 
     return guided_model

@@ -119,7 +119,8 @@ class DiscreteSchedule(Schedule):
         self.num_train_steps = len(betas)
         self.alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
         self._noise_level = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
-        if self.alphas_cumprod[-1] == 0:
+        self._ends_on_noise = bool(self.alphas_cumprod[-1] == 0)
+        if self._ends_on_noise:
             self.spacing = "trailing"
         # One copy per device, so that a train step moves nothing there.
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -131,10 +132,10 @@ class DiscreteSchedule(Schedule):
         table = self._placed[key]
         if t.is_floating_point():
             low = t.long().clamp(0, self.num_train_steps - 2)
-            share = t.to(key[1]) - low
-            # The level at T - 1 may be infinite, of which no share can be taken.
-            level = torch.where(share < 1, torch.lerp(table[low], table[low + 1], share), table[low + 1])
-            level = torch.where(share > 0, level, table[low])
+            share, below, above = t.to(key[1]) - low, table[low], table[low + 1]
+            level = torch.lerp(below, above, share)
+            if self._ends_on_noise:  # no share can be taken of an infinite level
+                level = torch.where(share < 1, torch.where(share > 0, level, below), above)
         else:
             level = table[t]
         return (1 + level**2).rsqrt(), (1 + level**-2).rsqrt()

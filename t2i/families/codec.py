@@ -11,12 +11,13 @@ from t2i import families
 from t2i.errors import ConfigError
 from t2i.interfaces import ImageCodec, TokenCodec
 
-SLICE_PX = 512 * 512  # pixels that are decoded at a time
+# Pixels that are decoded at a time: a GPU wants more to be busy.
+SLICE_PX, CPU_SLICE_PX = 512 * 512, 128 * 128
 
 
 def decoded(codec: ImageCodec, latents: Tensor) -> Tensor:
-    """As codec.decode gives it, (B, C, h, w) -> (B, 3, h*f, w*f), in slices of at most SLICE_PX pixels, or one picture:
-    what is computed on the way does not take more memory for a larger batch."""
+    """As codec.decode gives it, (B, C, h, w) -> (B, 3, h*f, w*f), in slices of at most so many pixels as above, or one
+    picture: what is computed on the way does not take more memory for a larger batch."""
     return _in_slices(codec.decode, latents, codec.downsampling)
 
 
@@ -27,7 +28,8 @@ def decoded_tokens(codec: TokenCodec, tokens: Tensor) -> Tensor:
 
 def _in_slices(decode: Callable[[Tensor], Tensor], values: Tensor, downsampling: int) -> Tensor:
     pixels = values.shape[-2] * values.shape[-1] * downsampling**2
-    parts = values.split(max(1, SLICE_PX // pixels))
+    slice_px = CPU_SLICE_PX if values.device.type == "cpu" else SLICE_PX
+    parts = values.split(max(1, slice_px // pixels))
     first = decode(parts[0])
     if len(parts) == 1:
         return first

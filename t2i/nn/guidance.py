@@ -12,7 +12,7 @@ def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """uncond + scale (cond - uncond): their eq. 6 with scale = 1 + w, so that 1 is no guidance and 0 ignores
     the text. Any diffusion objective's output may be guided: at a given x_t all are affine in one another. Of logits:
     2203.13131, equation 5."""
-    return uncond + scale * (cond - uncond)
+    return torch.lerp(uncond, cond, scale)
 
 
 def both_texts(uncond: TextFeatures, cond: TextFeatures) -> TextFeatures:

@@ -303,6 +303,6 @@ def test_latents_are_decoded_a_few_at_a_time(monkeypatch, at_a_time):
     latents = torch.randn(3, codec.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
     seen, decode = [], codec.decode
     monkeypatch.setattr(codec, "decode", lambda part: seen.append(len(part)) or decode(part))
-    monkeypatch.setattr(codecs, "SLICE_PX", at_a_time * 16 * 24 + 1)
+    monkeypatch.setattr(codecs, "CPU_SLICE_PX", at_a_time * 16 * 24 + 1)
     torch.testing.assert_close(codecs.decoded(codec, latents), decode(latents), rtol=1e-12, atol=1e-12)
     assert seen == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[at_a_time]

@@ -122,10 +122,9 @@ class LatentDiffusion(TextToImage):
         elif request.mask is not None:
             assert init is not None
             constrain = kept(init, noise, coarse_mask(request.mask.to(init), self.codec.downsampling))
-        model = self.predictor(request, sampling, known)
         with tiled(request.tile, self.denoiser, self.codec):
             latent = sample(
-                model,
+                self.predictor(request, sampling, known),
                 noise,
                 self.schedule,
                 sampling.sampler,
@@ -139,7 +138,7 @@ class LatentDiffusion(TextToImage):
                 constrain=constrain,
             )
             drawn = decoded(self.codec, latent)
-        drawn = torch.where(drawn.isfinite(), drawn.clamp(-1, 1), torch.nan)
+        drawn = drawn.clamp(-1, 1) + 0 * drawn  # NaN where it was not finite
         if request.mask is None or request.image is None:
             return drawn
         return pasted(drawn, request.image.to(drawn), request.mask.to(drawn))

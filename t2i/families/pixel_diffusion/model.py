@@ -164,7 +164,7 @@ class PixelDiffusion(TextToImage):
                 strength=request.strength,
                 constrain=constrain,
             )
-        return torch.where(image.isfinite(), image.clamp(-1, 1), torch.nan)
+        return image.clamp(-1, 1) + 0 * image  # NaN where it was not finite
 
     @torch.no_grad()
     def invert(
