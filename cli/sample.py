@@ -114,9 +114,11 @@ def run(arguments: list[str]) -> None:
             draw_files(generator, drawings, folder, batch_size, bar, report, rank)
     except KeyboardInterrupt:
         kept = report.drawn + report.there
-        console.print(
-            f"{plural(kept, 'picture is', 'pictures are')} kept in {folder}: the same command goes on from there."
-        )
+        if kept:
+            kept_now = f"{plural(kept, 'picture is', 'pictures are')} kept in {folder}"
+            console.print(f"{kept_now}: the same command goes on from there.")
+        else:
+            console.print("No picture was finished.")
         raise
     conclude(report, prompts, options, rank, generator.sampling)
     if film is not None and (said := film.finish(report)) is not None:

@@ -24,7 +24,7 @@ from t2i.data.index import VERSION as INDEX_VERSION
 from t2i.data.sources import Limits
 from t2i.data.statistics import samples_in
 from t2i.data.store import ShardStore
-from t2i.errors import DataError, UserError
+from t2i.errors import DataError, UserError, sentence
 from t2i.few import plural
 from t2i.files import written_whole
 from t2i.launch.ranks import Rank
@@ -269,7 +269,7 @@ def _index_one(url: str, place: Path) -> Done | str:
                 index = ShardIndex.scan(url, shard).with_sizes(shard)
         samples = samples_in(index, url, store)
     except (UserError, OSError) as error:
-        return str(error)
+        return sentence(error)
     if not skipped:
         with written_whole(place) as unfinished:
             unfinished.write_bytes(index.to_bytes())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.data.members import PICTURE_ENDINGS, UNREAD_ENDINGS
+from t2i.data.members import PICTURE_ENDINGS, READ, UNREAD_ENDINGS
 from t2i.errors import ConfigError, DataError
 
 from .optional import need
@@ -92,9 +92,7 @@ def _of_folder(folder: Path) -> Rows:
     paths = sorted(_pictures(folder, passed_by))
     if not paths:
         there = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(passed_by.items()))
-        raise DataError(
-            f"{folder} holds no pictures{f' ({there})' if there else ''}; allowed: {', '.join(PICTURE_ENDINGS)}."
-        )
+        raise DataError(f"{folder} holds no pictures{f' ({there})' if there else ''}; allowed: {READ}.")
 
     def parts(count: int) -> Iterator[Part]:
         for start in range(0, len(paths), count):

@@ -16,7 +16,7 @@ from t2i.data.compressed import MAX_UNPACKED_GIB, is_compressed, unpack
 from t2i.data.decode import BadSample
 from t2i.data.index import ShardIndex
 from t2i.data.members import member
-from t2i.data.sources import SourceError, beside, copy, is_local, local_path, read_bytes, size
+from t2i.data.sources import SourceError, beside, check_is_file, copy, is_local, local_path, read_bytes, size
 from t2i.errors import DataError
 
 from .optional import need
@@ -35,6 +35,10 @@ def local_copy(url: str) -> Iterator[Path]:
         path = local_path(url) if is_local(url) else _temporary(stack)
         if not is_local(url):
             copy(url, path)
+        try:
+            check_is_file(path)
+        except OSError as error:
+            raise SourceError(url, str(error.strerror)) from error
         with contextlib.suppress(FileNotFoundError, PermissionError):  # who reads it says so
             file = stack.enter_context(path.open("rb")) if path.is_file() else None
             if file is not None and is_compressed(file, url):
@@ -56,6 +60,7 @@ def identity(url: str) -> str:
     if not is_local(url):
         return f"{length} "
     digest = hashlib.sha256()
+    check_is_file(local_path(url))
     with local_path(url).open("rb") as file:
         digest.update(file.read(END_BYTES))
         file.seek(max(0, length - END_BYTES))

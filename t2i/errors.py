@@ -45,3 +45,8 @@ def system_sentence(error: OSError) -> str:
     if isinstance(error, FileExistsError):
         reason = "it is there already" + ("" if os.path.isdir(names) else ", as a file")
     return f"{names} cannot be used: {reason}." if names else f"{reason}."
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong with a file, in the words of whoever met it."""
+    return system_sentence(error) if isinstance(error, OSError) else str(error) or type(error).__name__

@@ -21,7 +21,7 @@ import numpy as np
 from t2i.config import TextConfig
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local, local_path
-from t2i.errors import DataError
+from t2i.errors import DataError, sentence
 from t2i.few import plural
 from t2i.launch.ranks import ALONE, Rank
 
@@ -164,7 +164,7 @@ def inspect_shards(
                     with path.open("rb") as file:
                         index = ShardIndex.scan(url, file.fileno())
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
-                    report.unreadable[url] = str(error) or type(error).__name__
+                    report.unreadable[url] = sentence(error)
                     progress(1)
                     continue
                 real = [row for row in range(len(index)) if (index.offsets[row] >= 0).any()]
@@ -268,7 +268,7 @@ class _Tasks:
                 "its decoder, or there is too little memory."
             ) from error
         except OSError as error:
-            self.report.unreadable[task.name] = str(error)
+            self.report.unreadable[task.name] = sentence(error)
             task.shard.whole = False
         else:
             if self.kept is not None:

@@ -15,7 +15,7 @@ from t2i.data.captions import parse_captions, parse_metadata
 from t2i.data.decode import BadSample, decode_image, image_bytes
 from t2i.data.index import ShardIndex
 from t2i.data.sources import is_local
-from t2i.errors import DataError
+from t2i.errors import DataError, sentence
 from t2i.few import plural
 from t2i.files import written_whole
 from t2i.launch.ranks import Rank
@@ -75,7 +75,7 @@ def score_shards(
                     path = stack.enter_context(local_copy(url))
                     index = scan(path, url)
                 except Exception as error:  # tarfile raises nearly anything on bytes that are no tar file
-                    report.unreadable[url] = str(error) or type(error).__name__
+                    report.unreadable[url] = sentence(error)
                     progress(1)
                     continue
                 nulls = Counter[str]()

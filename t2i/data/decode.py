@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from t2i.data.colour import to_srgb
-from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, UNREAD_ENDINGS, member
+from t2i.data.members import PICTURE_ENDINGS, PICTURE_FORMATS, READ, UNREAD_ENDINGS, member
 
 TGA_SIGNATURE = b"TRUEVISION-XFILE.\0"  # at the end; a file without it may be anything
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte as RGB; Pillow's own threshold for a warning
@@ -52,7 +52,7 @@ def image_bytes(members: Mapping[str, bytes], key: str) -> bytes:
         return members[found]
     unread = member(members, UNREAD_ENDINGS)
     if unread is not None:
-        raise BadSample("format", key, f"{unread} is not read; allowed: {', '.join(PICTURE_ENDINGS)}")
+        raise BadSample("format", key, f"{unread} is not read; allowed: {READ}")
     raise BadSample("image", key, f"no picture among {sorted(members)}, or none that is meant")
 
 

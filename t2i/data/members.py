@@ -48,6 +48,7 @@ PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
     "FTEX": ("ftc", "ftu"),
 }
 PICTURE_ENDINGS = tuple(ending for endings in PICTURE_FORMATS.values() for ending in endings)
+READ = "jpg, png, webp, gif, bmp, tif, avif and whatever else Pillow decodes by itself"  # in messages
 # Pictures, too, but none that is read: they count by name instead of being taken for something else.
 UNREAD = "heic heif hif jxl jxr wdp svg svgz eps ps pdf wmf emf psb exr hdr raw dng cr2 nef arw"
 UNREAD_ENDINGS = tuple(UNREAD.split())

@@ -352,7 +352,8 @@ class Shards:
         if isinstance(error, SourceError) and error.missing:
             said = f"{self.key} names {self.url(shard)}, which does not exist"
         else:
-            said = f"{self.key} names {self.url(shard)}, which cannot be read: {str(error).rstrip('.')}"
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            said = f"{self.key} names {self.url(shard)}, which cannot be read: {reason}"
         if len(failed) > 1:
             said += f" ({len(failed)} of {len(self.listed)} shards are like that)"
         return DataError(said + ".")

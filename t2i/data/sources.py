@@ -136,11 +136,15 @@ def read_bytes(url: str, limits: Limits | None = None) -> bytes:
 
 
 def _content(path: Path) -> bytes:
-    if path.exists() and not (
-        path.is_file() or path.is_dir()
-    ):  # a named pipe would wait, and /dev/zero never ends
-        raise OSError(errno.EINVAL, "it is no file")
+    check_is_file(path)
     return path.read_bytes()
+
+
+def check_is_file(path: Path) -> None:
+    """Raises OSError for what is there and neither a file nor a folder, which who opens it names: a named pipe would
+    wait, and /dev/zero never ends."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
 def size(url: str, limits: Limits | None = None) -> int | None:

@@ -158,8 +158,7 @@ class ShardStore:
 
 
 def _open_file(path: Path) -> IO[bytes]:
-    if not path.is_file():  # else opening a named pipe would wait
-        raise FileNotFoundError
+    sources.check_is_file(path)
     return path.open("rb", buffering=0)
 
 

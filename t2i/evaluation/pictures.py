@@ -19,7 +19,7 @@ from torch import Tensor
 
 from t2i.data.decode import BadSample, decode_image, open_image, resize_and_crop, stored_size
 from t2i.data.fingerprint import contents
-from t2i.data.members import PICTURE_ENDINGS
+from t2i.data.members import PICTURE_ENDINGS, READ
 from t2i.data.reader import SampleReader, Wanted, causes
 from t2i.data.sources import expand, is_local
 from t2i.data_config import DataConfig
@@ -58,7 +58,7 @@ def folder_files(folder: Path) -> list[Path]:
     named = [path for path in sorted(_below(folder)) if path.suffix.lower() in endings]
     files = [path for path in named if path.is_file() or not path.exists()]
     if not files:
-        raise DataError(f"{folder} holds no pictures; allowed: {', '.join(PICTURE_ENDINGS)}.")
+        raise DataError(f"{folder} holds no pictures; allowed: {READ}.")
     return files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -163,3 +164,18 @@ def test_no_folder_is_left_of_a_job_that_fails_at_once(t2i, arguments):
     said = t2i("data", *arguments.split()).sentence
     assert said.startswith(f"t2i data {arguments.split()[0]}: ")
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "job", ["inspect x.tar", "index x.tar", "dedup x.tar kept.arrow", "filter x.tar kept.arrow"]
+)
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("nothing", "does not exist|: No such file or directory"), ("a pipe", "it is no file")],
+)
+def test_a_shard_that_is_none(t2i, job, what, reason):
+    """A named pipe, which would be waited for."""
+    if what == "a pipe":
+        os.mkfifo("x.tar")
+    said = t2i("data", *job.split()).sentence
+    assert re.search(rf"x\.tar.*({reason})\.", said), said

@@ -50,12 +50,12 @@ def a_picture(shard, tmp_path):
 
 def a_folder(shard, tmp_path):
     (tmp_path / "x.tar").mkdir()
-    return tmp_path / "x.tar", "which does not exist", "missing"
+    return tmp_path / "x.tar", "which cannot be read: Is a directory.", "unreadable"
 
 
 def a_pipe(shard, tmp_path):
     os.mkfifo(tmp_path / "x.tar")
-    return tmp_path / "x.tar", "which does not exist", "missing"
+    return tmp_path / "x.tar", "which cannot be read: it is no file.", "unreadable"
 
 
 @pytest.mark.parametrize("kind", [missing, a_picture, a_folder, a_pipe])
