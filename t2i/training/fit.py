@@ -288,7 +288,9 @@ def _initial_run(config: RunConfig) -> str | None:
     """config.init_from, with "lower" replaced by the run that it means, or by None where there is none."""
     if config.init_from != "lower":
         return config.init_from
-    lower = run_folder.newest_run(config.runs_dir, config.stage, below_px=config.resolution.size_px)
+    lower, passed_over = run_folder.newest_lower(config.runs_dir, config.stage, config.resolution.size_px)
+    for run in passed_over:
+        log.info("passes over %s, which did not come to its end", run)
     if lower is None:
         log.info("no lower-resolution run of %s in %s: starts from scratch", config.stage, config.runs_dir)
         return None

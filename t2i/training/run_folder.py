@@ -236,12 +236,18 @@ def runs(runs_dir: str | Path, stage: str) -> list[Path]:
     return sorted(folders, key=lambda p: checkpoints(p)[-1].stat().st_mtime)
 
 
-def newest_run(runs_dir: str | Path, stage: str, below_px: int | None = None) -> Path | None:
-    """The run of `stage` with the newest checkpoint; with below_px, among those of a lower resolution."""
-    found = runs(runs_dir, stage)
-    if below_px is not None:
-        found = [p for p in found if read_config(p)["resolution"]["size_px"] < below_px]
-    return found[-1] if found else None
+def newest_run(runs_dir: str | Path, stage: str) -> Path | None:
+    """The run of `stage` with the newest checkpoint."""
+    return found[-1] if (found := runs(runs_dir, stage)) else None
+
+
+def newest_lower(runs_dir: str | Path, stage: str, below_px: int) -> tuple[Path | None, list[Path]]:
+    """As `newest_finished`, of the runs of `stage` with a checkpoint and at a lower resolution."""
+    return newest_finished(
+        runs_dir,
+        [stage],
+        lambda p: bool(checkpoints(p)) and read_config(p)["resolution"]["size_px"] < below_px,
+    )
 
 
 def newest_finished(

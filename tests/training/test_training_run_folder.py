@@ -86,11 +86,15 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
     c = new_run(tmp_path, "c", size_px=32, steps=(900,), time_s=1_000)
     new_run(tmp_path, "d", size_px=32)
     assert run_folder.newest_run(tmp_path, "ldm") == a
-    assert run_folder.newest_run(tmp_path, "ldm", below_px=64) == b
-    assert run_folder.newest_run(tmp_path, "ldm", below_px=32) is None
+    assert run_folder.newest_lower(tmp_path, "ldm", 64) == (b, [])
+    assert run_folder.newest_lower(tmp_path, "ldm", 32) == (None, [])
     assert run_folder.newest_run(tmp_path, "autoencoder") is None
     saved(c, 910, 4_000)
     assert run_folder.newest_run(tmp_path, "ldm") == c
+    (b / run_folder.FINAL_WEIGHTS).write_bytes(b"")
+    assert run_folder.newest_lower(tmp_path, "ldm", 64) == (b, [])
+    os.utime(b / run_folder.FINAL_WEIGHTS, (2_500, 2_500))
+    assert run_folder.newest_lower(tmp_path, "ldm", 64) == (b, [c])  # which did not come to its end
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
