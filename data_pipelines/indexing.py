@@ -7,9 +7,9 @@ import os
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,15 +88,9 @@ def index_shards(
     unchanged = {url for folder in folders for url in known[folder].unchanged(folders[folder], files)}
     changed = [url for here in folders.values() for url in here if url not in unchanged]
     report = Report()
-    # Spawned, not forked: threads of this process may hold locks.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
-    try:
-        together = max(1, min(TOGETHER, len(changed) // (4 * processes)))
-        done = pool.map(_index_one, changed, [files[url] for url in changed], chunksize=together)
+    with _indexed(changed, files, processes) as done:
         for folder, here in folders.items():
             _index_folder(folder, here, known[folder], unchanged, done, report, progress)
-    finally:
-        pool.shutdown(cancel_futures=True)
     if report.shards + report.skipped == 0:
         raise DataError(
             f"None of {plural(len(files), 'shard')} can be read; of the first: {next(iter(report.unreadable.values()))}"
@@ -112,19 +106,33 @@ def index_share(
     read."""
     files = places(urls, SUFFIX, out)
     mine, report = urls[rank.rank :: rank.world], Report()
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
-    try:
-        together = max(1, min(TOGETHER, len(mine) // (4 * processes)))
-        done = pool.map(_index_one, mine, [files[url] for url in mine], chunksize=together)
+    with _indexed(mine, files, processes) as done:
         for url, found in zip(mine, done, strict=True):
             if isinstance(found, str):
                 report.unreadable[url] = found
             else:
                 report.add(found.entry, found.skipped)
             progress(1)
+    return report
+
+
+@contextmanager
+def _indexed(
+    urls: Sequence[str], files: Mapping[str, Path], processes: int
+) -> Iterator[Iterator[Done | str]]:
+    """What `_index_one` makes of each, in order; in this process where others would have nothing to do."""
+    targets = [files[url] for url in urls]
+    processes = min(processes, len(urls))
+    if processes <= 1:
+        yield map(_index_one, urls, targets)
+        return
+    # Spawned, not forked: threads of this process may hold locks.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), leave_interrupts)
+    try:
+        together = max(1, min(TOGETHER, len(urls) // (4 * processes)))
+        yield pool.map(_index_one, urls, targets, chunksize=together)
     finally:
         pool.shutdown(cancel_futures=True)
-    return report
 
 
 def _index_folder(
