@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +68,8 @@ def tars(folder):
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def index(folder, shards=None):
-    return indexing.index_shards(shards or tars(folder), None, 1, lambda _: None)
+def index(folder, shards=None, processes=1):
+    return indexing.index_shards(shards or tars(folder), None, processes, lambda _: None)
 
 
 def content(shards, **options):
@@ -311,3 +312,14 @@ def test_samples_that_are_lost_keep_their_count(folder):
     found = list(shards.read([(1, 0), (3, 1), (3, 2)]))
     assert shards.sizes.tolist() == [0, 1, 0, 3, 0]
     assert [type(answer) for answer in found] == [BadSample] * 3
+
+
+def test_two_processes_write_what_one_does(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    reports = [index(folder), index(tmp_path / "other", processes=2)]
+    assert reports[0] == reports[1]
+    written = [
+        {p.name: p.read_bytes() for p in each.glob("*.index.npz")} for each in (folder, tmp_path / "other")
+    ]
+    assert len(written[0]) == 5
+    assert written[0] == written[1]
