@@ -29,11 +29,14 @@ DOWNLOAD = re.compile(r"\+*text\.allow_download=")
 @dataclass(frozen=True)
 class Loaded:
     """path: of the weights; weights: what tells them, with the changes to their configuration, from all others
+    usual: the family's own options that it draws with where nothing else is asked; the generator's are those of what
+        was drawn last
     text: its text encoder; config: the run's, changed; sizes: numbers in each of the weights, by name"""
 
     path: Path
     generator: Generator
     weights: str
+    usual: Any
     text: TextConfig | None
     config: dict[str, Any]
     sizes: Mapping[str, int]
@@ -44,8 +47,8 @@ class Loaded:
         from t2i.schema import to_dict
 
         if not changes:
-            return self.generator.sampling
-        values = {**self.config, "sampling": {**to_dict(self.generator.sampling), **changes}}
+            return self.usual
+        values = {**self.config, "sampling": {**to_dict(self.usual), **changes}}
         return vars(parse_run(values, families.get(self.config["family"]).load_config()).model)["sampling"]
 
 
@@ -94,7 +97,7 @@ def load(
     changes = [each for each in overrides if not each.startswith(kept)]
     digest = weights_digest(found.weights, changes)
     sizes = {name: value.numel() for name, value in found.weights.items()}
-    return Loaded(path, generator, digest, text, found.config, sizes)
+    return Loaded(path, generator, digest, generator.sampling, text, found.config, sizes)
 
 
 def _low_run(config: Mapping[str, Any]) -> Any:
