@@ -19,6 +19,7 @@ from t2i.launch.ranks import Rank, is_first
 from .trouble import one_line
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
 
     from t2i.interfaces import Generator, SampleRequest
@@ -65,6 +66,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
         console.print(f" {'  '.join(cells)}".rstrip())
+
+
+def whole_words(table: Table) -> Table:
+    """The same table, whose columns fold between words alone: rich would cut off what is longer than a column that the
+    terminal leaves room for, digits too."""
+    for column in table.columns:
+        words = [word for cell in (column.header, *column.cells) for word in str(cell).split()]
+        column.min_width = max(map(cell_len, words), default=0)
+    return table
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:

@@ -12,6 +12,8 @@ from rich.table import Table
 from t2i import families
 from t2i.few import plural
 
+from .console import whole_words
+
 if TYPE_CHECKING:
     from t2i.config import RunConfig
     from t2i.planning.model import Part
@@ -211,4 +213,4 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = Tr
         made.add_column(column, justify="right" if i and right else "left")
     for row in rows:
         made.add_row(*row)
-    return made
+    return whole_words(made)

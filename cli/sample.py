@@ -221,6 +221,8 @@ def together(
         check_whole(generator, request, sampling, extend, "--height {} --width {}")
     if lines[0].between:
         request = dataclasses.replace(request, between=other_ends([line for line, _ in pictures]))
+    if not options.prompts_file:  # of a file the other lines are drawn, and the manifest says why one is not
+        generator.check(request, sampling)
     made_by = {**recipe, "sampling": to_dict(sampling)}
     for name in ("extend", "invert"):
         if (value := getattr(options, name)) is not None:

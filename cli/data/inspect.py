@@ -13,7 +13,7 @@ from t2i.few import first_few, plural
 from t2i.schema import check
 
 from ..arguments import Parser, taken_out
-from ..console import console, part_of, progress_bar
+from ..console import console, part_of, progress_bar, whole_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,7 +142,7 @@ def _table(title: str, rows: dict[str, str]) -> Table | None:
     table = Table(title, "", box=SIMPLE_HEAD)
     for label, value in rows.items():
         table.add_row(str(label), value)
-    return table
+    return whole_words(table)
 
 
 def _percentiles(title: str, columns: dict[str, dict[str, float]]) -> Table | None:
@@ -156,7 +156,7 @@ def _percentiles(title: str, columns: dict[str, dict[str, float]]) -> Table | No
     for row in next(iter(known.values())):
         cells = (values[row] for values in known.values())
         table.add_row(row, *(f"{cell:.1%}" if row.startswith("share") else f"{cell:,}" for cell in cells))
-    return table
+    return whole_words(table)
 
 
 def _counts(counts: dict[str, int]) -> dict[str, str]:

@@ -154,6 +154,7 @@ def test_what_the_model_cannot_draw(t2i, ldm_file, arguments, words):
     sentence = t2i(*PROMPT, "--checkpoint", ldm_file, *arguments).sentence
     for word in words:
         assert word in sentence
+    assert not os.path.exists("samples")  # it is said before anything is made
 
 
 def test_what_cannot_be_started_from(t2i, ldm_file, tmp_path):

@@ -20,7 +20,7 @@ from t2i.planning.speed import Work, sent_s, speed
 from t2i.planning.traffic import traffic
 from t2i.text.cache import MAX_BYTES
 from t2i_cli.plan import planned_run
-from t2i_cli.plan_tables import BYTES, TIME, measure, memory_table, run_table, sweep_table
+from t2i_cli.plan_tables import BYTES, TIME, measure, memory_table, run_table, sweep_table, table
 
 CLUSTER = ClusterConfig(
     gpu="A",
@@ -214,6 +214,12 @@ def test_a_tiny_run_takes_some_time_and_money(config):
     assert "0.400 s" in text  # 1 step of 320 pictures at 800 a second
     assert "<0.01" in text
     assert "0.00 " not in text
+
+
+def test_no_digit_is_cut_off_where_the_terminal_is_narrow():
+    console = Console(width=12, file=io.StringIO(), soft_wrap=True)
+    console.print(table(("one two", "USD"), [("a sweep", "124,727,000"), ("longest-word", "9")]))
+    assert {"one", "two", "USD", "124,727,000", "longest-word"} <= set(console.file.getvalue().split())
 
 
 def test_files(config):
