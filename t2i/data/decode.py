@@ -121,7 +121,8 @@ def _opened(data: bytes, key: str, max_pixels: int) -> tuple[Image.Image, bool]:
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, allowed: {max_pixels}")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise BadSample("aspect", key, f"{image.width} x {image.height} pixels, allowed: 1 to {MAX_ASPECT}")
+        allowed = f"a longer side of at most {MAX_ASPECT} times the shorter one"
+        raise BadSample("aspect", key, f"{image.width} x {image.height} pixels, allowed: {allowed}")
     return image, image.getexif().get(EXIF_ORIENTATION) in TRANSPOSING_ORIENTATIONS
 
 

@@ -46,7 +46,7 @@ def test_what_is_no_picture_is_said_once(tmp_path: Path) -> None:
     Image.new("RGB", (600, 1)).save(tmp_path / "strip.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, why in {
-        "strip.png": "600 x 1 pixels, allowed: 1 to 100",
+        "strip.png": "600 x 1 pixels, allowed: a longer side of at most 100 times the shorter one",
         "text.png": "not a picture in a known format",
     }.items():
         with pytest.raises(UserError) as raised:
