@@ -26,7 +26,7 @@ def test_options_of_one_request_are_not_those_of_the_next(ldm_file, tmp_path):
         job = service.ask(Wanted("a red circle", seed=len(list(tmp_path.glob("*.png"))), sampling=sampling))
         began = time.monotonic()
         while not job.ended:
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 300
             time.sleep(0.01)
         drawn = found_in(job.pictures[0])
         assert drawn is not None
