@@ -10,6 +10,7 @@ import os
 import queue
 import random
 import re
+import stat
 import subprocess
 import threading
 import time
@@ -143,7 +144,11 @@ def _content(path: Path) -> bytes:
 def check_is_file(path: Path) -> None:
     """Raises OSError for what is there and neither a file nor a folder, which who opens it names: a named pipe would
     wait, and /dev/zero never ends."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # who opens it says so
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
